@@ -1,0 +1,232 @@
+// Vectors of one instruction set, and the pack of lanes the potentials are evaluated on.
+//
+// Included by one kernels_*.cpp per instruction set; everything lies in an unnamed namespace so that the linker
+// cannot merge code compiled for different processors.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define DK_INLINE inline __attribute__((always_inline))
+
+namespace dk {
+namespace {
+
+// A product tile is kRows x kPanel: kRows * kVectors accumulators, kVectors operands and a broadcast fill the registers.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kVectors = 2, kRows = 8;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kVectors = 3, kRows = 4;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kVectors = 6, kRows = 4;
+#endif
+constexpr int kPanel = kLanes * kVectors;
+
+typedef float vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t ivec __attribute__((vector_size(4 * kLanes)));
+typedef float quad __attribute__((vector_size(16)));
+
+DK_INLINE vec load(const float* p) {
+  vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+DK_INLINE void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
+DK_INLINE vec splat(float x) { return x - vec{}; }
+DK_INLINE ivec as_bits(vec v) { return (ivec)v; }
+DK_INLINE vec from_bits(ivec v) { return (vec)v; }
+
+DK_INLINE vec lane_numbers() {
+  vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = float(i);
+  return v;
+}
+
+DK_INLINE float sum(vec v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+DK_INLINE float largest(vec v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// 1 / sqrt(x): the processor's estimate and Newton steps up to fp32's accuracy.
+DK_INLINE vec rsqrt(vec x) {
+#if defined(__AVX512F__)
+  vec y = _mm512_rsqrt14_ps(x);
+  constexpr int kSteps = 1;
+#elif defined(__AVX2__)
+  vec y = _mm256_rsqrt_ps(x);
+  constexpr int kSteps = 1;
+#else
+  vec y = vrsqrteq_f32(x);
+  constexpr int kSteps = 2;
+#endif
+  for (int step = 0; step < kSteps; ++step) y += 0.5f * y * (1.0f - x * y * y);
+  return y;
+}
+
+// Widening of 16-bit floats.
+DK_INLINE vec load_bfloat16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+  return (vec)vshlq_n_u32(vmovl_u16(vld1_u16(p)), 16);
+#endif
+}
+DK_INLINE vec load_float16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+#endif
+}
+
+// In-place transpose of four rows of four.
+DK_INLINE void transpose(quad& a, quad& b, quad& c, quad& d) {
+#if defined(__aarch64__)
+  const float32x4x2_t ab = vtrnq_f32(a, b), cd = vtrnq_f32(c, d);
+  a = vcombine_f32(vget_low_f32(ab.val[0]), vget_low_f32(cd.val[0]));
+  b = vcombine_f32(vget_low_f32(ab.val[1]), vget_low_f32(cd.val[1]));
+  c = vcombine_f32(vget_high_f32(ab.val[0]), vget_high_f32(cd.val[0]));
+  d = vcombine_f32(vget_high_f32(ab.val[1]), vget_high_f32(cd.val[1]));
+#else
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+#endif
+}
+
+// The scalar type of the potentials: one panel's row.
+struct Pack {
+  vec v[kVectors];
+};
+
+#define DK_FOR_VECTORS for (int n = 0; n < kVectors; ++n)
+
+DK_INLINE Pack splat_pack(float x) {
+  Pack r;
+  DK_FOR_VECTORS r.v[n] = splat(x);
+  return r;
+}
+DK_INLINE Pack load_pack(const float* p) {
+  Pack r;
+  DK_FOR_VECTORS r.v[n] = load(p + n * kLanes);
+  return r;
+}
+DK_INLINE void store_pack(float* p, const Pack& a) { DK_FOR_VECTORS store(p + n * kLanes, a.v[n]); }
+
+DK_INLINE Pack operator+(Pack a, const Pack& b) {
+  DK_FOR_VECTORS a.v[n] += b.v[n];
+  return a;
+}
+DK_INLINE Pack operator-(Pack a, const Pack& b) {
+  DK_FOR_VECTORS a.v[n] -= b.v[n];
+  return a;
+}
+DK_INLINE Pack operator-(Pack a, float b) {
+  DK_FOR_VECTORS a.v[n] -= b;
+  return a;
+}
+DK_INLINE Pack operator*(Pack a, const Pack& b) {
+  DK_FOR_VECTORS a.v[n] *= b.v[n];
+  return a;
+}
+DK_INLINE Pack operator*(Pack a, float b) {
+  DK_FOR_VECTORS a.v[n] *= b;
+  return a;
+}
+DK_INLINE Pack madd(Pack a, const Pack& b, const Pack& c) {
+  DK_FOR_VECTORS a.v[n] = a.v[n] * b.v[n] + c.v[n];
+  return a;
+}
+DK_INLINE Pack madd(Pack a, const Pack& b, float c) {
+  DK_FOR_VECTORS a.v[n] = a.v[n] * b.v[n] + c;
+  return a;
+}
+DK_INLINE Pack madd(Pack a, float b, const Pack& c) {
+  DK_FOR_VECTORS a.v[n] = a.v[n] * b + c.v[n];
+  return a;
+}
+DK_INLINE Pack madd(Pack a, float b, float c) {
+  DK_FOR_VECTORS a.v[n] = a.v[n] * b + c;
+  return a;
+}
+DK_INLINE Pack minimum(Pack a, float b) {
+  DK_FOR_VECTORS a.v[n] = a.v[n] < b ? a.v[n] : splat(b);
+  return a;
+}
+DK_INLINE Pack maximum(Pack a, float b) {
+  DK_FOR_VECTORS a.v[n] = a.v[n] > b ? a.v[n] : splat(b);
+  return a;
+}
+DK_INLINE Pack maximum(Pack a, const Pack& b) {
+  DK_FOR_VECTORS a.v[n] = a.v[n] > b.v[n] ? a.v[n] : b.v[n];
+  return a;
+}
+DK_INLINE Pack absolute(Pack a) {
+  DK_FOR_VECTORS a.v[n] = from_bits(as_bits(a.v[n]) & 0x7fffffff);
+  return a;
+}
+DK_INLINE Pack select_less(const Pack& x, float bound, Pack a, const Pack& b) {
+  DK_FOR_VECTORS a.v[n] = x.v[n] < bound ? a.v[n] : b.v[n];
+  return a;
+}
+DK_INLINE Pack rsqrt(Pack a) {
+  DK_FOR_VECTORS a.v[n] = rsqrt(a.v[n]);
+  return a;
+}
+DK_INLINE vec sum_vectors(const Pack& a) {
+  vec s = a.v[0];
+  for (int n = 1; n < kVectors; ++n) s += a.v[n];
+  return s;
+}
+
+// exp(x) for x <= 87, relative error 1e-7; 0 below -87. x = k ln 2 + r, a Chebyshev fit of exp(r), 2^k by the exponent
+// bits. Adding 1.5 * 2^23 rounds to an integer, which then lies in the low bits.
+DK_INLINE Pack exponential(Pack x) {
+  constexpr float kMagic = 12582912.0f;
+  DK_FOR_VECTORS {
+    const vec clipped = x.v[n] > -87.0f ? x.v[n] : splat(-87.0f);
+    const vec shifted = clipped * 1.44269504f + kMagic;
+    const vec k = shifted - kMagic;
+    vec r = clipped - k * 0.693145751953125f;
+    r -= k * 1.42860677e-06f;
+    vec p = r * 0.00139411085f + 0.0083751264f;
+    p = p * r + 0.0416663529f;
+    p = p * r + 0.166664155f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const vec scaled = from_bits(as_bits(p) + (as_bits(shifted) << 23));
+    x.v[n] = x.v[n] > -87.0f ? scaled : vec{};
+  }
+  return x;
+}
+
+// 1 in the lanes of a panel whose column lies in [begin, end), else the lane is dropped.
+DK_INLINE Pack keep_columns(Pack a, int first_column, int begin, int end) {
+  DK_FOR_VECTORS {
+    const vec column = lane_numbers() + float(first_column + n * kLanes);
+    const ivec kept = (column >= float(begin)) & (column < float(end));
+    a.v[n] = from_bits(as_bits(a.v[n]) & kept);
+  }
+  return a;
+}
+
+}  // namespace
+}  // namespace dk

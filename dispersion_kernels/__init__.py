@@ -1,0 +1,31 @@
+"""The dispersion loss against embedding condensation: exact, over all pairs of tokens, in tiles."""
+
+from dispersion_kernels._version import __version__
+from dispersion_kernels.backends import Support, supported
+from dispersion_kernels.loss import DispersionLoss, fused_dispersion_loss
+from dispersion_kernels.potentials import (
+    AngularSpread,
+    Decorrelation,
+    DispersiveL2,
+    L2Repel,
+    Orthogonalization,
+    PerplexityEntropy,
+    Potential,
+    Uniformity,
+)
+
+__all__ = [
+    "AngularSpread",
+    "Decorrelation",
+    "DispersionLoss",
+    "DispersiveL2",
+    "L2Repel",
+    "Orthogonalization",
+    "PerplexityEntropy",
+    "Potential",
+    "Support",
+    "Uniformity",
+    "__version__",
+    "fused_dispersion_loss",
+    "supported",
+]

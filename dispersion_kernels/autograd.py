@@ -1,0 +1,163 @@
+"""The operators that torch.compile, autograd and torch.library see, and the autograd.Function over them.
+
+Forward computes the loss of each sequence and, where a gradient will be wanted, that gradient for an upstream of 1, in
+fp32 (fp64 for fp64) and with everything but the upstream gradient multiplied in. Backward multiplies by it and rounds,
+once, to the dtype of the tokens: what a GradScaler multiplies in is there before an fp16 gradient could underflow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dispersion_kernels import native
+from dispersion_kernels.backends import choose
+from dispersion_kernels.potentials import Potential
+from dispersion_kernels.segments import check_cu_seqlens, group_sizes, host_segments, segment_of_token
+from dispersion_kernels.sweep import Result, accumulation_dtype, sweep
+
+
+def sequence_losses(
+    z: Tensor,
+    groups: Tensor | None,
+    cu_seqlens: Tensor | None,
+    potential: Potential,
+    impl: str,
+    recompute: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss ``[S]`` of each sequence, differentiable once, and the number of its ordered pairs ``[S]``."""
+    name, params = potential.name(), potential.params()
+    if torch.is_grad_enabled() and z.requires_grad:
+        loss, pairs = _Dispersion.apply(z, groups, cu_seqlens, name, params, impl, recompute)
+        return loss, pairs
+    loss, pairs, _ = torch.ops.dispersion_kernels.forward(z, groups, cu_seqlens, name, params, impl, False)
+    return loss, pairs
+
+
+class _Dispersion(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        groups: Tensor | None,
+        cu_seqlens: Tensor | None,
+        name: str,
+        params: list[float],
+        impl: str,
+        recompute: bool,
+    ) -> tuple[Tensor, Tensor]:
+        args = (name, params, impl)
+        loss, pairs, grad = torch.ops.dispersion_kernels.forward(z, groups, cu_seqlens, *args, not recompute)
+        ctx.mark_non_differentiable(pairs)
+        ctx.save_for_backward(z if recompute else grad, groups if recompute else None, cu_seqlens)
+        ctx.args, ctx.recompute, ctx.dtype = args, recompute, z.dtype
+        return loss, pairs
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        grad, groups, cu_seqlens = ctx.saved_tensors
+        if ctx.recompute:
+            _, _, grad = torch.ops.dispersion_kernels.forward(grad, groups, cu_seqlens, *ctx.args, True)
+        dz = torch.ops.dispersion_kernels.backward(grad, upstream[0], cu_seqlens, ctx.dtype)
+        return dz, None, None, None, None, None, None
+
+
+_library = torch.library.Library("dispersion_kernels", "FRAGMENT")
+_library.define(
+    "forward(Tensor z, Tensor? groups, Tensor? cu_seqlens, str potential, float[] params, str impl, bool with_grad)"
+    " -> (Tensor loss, Tensor pairs, Tensor grad)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "backward(Tensor grad, Tensor grad_loss, Tensor? cu_seqlens, ScalarType dtype) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
+def _forward(
+    z: Tensor,
+    groups: Tensor | None,
+    cu_seqlens: Tensor | None,
+    potential: str,
+    params: list[float],
+    impl: str,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, z.shape[1])
+    chosen = Potential.from_params(potential, params)
+    # The sweep's products are fp32 inside an autocast region, too.
+    with torch.autocast(z.device.type, enabled=False):
+        run = _native_sweep if choose(impl, z, chosen) == "cpu" else sweep
+        loss, pairs, grad = run(z, chosen, groups, cu_seqlens, with_grad)
+    return loss, pairs, loss.new_empty(0) if grad is None else grad
+
+
+def _native_sweep(
+    z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool
+) -> Result:
+    """The sweep in the CPU kernel: as :func:`dispersion_kernels.sweep.sweep`."""
+    batch, length, features = z.shape
+    runs = host_segments(batch, length, groups, None if cu_seqlens is None else cu_seqlens.cpu())
+    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    tokens = z.reshape(batch * length, features)
+    loss, grad = native.dispersion(
+        tokens if features == 1 or tokens.stride(1) == 1 else tokens.contiguous(),
+        potential_name=potential.name(),
+        params=dataclasses.asdict(potential),
+        index=runs.index,
+        begins=runs.begins,
+        ends=runs.ends,
+        sequence=runs.sequence,
+        num_sequences=sequences,
+        need_grad=with_grad,
+    )
+    lengths = runs.ends - runs.begins
+    ordered = lengths * (lengths - 1 + int(getattr(potential, "include_diagonal", False)))
+    pairs = torch.zeros(sequences, dtype=torch.int64).index_add_(0, runs.sequence, ordered.masked_fill_(lengths < 2, 0))
+    return Result(loss.float(), pairs, None if grad is None else grad.view(batch, length, features))
+
+
+@torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
+def _backward(grad: Tensor, grad_loss: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if cu_seqlens is None:
+        upstream = grad_loss.view(-1, 1, 1)
+    else:
+        upstream = grad_loss[segment_of_token(cu_seqlens.to(grad.device), grad.shape[1])].view(1, -1, 1)
+    return torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype))
+
+
+@torch.library.register_fake("dispersion_kernels::forward")
+def _forward_fake(
+    z: Tensor,
+    groups: Tensor | None,
+    cu_seqlens: Tensor | None,
+    potential: str,
+    params: list[float],
+    impl: str,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = accumulation_dtype(z.dtype)
+    loss = z.new_empty(sequences, dtype=dtype)
+    grad = z.new_empty(z.shape, dtype=dtype) if with_grad else z.new_empty(0, dtype=dtype)
+    return loss, z.new_empty(sequences, dtype=torch.int64), grad
+
+
+@torch.library.register_fake("dispersion_kernels::backward")
+def _backward_fake(grad: Tensor, grad_loss: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(grad, dtype=dtype)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "fused_dispersion_loss was differentiated twice (create_graph=True, or a gradient penalty): its backward is "
+        'not differentiable. Use impl="reference", which materialises the L x L matrices and can be'
+    )
+
+
+torch.library.register_autograd("dispersion_kernels::backward", _no_second_derivative)

@@ -1,0 +1,140 @@
+"""Embedding condensation, measured and drawn.
+
+In small language models the embeddings of a sequence's tokens gather in a narrow cone, the more so the deeper the
+layer. Liu et al., "Dispersion loss counteracts embedding condensation and improves generalization in small language
+models" (ICML 2026, arXiv 2602.00217) measure it by the cosine of every pair of tokens, layer by layer.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Rows normalised at a time, which bounds the extra memory whatever the length of the sequence.
+CHUNK = 4096
+
+
+@torch.no_grad()
+def mean_pairwise_cosine(z: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Mean cosine over the pairs i != j of each sequence's tokens, averaged over the sequences; a scalar.
+
+    With unit vectors `x_i = z_i / |z_i|` the sum over all pairs is known without visiting them,
+
+        sum_{i != j} x_i . x_j = |sum_i x_i|^2 - sum_i |x_i|^2,
+
+    so the mean over L (L - 1) pairs is exact in O(L F) time and in memory that does not grow with L^2.
+    A token of norm zero has cosine 0 with every other token.
+
+    Args:
+        z: hidden states, `[B, L, F]` or `[L, F]`, any floating dtype.
+        mask: boolean, `[B, L]` or `[L]`; only tokens where it is True take part.
+
+    Returns:
+        A scalar, float64 for float64 input and else float32. Sequences with fewer than two tokens do not count;
+        when none is left the result is NaN.
+
+    Source: Liu et al., ICML 2026, arXiv 2602.00217 (the measure; the closed form is elementary).
+    """
+    if z.ndim not in (2, 3) or not z.is_floating_point():
+        raise ValueError(f"z must be floating point of shape [B, L, F] or [L, F], got {z.dtype} {list(z.shape)}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != z.shape[:-1]):
+        raise ValueError(
+            f"mask must be boolean of shape {list(z.shape[:-1])}, as z without its features, "
+            f"got {mask.dtype} {list(mask.shape)}"
+        )
+    if z.ndim == 2:
+        z, mask = z[None], None if mask is None else mask[None]
+
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    total = z.new_zeros(z.shape[0], z.shape[2], dtype=dtype)
+    squares = z.new_zeros(z.shape[0], dtype=dtype)
+    for start in range(0, z.shape[1], CHUNK):
+        x = z[:, start : start + CHUNK].to(dtype)
+        if mask is not None:
+            x = x.masked_fill(~mask[:, start : start + CHUNK, None], 0)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        x = x / norm.masked_fill(norm == 0, 1)
+        total += x.sum(1)
+        squares += x.square().sum((1, 2))
+    tokens = torch.full_like(squares, z.shape[1]) if mask is None else mask.sum(1).to(dtype)
+    pairs = tokens * (tokens - 1)
+    mean = (total.square().sum(1) - squares) / pairs.clamp(min=1)
+    counted = pairs > 0
+    return mean.masked_fill(~counted, 0).sum() / counted.sum()
+
+
+def condensation_by_layer(hidden: Sequence[Tensor], *, mask: Tensor | None = None) -> Tensor:
+    """`mean_pairwise_cosine` of every layer's hidden states, `[layers]`."""
+    if not hidden:
+        raise ValueError("hidden must hold at least one layer's hidden states, got an empty sequence")
+    return torch.stack([mean_pairwise_cosine(z, mask=mask) for z in hidden])
+
+
+# Okabe and Ito's palette, told apart in all common kinds of colour blindness; markers help in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def plot_condensation(
+    curves: Mapping[str, Sequence[float]],
+    path: str | Path,
+    *,
+    title: str = "Embedding condensation",
+    dashed: Sequence[str] = (),
+) -> Path:
+    """Draws mean pairwise cosine by layer, one curve a label, to a picture (PNG unless `path` says otherwise).
+
+    Args:
+        curves: label -> one mean pairwise cosine a layer, the first layer first.
+        path: where the picture goes. It is written under a temporary name and renamed, so it is there whole or not.
+        title: what is drawn above it.
+        dashed: labels of the curves drawn thin, grey and dashed: states to compare with.
+
+    Raises:
+        ValueError: no curve, or an empty one, or a label in `dashed` that is not in `curves`.
+        ModuleNotFoundError: matplotlib is missing.
+
+    Source: Liu et al., ICML 2026, arXiv 2602.00217.
+    """
+    if not curves or not all(len(values) for values in curves.values()):
+        raise ValueError("curves must hold at least one label with at least one layer")
+    if unknown := set(dashed) - set(curves):
+        raise ValueError(f"dashed names {sorted(unknown)}, curves has {list(curves)}")
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'drawing needs matplotlib: pip install "dispersion-kernels[gpt2]"', name=error.name
+        ) from error
+
+    # Without pyplot: no display, no global state, no figure left open.
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    coloured = iter(zip(COLOURS * len(curves), MARKERS * len(curves), strict=True))
+    for label, values in curves.items():
+        layers = range(1, len(values) + 1)
+        if label in dashed:
+            axes.plot(layers, values, "--", color="0.55", linewidth=1.2, label=label)
+        else:
+            colour, marker = next(coloured)
+            axes.plot(layers, values, color=colour, marker=marker, markersize=5, linewidth=2, label=label)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("mean pairwise cosine of the tokens")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    low = min(min(values) for values in curves.values())
+    axes.set_ylim(min(0.0, 1.05 * low), 1.0)
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, dpi=160, format=path.suffix.lstrip(".") or "png")
+    os.replace(temporary, path)
+    return path

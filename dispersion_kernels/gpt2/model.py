@@ -1,0 +1,272 @@
+"""GPT-2 (Radford et al., 2019), its published shapes, and its weights in Hugging Face's naming.
+
+The parameters carry Hugging Face's names (`wte`, `h.0.attn.c_attn`, ...), so reading and writing weights is a matter
+of the `transformer.` prefix and of four transposed matrices a block.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The shape of a GPT-2. `mlp_width=0` becomes four times the width, as published."""
+
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    mlp_width: int = 0
+    context: int = 1024
+    vocab: int = 50257
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.mlp_width == 0:
+            object.__setattr__(self, "mlp_width", 4 * self.width)
+        for field in ("layers", "width", "heads", "mlp_width", "context", "vocab"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{field} must be a positive integer, got {value!r}")
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got width={self.width} and heads={self.heads}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+
+
+PRESETS = {
+    "nano": GPT2Config(layers=6, width=128, heads=4, context=256, vocab=2048),
+    "gpt2": GPT2Config(layers=12, width=768, heads=12),
+    "gpt2-medium": GPT2Config(layers=24, width=1024, heads=16),
+    "gpt2-large": GPT2Config(layers=36, width=1280, heads=20),
+    "gpt2-xl": GPT2Config(layers=48, width=1600, heads=25),
+}
+
+
+class GPT2Output(NamedTuple):
+    logits: Tensor
+    loss: Tensor | None
+    hidden: list[Tensor]
+
+
+class GPT2(nn.Module):
+    """Tokens `[B, L]` to next-token logits `[B, L, V]`.
+
+    With `targets` `[B, L]` the output's `loss` is their mean cross-entropy in nats. With `return_hidden` its `hidden`
+    holds the residual stream after every block, `[B, L, width]` each: the embedding is not in it, and the final
+    LayerNorm is not applied to the last one.
+    """
+
+    def __init__(self, config: GPT2Config, *, checkpoint_activations: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = checkpoint_activations
+        self.wte = nn.Embedding(config.vocab, config.width)
+        self.wpe = nn.Embedding(config.context, config.width)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.ln_f = nn.LayerNorm(config.width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                # 2 * layers branches end in a c_proj; scaled so, their sum in the residual stream keeps its variance.
+                branches = 2 * self.config.layers if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(branches))
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, return_hidden: bool = False) -> GPT2Output:
+        length = tokens.shape[1]
+        if length > self.config.context:
+            raise ValueError(f"tokens hold {length} positions, the model's context is {self.config.context}")
+        x = self.drop(self.wte(tokens) + self.wpe.weight[:length])
+        hidden = []
+        for block in self.h:
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+            if return_hidden:
+                hidden.append(x)
+        logits = F.linear(self.ln_f(x), self.wte.weight)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return GPT2Output(logits, loss, hidden)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.width)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.width)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.width, 3 * config.width)
+        self.c_proj = nn.Linear(config.width, config.width)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.c_attn(x).chunk(3, dim=-1))
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return self.drop(self.c_proj(y.transpose(1, 2).flatten(2)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.width, config.mlp_width)
+        self.c_proj = nn.Linear(config.mlp_width, config.width)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+# Hugging Face keeps these as Conv1D, [in, out]; nn.Linear is [out, in].
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# Constants that older files carry along.
+BUFFERS = (".attn.bias", ".attn.masked_bias")
+
+
+def load_weights(path: str | Path, *, dropout: float = 0.0, heads: int | None = None, **options: Any) -> GPT2:
+    """GPT-2 from a local safetensors file in Hugging Face's naming, or from the folder of its `model.safetensors`.
+
+    The names may carry the prefix `transformer.` or not. A `config.json` beside the file gives the number of heads;
+    without one it is known for the published shapes, else pass `heads`. Further options go to `GPT2`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = weights_file(Path(path))
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            named = {key.removeprefix("transformer."): tensors.get_tensor(key) for key in tensors.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a readable safetensors file ({error}); download it again") from error
+    weights = {name: tensor for name, tensor in named.items() if not name.endswith(BUFFERS)}
+
+    head = weights.pop("lm_head.weight", None)
+    if head is not None and not ("wte.weight" in weights and torch.equal(head, weights["wte.weight"])):
+        raise ValueError(f"{file}: lm_head.weight differs from wte.weight; only GPT-2 with a tied head can be loaded")
+
+    config = config_of(weights, file, heads=heads, dropout=dropout)
+    model = GPT2(config, **options)
+    wanted = model.state_dict()
+    if missing := wanted.keys() - weights.keys():
+        raise ValueError(f"{file}: tensor {min(missing)} is missing ({len(missing)} in all); is it a GPT-2?")
+    if unknown := weights.keys() - wanted.keys():
+        raise ValueError(f"{file}: tensor {min(unknown)} is not one of GPT-2's ({len(unknown)} such in all)")
+    for name, tensor in weights.items():
+        if name.endswith(TRANSPOSED):
+            weights[name] = tensor = tensor.t()
+        if tensor.shape != wanted[name].shape:
+            stored = named[name].shape
+            expected = wanted[name].t().shape if name.endswith(TRANSPOSED) else wanted[name].shape
+            raise ValueError(f"{file}: tensor {name} has shape {list(stored)}, expected {list(expected)}")
+    model.load_state_dict(weights)
+    return model
+
+
+def weights_file(path: Path) -> Path:
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no GPT-2 weights at {file}: give a .safetensors file in Hugging Face's naming, or a folder with "
+            "model.safetensors in it"
+        )
+    return file
+
+
+def config_of(weights: dict[str, Tensor], file: Path, *, heads: int | None, dropout: float) -> GPT2Config:
+    """The shape is read from the tensors; config.json adds the heads, and must describe GPT-2's arithmetic."""
+    shapes = {}
+    for name in ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight"):
+        if name not in weights:
+            raise ValueError(f"{file}: tensor {name} is missing; is it a GPT-2 in Hugging Face's naming?")
+        shapes[name] = weights[name].shape
+        if len(shapes[name]) != 2:
+            raise ValueError(f"{file}: tensor {name} has shape {list(shapes[name])}, expected a matrix")
+    vocab, width = shapes["wte.weight"]
+    layers = len({name.split(".")[1] for name in weights if name.startswith("h.")})
+
+    config_file = file.with_name("config.json")
+    if config_file.is_file():
+        try:
+            stored = json.loads(config_file.read_text("utf-8"))
+            heads = heads or int(stored["n_head"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{config_file} is not the config.json of a GPT-2 ({error!r})") from error
+        fixed = {
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "scale_attn_by_inverse_layer_idx": False,
+        }
+        for key, value in fixed.items():
+            if stored.get(key, value) != value:
+                raise ValueError(f"{config_file}: {key} is {stored[key]!r}, only {value!r} can be loaded")
+    published = {(preset.layers, preset.width): preset.heads for preset in PRESETS.values()}
+    heads = heads or published.get((layers, width))
+    if heads is None:
+        raise ValueError(f"{file} does not say how many heads it has: put its config.json beside it, or give heads")
+    return GPT2Config(layers, width, heads, shapes["h.0.mlp.c_fc.weight"][1], shapes["wpe.weight"][0], vocab, dropout)
+
+
+def save_weights(model: GPT2, folder: str | Path) -> Path:
+    """Writes model.safetensors and config.json, which `transformers.GPT2LMHeadModel.from_pretrained` reads."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"transformer.{name}": tensor.contiguous() for name, tensor in exported(model)}
+    config = model.config
+    description = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "n_layer": config.layers,
+        "n_embd": config.width,
+        "n_head": config.heads,
+        "n_inner": config.mlp_width,
+        "n_positions": config.context,
+        "vocab_size": config.vocab,
+        "layer_norm_epsilon": 1e-5,
+        **{f"{part}_pdrop": config.dropout for part in ("embd", "attn", "resid")},
+        "tie_word_embeddings": True,
+    }
+    file, config_file = folder / "model.safetensors", folder / "config.json"
+    save_file(tensors, f"{file}.tmp", metadata={"format": "pt"})
+    Path(f"{config_file}.tmp").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
+    os.replace(f"{config_file}.tmp", config_file)
+    os.replace(f"{file}.tmp", file)
+    return file
+
+
+def exported(model: GPT2) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach().cpu()
+        yield name, tensor.t() if name.endswith(TRANSPOSED) else tensor

@@ -1,0 +1,286 @@
+"""The public function and module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dispersion_kernels import reference
+from dispersion_kernels.autograd import sequence_losses
+from dispersion_kernels.backends import check_impl
+from dispersion_kernels.potentials import (
+    AngularSpread,
+    DispersiveL2,
+    L2Repel,
+    Orthogonalization,
+    PerplexityEntropy,
+    Potential,
+    resolve_potential,
+)
+from dispersion_kernels.segments import make_groups, sample_packed_tokens, sample_tokens
+
+Reduction = Literal["mean", "sum", "none"]
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def fused_dispersion_loss(
+    z: Tensor | Sequence[Tensor],
+    potential: str | Potential = "angular_spread",
+    *,
+    tau: float | None = None,
+    clamp: float | None = None,
+    eps: float | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    max_tokens: int | None = None,
+    generator: torch.Generator | None = None,
+    reduction: Reduction = "mean",
+    recompute: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """The dispersion loss over all pairs of tokens of each sequence, exact, without the L x L matrix.
+
+    For each sequence of n ordered pairs of tokens, with ``c_ij = x_i . x_j`` of the row-transformed tokens::
+
+        loss = log(1/n sum_{i != j} psi(c_ij) + eps)          (log-mean potentials; else the mean itself)
+
+    and for the default, ``angular_spread``: ``x = z / (|z| + eps)``, ``psi = exp(-D / tau)``,
+    ``D = arccos(clip(c, -1 + clamp, 1 - clamp)) / pi`` with a straight-through clip. Add it to the cross-entropy with a
+    weight of about 0.1. Loss and gradient take 3 B L^2 F FLOPs together and memory O(B L F); under ``torch.no_grad`` the
+    loss alone takes 1 B L^2 F.
+
+    Args:
+        z: hidden states ``[B, L, F]``, or ``[L, F]`` for one sequence, or ``[T, F]`` packed with ``cu_seqlens``, or a list
+            of them, one a layer, whose losses are averaged. fp64, fp32, bf16 or fp16, any strides, F >= 2. Sums are fp32
+            (fp64 for fp64).
+        potential: ``"angular_spread"``, ``"orthogonalization"``, ``"l2_repel"``, ``"decorrelation"``,
+            ``"perplexity_entropy"``, ``"uniformity"``, ``"dispersive_l2"``, or a :class:`Potential`.
+        tau, clamp, eps: fields of the named potential to set; None leaves its default.
+        mask: boolean, ``z.shape[:-1]``; False takes a token out of all pairs.
+        cu_seqlens: int32 ``[S + 1]``, as in flash-attention: sequence s is the tokens ``cu_seqlens[s]:cu_seqlens[s + 1]``
+            of the packed ``z``. On the CPU its values are checked here; on an accelerator by an assertion on the device.
+        document_ids: integers, ``z.shape[:-1]``: only tokens of equal id pair; a negative id takes a token out. The row
+            stays one sequence with one loss, the (log-)mean over the pairs that are left. For a loss a document, pack
+            them with ``cu_seqlens``.
+        max_tokens: at least 2: this many tokens, drawn at random for each sequence by itself. None: all tokens.
+        generator: for that draw; on the device of ``z``.
+        reduction: ``"mean"`` over the sequences that have a pair, their ``"sum"``, or ``"none"``: one loss a sequence,
+            ``[B]``, ``[S]`` or ``[]``, 0 for those without a pair.
+        recompute: keep the tokens alone between forward and backward, and sweep again there: 4 instead of 3 B L^2 F
+            FLOPs.
+        impl: ``"auto"``; ``"cpu"``, the C++ kernel; ``"torch"``, the same sweep in PyTorch, on any device;
+            ``"reference"``, which materialises. See :func:`supported`.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64 tokens). 0 with a zero gradient where no sequence has two tokens that pair. A NaN
+        or infinity among the tokens of a sequence that take part makes its loss NaN.
+
+    Raises:
+        ValueError: a shape or value that is wrong. The message names the argument and what it should be.
+        TypeError: a type or dtype that is wrong.
+        RuntimeError: an explicit ``impl`` that cannot run here; a second derivative (``impl="reference"`` has one).
+
+    Source: Liu et al., ICML 2026, arXiv 2602.00217; for the others see :mod:`dispersion_kernels.potentials`.
+    """
+    resolved = resolve_potential(potential, tau=tau, clamp=clamp, eps=eps)
+    check_impl(impl)
+    check_reduction(reduction)
+    check_max_tokens(max_tokens)
+    if not isinstance(z, Tensor):
+        layers = list(z)
+        if not layers:
+            raise ValueError("z is an empty list; it must hold the hidden states of at least one layer")
+        losses = [
+            fused_dispersion_loss(
+                layer,
+                resolved,
+                mask=mask,
+                cu_seqlens=cu_seqlens,
+                document_ids=document_ids,
+                max_tokens=max_tokens,
+                generator=generator,
+                reduction=reduction,
+                recompute=recompute,
+                impl=impl,
+            )
+            for layer in layers
+        ]
+        return torch.stack(losses).mean(0)
+
+    _check_inputs(z, mask, cu_seqlens, document_ids)
+    one_sequence = z.dim() == 2
+    if one_sequence:
+        z = z.unsqueeze(0)
+        mask = None if mask is None else mask.unsqueeze(0)
+        document_ids = None if document_ids is None else document_ids.unsqueeze(0)
+    groups = make_groups(mask, document_ids)
+    if max_tokens is not None and max_tokens < z.shape[1]:
+        if cu_seqlens is None:
+            z, groups = sample_tokens(z, groups, max_tokens, generator)
+        else:
+            groups = sample_packed_tokens(groups, cu_seqlens.to(z.device), z.shape[1], max_tokens, generator)
+
+    if impl == "reference":
+        with torch.autocast(z.device.type, enabled=False):
+            losses, pairs = reference.dispersion_loss(z, resolved, groups, cu_seqlens)
+        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+    else:
+        losses, pairs = sequence_losses(z, groups, cu_seqlens, resolved, impl, recompute)
+    if reduction == "none":
+        return losses.squeeze(0) if one_sequence and cu_seqlens is None else losses
+    if reduction == "sum":
+        return losses.sum()
+    if groups is None and cu_seqlens is None:
+        return losses.sum() / max(z.shape[0], 1)
+    return losses.sum() / (pairs > 0).sum().clamp(min=1)
+
+
+class DispersionLoss(nn.Module):
+    """:func:`fused_dispersion_loss` as a module, with the published code's constructor arguments.
+
+    Args:
+        variant: the potential: a name, or a :class:`Potential`.
+        tau_l2: tau of ``l2_repel`` and ``dispersive_l2``.
+        tau_cos: tau of ``angular_spread``.
+        margin: of ``orthogonalization``.
+        epsilon: eps of the potentials that have one.
+        clamp_threshold: clamp of ``angular_spread`` and ``orthogonalization``.
+        max_tokens: tokens drawn for each sequence. None, all of them, is the one default that differs from the published
+            code's.
+        reduction, recompute, impl: as in :func:`fused_dispersion_loss`.
+
+    A variant takes what it has of these and leaves the rest. Errors are raised here, as there.
+    """
+
+    def __init__(
+        self,
+        variant: str | Potential = "angular_spread",
+        tau_l2: float = 1.0,
+        tau_cos: float = 1.0,
+        margin: float = 0.5,
+        epsilon: float = 0.01,
+        clamp_threshold: float = 0.25,
+        max_tokens: int | None = None,
+        *,
+        reduction: Reduction = "mean",
+        recompute: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.potential: Potential
+        match variant:
+            case "angular_spread":
+                self.potential = AngularSpread(tau=tau_cos, clamp=clamp_threshold, eps=epsilon)
+            case "orthogonalization":
+                self.potential = Orthogonalization(margin=margin, clamp=clamp_threshold, eps=epsilon)
+            case "l2_repel":
+                self.potential = L2Repel(tau=tau_l2, eps=epsilon)
+            case "perplexity_entropy":
+                self.potential = PerplexityEntropy(eps=epsilon)
+            case "dispersive_l2":
+                self.potential = DispersiveL2(tau=tau_l2)
+            case _:
+                self.potential = resolve_potential(variant)
+        check_impl(impl)
+        check_reduction(reduction)
+        check_max_tokens(max_tokens)
+        self.max_tokens, self.reduction, self.recompute, self.impl = max_tokens, reduction, recompute, impl
+
+    def forward(
+        self,
+        z: Tensor | Sequence[Tensor],
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The loss of ``z``; arguments as in :func:`fused_dispersion_loss`."""
+        return fused_dispersion_loss(
+            z,
+            self.potential,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            document_ids=document_ids,
+            max_tokens=self.max_tokens,
+            generator=generator,
+            reduction=self.reduction,
+            recompute=self.recompute,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.potential}, max_tokens={self.max_tokens}, reduction={self.reduction!r}, "
+            f"recompute={self.recompute}, impl={self.impl!r}"
+        )
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"unknown reduction {reduction!r}; available: mean, sum, none")
+
+
+def check_max_tokens(max_tokens: int | None) -> None:
+    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 2):
+        raise ValueError(
+            f"max_tokens must be an integer >= 2 (a pair needs two tokens), or None for all, got {max_tokens!r}"
+        )
+
+
+def _check_inputs(
+    z: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, document_ids: Tensor | None
+) -> None:
+    if type(z).__name__ == "DTensor":
+        raise TypeError(
+            "z is a DTensor, whose shards hold only a part of the pairs; pass the local tensor of whole sequences: "
+            "z.to_local() where it is sharded over the batch, z.full_tensor() elsewhere"
+        )
+    if z.is_nested or z.layout != torch.strided:
+        raise TypeError(
+            "z must be a dense tensor, got a nested or sparse one; for a jagged nested tensor pass z.values() and "
+            "cu_seqlens=z.offsets().int()"
+        )
+    if z.dtype not in _DTYPES:
+        raise TypeError(f"z must be float64, float32, bfloat16 or float16, got {z.dtype}; convert it: z.float()")
+    if cu_seqlens is not None:
+        if z.dim() != 2:
+            raise ValueError(
+                f"with cu_seqlens z must be packed, [T, F], got shape {tuple(z.shape)}; drop a batch dimension of 1 with "
+                "z.squeeze(0)"
+            )
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens must be int32, as in flash-attention, got {cu_seqlens.dtype}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+            raise ValueError(
+                f"cu_seqlens must be [S + 1], the S + 1 bounds of S sequences, got shape {tuple(cu_seqlens.shape)}"
+            )
+        if cu_seqlens.device not in (z.device, torch.device("cpu")):
+            raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; it must be on {z.device}, with z, or on the CPU")
+        if document_ids is not None:
+            raise ValueError("both cu_seqlens and document_ids given; cu_seqlens already separates the sequences")
+    elif z.dim() not in (2, 3):
+        raise ValueError(
+            f"z must be [B, L, F], [L, F], or packed [T, F] with cu_seqlens, got shape {tuple(z.shape)}; merge further "
+            "batch dimensions with z.flatten(0, -3)"
+        )
+    if z.shape[-1] < 2:
+        raise ValueError(f"z must have at least 2 features, got shape {tuple(z.shape)}; its last dimension is F")
+    for name, per_token in (("mask", mask), ("document_ids", document_ids)):
+        if per_token is None:
+            continue
+        if per_token.shape != z.shape[:-1]:
+            raise ValueError(
+                f"{name} must have one entry a token, shape {tuple(z.shape[:-1])}, got {tuple(per_token.shape)}"
+            )
+        if per_token.device != z.device:
+            raise ValueError(f"{name} is on {per_token.device}; it must be on {z.device}, with z")
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask must be boolean, True for the tokens that take part, got {mask.dtype}; try mask.bool()")
+    if document_ids is not None and (document_ids.is_floating_point() or document_ids.is_complex()):
+        raise TypeError(f"document_ids must be integers, got {document_ids.dtype}")

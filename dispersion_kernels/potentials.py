@@ -1,0 +1,412 @@
+"""The potentials of the dispersion loss: which function of a pair of tokens the loss averages.
+
+Every token ``z_i`` is row-transformed to ``x_i``; every ordered pair ``(i, j)`` of tokens of one sequence gets
+``psi(c_ij)`` with ``c_ij = x_i . x_j``; the potentials of a sequence are averaged and, for most, a logarithm is taken.
+A potential is a small frozen dataclass: its fields are numbers, its class attributes say how it is reduced, and
+``value`` and ``slope`` are psi and the weight with which the pair enters the gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "AngularSpread",
+    "Decorrelation",
+    "DispersiveL2",
+    "L2Repel",
+    "Orthogonalization",
+    "PerplexityEntropy",
+    "Potential",
+    "Uniformity",
+    "resolve_potential",
+]
+
+_CLASSES: dict[str, type[Potential]] = {}
+
+
+@dataclass(frozen=True)
+class Potential:
+    """A potential psi(c) of the inner product ``c_ij = x_i . x_j`` of two row-transformed tokens.
+
+    The loss of a sequence with ``n`` ordered pairs is ``log(sum psi / n + log_eps)`` where ``reduction`` is
+    ``"log_mean"``, ``sum psi / n`` where it is ``"mean"``. Its gradient with respect to ``x_i`` is
+    ``f'(sum psi) * 2 * sum_j slope(c_ij) x_j``, chained through the row transform.
+
+    To define a potential of your own, subclass this as a frozen dataclass at module level, with numbers (or booleans)
+    that have defaults as fields, and write ``value`` and ``slope`` as PyTorch functions of ``c``, an fp32 tensor (fp64
+    for fp64 tokens) of any shape that must not be changed in place. ``slope`` is the derivative of ``value``, or, for a
+    straight-through estimator, whatever should stand in its place.
+    """
+
+    reduction: ClassVar[Literal["mean", "log_mean"]] = "log_mean"
+    """How the potentials of a sequence become its loss."""
+    row_transform: ClassVar[Literal["normalize", "standardize", "none"]] = "normalize"
+    """``normalize``: x = z / (|z| + norm_eps), 0 for a zero token; ``standardize``: x = (z - mean(z)) / std(z) over the
+    features (unbiased), 0 for a constant token; ``none``: x = z (a potential of the distance, built in only)."""
+    norm_eps: ClassVar[float] = 0.0
+    """What is added to the norm in ``normalize``; a field or a property may take its place."""
+    log_eps: ClassVar[float] = 0.0
+    """What is added to the mean under the logarithm of ``log_mean``; a field or a property may take its place."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # The custom ops carry a potential as this name and its numbers, because an op's arguments are not objects.
+        _CLASSES[cls.name()] = cls
+
+    @classmethod
+    def name(cls) -> str:
+        """The name under which the class is known: ``"angular_spread"`` for a built-in, the import path for others."""
+        return f"{cls.__module__}.{cls.__qualname__}"
+
+    def value(self, c: Tensor) -> Tensor:
+        """psi(c), elementwise."""
+        raise NotImplementedError(f"{type(self).__name__} must define value(c) and slope(c)")
+
+    def slope(self, c: Tensor) -> Tensor:
+        """The derivative of psi with respect to c, elementwise (or what stands in its place)."""
+        raise NotImplementedError(f"{type(self).__name__} must define value(c) and slope(c)")
+
+    def params(self) -> list[float]:
+        """The fields as numbers, in the order in which they are declared."""
+        return [float(getattr(self, field.name)) for field in dataclasses.fields(self)]
+
+    @staticmethod
+    def from_params(name: str, params: list[float]) -> Potential:
+        """The potential that ``name()`` and ``params()`` describe."""
+        cls = _CLASSES[name]
+        fields = dataclasses.fields(cls)
+        return cls(**{field.name: type(field.default)(param) for field, param in zip(fields, params, strict=True)})
+
+
+class ExponentialPotential(Potential):
+    """psi = exp(exponent). Kept apart from exp so that the sweep can shift the exponent, as a softmax does, and never
+    overflows or underflows."""
+
+    def exponent(self, c: Tensor) -> Tensor:
+        """log psi(c), elementwise."""
+        raise NotImplementedError
+
+    def exponent_slope(self, c: Tensor) -> Tensor:
+        """The derivative of log psi with respect to c (or what stands in its place), elementwise."""
+        raise NotImplementedError
+
+    def exponent_range(self) -> tuple[float, float]:
+        """Bounds of the exponent over all tokens; infinite where there are none."""
+        raise NotImplementedError
+
+    def value(self, c: Tensor) -> Tensor:
+        return self.exponent(c).exp()
+
+    def slope(self, c: Tensor) -> Tensor:
+        return self.exponent_slope(c).mul(self.value(c))
+
+
+class DistancePotential(ExponentialPotential):
+    """psi = exp(-|z_i - z_j|^2 / scale), a function of the distance alone."""
+
+    row_transform: ClassVar[Literal["normalize", "standardize", "none"]] = "none"
+    include_diagonal: bool
+
+    def distance_scale(self, features: int) -> float:
+        """What the squared distance of tokens with ``features`` features is divided by."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class AngularSpread(ExponentialPotential):
+    """``psi = exp(-D / tau)``, ``D = arccos(clip(c, -1 + clamp, 1 - clamp)) / pi``; loss ``log(mean psi + eps)``.
+
+    ``x = z / (|z| + eps)``. The clip is straight-through: outside the band the slope stays the boundary's,
+    ``psi / (pi tau sqrt(1 - clip(c)^2))``, so that condensed tokens are still pushed apart. Source: Liu et al., ICML
+    2026, arXiv 2602.00217.
+    """
+
+    tau: float = 1.0
+    clamp: float = 0.25
+    eps: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "tau")
+        _check_clamp(self)
+        _check_eps(self)
+
+    @classmethod
+    def name(cls) -> str:
+        return "angular_spread"
+
+    @property
+    def norm_eps(self) -> float:  # type: ignore[override]
+        return self.eps
+
+    @property
+    def log_eps(self) -> float:  # type: ignore[override]
+        return self.eps
+
+    def exponent(self, c: Tensor) -> Tensor:
+        return c.clamp(self.clamp - 1, 1 - self.clamp).acos_().mul_(-1 / (math.pi * self.tau))
+
+    def exponent_slope(self, c: Tensor) -> Tensor:
+        return _inverse_sine(c, self.clamp).mul_(1 / (math.pi * self.tau))
+
+    def exponent_range(self) -> tuple[float, float]:
+        scale = -1 / (math.pi * self.tau)
+        return math.acos(self.clamp - 1) * scale, math.acos(1 - self.clamp) * scale
+
+
+@dataclass(frozen=True)
+class Orthogonalization(Potential):
+    """``psi = max(0, margin - D)^2`` with the D of :class:`AngularSpread`; loss ``mean psi``.
+
+    ``x = z / (|z| + eps)``. Slope ``2 max(0, margin - D) / (pi sqrt(1 - clip(c)^2))``, straight-through as there.
+    Source: Liu et al., ICML 2026, arXiv 2602.00217.
+    """
+
+    reduction: ClassVar[Literal["mean", "log_mean"]] = "mean"
+    margin: float = 0.5
+    clamp: float = 0.25
+    eps: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.margin <= 1:
+            raise ValueError(
+                f"margin must be in [0, 1], an angle as a share of pi, got {self.margin!r}; "
+                "the published value is 0.5 (orthogonal tokens)"
+            )
+        _check_clamp(self)
+        _check_eps(self)
+
+    @classmethod
+    def name(cls) -> str:
+        return "orthogonalization"
+
+    @property
+    def norm_eps(self) -> float:  # type: ignore[override]
+        return self.eps
+
+    def value(self, c: Tensor) -> Tensor:
+        return self._shortfall(c).square_()
+
+    def slope(self, c: Tensor) -> Tensor:
+        return self._shortfall(c).mul_(2 / math.pi).mul_(_inverse_sine(c, self.clamp))
+
+    def _shortfall(self, c: Tensor) -> Tensor:
+        angle = c.clamp(self.clamp - 1, 1 - self.clamp).acos_()
+        return angle.mul_(-1 / math.pi).add_(self.margin).clamp_(min=0)
+
+
+@dataclass(frozen=True)
+class L2Repel(DistancePotential):
+    """``psi = exp(-|z_i - z_j|^2 / tau)``; loss ``log(mean psi + eps) + norm_weight * mean(z^2)``.
+
+    The published code counts the diagonal (i = j) among the pairs, where psi is 1; at the norms of a language model
+    everything else is then negligible and nothing is repelled. ``include_diagonal=False`` leaves it out. ``mean(z^2)`` is
+    over the features of the tokens that have a partner. Source: Liu et al., ICML 2026, arXiv 2602.00217.
+    """
+
+    tau: float = 1.0
+    eps: float = 0.01
+    norm_weight: float = 0.1
+    include_diagonal: bool = True
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "tau")
+        _check_eps(self)
+        if not 0 <= self.norm_weight < math.inf:
+            raise ValueError(f"norm_weight must be a finite number >= 0, got {self.norm_weight!r}; 0 turns it off")
+
+    @classmethod
+    def name(cls) -> str:
+        return "l2_repel"
+
+    @property
+    def log_eps(self) -> float:  # type: ignore[override]
+        return self.eps
+
+    def distance_scale(self, features: int) -> float:
+        return self.tau
+
+
+@dataclass(frozen=True)
+class Decorrelation(Potential):
+    """``psi = (c / (F - 1))^2``, the squared Pearson correlation of two tokens over their F features; loss ``mean psi``.
+
+    ``x = (z - mean(z)) / std(z)`` over the features, unbiased; a constant token has x = 0 and no gradient. Source: Liu
+    et al., ICML 2026, arXiv 2602.00217.
+    """
+
+    reduction: ClassVar[Literal["mean", "log_mean"]] = "mean"
+    row_transform: ClassVar[Literal["normalize", "standardize", "none"]] = "standardize"
+
+    @classmethod
+    def name(cls) -> str:
+        return "decorrelation"
+
+    # x is divided by sqrt(F - 1) in the sweep, so that c is the correlation itself.
+    def value(self, c: Tensor) -> Tensor:
+        return c.square()
+
+    def slope(self, c: Tensor) -> Tensor:
+        return c.mul(2)
+
+
+@dataclass(frozen=True)
+class PerplexityEntropy(Potential):
+    """``P_ij = softmax over j != i of -|z_i - z_j|^2 / sigma2``; loss ``mean over i of sum_j P_ij log2(P_ij + eps)``.
+
+    The negative entropy of each token's neighbour distribution, as in t-SNE's perplexity. Not a function of c alone: the
+    sweep takes three passes, 5 B L^2 F FLOPs for loss and gradient. Source: Liu et al., ICML 2026, arXiv 2602.00217.
+    """
+
+    row_transform: ClassVar[Literal["normalize", "standardize", "none"]] = "none"
+    sigma2: float = 1.0
+    eps: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "sigma2")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps must be a finite number > 0, got {self.eps!r}; the published value is 0.01")
+
+    @classmethod
+    def name(cls) -> str:
+        return "perplexity_entropy"
+
+
+@dataclass(frozen=True)
+class Uniformity(ExponentialPotential):
+    """``psi = exp(-t |x_i - x_j|^2)`` with ``x = z / |z|``; loss ``log(mean psi)``.
+
+    A zero token has x = 0 and no gradient. Source: Wang & Isola, ICML 2020, arXiv 2005.10242.
+    """
+
+    t: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "t")
+
+    @classmethod
+    def name(cls) -> str:
+        return "uniformity"
+
+    def exponent(self, c: Tensor) -> Tensor:
+        return c.sub(1).mul_(2 * self.t)
+
+    def exponent_slope(self, c: Tensor) -> Tensor:
+        return torch.full_like(c, 2 * self.t)
+
+    def exponent_range(self) -> tuple[float, float]:
+        return -4 * self.t, 0.0
+
+
+@dataclass(frozen=True)
+class DispersiveL2(DistancePotential):
+    """``psi = exp(-|z_i - z_j|^2 / (F tau))``, the diagonal counted; loss ``log(mean psi)``.
+
+    The InfoNCE-L2 form of the dispersive loss. Source: Wang & He, 2025, arXiv 2506.09027.
+    """
+
+    tau: float = 1.0
+    include_diagonal: bool = True
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "tau")
+
+    @classmethod
+    def name(cls) -> str:
+        return "dispersive_l2"
+
+    def distance_scale(self, features: int) -> float:
+        return self.tau * features
+
+
+BUILT_IN: dict[str, type[Potential]] = {
+    cls.name(): cls
+    for cls in (
+        AngularSpread,
+        Orthogonalization,
+        L2Repel,
+        Decorrelation,
+        PerplexityEntropy,
+        Uniformity,
+        DispersiveL2,
+    )
+}
+
+
+def resolve_potential(potential: str | Potential, **overrides: float | None) -> Potential:
+    """The potential that ``potential`` names, or is, with the ``overrides`` that are not None put in its fields.
+
+    Raises:
+        ValueError: an unknown name, or an override that the potential has no field for or that is out of range.
+        TypeError: neither a name nor a potential.
+    """
+    given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
+    if isinstance(potential, Potential):
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} given beside a potential that is an instance, {potential!r}; "
+                "set it there: dataclasses.replace(potential, ...)"
+            )
+        _check_user_fields(potential)
+        return potential
+    if not isinstance(potential, str):
+        raise TypeError(f"potential must be a name or a Potential, got {type(potential).__name__}")
+    if potential not in BUILT_IN:
+        raise ValueError(f"unknown potential {potential!r}; available: {', '.join(BUILT_IN)}, or a Potential instance")
+    cls = BUILT_IN[potential]
+    fields = [field.name for field in dataclasses.fields(cls)]
+    for name in given:
+        if name not in fields:
+            raise ValueError(
+                f"{name}={given[name]!r} was given, but potential {potential!r} has no {name}; "
+                f"its parameters: {', '.join(fields) or 'none'}"
+            )
+    return cls(**given)
+
+
+def _inverse_sine(c: Tensor, clamp: float) -> Tensor:
+    """1 / sqrt(1 - clip(c)^2). At clamp = 0 the limit, infinite at |c| = 1, is held at what fp32 resolves of c."""
+    clipped = c.clamp(clamp - 1, 1 - clamp)
+    sine_squared = torch.addcmul(torch.ones((), dtype=c.dtype, device=c.device), clipped, clipped, value=-1)
+    return sine_squared.clamp_(min=torch.finfo(c.dtype).eps).rsqrt_()
+
+
+def _check_positive(potential: Potential, field: str) -> None:
+    value = getattr(potential, field)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{field} must be a finite number > 0 for {potential.name()!r}, got {value!r}")
+
+
+def _check_clamp(potential: AngularSpread | Orthogonalization) -> None:
+    if not 0 <= potential.clamp < 1:
+        raise ValueError(
+            f"clamp must be in [0, 1), got {potential.clamp!r}: cosines are clipped to [-1 + clamp, 1 - clamp]; "
+            "the published value is 0.25"
+        )
+
+
+def _check_eps(potential: AngularSpread | Orthogonalization | L2Repel) -> None:
+    if not 0 <= potential.eps < math.inf:
+        raise ValueError(f"eps must be a finite number >= 0, got {potential.eps!r}; the published value is 0.01")
+
+
+def _check_user_fields(potential: Potential) -> None:
+    if type(potential).name() in BUILT_IN:
+        return
+    for field in dataclasses.fields(potential):
+        if not isinstance(field.default, int | float):
+            raise TypeError(
+                f"field {field.name!r} of potential {type(potential).__name__} must have a number or boolean as its "
+                "default, because the operators carry a potential as numbers"
+            )
+    if potential.row_transform == "none":
+        raise ValueError(
+            f"potential {type(potential).__name__} has row_transform='none'; a potential of your own is a function of "
+            "the cosine ('normalize') or of the correlation ('standardize')"
+        )

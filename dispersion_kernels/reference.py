@@ -1,0 +1,131 @@
+"""The dispersion loss as its formulas say, with the L x L matrices materialised and the gradient left to autograd.
+
+The oracle of the tests (in float64) and the naive version of the benchmarks. Any device, any floating dtype; every
+operation runs in the dtype of ``z``, as in published training code. Packed sequences are read out on the host.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dispersion_kernels.potentials import (
+    AngularSpread,
+    Decorrelation,
+    DispersiveL2,
+    L2Repel,
+    Orthogonalization,
+    PerplexityEntropy,
+    Potential,
+    Uniformity,
+)
+from dispersion_kernels.segments import check_cu_seqlens
+
+
+def dispersion_loss(
+    z: Tensor, potential: Potential, groups: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The loss of each sequence, differentiable any number of times, and its number of ordered pairs.
+
+    Args:
+        z: ``[B, L, F]``; ``[1, T, F]`` with ``cu_seqlens``.
+        potential: which.
+        groups: ``[B, L]`` integers: tokens of a row pair where they are equal and not negative. None: all pair.
+        cu_seqlens: ``[S + 1]`` bounds of the packed sequences.
+
+    Returns:
+        ``[B]`` or ``[S]`` in the dtype of ``z``, 0 for a sequence without a pair; and ``[B]`` or ``[S]`` int64.
+    """
+    if cu_seqlens is None:
+        sequences = [(z[b], None if groups is None else groups[b]) for b in range(z.shape[0])]
+    else:
+        check_cu_seqlens(cu_seqlens, z.shape[1])
+        bounds = cu_seqlens.tolist()
+        sequences = [
+            (z[0, begin:end], None if groups is None else groups[0, begin:end])
+            for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
+    losses, counts = z.new_zeros(len(sequences)), []
+    for s, (tokens, ids) in enumerate(sequences):
+        tokens, pairs = _pairs_of_sequence(tokens, potential, ids)
+        counts.append(int(pairs.sum()))
+        if counts[-1]:
+            losses = losses.index_put((losses.new_tensor(s, dtype=torch.int64),), _sequence_loss(tokens, potential, pairs))
+    # The zero keeps the graph, and a zero gradient, where no sequence has a pair.
+    return losses + 0 * z[:0].sum(), torch.tensor(counts, dtype=torch.int64, device=z.device)
+
+
+def _pairs_of_sequence(z: Tensor, potential: Potential, groups: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The tokens of a sequence that have a partner ``[L, F]``, and which of them pair ``[L, L]``."""
+    if groups is None:
+        groups = torch.zeros(z.shape[0], dtype=torch.int64, device=z.device)
+    has_partner = ((groups[:, None] == groups[None, :]).sum(1) > 1) & (groups >= 0)
+    z, groups = z[has_partner], groups[has_partner]
+    pairs = groups[:, None] == groups[None, :]
+    if not getattr(potential, "include_diagonal", False):
+        pairs = pairs & ~torch.eye(z.shape[0], dtype=torch.bool, device=z.device)
+    return z, pairs
+
+
+def _sequence_loss(z: Tensor, potential: Potential, pairs: Tensor) -> Tensor:
+    """The loss of one sequence ``[L, F]`` over the ``pairs`` ``[L, L]``."""
+    features = z.shape[1]
+    if isinstance(potential, PerplexityEntropy):
+        logits = (-_squared_distances(z) / potential.sigma2).masked_fill(~pairs, -math.inf)
+        p = torch.softmax(logits, dim=1)
+        return (p * torch.log2(p + potential.eps)).masked_fill(~pairs, 0.0).sum(1).mean()
+    if isinstance(potential, L2Repel):
+        psi = torch.exp(-_squared_distances(z)[pairs] / potential.tau)
+        return torch.log(psi.mean() + potential.eps) + potential.norm_weight * z.square().mean()
+    if isinstance(potential, DispersiveL2):
+        return torch.logsumexp(-_squared_distances(z)[pairs] / (features * potential.tau), 0) - math.log(pairs.sum())
+    if isinstance(potential, Uniformity):
+        exponent = -potential.t * _squared_distances(_normalize(z, 0.0))[pairs]
+        return torch.logsumexp(exponent, 0) - math.log(pairs.sum())
+    if isinstance(potential, Decorrelation):
+        x = _standardize(z)
+        return (x @ x.T)[pairs].square().mean()
+
+    x = _normalize(z, potential.norm_eps) if potential.row_transform == "normalize" else _standardize(z)
+    c = (x @ x.T)[pairs]
+    if isinstance(potential, AngularSpread):
+        exponent = -torch.arccos(_straight_through_clip(c, potential.clamp)) / (math.pi * potential.tau)
+        # log(mean(exp) + eps), finite at any tau.
+        log_mean = torch.logsumexp(exponent, 0) - math.log(c.numel())
+        return torch.logaddexp(log_mean, log_mean.new_tensor(potential.eps).log())
+    if isinstance(potential, Orthogonalization):
+        angle = torch.arccos(_straight_through_clip(c, potential.clamp)) / math.pi
+        return (potential.margin - angle).clamp(min=0).square().mean()
+
+    # A potential of the user's: its value forward, its slope backward.
+    psi = potential.value(c).detach() + potential.slope(c).detach() * (c - c.detach())
+    return torch.log(psi.mean() + potential.log_eps) if potential.reduction == "log_mean" else psi.mean()
+
+
+def _normalize(z: Tensor, eps: float) -> Tensor:
+    """z / (|z| + eps), and 0 with gradient 1 / eps (0 where eps is 0) at z = 0."""
+    squared = z.square().sum(1, keepdim=True)
+    zero = squared == 0
+    norm = torch.where(zero, torch.zeros_like(squared), torch.where(zero, torch.ones_like(squared), squared).sqrt())
+    return z / torch.where(zero, torch.full_like(norm, eps or math.inf), norm + eps)
+
+
+def _standardize(z: Tensor) -> Tensor:
+    """(z - mean) / (std sqrt(F - 1)), the standardised token at length 1, so that x_i . x_j is the correlation
+    c_ij / (F - 1); 0 for a constant token, whose rounded mean may differ from its features."""
+    constant = (z == z[:, :1]).all(1, keepdim=True)
+    return _normalize((z - z.mean(1, keepdim=True)).masked_fill(constant, 0.0), 0.0)
+
+
+def _squared_distances(z: Tensor) -> Tensor:
+    """From the inner products of the centred tokens: distances do not change, and less is cancelled."""
+    x = z - z.mean(0, keepdim=True)
+    squared = x.square().sum(1)
+    return (squared[:, None] + squared[None, :] - 2 * (x @ x.T)).clamp(min=0)
+
+
+def _straight_through_clip(c: Tensor, clamp: float) -> Tensor:
+    """clip(c) whose gradient is 1: the slope of what follows is taken at the boundary, and passes."""
+    return c + (c.clamp(clamp - 1, 1 - clamp) - c).detach()

@@ -1,0 +1,147 @@
+"""Which tokens pair with which: masks, documents, packed sequences and subsamples, as the backends take them.
+
+Every backend takes ``z`` ``[B, L, F]``, optionally ``groups`` ``[B, L]`` (int64: tokens of a row pair where they are equal
+and not negative) and optionally ``cu_seqlens`` ``[S + 1]`` (then B is 1, and tokens pair within its segments only).
+A *sequence* is a row, or a segment of ``cu_seqlens``; each has one loss.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def make_groups(mask: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
+    """``groups`` from a boolean mask (False: no pairs) and document ids (negative: no pairs), each ``[B, L]``."""
+    if document_ids is not None:
+        groups = document_ids.long()
+        return groups if mask is None else groups.masked_fill(~mask, -1)
+    return None if mask is None else mask.long() - 1
+
+
+def sample_tokens(
+    z: Tensor, groups: Tensor | None, max_tokens: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor | None]:
+    """``max_tokens`` tokens of each row of ``z``, drawn without replacement, each row for itself.
+
+    Tokens whose group is negative are drawn only where a row has no others left.
+    """
+    keys = torch.rand(z.shape[:2], device=z.device, generator=generator)
+    if groups is not None:
+        keys = keys - (groups < 0).to(keys.dtype)
+    chosen = keys.topk(max_tokens, dim=1).indices.sort(dim=1).values
+    sampled = z.gather(1, chosen.unsqueeze(-1).expand(-1, -1, z.shape[2]))
+    return sampled, None if groups is None else groups.gather(1, chosen)
+
+
+def sample_packed_tokens(
+    groups: Tensor | None, cu_seqlens: Tensor, tokens: int, max_tokens: int, generator: torch.Generator | None
+) -> Tensor:
+    """``groups`` ``[1, T]`` in which at most ``max_tokens`` tokens of each packed sequence take part.
+
+    The lengths stay on the device, so the tokens left out keep their place and get a negative group.
+    """
+    device = cu_seqlens.device
+    segment = segment_of_token(cu_seqlens, tokens)
+    keys = torch.rand(tokens, device=device, generator=generator)
+    if groups is not None:
+        keys = keys + (groups[0] < 0).to(keys.dtype)
+    # Sorted by segment, and within it by key: a token's place after its segment's beginning is its rank there.
+    by_key = keys.argsort()
+    order = by_key[segment[by_key].argsort(stable=True)]
+    position = torch.empty_like(order)
+    position[order] = torch.arange(tokens, device=device)
+    left_out = position - cu_seqlens.long()[segment] >= max_tokens
+    groups = torch.zeros(1, tokens, dtype=torch.int64, device=device) if groups is None else groups
+    return groups.masked_fill(left_out, -1)
+
+
+def segment_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """``[T]``: which packed sequence each token belongs to."""
+    position = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    # Clamped for bounds that are wrong and have not been said to be so yet.
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True).clamp_(max=cu_seqlens.numel() - 2)
+
+
+def within_segments(groups: Tensor | None, cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """``groups`` ``[1, T]`` that differ between packed sequences: equal ids of two segments do not pair.
+
+    Ids are made dense by sorting, because those of the user may be as large as int64 allows.
+    """
+    segment = segment_of_token(cu_seqlens, tokens)
+    if groups is None:
+        return segment[None]
+    by_group = groups[0].argsort(stable=True)
+    order = by_group[segment[by_group].argsort(stable=True)]
+    ids, places = groups[0][order], segment[order]
+    new_run = torch.ones_like(ids)
+    new_run[1:] = ((ids[1:] != ids[:-1]) | (places[1:] != places[:-1])).long()
+    dense = torch.empty_like(ids)
+    dense[order] = new_run.cumsum(0)
+    return dense.masked_fill(groups[0] < 0, -1)[None]
+
+
+def group_sizes(groups: Tensor) -> Tensor:
+    """``[B, L]``: how many tokens of its row are in each token's group, itself included; 0 where it is negative."""
+    ordered = groups.sort(dim=1).values
+    sizes = torch.searchsorted(ordered, groups, right=True) - torch.searchsorted(ordered, groups)
+    return sizes.masked_fill(groups < 0, 0)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
+    """Raises on bounds that do not cut ``tokens`` tokens into sequences.
+
+    On an accelerator the values are checked by an assertion on the device, because reading them would synchronise.
+    """
+    remedy = (
+        "it must start at 0, never decrease and end at the number of tokens "
+        f"({tokens}): the cumulative lengths, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()"
+    )
+    valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (cu_seqlens.diff() >= 0).all()
+    if cu_seqlens.device.type == "cpu":
+        if not valid:
+            values = cu_seqlens.tolist()
+            shown = values if len(values) <= 16 else f"{values[:8]} ... {values[-8:]}"
+            raise ValueError(f"cu_seqlens is {shown}; {remedy}")
+    else:
+        torch._assert_async(valid, f"cu_seqlens is wrong; {remedy}")
+
+
+class HostSegments(NamedTuple):
+    """Runs of tokens that all pair with each other, as the CPU kernel takes them; all int64."""
+
+    index: Tensor | None
+    """``[N]``: token i of the runs is row ``index[i]`` of the flattened ``z``; None: row i."""
+    begins: Tensor
+    """``[R]``: the first token of each run."""
+    ends: Tensor
+    """``[R]``: one past its last."""
+    sequence: Tensor
+    """``[R]``: the sequence that each run belongs to, never decreasing."""
+
+
+def host_segments(batch: int, length: int, groups: Tensor | None, cu_seqlens: Tensor | None) -> HostSegments:
+    """The runs of tokens that pair, for ``groups`` and ``cu_seqlens`` on the CPU."""
+    if groups is None:
+        if cu_seqlens is None:
+            bounds = torch.arange(batch + 1) * length
+        else:
+            bounds = cu_seqlens.long()
+        return HostSegments(None, bounds[:-1], bounds[1:], torch.arange(bounds.numel() - 1))
+    if cu_seqlens is None:
+        sequence = torch.arange(batch).repeat_interleave(length)
+    else:
+        sequence = segment_of_token(cu_seqlens, length)
+    ids = groups.flatten()
+    # Sorted by sequence and, within it, by group; the tokens without a group dropped.
+    by_group = ids.argsort(stable=True)
+    order = by_group[sequence[by_group].argsort(stable=True)]
+    index = order[ids[order] >= 0]
+    ids, sequence = ids[index], sequence[index]
+    new_run = torch.ones(index.numel(), dtype=torch.bool)
+    new_run[1:] = (ids[1:] != ids[:-1]) | (sequence[1:] != sequence[:-1])
+    begins = new_run.nonzero().flatten()
+    ends = torch.cat([begins[1:], torch.tensor([index.numel()])]) if begins.numel() else begins
+    return HostSegments(index, begins, ends, sequence[begins])

@@ -1,0 +1,470 @@
+"""The torch backend: the symmetric sweep over tiles of pairs with library matrix products, on any device.
+
+A pair of tiles (I, J), I <= J, of a sequence's tokens computes its similarities S = X_I X_J^T once and feeds both
+G_I += W X_J and G_J += W^T X_I, where W holds the slopes: 3 B L^2 F FLOPs for loss and gradient (1 for the
+similarities, half of them by symmetry, and 2 for the gradient), 1 for the loss alone. What the loss divides the
+gradient by is one number a sequence, so it is multiplied in at the end and one pass over the pairs does. Memory: x and
+G, and a workspace whose size is a constant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dispersion_kernels.potentials import (
+    DistancePotential,
+    ExponentialPotential,
+    L2Repel,
+    PerplexityEntropy,
+    Potential,
+)
+from dispersion_kernels.segments import group_sizes, segment_of_token, within_segments
+
+# Bytes of one tile of similarities: on a CPU it should stay in the last-level cache, on a GPU it must fill the machine.
+_TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+# A range of the exponent that fp32 holds around its middle, sums over 2^31 tokens included.
+_SAFE_RANGE = 80.0
+_NO_PAIR_YET = -1e30
+
+
+class Result(NamedTuple):
+    """What a sweep gives."""
+
+    loss: Tensor
+    """``[S]`` in the accumulation dtype; 0 for a sequence without a pair."""
+    pairs: Tensor
+    """``[S]`` int64: the ordered pairs of each sequence."""
+    grad: Tensor | None
+    """``[B, L, F]`` in the accumulation dtype: d loss of its sequence / d z. None where it was not asked for."""
+
+
+def sweep(
+    z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool
+) -> Result:
+    """Loss of each sequence and, if asked, its gradient. Arguments as in :mod:`dispersion_kernels.segments`.
+
+    On the CPU the packed sequences are swept one by one. On an accelerator their lengths are not read, because that
+    would synchronise: the sweep visits all pairs of the packed row and masks those of different sequences.
+    """
+    if cu_seqlens is None:
+        return _sweep_rows(z, potential, groups, None, with_grad)
+    if cu_seqlens.device.type != "cpu":
+        groups = within_segments(groups, cu_seqlens, z.shape[1])
+        return _sweep_rows(z, potential, groups, cu_seqlens, with_grad)
+    bounds = cu_seqlens.tolist()
+    parts = [
+        _sweep_rows(z[:, begin:end], potential, None if groups is None else groups[:, begin:end], None, with_grad)
+        for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+    if not parts:
+        return _nothing(z, 0, with_grad)
+    return Result(
+        torch.cat([part.loss for part in parts]),
+        torch.cat([part.pairs for part in parts]),
+        torch.cat([part.grad for part in parts if part.grad is not None], 1) if with_grad else None,
+    )
+
+
+def _sweep_rows(
+    z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool
+) -> Result:
+    """The sweep over the rows of ``z``: each a sequence, or, with ``cu_seqlens``, the one that holds them all."""
+    batch, length, features = z.shape
+    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    if batch == 0 or length < 2:
+        return _nothing(z, sequences, with_grad)
+    reduce = _Reduction(batch, length, cu_seqlens)
+    partners = None if groups is None else group_sizes(groups) - 1
+    pairs = _count_pairs(potential, partners, reduce, z)
+
+    # A zero in place of what is not finite keeps it out of other sequences; its own is made NaN at the end.
+    nonfinite = ~torch.linalg.vector_norm(z, math.inf, dim=-1).isfinite()
+    left_out = nonfinite
+    if partners is not None:
+        nonfinite, left_out = nonfinite & (partners > 0), nonfinite | (partners <= 0)
+    x, rows = _transform(z, potential, left_out)
+
+    wide = _wide_dtype(z.device)
+    count = pairs.clamp(min=1).to(wide)
+    if isinstance(potential, PerplexityEntropy):
+        entropy, grad = _perplexity_entropy(x, potential, groups, with_grad)
+        anchors = reduce.sum((partners > 0).to(wide) if partners is not None else torch.ones_like(entropy, dtype=wide))
+        loss = reduce.sum(entropy.to(wide)) / anchors.clamp(min=1)
+        scale = 1 / anchors.clamp(min=1)
+    elif isinstance(potential, ExponentialPotential):
+        log_total, shift, grad = _exponential_sums(x, potential, groups, partners, reduce, with_grad)
+        log_mean = log_total - count.log()
+        loss = torch.logaddexp(log_mean, torch.full_like(log_mean, potential.log_eps).log())
+        scale = 2 / count * (shift - loss).exp()
+    else:
+        total, grad = _sums(x, potential, groups, reduce, with_grad)
+        loss, scale = total / count, 2 / count
+        if potential.reduction == "log_mean":
+            loss, scale = (loss + potential.log_eps).log(), scale / (loss + potential.log_eps)
+
+    poison = torch.zeros_like(loss).masked_fill_(reduce.any(nonfinite), math.nan)
+    loss, scale = loss + poison, scale + poison
+    if isinstance(potential, DistancePotential):
+        scale = scale * (-2 / potential.distance_scale(features))
+    if grad is not None:
+        grad = _transform_backward(grad, x, rows, potential, reduce.spread(scale).to(x.dtype))
+    if isinstance(potential, L2Repel) and potential.norm_weight:
+        loss, grad = _add_norm_penalty(loss, grad, z, potential, partners, reduce)
+    empty = pairs == 0
+    loss = loss.masked_fill(empty, 0.0)
+    if grad is not None:
+        grad.masked_fill_(reduce.spread(empty).unsqueeze(-1), 0.0)
+        if partners is not None:
+            grad.masked_fill_((partners <= 0).unsqueeze(-1), 0.0)
+    return Result(loss.to(x.dtype), pairs, grad)
+
+
+def _nothing(z: Tensor, sequences: int, with_grad: bool) -> Result:
+    """The result where there is no pair at all."""
+    dtype = accumulation_dtype(z.dtype)
+    loss = torch.zeros(sequences, dtype=dtype, device=z.device)
+    pairs = torch.zeros(sequences, dtype=torch.int64, device=z.device)
+    return Result(loss, pairs, torch.zeros_like(z, dtype=dtype) if with_grad else None)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, fp32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _wide_dtype(device: torch.device) -> torch.dtype:
+    """For the few numbers that each sequence has."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class _Reduction:
+    """From values of tokens ``[B, L]`` to values of sequences ``[S]``, and back."""
+
+    def __init__(self, batch: int, length: int, cu_seqlens: Tensor | None) -> None:
+        self.shape = (batch, length)
+        self.offsets = None if cu_seqlens is None else cu_seqlens.long()
+        self.segment = None if cu_seqlens is None else segment_of_token(cu_seqlens, length)
+
+    def sum(self, values: Tensor) -> Tensor:
+        if self.offsets is None:
+            return values.sum(1)
+        return torch.segment_reduce(values[0], "sum", offsets=self.offsets, unsafe=True)
+
+    def max(self, values: Tensor) -> Tensor:
+        if self.offsets is None:
+            return values.amax(1)
+        return torch.segment_reduce(values[0], "max", offsets=self.offsets, unsafe=True, initial=_NO_PAIR_YET)
+
+    def any(self, flags: Tensor) -> Tensor:
+        return self.sum(flags.float()) > 0
+
+    def spread(self, values: Tensor) -> Tensor:
+        """``[B, L]`` (or what broadcasts to it) from ``[S]``."""
+        return values.unsqueeze(1) if self.segment is None else values[self.segment].unsqueeze(0)
+
+
+def _count_pairs(potential: Potential, partners: Tensor | None, reduce: _Reduction, z: Tensor) -> Tensor:
+    """The ordered pairs of each sequence."""
+    with_itself = int(getattr(potential, "include_diagonal", False))
+    if partners is None:
+        batch, length = reduce.shape
+        return torch.full((batch,), length * (length - 1 + with_itself), dtype=torch.int64, device=z.device)
+    per_token = (partners + with_itself).masked_fill(partners <= 0, 0)
+    # float64 holds every count up to 2^53; segment_reduce has no integers. MPS has no float64 and no packed input.
+    return per_token.sum(1) if reduce.offsets is None else reduce.sum(per_token.double()).long()
+
+
+class _Rows(NamedTuple):
+    """What the gradient of the row transform needs of each token, ``[B, L, 1]``."""
+
+    inverse: Tensor
+    """1 / (r + eps), where r is the norm that was divided by; 0 where x was set to 0."""
+    ratio: Tensor
+    """(r + eps) / r, 0 where r is 0."""
+
+
+def _transform(z: Tensor, potential: Potential, left_out: Tensor) -> tuple[Tensor, _Rows | None]:
+    """x ``[B, L, F]`` in the accumulation dtype, 0 for the tokens left out, and what its gradient needs."""
+    x = z.to(accumulation_dtype(z.dtype), copy=True).masked_fill_(left_out.unsqueeze(-1), 0.0)
+    if potential.row_transform == "none":
+        # Distances do not change when the mean is subtracted, and their computation from inner products cancels less.
+        kept = (~left_out).sum(1).clamp(min=1).view(-1, 1, 1)
+        return x.sub_(x.sum(1, keepdim=True) / kept).masked_fill_(left_out.unsqueeze(-1), 0.0), None
+    if potential.row_transform == "standardize":
+        # The rounded mean of a constant token may differ from its features; it must not be blown up to length 1.
+        constant = (x == x[:, :, :1]).all(-1, keepdim=True)
+        x.sub_(x.mean(-1, keepdim=True)).masked_fill_(constant, 0.0)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    denominator = norm + potential.norm_eps
+    inverse = torch.where(denominator > 0, 1 / denominator, torch.zeros_like(norm))
+    # A norm that overflows would make x 0, and the loss a finite number that is wrong.
+    inverse = torch.where(norm.isfinite(), inverse, torch.full_like(norm, math.nan))
+    ratio = torch.where(norm > 0, denominator / norm, torch.zeros_like(norm))
+    return x.mul_(inverse), _Rows(inverse, ratio)
+
+
+def _transform_backward(grad: Tensor, x: Tensor, rows: _Rows | None, potential: Potential, scale: Tensor) -> Tensor:
+    """``dz = u / (r + eps) - z (z . u) / (r (r + eps)^2)`` with ``u = scale * grad``, in place of ``grad``."""
+    if rows is None:
+        return grad.mul_(scale.unsqueeze(-1))
+    if potential.row_transform == "standardize":
+        grad.sub_(grad.mean(-1, keepdim=True))
+    grad.mul_(rows.inverse * scale.unsqueeze(-1))
+    along = torch.linalg.vecdot(x, grad).unsqueeze(-1) * rows.ratio
+    return grad.addcmul_(x, along, value=-1)
+
+
+def _add_norm_penalty(
+    loss: Tensor, grad: Tensor | None, z: Tensor, potential: L2Repel, partners: Tensor | None, reduce: _Reduction
+) -> tuple[Tensor, Tensor | None]:
+    """The term norm_weight * mean(z^2), over the features of the tokens that have a partner."""
+    batch, length, features = z.shape
+    wide = z.to(accumulation_dtype(z.dtype))
+    squares = wide.square().sum(-1).to(loss.dtype)
+    weights = torch.ones_like(squares) if partners is None else (partners > 0).to(squares.dtype)
+    if partners is not None:
+        squares = squares.masked_fill(partners <= 0, 0.0)
+    per_token = potential.norm_weight / (reduce.sum(weights).clamp(min=1) * features)
+    loss = loss + reduce.sum(squares) * per_token
+    if grad is not None:
+        grad = grad.add_(wide * (2 * reduce.spread(per_token).to(grad.dtype)).unsqueeze(-1))
+    return loss, grad
+
+
+class _Tile(NamedTuple):
+    """A pair of tiles: rows ``batch`` of x, its tokens ``i`` against its tokens ``j``."""
+
+    batch: slice
+    i: slice
+    j: slice
+    diagonal: bool
+    """Whether i and j are the same tokens; the tile then holds every pair in both orders."""
+
+    def sides(self) -> tuple[tuple[slice, slice, int], ...]:
+        """The tokens whose sums the tile adds to, those it sums over, and the dimension of the tile that these are."""
+        both = (self.i, self.j, 2), (self.j, self.i, 1)
+        return both[:1] if self.diagonal else both
+
+
+def _tiles(x: Tensor) -> Iterator[_Tile]:
+    """The upper triangle of tile pairs of every row, rows together where a tile has room for several."""
+    batch, length, _ = x.shape
+    budget = _TILE_BYTES.get(x.device.type, _TILE_BYTES["cuda"]) // x.element_size()
+    count = math.ceil(length / math.isqrt(budget))
+    size = math.ceil(length / count)
+    rows = max(1, budget // (size * size))
+    for b in range(0, batch, rows):
+        for i in range(0, length, size):
+            for j in range(i, length, size):
+                yield _Tile(slice(b, b + rows), slice(i, i + size), slice(j, j + size), i == j)
+
+
+def _similarities(x: Tensor, tile: _Tile) -> Tensor:
+    return torch.bmm(x[tile.batch, tile.i], x[tile.batch, tile.j].transpose(1, 2))
+
+
+def _forbidden(groups: Tensor | None, tile: _Tile) -> Tensor | None:
+    """Which entries of a tile are no pairs, the diagonal aside; None: all are pairs."""
+    if groups is None:
+        return None
+    i, j = groups[tile.batch, tile.i].unsqueeze(2), groups[tile.batch, tile.j].unsqueeze(1)
+    return (i != j) | (i < 0)
+
+
+def _leave_out(tile_values: Tensor, tile: _Tile, forbidden: Tensor | None, value: float) -> None:
+    """Puts ``value`` at the entries that are no pairs, the diagonal among them."""
+    if forbidden is not None:
+        tile_values.masked_fill_(forbidden, value)
+    if tile.diagonal:
+        tile_values.diagonal(dim1=1, dim2=2).fill_(value)
+
+
+def _accumulate(grad: Tensor, x: Tensor, tile: _Tile, weights: Tensor) -> None:
+    """G_I += W X_J and, off the diagonal, G_J += W^T X_I."""
+    for side, others, dim in tile.sides():
+        part = grad[tile.batch, side]
+        part.baddbmm_(weights if dim == 2 else weights.transpose(1, 2), x[tile.batch, others])
+
+
+def _sums(
+    x: Tensor, potential: Potential, groups: Tensor | None, reduce: _Reduction, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``sum psi`` of each sequence, and G, for a potential that is a function of c and needs no shift."""
+    total = _PairTotal(x, reduce)
+    grad = torch.zeros_like(x) if with_grad else None
+    for tile in _tiles(x):
+        c = _similarities(x, tile)
+        forbidden = _forbidden(groups, tile)
+        psi = potential.value(c)
+        _leave_out(psi, tile, forbidden, 0.0)
+        total.add(psi, tile)
+        if grad is not None:
+            slope = potential.slope(c)
+            _leave_out(slope, tile, forbidden, 0.0)
+            _accumulate(grad, x, tile, slope)
+    return total.of_sequences(), grad
+
+
+class _PairTotal:
+    """The sum of psi over all ordered pairs of each sequence, tile by tile."""
+
+    def __init__(self, x: Tensor, reduce: _Reduction) -> None:
+        self.reduce = reduce
+        # Sequences that share a row are told apart by token; else one number a row is enough.
+        shape = x.shape[:1] if reduce.offsets is None else x.shape[:2]
+        self.value = torch.zeros(shape, dtype=_wide_dtype(x.device), device=x.device)
+
+    def add(self, psi: Tensor, tile: _Tile) -> None:
+        if self.reduce.offsets is None:
+            self.value[tile.batch] += psi.sum((1, 2)) * (1 if tile.diagonal else 2)
+            return
+        self.value[tile.batch, tile.i] += psi.sum(2)
+        if not tile.diagonal:
+            self.value[tile.batch, tile.j] += psi.sum(1)
+
+    def of_sequences(self) -> Tensor:
+        return self.value if self.reduce.offsets is None else self.reduce.sum(self.value)
+
+
+def _exponential_sums(
+    x: Tensor,
+    potential: ExponentialPotential,
+    groups: Tensor | None,
+    partners: Tensor | None,
+    reduce: _Reduction,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``log sum psi`` of each sequence, the shift that G is in units of the exponential of, and G.
+
+    Where the exponent's range is small one fixed shift in its middle is enough; else each token keeps the largest
+    exponent it has met, as in an online softmax, and what it has summed is rescaled when that grows.
+    """
+    if not isinstance(potential, DistancePotential):
+        low, high = potential.exponent_range()
+        if high - low <= _SAFE_RANGE:
+            return _bounded_exponential_sums(x, potential, (low + high) / 2, groups, reduce, with_grad)
+
+    with_itself = isinstance(potential, DistancePotential) and potential.include_diagonal
+    squares = x.square().sum(-1)
+    largest = torch.full_like(squares, 0.0 if with_itself else _NO_PAIR_YET)
+    row_sum = torch.zeros_like(squares)
+    grad = torch.zeros_like(x) if with_grad else None
+    for tile in _tiles(x):
+        c = _similarities(x, tile)
+        if isinstance(potential, DistancePotential):
+            exponent = _negative_squared_distances_(c, squares, tile).mul_(1 / potential.distance_scale(x.shape[2]))
+            slope = None
+        else:
+            exponent, slope = potential.exponent(c), potential.exponent_slope(c) if with_grad else None
+        _leave_out(exponent, tile, _forbidden(groups, tile), -math.inf)
+        for side, others, dim in tile.sides():
+            before = largest[tile.batch, side]
+            now = torch.maximum(before, exponent.amax(dim))
+            weights = (exponent - now.unsqueeze(dim)).exp_()
+            shrink = (before - now).exp_()
+            row_sum[tile.batch, side] = row_sum[tile.batch, side] * shrink + weights.sum(dim)
+            largest[tile.batch, side] = now
+            if grad is not None:
+                if slope is not None:
+                    weights.mul_(slope)
+                part = grad[tile.batch, side].mul_(shrink.unsqueeze(-1))
+                part.baddbmm_(weights if dim == 2 else weights.transpose(1, 2), x[tile.batch, others])
+    shift = reduce.max(largest)
+    # _NO_PAIR_YET is finite, so a sequence without a pair gives exp(0), not exp(inf - inf).
+    relative = (largest - reduce.spread(shift)).exp_()
+    total = row_sum.clone()
+    if with_itself:
+        total += 1 if partners is None else (partners > 0).to(total.dtype)
+    shift = shift.to(_wide_dtype(x.device))
+    log_total = reduce.sum((total * relative).to(shift.dtype)).log() + shift
+    if grad is not None:
+        if isinstance(potential, DistancePotential):
+            # sum_j w_ij (z_i - z_j): what the sweep has summed is the second half.
+            grad.neg_().addcmul_(x, row_sum.unsqueeze(-1))
+        grad.mul_(relative.unsqueeze(-1))
+    return log_total, shift, grad
+
+
+def _negative_squared_distances_(c: Tensor, squares: Tensor, tile: _Tile) -> Tensor:
+    """-|x_i - x_j|^2 in place of c, from the inner products and the squared norms."""
+    c.mul_(2).sub_(squares[tile.batch, tile.i].unsqueeze(2)).sub_(squares[tile.batch, tile.j].unsqueeze(1))
+    return c.clamp_(max=0)
+
+
+def _bounded_exponential_sums(
+    x: Tensor,
+    potential: ExponentialPotential,
+    shift: float,
+    groups: Tensor | None,
+    reduce: _Reduction,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    total = _PairTotal(x, reduce)
+    grad = torch.zeros_like(x) if with_grad else None
+    for tile in _tiles(x):
+        c = _similarities(x, tile)
+        psi = potential.exponent(c).sub_(shift).exp_()
+        _leave_out(psi, tile, _forbidden(groups, tile), 0.0)
+        total.add(psi, tile)
+        if grad is not None:
+            _accumulate(grad, x, tile, psi.mul_(potential.exponent_slope(c)))
+    sums = total.of_sequences()
+    return sums.log() + shift, torch.full_like(sums, shift), grad
+
+
+def _perplexity_entropy(
+    x: Tensor, potential: PerplexityEntropy, groups: Tensor | None, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``sum_j P_ij log2(P_ij + eps)`` of each token ``[B, L]``, and the gradient of their sum over each row.
+
+    With e_ij = -|z_i - z_j|^2 / sigma2, P_ij = exp(e_ij - lse_i), h = log2(P + eps) and g = dP h / dP =
+    h + P / ((P + eps) ln 2): d/de_ij = A_ij = P_ij (g_ij - sum_k P_ik g_ik), and
+    dz_i = -2 / sigma2 * sum_j (A_ij + A_ji) (z_i - z_j). Three passes: lse; entropy and sum_k P g; A.
+    """
+    squares = x.square().sum(-1)
+
+    def exponents(tile: _Tile) -> Tensor:
+        e = _negative_squared_distances_(_similarities(x, tile), squares, tile).mul_(1 / potential.sigma2)
+        _leave_out(e, tile, _forbidden(groups, tile), -math.inf)
+        return e
+
+    lse = torch.full_like(squares, _NO_PAIR_YET)
+    for tile in _tiles(x):
+        e = exponents(tile)
+        for side, _, dim in tile.sides():
+            lse[tile.batch, side] = torch.logaddexp(lse[tile.batch, side], e.logsumexp(dim))
+
+    def probabilities(e: Tensor, tile: _Tile, side: slice, dim: int) -> tuple[Tensor, Tensor]:
+        p = (e - lse[tile.batch, side].unsqueeze(dim)).exp_()
+        return p, (p + potential.eps).log2_()
+
+    def derivative(p: Tensor, h: Tensor) -> Tensor:
+        return h + p / ((p + potential.eps) * math.log(2))
+
+    entropy, expected = torch.zeros_like(squares), torch.zeros_like(squares)
+    for tile in _tiles(x):
+        e = exponents(tile)
+        for side, _, dim in tile.sides():
+            p, h = probabilities(e, tile, side, dim)
+            entropy[tile.batch, side] += (p * h).sum(dim)
+            if with_grad:
+                expected[tile.batch, side] += (p * derivative(p, h)).sum(dim)
+    if not with_grad:
+        return entropy, None
+
+    grad, row_sum = torch.zeros_like(x), torch.zeros_like(squares)
+    for tile in _tiles(x):
+        e = exponents(tile)
+        weights = torch.zeros_like(e)
+        for side, dim in ((tile.i, 2), (tile.j, 1)):
+            p, h = probabilities(e, tile, side, dim)
+            weights += p * (derivative(p, h) - expected[tile.batch, side].unsqueeze(dim))
+        for side, _, dim in tile.sides():
+            row_sum[tile.batch, side] += weights.sum(dim)
+        _accumulate(grad, x, tile, weights)
+    return entropy, grad.neg_().addcmul_(x, row_sum.unsqueeze(-1)).mul_(-2 / potential.sigma2)
