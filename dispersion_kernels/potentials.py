@@ -86,32 +86,36 @@ class Potential:
 
 
 class ExponentialPotential(Potential):
-    """psi = exp(exponent). Kept apart from exp so that the sweep can shift the exponent, as a softmax does, and never
-    overflows or underflows."""
+    """psi = exp(e). The exponent is kept apart so that the sweep can shift it, as a softmax does, and never overflows
+    or underflows."""
 
-    def exponent(self, c: Tensor) -> Tensor:
-        """log psi(c), elementwise."""
+    slope_factor: float
+    """A constant that the slope of the exponent is to be multiplied by, once, at the end of the sweep."""
+
+    def exponent_(self, c: Tensor, slope: Tensor | None = None) -> Tensor:
+        """The exponent e(c), in place of c. The derivative of e by c over ``slope_factor``, where it is not 1
+        (``varying_slope``), goes to ``slope``, of the shape of c, if that is given."""
         raise NotImplementedError
 
-    def exponent_slope(self, c: Tensor) -> Tensor:
-        """The derivative of log psi with respect to c (or what stands in its place), elementwise."""
-        raise NotImplementedError
+    varying_slope: ClassVar[bool] = False
 
     def exponent_range(self) -> tuple[float, float]:
-        """Bounds of the exponent over all tokens; infinite where there are none."""
+        """Bounds of the exponent over all tokens."""
         raise NotImplementedError
 
     def value(self, c: Tensor) -> Tensor:
-        return self.exponent(c).exp()
+        return self.exponent_(c.clone()).exp_()
 
     def slope(self, c: Tensor) -> Tensor:
-        return self.exponent_slope(c).mul(self.value(c))
+        slope = torch.ones_like(c)
+        return self.exponent_(c.clone(), slope).exp_().mul_(slope).mul_(self.slope_factor)
 
 
 class DistancePotential(ExponentialPotential):
     """psi = exp(-|z_i - z_j|^2 / scale), a function of the distance alone."""
 
     row_transform: ClassVar[Literal["normalize", "standardize", "none"]] = "none"
+    slope_factor = 1.0
     include_diagonal: bool
 
     def distance_scale(self, features: int) -> float:
@@ -149,15 +153,20 @@ class AngularSpread(ExponentialPotential):
     def log_eps(self) -> float:  # type: ignore[override]
         return self.eps
 
-    def exponent(self, c: Tensor) -> Tensor:
-        return c.clamp(self.clamp - 1, 1 - self.clamp).acos_().mul_(-1 / (math.pi * self.tau))
+    varying_slope: ClassVar[bool] = True
 
-    def exponent_slope(self, c: Tensor) -> Tensor:
-        return _inverse_sine(c, self.clamp).mul_(1 / (math.pi * self.tau))
+    @property
+    def slope_factor(self) -> float:  # type: ignore[override]
+        return 1 / (math.pi * self.tau)
+
+    def exponent_(self, c: Tensor, slope: Tensor | None = None) -> Tensor:
+        c.clamp_(self.clamp - 1, 1 - self.clamp)
+        if slope is not None:
+            _inverse_sine(c, self.clamp, slope)
+        return c.acos_().mul_(-self.slope_factor)
 
     def exponent_range(self) -> tuple[float, float]:
-        scale = -1 / (math.pi * self.tau)
-        return math.acos(self.clamp - 1) * scale, math.acos(1 - self.clamp) * scale
+        return -math.acos(self.clamp - 1) * self.slope_factor, -math.acos(1 - self.clamp) * self.slope_factor
 
 
 @dataclass(frozen=True)
@@ -191,14 +200,16 @@ class Orthogonalization(Potential):
         return self.eps
 
     def value(self, c: Tensor) -> Tensor:
-        return self._shortfall(c).square_()
+        return self._shortfall(c.clamp(self.clamp - 1, 1 - self.clamp)).square_()
 
     def slope(self, c: Tensor) -> Tensor:
-        return self._shortfall(c).mul_(2 / math.pi).mul_(_inverse_sine(c, self.clamp))
+        clipped = c.clamp(self.clamp - 1, 1 - self.clamp)
+        slope = _inverse_sine(clipped, self.clamp, torch.empty_like(c))
+        return slope.mul_(self._shortfall(clipped)).mul_(2 / math.pi)
 
-    def _shortfall(self, c: Tensor) -> Tensor:
-        angle = c.clamp(self.clamp - 1, 1 - self.clamp).acos_()
-        return angle.mul_(-1 / math.pi).add_(self.margin).clamp_(min=0)
+    def _shortfall(self, clipped: Tensor) -> Tensor:
+        """max(0, margin - D), in place."""
+        return clipped.acos_().mul_(-1 / math.pi).add_(self.margin).clamp_(min=0)
 
 
 @dataclass(frozen=True)
@@ -294,11 +305,12 @@ class Uniformity(ExponentialPotential):
     def name(cls) -> str:
         return "uniformity"
 
-    def exponent(self, c: Tensor) -> Tensor:
-        return c.sub(1).mul_(2 * self.t)
+    @property
+    def slope_factor(self) -> float:  # type: ignore[override]
+        return 2 * self.t
 
-    def exponent_slope(self, c: Tensor) -> Tensor:
-        return torch.full_like(c, 2 * self.t)
+    def exponent_(self, c: Tensor, slope: Tensor | None = None) -> Tensor:
+        return c.sub_(1).mul_(2 * self.t)
 
     def exponent_range(self) -> tuple[float, float]:
         return -4 * self.t, 0.0
@@ -370,11 +382,12 @@ def resolve_potential(potential: str | Potential, **overrides: float | None) -> 
     return cls(**given)
 
 
-def _inverse_sine(c: Tensor, clamp: float) -> Tensor:
-    """1 / sqrt(1 - clip(c)^2). At clamp = 0 the limit, infinite at |c| = 1, is held at what fp32 resolves of c."""
-    clipped = c.clamp(clamp - 1, 1 - clamp)
-    sine_squared = torch.addcmul(torch.ones((), dtype=c.dtype, device=c.device), clipped, clipped, value=-1)
-    return sine_squared.clamp_(min=torch.finfo(c.dtype).eps).rsqrt_()
+def _inverse_sine(clipped: Tensor, clamp: float, out: Tensor) -> Tensor:
+    """1 / sqrt(1 - clip(c)^2). With clamp = 0 it is infinite at |c| = 1, and held at what the dtype resolves of c."""
+    torch.addcmul(clipped.new_ones(()), clipped, clipped, value=-1, out=out)
+    if clamp == 0:
+        out.clamp_(min=torch.finfo(out.dtype).eps)
+    return out.rsqrt_()
 
 
 def _check_positive(potential: Potential, field: str) -> None:

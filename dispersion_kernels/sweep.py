@@ -10,7 +10,7 @@ G, and a workspace whose size is a constant.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,12 +82,14 @@ def _sweep_rows(
     partners = None if groups is None else group_sizes(groups) - 1
     pairs = _count_pairs(potential, partners, reduce, z)
 
-    # A zero in place of what is not finite keeps it out of other sequences; its own is made NaN at the end.
-    nonfinite = ~torch.linalg.vector_norm(z, math.inf, dim=-1).isfinite()
+    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=accumulation_dtype(z.dtype))
+    # A zero in place of what is not finite keeps it out of other sequences; its own is made NaN at the end. So is one
+    # whose norm overflows: its x would be 0, and the loss a finite number that is wrong.
+    nonfinite = ~norm.squeeze(-1).isfinite()
     left_out = nonfinite
     if partners is not None:
         nonfinite, left_out = nonfinite & (partners > 0), nonfinite | (partners <= 0)
-    x, rows = _transform(z, potential, left_out)
+    x, rows = _transform(z, norm, potential, left_out)
 
     wide = _wide_dtype(z.device)
     count = pairs.clamp(min=1).to(wide)
@@ -111,6 +113,8 @@ def _sweep_rows(
     loss, scale = loss + poison, scale + poison
     if isinstance(potential, DistancePotential):
         scale = scale * (-2 / potential.distance_scale(features))
+    elif isinstance(potential, ExponentialPotential):
+        scale = scale * potential.slope_factor
     if grad is not None:
         grad = _transform_backward(grad, x, rows, potential, reduce.spread(scale).to(x.dtype))
     if isinstance(potential, L2Repel) and potential.norm_weight:
@@ -188,35 +192,48 @@ class _Rows(NamedTuple):
     """(r + eps) / r, 0 where r is 0."""
 
 
-def _transform(z: Tensor, potential: Potential, left_out: Tensor) -> tuple[Tensor, _Rows | None]:
+def _transform(z: Tensor, norm: Tensor, potential: Potential, left_out: Tensor) -> tuple[Tensor, _Rows | None]:
     """x ``[B, L, F]`` in the accumulation dtype, 0 for the tokens left out, and what its gradient needs."""
-    x = z.to(accumulation_dtype(z.dtype), copy=True).masked_fill_(left_out.unsqueeze(-1), 0.0)
-    if potential.row_transform == "none":
-        # Distances do not change when the mean is subtracted, and their computation from inner products cancels less.
-        kept = (~left_out).sum(1).clamp(min=1).view(-1, 1, 1)
-        return x.sub_(x.sum(1, keepdim=True) / kept).masked_fill_(left_out.unsqueeze(-1), 0.0), None
+    if potential.row_transform == "normalize":
+        rows = _inverse_norms(norm, potential.norm_eps)
+        return (z * rows.inverse).masked_fill_(left_out.unsqueeze(-1), 0.0), rows
+    x = z.to(norm.dtype, copy=True).masked_fill_(left_out.unsqueeze(-1), 0.0)
     if potential.row_transform == "standardize":
         # The rounded mean of a constant token may differ from its features; it must not be blown up to length 1.
         constant = (x == x[:, :, :1]).all(-1, keepdim=True)
         x.sub_(x.mean(-1, keepdim=True)).masked_fill_(constant, 0.0)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    denominator = norm + potential.norm_eps
+        rows = _inverse_norms(torch.linalg.vector_norm(x, dim=-1, keepdim=True), 0.0)
+        return x.mul_(rows.inverse), rows
+    # Distances do not change when the mean is subtracted, and their computation from inner products cancels less.
+    kept = (~left_out).sum(1).clamp(min=1).view(-1, 1, 1)
+    return x.sub_(x.sum(1, keepdim=True) / kept).masked_fill_(left_out.unsqueeze(-1), 0.0), None
+
+
+def _inverse_norms(norm: Tensor, eps: float) -> _Rows:
+    denominator = norm + eps
     inverse = torch.where(denominator > 0, 1 / denominator, torch.zeros_like(norm))
-    # A norm that overflows would make x 0, and the loss a finite number that is wrong.
-    inverse = torch.where(norm.isfinite(), inverse, torch.full_like(norm, math.nan))
-    ratio = torch.where(norm > 0, denominator / norm, torch.zeros_like(norm))
-    return x.mul_(inverse), _Rows(inverse, ratio)
+    return _Rows(inverse, torch.where(norm > 0, denominator / norm, torch.zeros_like(norm)))
 
 
 def _transform_backward(grad: Tensor, x: Tensor, rows: _Rows | None, potential: Potential, scale: Tensor) -> Tensor:
     """``dz = u / (r + eps) - z (z . u) / (r (r + eps)^2)`` with ``u = scale * grad``, in place of ``grad``."""
     if rows is None:
         return grad.mul_(scale.unsqueeze(-1))
-    if potential.row_transform == "standardize":
-        grad.sub_(grad.mean(-1, keepdim=True))
-    grad.mul_(rows.inverse * scale.unsqueeze(-1))
-    along = torch.linalg.vecdot(x, grad).unsqueeze(-1) * rows.ratio
-    return grad.addcmul_(x, along, value=-1)
+    factor = rows.inverse * scale.unsqueeze(-1)
+    # In blocks of tokens that stay in the cache between the passes over them.
+    block = max(1, _TILE_BYTES["cpu"] // (grad.shape[2] * grad.element_size())) if grad.device.type == "cpu" else None
+    for g, f, xs, ratio in zip(*(_blocks(t, block) for t in (grad, factor, x, rows.ratio)), strict=True):
+        if potential.row_transform == "standardize":
+            g.sub_(g.mean(-1, keepdim=True))
+        g.mul_(f)
+        g.addcmul_(xs, (xs * g).sum(-1, keepdim=True).mul_(ratio), value=-1)
+    return grad
+
+
+def _blocks(values: Tensor, block: int | None) -> Sequence[Tensor]:
+    """``[B, L, n]`` as blocks of tokens ``[block, n]``; None: one block."""
+    tokens = values.view(-1, values.shape[-1])
+    return (tokens,) if block is None else tokens.split(block)
 
 
 def _add_norm_penalty(
@@ -251,44 +268,54 @@ class _Tile(NamedTuple):
         return both[:1] if self.diagonal else both
 
 
-def _tiles(x: Tensor) -> Iterator[_Tile]:
-    """The upper triangle of tile pairs of every row, rows together where a tile has room for several."""
-    batch, length, _ = x.shape
-    budget = _TILE_BYTES.get(x.device.type, _TILE_BYTES["cuda"]) // x.element_size()
-    count = math.ceil(length / math.isqrt(budget))
-    size = math.ceil(length / count)
-    rows = max(1, budget // (size * size))
-    for b in range(0, batch, rows):
-        for i in range(0, length, size):
-            for j in range(i, length, size):
-                yield _Tile(slice(b, b + rows), slice(i, i + size), slice(j, j + size), i == j)
+class _Pairs:
+    """The tile pairs of every row of x, the workspace they share, and which of their entries are pairs."""
 
+    def __init__(self, x: Tensor, groups: Tensor | None) -> None:
+        batch, length, _ = x.shape
+        budget = _TILE_BYTES.get(x.device.type, _TILE_BYTES["cuda"]) // x.element_size()
+        self.x, self.groups = x, groups
+        self.size = math.ceil(length / math.ceil(length / math.isqrt(budget)))
+        self.rows = min(max(1, budget // self.size**2), batch)
+        # Allocated once: fresh memory for every tile would cost a page fault for every 1,024 pairs.
+        self.workspace = [x.new_empty(self.rows * self.size**2) for _ in range(2)]
 
-def _similarities(x: Tensor, tile: _Tile) -> Tensor:
-    return torch.bmm(x[tile.batch, tile.i], x[tile.batch, tile.j].transpose(1, 2))
+    def __iter__(self) -> Iterator[_Tile]:
+        """The upper triangle of tile pairs, several rows at once where a tile has room for them."""
+        batch, length, _ = self.x.shape
+        for b in range(0, batch, self.rows):
+            for i in range(0, length, self.size):
+                for j in range(i, length, self.size):
+                    ends = (min(b + self.rows, batch), min(i + self.size, length), min(j + self.size, length))
+                    yield _Tile(slice(b, ends[0]), slice(i, ends[1]), slice(j, ends[2]), i == j)
 
+    def similarities(self, tile: _Tile) -> Tensor:
+        """X_I X_J^T, in the first workspace."""
+        out = self._view(0, tile)
+        return torch.bmm(self.x[tile.batch, tile.i], self.x[tile.batch, tile.j].transpose(1, 2), out=out)
 
-def _forbidden(groups: Tensor | None, tile: _Tile) -> Tensor | None:
-    """Which entries of a tile are no pairs, the diagonal aside; None: all are pairs."""
-    if groups is None:
-        return None
-    i, j = groups[tile.batch, tile.i].unsqueeze(2), groups[tile.batch, tile.j].unsqueeze(1)
-    return (i != j) | (i < 0)
+    def scratch(self, tile: _Tile) -> Tensor:
+        """The second workspace, uninitialised."""
+        return self._view(1, tile)
 
+    def _view(self, number: int, tile: _Tile) -> Tensor:
+        shape = [part.stop - part.start for part in (tile.batch, tile.i, tile.j)]
+        return self.workspace[number][: math.prod(shape)].view(shape)
 
-def _leave_out(tile_values: Tensor, tile: _Tile, forbidden: Tensor | None, value: float) -> None:
-    """Puts ``value`` at the entries that are no pairs, the diagonal among them."""
-    if forbidden is not None:
-        tile_values.masked_fill_(forbidden, value)
-    if tile.diagonal:
-        tile_values.diagonal(dim1=1, dim2=2).fill_(value)
+    def leave_out(self, tile: _Tile, values: Tensor, value: float) -> None:
+        """Puts ``value`` at the entries that are no pairs, the diagonal among them."""
+        if self.groups is not None:
+            i, j = self.groups[tile.batch, tile.i].unsqueeze(2), self.groups[tile.batch, tile.j].unsqueeze(1)
+            # x is 0 for a token with a negative group, but psi need not be.
+            values.masked_fill_((i != j) | (i < 0), value)
+        if tile.diagonal:
+            values.diagonal(dim1=1, dim2=2).fill_(value)
 
-
-def _accumulate(grad: Tensor, x: Tensor, tile: _Tile, weights: Tensor) -> None:
-    """G_I += W X_J and, off the diagonal, G_J += W^T X_I."""
-    for side, others, dim in tile.sides():
-        part = grad[tile.batch, side]
-        part.baddbmm_(weights if dim == 2 else weights.transpose(1, 2), x[tile.batch, others])
+    def accumulate(self, grad: Tensor, tile: _Tile, weights: Tensor) -> None:
+        """G_I += W X_J and, off the diagonal, G_J += W^T X_I."""
+        for side, others, dim in tile.sides():
+            part = grad[tile.batch, side]
+            part.baddbmm_(weights if dim == 2 else weights.transpose(1, 2), self.x[tile.batch, others])
 
 
 def _sums(
@@ -297,16 +324,16 @@ def _sums(
     """``sum psi`` of each sequence, and G, for a potential that is a function of c and needs no shift."""
     total = _PairTotal(x, reduce)
     grad = torch.zeros_like(x) if with_grad else None
-    for tile in _tiles(x):
-        c = _similarities(x, tile)
-        forbidden = _forbidden(groups, tile)
+    pairs = _Pairs(x, groups)
+    for tile in pairs:
+        c = pairs.similarities(tile)
         psi = potential.value(c)
-        _leave_out(psi, tile, forbidden, 0.0)
+        pairs.leave_out(tile, psi, 0.0)
         total.add(psi, tile)
         if grad is not None:
             slope = potential.slope(c)
-            _leave_out(slope, tile, forbidden, 0.0)
-            _accumulate(grad, x, tile, slope)
+            pairs.leave_out(tile, slope, 0.0)
+            pairs.accumulate(grad, tile, slope)
     return total.of_sequences(), grad
 
 
@@ -347,25 +374,28 @@ def _exponential_sums(
     if not isinstance(potential, DistancePotential):
         low, high = potential.exponent_range()
         if high - low <= _SAFE_RANGE:
-            return _bounded_exponential_sums(x, potential, (low + high) / 2, groups, reduce, with_grad)
+            # Left alone where exp neither overflows nor vanishes, which saves a pass.
+            shift = 0.0 if -_SAFE_RANGE / 2 <= low and high <= _SAFE_RANGE / 2 else (low + high) / 2
+            return _bounded_exponential_sums(x, potential, shift, groups, reduce, with_grad)
 
     with_itself = isinstance(potential, DistancePotential) and potential.include_diagonal
     squares = x.square().sum(-1)
     largest = torch.full_like(squares, 0.0 if with_itself else _NO_PAIR_YET)
     row_sum = torch.zeros_like(squares)
     grad = torch.zeros_like(x) if with_grad else None
-    for tile in _tiles(x):
-        c = _similarities(x, tile)
+    pairs = _Pairs(x, groups)
+    for tile in pairs:
+        exponent = pairs.similarities(tile)
+        slope = torch.empty_like(exponent) if with_grad and potential.varying_slope else None
         if isinstance(potential, DistancePotential):
-            exponent = _negative_squared_distances_(c, squares, tile).mul_(1 / potential.distance_scale(x.shape[2]))
-            slope = None
+            _negative_squared_distances_(exponent, squares, tile).mul_(1 / potential.distance_scale(x.shape[2]))
         else:
-            exponent, slope = potential.exponent(c), potential.exponent_slope(c) if with_grad else None
-        _leave_out(exponent, tile, _forbidden(groups, tile), -math.inf)
+            potential.exponent_(exponent, slope)
+        pairs.leave_out(tile, exponent, -math.inf)
         for side, others, dim in tile.sides():
             before = largest[tile.batch, side]
             now = torch.maximum(before, exponent.amax(dim))
-            weights = (exponent - now.unsqueeze(dim)).exp_()
+            weights = torch.sub(exponent, now.unsqueeze(dim), out=pairs.scratch(tile)).exp_()
             shrink = (before - now).exp_()
             row_sum[tile.batch, side] = row_sum[tile.batch, side] * shrink + weights.sum(dim)
             largest[tile.batch, side] = now
@@ -384,7 +414,7 @@ def _exponential_sums(
     log_total = reduce.sum((total * relative).to(shift.dtype)).log() + shift
     if grad is not None:
         if isinstance(potential, DistancePotential):
-            # sum_j w_ij (z_i - z_j): what the sweep has summed is the second half.
+            # sum_j w_ij (z_i - z_j): the sweep has summed the second half.
             grad.neg_().addcmul_(x, row_sum.unsqueeze(-1))
         grad.mul_(relative.unsqueeze(-1))
     return log_total, shift, grad
@@ -406,13 +436,17 @@ def _bounded_exponential_sums(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     total = _PairTotal(x, reduce)
     grad = torch.zeros_like(x) if with_grad else None
-    for tile in _tiles(x):
-        c = _similarities(x, tile)
-        psi = potential.exponent(c).sub_(shift).exp_()
-        _leave_out(psi, tile, _forbidden(groups, tile), 0.0)
+    pairs = _Pairs(x, groups)
+    for tile in pairs:
+        slope = pairs.scratch(tile) if with_grad and potential.varying_slope else None
+        psi = potential.exponent_(pairs.similarities(tile), slope)
+        if shift:
+            psi.sub_(shift)
+        psi.exp_()
+        pairs.leave_out(tile, psi, 0.0)
         total.add(psi, tile)
         if grad is not None:
-            _accumulate(grad, x, tile, psi.mul_(potential.exponent_slope(c)))
+            pairs.accumulate(grad, tile, psi if slope is None else psi.mul_(slope))
     sums = total.of_sequences()
     return sums.log() + shift, torch.full_like(sums, shift), grad
 
@@ -427,14 +461,15 @@ def _perplexity_entropy(
     dz_i = -2 / sigma2 * sum_j (A_ij + A_ji) (z_i - z_j). Three passes: lse; entropy and sum_k P g; A.
     """
     squares = x.square().sum(-1)
+    pairs = _Pairs(x, groups)
 
     def exponents(tile: _Tile) -> Tensor:
-        e = _negative_squared_distances_(_similarities(x, tile), squares, tile).mul_(1 / potential.sigma2)
-        _leave_out(e, tile, _forbidden(groups, tile), -math.inf)
+        e = _negative_squared_distances_(pairs.similarities(tile), squares, tile).mul_(1 / potential.sigma2)
+        pairs.leave_out(tile, e, -math.inf)
         return e
 
     lse = torch.full_like(squares, _NO_PAIR_YET)
-    for tile in _tiles(x):
+    for tile in pairs:
         e = exponents(tile)
         for side, _, dim in tile.sides():
             lse[tile.batch, side] = torch.logaddexp(lse[tile.batch, side], e.logsumexp(dim))
@@ -447,7 +482,7 @@ def _perplexity_entropy(
         return h + p / ((p + potential.eps) * math.log(2))
 
     entropy, expected = torch.zeros_like(squares), torch.zeros_like(squares)
-    for tile in _tiles(x):
+    for tile in pairs:
         e = exponents(tile)
         for side, _, dim in tile.sides():
             p, h = probabilities(e, tile, side, dim)
@@ -458,7 +493,7 @@ def _perplexity_entropy(
         return entropy, None
 
     grad, row_sum = torch.zeros_like(x), torch.zeros_like(squares)
-    for tile in _tiles(x):
+    for tile in pairs:
         e = exponents(tile)
         weights = torch.zeros_like(e)
         for side, dim in ((tile.i, 2), (tile.j, 1)):
@@ -466,5 +501,5 @@ def _perplexity_entropy(
             weights += p * (derivative(p, h) - expected[tile.batch, side].unsqueeze(dim))
         for side, _, dim in tile.sides():
             row_sum[tile.batch, side] += weights.sum(dim)
-        _accumulate(grad, x, tile, weights)
+        pairs.accumulate(grad, tile, weights)
     return entropy, grad.neg_().addcmul_(x, row_sum.unsqueeze(-1)).mul_(-2 / potential.sigma2)

@@ -218,12 +218,11 @@ DK_INLINE Pack exponential(Pack x) {
   return x;
 }
 
-// 1 in the lanes of a panel whose column lies in [begin, end), else the lane is dropped.
-DK_INLINE Pack keep_columns(Pack a, int first_column, int begin, int end) {
+// Replaces the lanes of a panel whose column lies outside [begin, end).
+DK_INLINE Pack keep_columns(Pack a, int first_column, int begin, int end, float replacement) {
   DK_FOR_VECTORS {
     const vec column = lane_numbers() + float(first_column + n * kLanes);
-    const ivec kept = (column >= float(begin)) & (column < float(end));
-    a.v[n] = from_bits(as_bits(a.v[n]) & kept);
+    a.v[n] = (column >= float(begin)) & (column < float(end)) ? a.v[n] : splat(replacement);
   }
   return a;
 }

@@ -1,0 +1,693 @@
+// The CPU kernel: dispersion loss and gradient by a symmetric sweep over the pairs of tiles.
+//
+// Tokens are cut into tiles. A pair of tiles I < J computes its similarities once and adds both to the gradient of I
+// and to that of J; the normaliser is applied at the end. The pairs of a segment are ordered as in a round-robin
+// tournament, where the pairs of a round share no tile. Workers take the pairs in this order and wait until both tiles
+// have finished their earlier pairs, so the order of additions, and every bit of the result, is the same for any
+// number of threads.
+
+#include "dispersion.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <functional>
+#include <limits>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace dk {
+namespace {
+
+// ---- which instructions
+
+int32_t resolve_isa(int32_t requested) {
+#if defined(__aarch64__)
+  return requested == DK_ISA_BEST || requested == DK_ISA_NEON ? DK_ISA_NEON : 0;
+#else
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && (requested == DK_ISA_BEST || requested == DK_ISA_AVX512)) return DK_ISA_AVX512;
+  if (avx2 && (requested == DK_ISA_BEST || requested == DK_ISA_AVX2)) return DK_ISA_AVX2;
+  return 0;
+#endif
+}
+
+const TileKernels& kernels_of(int32_t isa) {
+#if defined(__aarch64__)
+  (void)isa;
+  return kNeonKernels;
+#else
+  return isa == DK_ISA_AVX512 ? kAvx512Kernels : kAvx2Kernels;
+#endif
+}
+
+// ---- the potential with its constants
+
+// kappa: the constant factor of dpsi/ds; loss = log(mean psi + eps) or mean psi.
+struct Reduction {
+  bool logarithm;
+  double eps;
+  double kappa;
+  bool include_diagonal;
+  double norm_weight;
+};
+
+// Chebyshev interpolation of f on [low, high] with the lowest degree whose fp32 evaluation stays within `tolerance` of
+// f, relative to |f| + floor. False if there is none.
+bool fit(const std::function<double(double)>& f, double low, double high, double floor, Polynomial& result) {
+  constexpr int kNodes = 64, kChecks = 101;
+  constexpr double kTruncation = 4e-8, kEvaluation = 3e-7;
+  const double pi = acos(-1.0), middle = 0.5 * (low + high), half = 0.5 * (high - low);
+  double value[kNodes], chebyshev[Polynomial::kMaxDegree + 1];
+  for (int i = 0; i < kNodes; ++i) value[i] = f(middle + half * cos(pi * (i + 0.5) / kNodes));
+  for (int k = 0; k <= Polynomial::kMaxDegree; ++k) {
+    chebyshev[k] = 0.0;
+    for (int i = 0; i < kNodes; ++i) chebyshev[k] += value[i] * cos(pi * k * (i + 0.5) / kNodes);
+    chebyshev[k] *= (k ? 2.0 : 1.0) / kNodes;
+  }
+  // Powers of s from Chebyshev polynomials of (s - middle) / half, by Clenshaw's recurrence on coefficient vectors.
+  for (int degree = 4; degree <= Polynomial::kMaxDegree; ++degree) {
+    std::vector<double> current(degree + 2, 0.0), next(degree + 2, 0.0);
+    for (int k = degree; k >= 0; --k) {
+      std::vector<double> step(degree + 2, 0.0);
+      const double factor = k ? 2.0 : 1.0;
+      for (int n = 0; n <= degree; ++n) {
+        step[n + 1] += factor * current[n] / half;
+        step[n] -= factor * current[n] * middle / half + next[n];
+      }
+      step[0] += chebyshev[k];
+      next = current;
+      current = step;
+    }
+    result.degree = degree;
+    for (int n = 0; n <= degree; ++n) result.coefficient[n] = float(current[n]);
+    bool good = true;
+    for (int i = 0; i < kChecks && good; ++i) {
+      const double s = float(low + (high - low) * i / (kChecks - 1));
+      const double expected = f(s), scale = fabs(expected) + floor;
+      double exact = 0.0;
+      float rounded = 0.0f;
+      for (int n = degree; n >= 0; --n) {
+        exact = exact * s + current[n];
+        rounded = fmaf(rounded, float(s), result.coefficient[n]);
+      }
+      good = fabs(exact - expected) <= kTruncation * scale && fabs(rounded - expected) <= kEvaluation * scale;
+    }
+    if (good) return true;
+  }
+  return false;
+}
+
+// The fit of the last potential; training calls with one and the same.
+bool cached_fit(int32_t potential, double parameter, double clamp, const std::function<double(double)>& f, double floor,
+                Polynomial& result) {
+  struct Entry {
+    int32_t potential = -1;
+    double parameter = 0.0, clamp = 0.0;
+    bool good = false;
+    Polynomial polynomial = {};
+  };
+  static std::mutex mutex;
+  static Entry entry;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (entry.potential != potential || entry.parameter != parameter || entry.clamp != clamp) {
+    entry.potential = potential;
+    entry.parameter = parameter;
+    entry.clamp = clamp;
+    entry.good = fit(f, clamp - 1.0, 1.0 - clamp, floor, entry.polynomial);
+  }
+  result = entry.polynomial;
+  return entry.good;
+}
+
+// Exponents this far from the shift are safe in fp32: sums of exp(40) stay finite, exp(-40) stays normal.
+constexpr double kSafeExponent = 40.0;
+
+bool describe(const dk_args& args, Job& job, Reduction& reduction) {
+  const double pi = acos(-1.0);
+  const double* params = args.params;
+  Potential& p = job.potential;
+  p.online = p.row_sums = false;
+  p.shift = 0.0f;
+  job.eps = 0.0;
+  job.square_factor = 0.0f;
+  reduction = {true, 0.0, 1.0, false, 0.0};
+  switch (args.potential) {
+    case DK_ANGULAR_SPREAD: {
+      const double tau = params[0], clamp = params[1];
+      if (!(tau > 0.0 && clamp >= 0.0 && clamp < 1.0 && params[2] >= 0.0)) return false;
+      job.transform = Transform::kNormalise;
+      job.eps = reduction.eps = params[2];
+      reduction.kappa = 1.0 / (pi * tau);
+      const float low = float(clamp - 1.0), high = float(1.0 - clamp);
+      p.angular_spread = {low, high, float(1.0 / (pi * tau))};
+      p.angular_spread_fit = {low, high, {}};
+      p.kind = Potential::Kind::kAngularSpread;
+      p.online = asin(1.0 - clamp) / (pi * tau) > kSafeExponent;
+      if (!p.online) {
+        p.shift = float(-0.5 / tau);
+        if (cached_fit(args.potential, tau, clamp, [&](double s) { return exp(asin(s) / (pi * tau)); }, 0.0,
+                       p.angular_spread_fit.scaled_psi))
+          p.kind = Potential::Kind::kAngularSpreadFit;
+      }
+      return true;
+    }
+    case DK_ORTHOGONALIZATION: {
+      const double margin = params[0], clamp = params[1];
+      if (!(clamp >= 0.0 && clamp < 1.0 && params[2] >= 0.0)) return false;
+      job.transform = Transform::kNormalise;
+      job.eps = params[2];
+      reduction.logarithm = false;
+      reduction.kappa = 2.0 / pi;
+      const float low = float(clamp - 1.0), high = float(1.0 - clamp);
+      p.orthogonalization = {low, high, float(margin)};
+      p.orthogonalization_fit = {low, high, {}};
+      p.kind = cached_fit(args.potential, margin, clamp, [&](double s) { return margin - acos(s) / pi; }, 0.1,
+                          p.orthogonalization_fit.excess_angle)
+                   ? Potential::Kind::kOrthogonalizationFit
+                   : Potential::Kind::kOrthogonalization;
+      return true;
+    }
+    case DK_DECORRELATION:
+      job.transform = Transform::kCentredNormalise;
+      reduction.logarithm = false;
+      reduction.kappa = 2.0;
+      p.kind = Potential::Kind::kDecorrelation;
+      return true;
+    case DK_UNIFORMITY:
+    case DK_L2_REPEL:
+    case DK_DISPERSIVE_L2: {
+      if (!(params[0] > 0.0)) return false;
+      double a = params[0];
+      if (args.potential == DK_UNIFORMITY) {
+        job.transform = Transform::kNormalise;
+        // |x_i - x_j|^2 lies in [0, 4].
+        p.online = 2.0 * a > kSafeExponent;
+        if (!p.online) p.shift = float(-2.0 * a);
+      } else {
+        job.transform = Transform::kCentre;
+        p.online = p.row_sums = true;
+        if (args.potential == DK_L2_REPEL) {
+          a = 1.0 / params[0];
+          if (!(params[1] >= 0.0)) return false;
+          reduction.eps = params[1];
+          reduction.norm_weight = params[2];
+          reduction.include_diagonal = params[3] != 0.0;
+        } else {
+          a = 1.0 / (params[0] * double(args.features));
+          reduction.include_diagonal = params[1] != 0.0;
+        }
+      }
+      job.square_factor = float(a);
+      reduction.kappa = 2.0 * a;
+      p.gaussian = {float(2.0 * a)};
+      p.kind = Potential::Kind::kGaussian;
+      return true;
+    }
+    default:
+      return false;
+  }
+}
+
+// ---- memory
+
+constexpr size_t kHugePage = size_t(2) << 20;
+
+// Workspace memory, in huge pages where the system has them. A block up to kRetained is kept for the next call:
+// faulting its pages in would cost as much as packing into them.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) {
+    block_ = retained().exchange(nullptr);
+    if (block_ && block_->bytes >= bytes) return;
+    release(block_);
+    block_ = allocate(bytes);
+  }
+  ~Workspace() {
+    if (block_ && block_->bytes <= kRetained) block_ = retained().exchange(block_);
+    release(block_);
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  char* data() const { return block_ ? block_->data : nullptr; }
+
+ private:
+  static constexpr size_t kRetained = size_t(48) << 20;
+  struct Block {
+    size_t bytes;
+    char* data;
+  };
+
+  static std::atomic<Block*>& retained() {
+    static std::atomic<Block*> block{nullptr};
+    return block;
+  }
+  static Block* allocate(size_t bytes) {
+    const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+#if defined(_WIN32)
+    char* data = (char*)_aligned_malloc(rounded, 4096);
+#else
+    void* memory = nullptr;
+    char* data = posix_memalign(&memory, kHugePage, rounded) ? nullptr : (char*)memory;
+#endif
+    if (!data) return nullptr;
+#if defined(__linux__)
+    madvise(data, rounded, MADV_HUGEPAGE);
+#endif
+    return new (std::nothrow) Block{rounded, data};
+  }
+  static void release(Block* block) {
+    if (!block) return;
+#if defined(_WIN32)
+    _aligned_free(block->data);
+#else
+    free(block->data);
+#endif
+    delete block;
+  }
+
+  Block* block_;
+};
+
+// Hands out a workspace in pieces; without memory it only counts.
+class Arena {
+ public:
+  explicit Arena(char* data) : data_(data) {}
+  template <class T>
+  T* take(size_t count) {
+    char* piece = data_ ? data_ + used_ : nullptr;
+    used_ += (count * sizeof(T) + 63) / 64 * 64;
+    return (T*)piece;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* data_;
+  size_t used_ = 0;
+};
+
+// ---- threads
+
+struct Threads {
+  dk_parallel_for parallel_for;
+  int count;
+
+  // Calls work(worker) for each worker in [0, workers).
+  void run(int64_t workers, const std::function<void(int64_t)>& work) const {
+    if (workers > 1 && parallel_for) {
+      const auto body = [](int64_t begin, int64_t end, void* context) {
+        for (int64_t w = begin; w < end; ++w) (*(const std::function<void(int64_t)>*)context)(w);
+      };
+      if (parallel_for(0, workers, 1, body, (void*)&work) == 0) return;
+    }
+    for (int64_t w = 0; w < workers; ++w) work(w);
+  }
+};
+
+inline void relax() {
+#if defined(__aarch64__)
+  __asm__ volatile("yield");
+#else
+  __builtin_ia32_pause();
+#endif
+}
+
+inline void wait_for(const std::atomic<int32_t>& progress, int32_t needed) {
+  for (int spins = 0; progress.load(std::memory_order_acquire) < needed; ++spins) {
+    if (spins < 2000)
+      relax();
+    else
+      std::this_thread::yield();
+  }
+}
+
+// ---- from segments to tiles
+
+// The tile length for a segment: long enough for the products, yet enough tiles for threads, and an even number of
+// them, which lets every tile take part in every round.
+int32_t tile_tokens(int64_t tokens, int32_t panel) {
+  const int64_t largest = kLargestTile / panel * panel;
+  const int64_t preferred = 128 / panel * panel;
+  int64_t tiles = (tokens + preferred - 1) / preferred;
+  tiles = std::max(tiles, std::min<int64_t>(4, tokens / (2 * panel)));
+  tiles = std::max<int64_t>(tiles + tiles % 2, 1);
+  const int64_t length = (tokens + tiles - 1) / tiles;
+  return int32_t(std::min((length + panel - 1) / panel * panel, largest));
+}
+
+struct Sequence {
+  int64_t id;
+  int32_t first_tile, last_tile;
+  double pairs = 0.0, tokens = 0.0, diagonal = 0.0;
+};
+
+// Sequences that are processed together.
+struct Group {
+  std::vector<Sequence> sequences;
+  std::vector<Tile> tiles;
+  std::vector<int64_t> first_token;  // of each tile, an offset into rows and partner_end
+  std::vector<int32_t> unit_first_tile;
+  std::vector<int64_t> rows;
+  std::vector<int32_t> partner_end;
+  int64_t padded_tokens = 0;
+
+  void clear() { *this = Group(); }
+};
+
+class Planner {
+ public:
+  Planner(const dk_args& args, int32_t panel) : args_(args), panel_(panel) {}
+
+  // Appends the tiles of the segments [begin, end) of one sequence.
+  void add_sequence(Group& group, int64_t begin, int64_t end, bool include_diagonal) const {
+    Sequence sequence;
+    sequence.id = args_.sequence[begin];
+    sequence.first_tile = int32_t(group.tiles.size());
+    bool bundle_open = false;
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t length = args_.ends[k] - args_.begins[k];
+      if (length < 2) continue;
+      const double l = double(length);
+      sequence.pairs += include_diagonal ? l * l : l * (l - 1.0);
+      sequence.diagonal += l;
+      sequence.tokens += l;
+      const int32_t longest = tile_tokens(length, panel_);
+      if (length <= longest) {
+        const int32_t bundled = bundle_open ? group.tiles.back().tokens : 0;
+        if (!bundle_open || bundled + length > kBundle / panel_ * panel_) open_tile(group, true);
+        const int32_t start = group.tiles.back().tokens;
+        append(group, args_.begins[k], length, start + int32_t(length));
+        bundle_open = true;
+      } else {
+        bundle_open = false;
+        for (int64_t first = 0; first < length; first += longest) {
+          const int64_t tokens = std::min<int64_t>(longest, length - first);
+          open_tile(group, first == 0);
+          append(group, args_.begins[k] + first, tokens, int32_t(tokens));
+        }
+      }
+    }
+    sequence.last_tile = int32_t(group.tiles.size());
+    if (sequence.last_tile == sequence.first_tile) return;
+    for (int32_t t = sequence.first_tile; t < sequence.last_tile; ++t) {
+      Tile& tile = group.tiles[t];
+      tile.sequence = int32_t(group.sequences.size());
+      tile.padded = (tile.tokens + panel_ - 1) / panel_ * panel_;
+      group.padded_tokens += tile.padded;
+    }
+    group.sequences.push_back(sequence);
+  }
+
+ private:
+  static constexpr int32_t kBundle = 128;  // tokens of short segments in a tile
+
+  static void open_tile(Group& group, bool new_unit) {
+    if (new_unit) group.unit_first_tile.push_back(int32_t(group.tiles.size()));
+    Tile tile = {};
+    tile.unit = int32_t(group.unit_first_tile.size()) - 1;
+    group.tiles.push_back(tile);
+    group.first_token.push_back(int64_t(group.rows.size()));
+  }
+  void append(Group& group, int64_t first, int64_t tokens, int32_t partner_end) const {
+    for (int64_t i = first; i < first + tokens; ++i) {
+      group.rows.push_back(args_.index ? args_.index[i] : i);
+      group.partner_end.push_back(partner_end);
+    }
+    group.tiles.back().tokens += int32_t(tokens);
+  }
+
+  const dk_args& args_;
+  int32_t panel_;
+};
+
+// One step of the sweep: a tile with itself (a == b: packed first), or a pair, once a and b have made that many steps.
+struct Step {
+  int32_t a, b, a_needed, b_needed;
+};
+
+std::vector<Step> sweep_order(const Group& group) {
+  const int32_t tiles = int32_t(group.tiles.size());
+  std::vector<Step> steps;
+  std::vector<int32_t> made(tiles, 1);
+  for (int32_t t = 0; t < tiles; ++t) steps.push_back({t, t, 0, 0});
+
+  struct Tournament {
+    int32_t first, tiles, seats;
+  };
+  std::vector<Tournament> active;
+  for (size_t u = 0; u < group.unit_first_tile.size(); ++u) {
+    const int32_t first = group.unit_first_tile[u];
+    const int32_t last = u + 1 < group.unit_first_tile.size() ? group.unit_first_tile[u + 1] : tiles;
+    if (last - first > 1) active.push_back({first, last - first, (last - first + 1) / 2 * 2});
+  }
+  // Round r of the circle method: one seat stays, the others turn; the seat beyond an odd number of tiles is empty.
+  for (int32_t round = 0; !active.empty(); ++round) {
+    active.erase(std::remove_if(active.begin(), active.end(), [&](const Tournament& t) { return round >= t.seats - 1; }),
+                 active.end());
+    for (const Tournament& t : active) {
+      const int32_t turning = t.seats - 1;
+      for (int32_t k = 0; k < t.seats / 2; ++k) {
+        int32_t a = (round + k) % turning, b = k ? (round - k + turning) % turning : turning;
+        if (a > b) std::swap(a, b);
+        if (b >= t.tiles) continue;
+        a += t.first;
+        b += t.first;
+        steps.push_back({a, b, made[a]++, made[b]++});
+      }
+    }
+  }
+  return steps;
+}
+
+// ---- the call
+
+class Call {
+ public:
+  Call(const dk_args& args, const TileKernels& kernels) : args_(args), kernels_(kernels), planner_(args, kernels.panel) {
+    threads_ = {args.parallel_for, std::max(1, int(args.threads))};
+  }
+
+  int32_t run() {
+    if (!describe(args_, job_, reduction_)) return DK_INVALID;
+    job_.args = &args_;
+    job_.gradient = args_.grad != nullptr;
+    job_.padded_features = (args_.features + kernels_.panel - 1) / kernels_.panel * kernels_.panel;
+    std::fill(args_.loss, args_.loss + args_.sequences, 0.0);
+    if (job_.gradient) zero_unpaired();
+
+    Group group;
+    for (int64_t k = 0; k < args_.segments;) {
+      int64_t next = k + 1;
+      while (next < args_.segments && args_.sequence[next] == args_.sequence[k]) ++next;
+      int64_t tokens = 0;
+      for (int64_t s = k; s < next; ++s) tokens += args_.ends[s] - args_.begins[s];
+      if (!group.tiles.empty() && pack_bytes(group.padded_tokens + tokens) > kGroupBytes) {
+        if (const int32_t status = sweep(group)) return status;
+        group.clear();
+      }
+      planner_.add_sequence(group, k, next, reduction_.include_diagonal);
+      k = next;
+    }
+    return group.tiles.empty() ? DK_OK : sweep(group);
+  }
+
+ private:
+  // Packs of all the sequences in flight, unless one alone is larger.
+  static constexpr int64_t kGroupBytes = int64_t(32) << 20;
+
+  int64_t pack_bytes(int64_t tokens) const {
+    return tokens * (args_.features + (job_.gradient ? job_.padded_features : 0)) * int64_t(sizeof(float));
+  }
+
+  void zero_unpaired() const {
+    int64_t covered = 0;
+    const auto zero = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        memset(args_.grad + (args_.index ? args_.index[i] : i) * args_.features, 0, size_t(args_.features) * sizeof(float));
+    };
+    for (int64_t k = 0; k < args_.segments; ++k) {
+      if (args_.ends[k] - args_.begins[k] < 2) continue;
+      zero(covered, args_.begins[k]);
+      covered = args_.ends[k];
+    }
+    zero(covered, args_.tokens);
+  }
+
+  int32_t sweep(Group& group) {
+    const std::vector<Step> steps = sweep_order(group);
+    const int64_t workers = std::min<int64_t>(threads_.count, int64_t(group.tiles.size()));
+    std::vector<Scratch> scratch(workers);
+    Arena count(nullptr);
+    place(group, scratch, count);
+    const Workspace workspace(count.used());
+    if (!workspace.data()) return DK_OUT_OF_MEMORY;
+    Arena arena(workspace.data());
+    place(group, scratch, arena);
+
+    if (job_.transform == Transform::kCentre) average_units(group, scratch);
+
+    std::vector<std::atomic<int32_t>> made(group.tiles.size());
+    for (auto& m : made) m.store(0, std::memory_order_relaxed);
+    std::atomic<int64_t> next_step{0};
+    threads_.run(workers, [&](int64_t worker) {
+      for (int64_t s; (s = next_step.fetch_add(1)) < int64_t(steps.size());) {
+        const Step& step = steps[s];
+        Tile &a = group.tiles[step.a], &b = group.tiles[step.b];
+        if (step.a == step.b) {
+          kernels_.pack(job_, a, scratch[worker]);
+          kernels_.within(job_, a, scratch[worker]);
+        } else {
+          wait_for(made[step.a], step.a_needed);
+          wait_for(made[step.b], step.b_needed);
+          kernels_.between(job_, a, b, scratch[worker]);
+          made[step.b].store(step.b_needed + 1, std::memory_order_release);
+        }
+        made[step.a].store(step.a_needed + 1, std::memory_order_release);
+      }
+    });
+
+    std::vector<Finish> finishes(group.tiles.size());
+    for (const Sequence& sequence : group.sequences) reduce(group, sequence, finishes.data());
+    if (!job_.gradient) return DK_OK;
+    std::atomic<int64_t> next_tile{0};
+    threads_.run(workers, [&](int64_t worker) {
+      for (int64_t t; (t = next_tile.fetch_add(1)) < int64_t(group.tiles.size());)
+        kernels_.finish(job_, group.tiles[t], finishes[t], scratch[worker]);
+    });
+    return DK_OK;
+  }
+
+  void place(Group& group, std::vector<Scratch>& scratch, Arena& arena) {
+    for (Scratch& s : scratch) {
+      s.weights = arena.take<float>(size_t(kLargestTile + 8) * kWeightStride);
+      s.column_sum = arena.take<float>(kLargestTile);
+      s.rows = arena.take<float>(size_t(kernels_.panel) * (job_.padded_features + 16));
+    }
+    if (job_.transform == Transform::kCentre) {
+      const size_t features = size_t(job_.padded_features);
+      tile_sums_ = arena.take<float>(group.tiles.size() * features);
+      unit_means_ = arena.take<float>(group.unit_first_tile.size() * features);
+      job_.unit_means = unit_means_;
+    }
+    for (size_t t = 0; t < group.tiles.size(); ++t) {
+      Tile& tile = group.tiles[t];
+      const size_t padded = size_t(tile.padded);
+      tile.rows = group.rows.data() + group.first_token[t];
+      tile.partner_end = group.partner_end.data() + group.first_token[t];
+      tile.norm = arena.take<float>(padded);
+      tile.inverse = arena.take<float>(padded);
+      tile.square = arena.take<float>(padded);
+      tile.row_sum = arena.take<float>(padded);
+      tile.feature_major = arena.take<float>(padded * size_t(args_.features));
+      tile.token_major = job_.gradient ? arena.take<float>(padded * size_t(job_.padded_features)) : nullptr;
+    }
+  }
+
+  // Distances do not change when a unit's mean is subtracted, and fp32 keeps more of them.
+  void average_units(Group& group, std::vector<Scratch>& scratch) {
+    const int64_t features = job_.padded_features, tiles = int64_t(group.tiles.size());
+    std::atomic<int64_t> next_tile{0};
+    threads_.run(int64_t(scratch.size()), [&](int64_t worker) {
+      for (int64_t t; (t = next_tile.fetch_add(1)) < tiles;)
+        kernels_.add_rows(job_, group.tiles[t], scratch[worker], tile_sums_ + t * features);
+    });
+    std::vector<double> total(features);
+    for (size_t u = 0; u < group.unit_first_tile.size(); ++u) {
+      const int64_t first = group.unit_first_tile[u];
+      const int64_t last = u + 1 < group.unit_first_tile.size() ? group.unit_first_tile[u + 1] : tiles;
+      std::fill(total.begin(), total.end(), 0.0);
+      double tokens = 0.0;
+      for (int64_t t = first; t < last; ++t) {
+        tokens += group.tiles[t].tokens;
+        for (int64_t k = 0; k < features; ++k) total[k] += tile_sums_[t * features + k];
+      }
+      for (int64_t k = 0; k < features; ++k) unit_means_[u * features + k] = float(total[k] / tokens);
+    }
+  }
+
+  // The loss of a sequence from its tiles, and the factors of its gradient: with P = sum of psi over n pairs,
+  // dloss/dx_i = f'(P) 2 kappa sum_j slope_ij x_j.
+  void reduce(const Group& group, const Sequence& sequence, Finish* finishes) const {
+    double shift = reduction_.include_diagonal ? 0.0 : -std::numeric_limits<double>::infinity();
+    double squares = 0.0;
+    bool finite = true;
+    for (int32_t t = sequence.first_tile; t < sequence.last_tile; ++t) {
+      const Tile& tile = group.tiles[t];
+      shift = std::max(shift, tile.psi_shift);
+      squares += tile.square_sum;
+      finite = finite && tile.finite;
+    }
+    double psi = reduction_.include_diagonal ? sequence.diagonal * exp(-shift) : 0.0;
+    for (int32_t t = sequence.first_tile; t < sequence.last_tile; ++t)
+      if (group.tiles[t].psi_sum > 0.0) psi += group.tiles[t].psi_sum * exp(group.tiles[t].psi_shift - shift);
+
+    double loss = psi / sequence.pairs, log_slope = -log(sequence.pairs);
+    if (reduction_.logarithm) {
+      const double log_mean = shift + log(psi) - log(sequence.pairs);
+      loss = reduction_.eps > 0.0 ? log(exp(log_mean) + reduction_.eps) : log_mean;
+      log_slope -= loss;
+    }
+    float square_scale = 0.0f;
+    if (reduction_.norm_weight != 0.0) {
+      const double elements = sequence.tokens * double(args_.features);
+      loss += reduction_.norm_weight * squares / elements;
+      square_scale = float(2.0 * reduction_.norm_weight / elements);
+    }
+    args_.loss[sequence.id] = finite ? loss : std::numeric_limits<double>::quiet_NaN();
+    for (int32_t t = sequence.first_tile; t < sequence.last_tile; ++t)
+      finishes[t] = {float(2.0 * reduction_.kappa * exp(group.tiles[t].shift + log_slope)), square_scale, finite};
+  }
+
+  const dk_args& args_;
+  const TileKernels& kernels_;
+  Planner planner_;
+  Threads threads_;
+  Job job_ = {};
+  Reduction reduction_ = {};
+  float* tile_sums_ = nullptr;
+  float* unit_means_ = nullptr;
+};
+
+bool valid(const dk_args& args) {
+  if (args.tokens < 0 || args.features < 1 || args.segments < 0 || args.sequences < 0) return false;
+  if (args.dtype < DK_FLOAT32 || args.dtype > DK_FLOAT16) return false;
+  if (!args.index && args.tokens > args.rows) return false;
+  for (int64_t i = 0; args.index && i < args.tokens; ++i)
+    if (args.index[i] < 0 || args.index[i] >= args.rows) return false;
+  for (int64_t k = 0; k < args.segments; ++k) {
+    const int64_t previous_end = k ? args.ends[k - 1] : 0, previous_sequence = k ? args.sequence[k - 1] : 0;
+    if (args.begins[k] < previous_end || args.ends[k] < args.begins[k] || args.ends[k] > args.tokens) return false;
+    if (args.sequence[k] < previous_sequence || args.sequence[k] >= args.sequences) return false;
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace dk
+
+DK_EXPORT int32_t dk_abi_version(void) { return DK_ABI_VERSION; }
+
+DK_EXPORT int32_t dk_resolve_isa(int32_t requested) { return dk::resolve_isa(requested); }
+
+DK_EXPORT int32_t dk_dispersion(const dk_args* args) {
+  if (args->abi_version != DK_ABI_VERSION || !dk::valid(*args)) return DK_INVALID;
+  const int32_t isa = dk::resolve_isa(args->isa);
+  if (!isa) return DK_UNSUPPORTED;
+  try {
+    return dk::Call(*args, dk::kernels_of(isa)).run();
+  } catch (const std::bad_alloc&) {
+    return DK_OUT_OF_MEMORY;
+  }
+}

@@ -1,0 +1,156 @@
+// The C interface of the CPU kernel, and what dispersion.cpp shares with the kernels of each instruction set.
+#pragma once
+
+#include <stdint.h>
+
+#include "../potentials.h"
+
+#if defined(_WIN32)
+#define DK_EXPORT extern "C" __declspec(dllexport)
+#else
+#define DK_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+#define DK_ABI_VERSION 1
+
+extern "C" {
+
+// PyTorch's torch_parallel_for: calls body on disjoint ranges that cover [begin, end), returns 0 on success.
+typedef int32_t (*dk_parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
+                                   void* context);
+
+enum dk_status { DK_OK = 0, DK_INVALID = 1, DK_OUT_OF_MEMORY = 2, DK_UNSUPPORTED = 3 };
+enum dk_isa { DK_ISA_BEST = 0, DK_ISA_AVX2 = 1, DK_ISA_AVX512 = 2, DK_ISA_NEON = 3 };
+enum dk_dtype { DK_FLOAT32 = 0, DK_BFLOAT16 = 1, DK_FLOAT16 = 2 };
+
+// The parameters (params) of each potential, in this order; design and formulas in potentials.h.
+enum dk_potential {
+  DK_ANGULAR_SPREAD = 0,     // tau, clamp, eps
+  DK_ORTHOGONALIZATION = 1,  // margin, clamp, eps
+  DK_DECORRELATION = 2,      // none
+  DK_UNIFORMITY = 3,         // t
+  DK_L2_REPEL = 4,           // tau, eps, norm_weight, include_diagonal
+  DK_DISPERSIVE_L2 = 5       // tau, include_diagonal
+};
+
+typedef struct {
+  int32_t abi_version;           // DK_ABI_VERSION
+  int32_t isa;                   // dk_isa
+  dk_parallel_for parallel_for;  // NULL: one thread
+  int32_t threads;
+  int32_t dtype;        // dk_dtype
+  const void* z;        // [rows, features], features contiguous
+  int64_t row_stride;   // in elements
+  int64_t rows;
+  const int64_t* index; // [tokens]: token i is row index[i], no row twice; NULL: row i
+  int64_t tokens, features;
+  const int64_t* begins;    // [segments]: tokens begins[k] <= i < ends[k] pair with each other; ascending, disjoint
+  const int64_t* ends;
+  const int64_t* sequence;  // [segments]: the loss the segment's pairs belong to; non-decreasing
+  int64_t segments, sequences;
+  const double* params;
+  int32_t potential;  // dk_potential
+  int32_t reserved;
+  float* grad;   // [rows, features]: dloss_s/dz of every token, 0 without a partner; other rows untouched; NULL: no gradient
+  double* loss;  // [sequences]: 0 without a pair, NaN if a paired token is not finite
+} dk_args;
+
+DK_EXPORT int32_t dk_abi_version(void);
+DK_EXPORT int32_t dk_resolve_isa(int32_t requested);  // the dk_isa a call would use; 0: this processor has none
+DK_EXPORT int32_t dk_dispersion(const dk_args* args);  // dk_status
+
+}  // extern "C"
+
+namespace dk {
+
+constexpr int kLargestTile = 256;  // tokens
+// Row stride of the weights: 17 cache lines, so that a column walks through all sets of the cache.
+constexpr int kWeightStride = kLargestTile + 16;
+
+enum class Transform {
+  kNormalise,         // x = z / (|z| + eps)
+  kCentredNormalise,  // x = (z - mean over features) / |z - mean|
+  kCentre,            // x = z - mean over the tokens of the unit
+};
+
+// Up to kLargestTile tokens that are packed together. A tile is part of one long segment, or holds several whole short
+// segments of one sequence; partner_end[t] is where the segment of token t ends within the tile.
+struct Tile {
+  int32_t tokens, padded;  // padded to whole panels
+  int32_t sequence;        // within the group in flight
+  int32_t unit;            // tiles of one segment, or one tile of short ones: what is centred together
+  const int64_t* rows;     // rows of z
+  const int32_t* partner_end;
+
+  float* feature_major;  // [panel of tokens][features][kPanel]
+  float* token_major;    // [panel of features][padded][kPanel], only for the gradient
+  float* norm;           // |z| before the transform
+  float* inverse;        // x = z * inverse
+  float* square;         // a |x|^2
+  float* row_sum;        // sum of a token's weights, in units of exp(shift)
+  double square_sum;     // of z
+  double psi_sum;        // over ordered pairs, in units of exp(psi_shift)
+  double psi_shift, shift;  // shift: log scale of this tile's rows of the gradient and of row_sum
+  bool finite;
+};
+
+struct Potential {
+  enum class Kind {
+    kAngularSpread,
+    kAngularSpreadFit,
+    kOrthogonalization,
+    kOrthogonalizationFit,
+    kDecorrelation,
+    kGaussian
+  } kind;
+  bool online;     // rescale by each tile's largest psi; otherwise the shift is fixed
+  bool row_sums;
+  float shift;
+  AngularSpread angular_spread;
+  AngularSpreadFit angular_spread_fit;
+  Orthogonalization orthogonalization;
+  OrthogonalizationFit orthogonalization_fit;
+  Gaussian gaussian;
+};
+
+struct Job {
+  const dk_args* args;
+  Transform transform;
+  double eps;           // of the normalising transform
+  float square_factor;  // a of Tile::square
+  Potential potential;
+  bool gradient;
+  int64_t padded_features;
+  const float* unit_means;  // [units][padded_features], only for kCentre
+};
+
+// A worker's own memory.
+struct Scratch {
+  float* weights;     // [kLargestTile + 8][kWeightStride]
+  float* column_sum;  // [kLargestTile]
+  float* rows;        // [panel][padded_features + 16]
+};
+
+// What turns a tile's unnormalised sum into the gradient.
+struct Finish {
+  float scale;         // of sum_j w_ij x_j
+  float square_scale;  // of z: the norm term of l2_repel
+  bool finite;
+};
+
+struct TileKernels {
+  int panel;
+  void (*add_rows)(const Job&, const Tile&, Scratch&, float* sums);  // sums [padded_features] = sum of the tile's rows
+  void (*pack)(const Job&, Tile&, Scratch&);
+  void (*within)(const Job&, Tile&, Scratch&);            // pairs of one tile; starts its gradient
+  void (*between)(const Job&, Tile&, Tile&, Scratch&);    // pairs of two tiles
+  void (*finish)(const Job&, const Tile&, const Finish&, Scratch&);
+};
+
+#if defined(__aarch64__)
+extern const TileKernels kNeonKernels;
+#else
+extern const TileKernels kAvx2Kernels, kAvx512Kernels;
+#endif
+
+}  // namespace dk

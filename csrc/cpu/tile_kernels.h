@@ -1,0 +1,463 @@
+// Everything that touches a tile's numbers, for one instruction set: packing, the sweep over the pairs of one or two
+// tiles, and the gradient through the row transform. Each kernels_*.cpp includes this once and exports kTileKernels.
+//
+// A pair of tiles (I, J) takes three matrix products on one micro-kernel, C = beta C + alpha A B, where A is read by
+// broadcast with any two strides and B is a panel of kPanel columns:
+//   S = X_I X_J^T      A, B: feature-major packs
+//   G_I += W X_J       A: W by rows, B: token-major pack of J
+//   G_J += W^T X_I     A: W by columns, B: token-major pack of I
+// W overwrites S in a tile that stays in the second-level cache.
+#pragma once
+
+#include <math.h>
+
+#include "dispersion.h"
+#include "simd.h"
+
+namespace dk {
+namespace {
+
+// ---- rows in
+
+DK_INLINE void read_row(const Job& job, int64_t row, float* out) {
+  const dk_args& args = *job.args;
+  const int64_t features = args.features, whole = features / kLanes * kLanes;
+  const int64_t first = row * args.row_stride;
+  if (args.dtype == DK_FLOAT32) {
+    memcpy(out, (const float*)args.z + first, size_t(features) * sizeof(float));
+  } else {
+    const uint16_t* in = (const uint16_t*)args.z + first;
+    uint16_t tail[kLanes] = {};
+    memcpy(tail, in + whole, size_t(features - whole) * sizeof(uint16_t));
+    if (args.dtype == DK_BFLOAT16) {
+      for (int64_t k = 0; k < whole; k += kLanes) store(out + k, load_bfloat16(in + k));
+      if (whole < features) store(out + whole, load_bfloat16(tail));
+    } else {
+      for (int64_t k = 0; k < whole; k += kLanes) store(out + k, load_float16(in + k));
+      if (whole < features) store(out + whole, load_float16(tail));
+    }
+  }
+  for (int64_t k = features; k < job.padded_features; ++k) out[k] = 0.0f;
+}
+
+void add_rows(const Job& job, const Tile& tile, Scratch& scratch, float* sums) {
+  for (int64_t k = 0; k < job.padded_features; ++k) sums[k] = 0.0f;
+  for (int t = 0; t < tile.tokens; ++t) {
+    read_row(job, tile.rows[t], scratch.rows);
+    for (int64_t k = 0; k < job.padded_features; k += kLanes) store(sums + k, load(sums + k) + load(scratch.rows + k));
+  }
+}
+
+// ---- packing
+
+// Sum of squares of one padded row; in double where fp32 would overflow or lose it, which also settles whether a value
+// is infinite or NaN.
+DK_INLINE double square_sum(const float* row, int64_t padded_features) {
+  Pack s = splat_pack(0.0f);
+  for (int64_t k = 0; k < padded_features; k += kPanel) {
+    const Pack x = load_pack(row + k);
+    s = madd(x, x, s);
+  }
+  const float fast = sum(sum_vectors(s));
+  if (fast > 1e-30f && fast < 1e38f) return fast;
+  double slow = 0.0;
+  for (int64_t k = 0; k < padded_features; ++k) slow += double(row[k]) * row[k];
+  return slow;
+}
+
+// Subtracts the mean over the features. In double, so that a constant row becomes exactly zero.
+DK_INLINE void centre_row(float* row, int64_t features) {
+  constexpr int kSums = 16;
+  double sums[kSums] = {};
+  int64_t whole = features / kSums * kSums;
+  for (int64_t k = 0; k < whole; k += kSums)
+    for (int n = 0; n < kSums; ++n) sums[n] += row[k + n];
+  for (int64_t k = whole; k < features; ++k) sums[0] += row[k];
+  for (int n = 1; n < kSums; ++n) sums[0] += sums[n];
+  const double mean = sums[0] / double(features);
+  for (int64_t k = 0; k < features; ++k) row[k] = float(row[k] - mean);
+}
+
+void pack(const Job& job, Tile& tile, Scratch& scratch) {
+  const int64_t features = job.args->features, padded_features = job.padded_features;
+  const int64_t row_stride = padded_features + 16;
+  tile.finite = true;
+  tile.square_sum = 0.0;
+  for (int first = 0; first < tile.padded; first += kPanel) {
+    for (int t = first; t < first + kPanel; ++t) {
+      float* row = scratch.rows + (t - first) * row_stride;
+      tile.row_sum[t] = 0.0f;
+      if (t >= tile.tokens) {
+        memset(row, 0, size_t(padded_features) * sizeof(float));
+        tile.norm[t] = tile.inverse[t] = tile.square[t] = 0.0f;
+      } else {
+        read_row(job, tile.rows[t], row);
+        if (job.transform == Transform::kCentre) {
+          const double raw = square_sum(row, padded_features);
+          const float* mean = job.unit_means + tile.unit * padded_features;
+          for (int64_t k = 0; k < padded_features; k += kLanes) store(row + k, load(row + k) - load(mean + k));
+          const double centred = square_sum(row, padded_features);
+          tile.square_sum += raw;
+          tile.square[t] = float(job.square_factor * centred);
+          // Beyond fp32's range a distance is lost: report NaN rather than a wrong number.
+          tile.finite = tile.finite && isfinite(raw) && centred < 1e37 && isfinite(tile.square[t]);
+        } else {
+          if (job.transform == Transform::kCentredNormalise) centre_row(row, features);
+          const double norm = sqrt(square_sum(row, padded_features));
+          const double inverse = norm > 0.0 ? 1.0 / (norm + job.eps) : 0.0;
+          tile.finite = tile.finite && isfinite(norm);
+          tile.norm[t] = float(norm);
+          tile.inverse[t] = float(inverse);
+          if (inverse < 1e30) {
+            const float factor = float(inverse);
+            for (int64_t k = 0; k < padded_features; k += kLanes) store(row + k, load(row + k) * factor);
+          } else {
+            for (int64_t k = 0; k < features; ++k) row[k] = float(row[k] * inverse);
+          }
+          tile.square[t] = float(job.square_factor * square_sum(row, padded_features));
+        }
+      }
+      if (job.gradient)
+        for (int64_t k = 0; k < padded_features; k += kPanel)
+          store_pack(tile.token_major + k * tile.padded + t * kPanel, load_pack(row + k));
+    }
+    float* out = tile.feature_major + first * features;
+    const int64_t whole = features / 4 * 4;
+    for (int64_t k = 0; k < whole; k += 4) {
+      for (int t = 0; t < kPanel; t += 4) {
+        const float* in = scratch.rows + t * row_stride + k;
+        quad a, b, c, d;
+        memcpy(&a, in, sizeof a);
+        memcpy(&b, in + row_stride, sizeof b);
+        memcpy(&c, in + 2 * row_stride, sizeof c);
+        memcpy(&d, in + 3 * row_stride, sizeof d);
+        transpose(a, b, c, d);
+        memcpy(out + k * kPanel + t, &a, sizeof a);
+        memcpy(out + (k + 1) * kPanel + t, &b, sizeof b);
+        memcpy(out + (k + 2) * kPanel + t, &c, sizeof c);
+        memcpy(out + (k + 3) * kPanel + t, &d, sizeof d);
+      }
+    }
+    for (int64_t k = whole; k < features; ++k)
+      for (int t = 0; t < kPanel; ++t) out[k * kPanel + t] = scratch.rows[t * row_stride + k];
+  }
+}
+
+// ---- products
+
+// C[0:kRows, column:column+kPanel] = beta C + alpha A B; c holds the rows of C, which is not read where beta is 0.
+template <int64_t kARow, int64_t kAStep>
+DK_INLINE void micro_kernel(int64_t depth, const float* a, const float* b, float* const* c, int64_t column, float alpha,
+                            float beta) {
+  vec acc[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    __builtin_prefetch(c[i] + column, 1);
+    __builtin_prefetch(c[i] + column + 16, 1);
+#pragma GCC unroll 8
+    DK_FOR_VECTORS acc[i][n] = vec{};
+  }
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < depth; ++k) {
+    vec operand[kVectors];
+#pragma GCC unroll 8
+    DK_FOR_VECTORS operand[n] = load(b + n * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const vec factor = splat(a[i * kARow]);
+#pragma GCC unroll 8
+      DK_FOR_VECTORS acc[i][n] += factor * operand[n];
+    }
+    a += kAStep;
+    b += kPanel;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    float* out = c[i] + column;
+#pragma GCC unroll 8
+    DK_FOR_VECTORS {
+      vec result = alpha * acc[i][n];
+      if (beta != 0.0f) result += beta * load(out + n * kLanes);
+      store(out + n * kLanes, result);
+    }
+  }
+}
+
+// The same at the edge of C, of which only rows x columns exist.
+template <int64_t kARow, int64_t kAStep>
+void edge_kernel(int64_t depth, const float* a, const float* b, float* const* c, int64_t column, float alpha, float beta,
+                 int rows, int64_t columns) {
+  float product[kRows][kPanel];
+  float* product_rows[kRows];
+  for (int i = 0; i < kRows; ++i) product_rows[i] = product[i];
+  micro_kernel<kARow, kAStep>(depth, a, b, product_rows, 0, alpha, 0.0f);
+  for (int i = 0; i < rows; ++i) {
+    float* out = c[i] + column;
+    for (int64_t j = 0; j < columns; ++j) out[j] = beta != 0.0f ? beta * out[j] + product[i][j] : product[i][j];
+  }
+}
+
+// S = X_I X_J^T for all rows of I; of one tile with itself only what reaches the upper triangle.
+void similarities(const Job& job, const Tile& tile, const Tile& other, bool upper, float* weights) {
+  // A strip of B this deep and its part of A fit the first-level cache.
+  constexpr int64_t kDepth = 192;
+  const int64_t features = job.args->features;
+  const int64_t slices = (features + kDepth - 1) / kDepth;
+  float* rows[kLargestTile + kRows];
+  for (int i = 0; i < tile.padded; ++i) rows[i] = weights + i * kWeightStride;
+  for (int column = 0; column < other.padded; column += kPanel) {
+    const int last_row = upper ? (column + kPanel < tile.tokens ? column + kPanel : tile.tokens) : tile.tokens;
+    for (int64_t slice = 0; slice < slices; ++slice) {
+      const int64_t begin = features * slice / slices, end = features * (slice + 1) / slices;
+      const float* b = other.feature_major + column * features + begin * kPanel;
+      for (int i = 0; i < last_row; i += kRows) {
+        const int panel = i / kPanel * kPanel;
+        const float* a = tile.feature_major + panel * features + begin * kPanel + (i - panel);
+        micro_kernel<1, kPanel>(end - begin, a, b, rows + i, column, 1.0f, slice ? 1.0f : 0.0f);
+      }
+    }
+  }
+}
+
+// G = beta G + alpha A X, A = W or W^T [tile.tokens, other.tokens].
+template <int64_t kARow, int64_t kAStep>
+void accumulate(const Job& job, const Tile& tile, const Tile& other, const float* weights, float alpha, float beta) {
+  const int64_t features = job.args->features;
+  float* rows[kLargestTile + kRows];
+  for (int i = 0; i < tile.padded; ++i) rows[i] = job.args->grad + tile.rows[i < tile.tokens ? i : 0] * features;
+  for (int64_t column = 0; column < features; column += kPanel) {
+    const float* b = other.token_major + column * other.padded;
+    const int64_t columns = features - column;
+    for (int i = 0; i < tile.tokens; i += kRows) {
+      const float* a = weights + i * kARow;
+      if (columns >= kPanel && i + kRows <= tile.tokens)
+        micro_kernel<kARow, kAStep>(other.tokens, a, b, rows + i, column, alpha, beta);
+      else
+        edge_kernel<kARow, kAStep>(other.tokens, a, b, rows + i, column, alpha, beta,
+                                   tile.tokens - i < kRows ? tile.tokens - i : kRows,
+                                   columns < kPanel ? columns : kPanel);
+    }
+  }
+}
+
+// ---- the potential on a tile
+
+struct Region {
+  int rows, columns;
+  const int32_t* partner_end;  // NULL between two tiles: every column is a partner
+
+  int begin(int i) const { return partner_end ? i + 1 : 0; }
+  int end(int i) const { return partner_end ? partner_end[i] : columns; }
+};
+
+// Largest exponent of the region, -inf without a pair.
+template <class P>
+float largest_exponent(const P& potential, const Region& region, const float* weights, const float* q_row,
+                       const float* q_column) {
+  Pack best = splat_pack(-INFINITY);
+  for (int i = 0; i < region.rows; ++i) {
+    const int begin = region.begin(i), end = region.end(i);
+    const Pack q_i = splat_pack(q_row[i]);
+    for (int j = begin / kPanel * kPanel; j < end; j += kPanel) {
+      Pack e = potential.exponent(load_pack(weights + i * kWeightStride + j), q_i, load_pack(q_column + j));
+      if (j < begin || j + kPanel > end) e = keep_columns(e, j, begin, end, -INFINITY);
+      best = maximum(e, best);
+    }
+  }
+  vec m = best.v[0];
+  for (int n = 1; n < kVectors; ++n) m = best.v[n] > m ? best.v[n] : m;
+  return largest(m);
+}
+
+// Replaces the similarities of the region by the slopes and returns the sum of psi. Columns of a row that are not its
+// partners get weight 0 up to the end of the tile. row_sum and column_sum are added to.
+template <class P, bool kGradient, bool kRowSums>
+double weigh(const P& potential, float shift, const Region& region, float* weights, const float* q_row,
+             const float* q_column, float* row_sum, float* column_sum) {
+  double total = 0.0;
+  Pack partial = splat_pack(0.0f);
+  for (int i = 0; i < region.rows; ++i) {
+    const int begin = region.begin(i), end = region.end(i);
+    float* row = weights + i * kWeightStride;
+    const Pack q_i = splat_pack(q_row[i]);
+    Pack row_total = splat_pack(0.0f);
+    int j = begin / kPanel * kPanel;
+    for (; j < end; j += kPanel) {
+      Weights<Pack> w = potential.weigh(load_pack(row + j), q_i, load_pack(q_column + j), shift);
+      if (j < begin || j + kPanel > end) {
+        w.psi = keep_columns(w.psi, j, begin, end, 0.0f);
+        if (kGradient) w.slope = keep_columns(w.slope, j, begin, end, 0.0f);
+      }
+      partial = partial + w.psi;
+      if (kGradient) store_pack(row + j, w.slope);
+      if (kRowSums) {
+        row_total = row_total + w.slope;
+        store_pack(column_sum + j, load_pack(column_sum + j) + w.slope);
+      }
+    }
+    if (kGradient)
+      for (; j < region.columns; j += kPanel) store_pack(row + j, splat_pack(0.0f));
+    if (kRowSums) row_sum[i] += sum(sum_vectors(row_total));
+    // fp32 partial sums stay short.
+    if (i % 8 == 7 || i + 1 == region.rows) {
+      for (int n = 0; n < kVectors; ++n) total += double(sum(partial.v[n]));
+      partial = splat_pack(0.0f);
+    }
+  }
+  return total;
+}
+
+struct TileSum {
+  double psi, shift;
+};
+
+template <class P>
+TileSum weigh_region(const Job& job, const P& potential, const Region& region, Scratch& scratch, const Tile& tile,
+                     const Tile& other, float* row_sum) {
+  float shift = job.potential.shift;
+  bool empty = false;
+  if constexpr (P::kExponential) {
+    if (job.potential.online) {
+      shift = largest_exponent(potential, region, scratch.weights, tile.square, other.square);
+      empty = shift == -INFINITY;
+      if (empty) shift = 0.0f;
+    }
+  }
+  double psi;
+  if (!job.gradient)
+    psi = weigh<P, false, false>(potential, shift, region, scratch.weights, tile.square, other.square, nullptr, nullptr);
+  else if (!job.potential.row_sums)
+    psi = weigh<P, true, false>(potential, shift, region, scratch.weights, tile.square, other.square, nullptr, nullptr);
+  else
+    psi = weigh<P, true, true>(potential, shift, region, scratch.weights, tile.square, other.square, row_sum,
+                               scratch.column_sum);
+  return {psi, empty ? -INFINITY : double(shift)};
+}
+
+TileSum weigh_tile(const Job& job, const Region& region, Scratch& scratch, const Tile& tile, const Tile& other,
+                   float* row_sum) {
+  const Potential& p = job.potential;
+  const auto run = [&](const auto& potential) {
+    return weigh_region(job, potential, region, scratch, tile, other, row_sum);
+  };
+  switch (p.kind) {
+    case Potential::Kind::kAngularSpread: return run(p.angular_spread);
+    case Potential::Kind::kAngularSpreadFit: return run(p.angular_spread_fit);
+    case Potential::Kind::kOrthogonalization: return run(p.orthogonalization);
+    case Potential::Kind::kOrthogonalizationFit: return run(p.orthogonalization_fit);
+    case Potential::Kind::kDecorrelation: return run(Decorrelation{});
+    case Potential::Kind::kGaussian: break;
+  }
+  return run(p.gaussian);
+}
+
+// ---- the sweep
+
+// Two sums in units of exp(shift) and exp(other) go on in units of the larger; returns the factors of both.
+struct Rescaling {
+  double kept, added;
+};
+DK_INLINE Rescaling rescale(double& shift, double other) {
+  const double before = shift;
+  if (other > shift) shift = other;
+  if (shift == -INFINITY) return {0.0, 0.0};
+  return {before == shift ? 1.0 : exp(before - shift), other == shift ? 1.0 : exp(other - shift)};
+}
+
+void within(const Job& job, Tile& tile, Scratch& scratch) {
+  const Region region{tile.tokens, tile.padded, tile.partner_end};
+  float* weights = scratch.weights;
+  similarities(job, tile, tile, true, weights);
+  if (job.potential.row_sums) memset(scratch.column_sum, 0, sizeof(float) * size_t(tile.padded));
+  const TileSum sum = weigh_tile(job, region, scratch, tile, tile, tile.row_sum);
+  tile.psi_sum = 2.0 * sum.psi;
+  tile.psi_shift = tile.shift = sum.shift;
+  if (!job.gradient) return;
+  for (int i = 0; i < tile.tokens; ++i) {
+    weights[i * kWeightStride + i] = 0.0f;
+    for (int j = 0; j < i; ++j) weights[i * kWeightStride + j] = weights[j * kWeightStride + i];
+  }
+  if (job.potential.row_sums)
+    for (int t = 0; t < tile.tokens; ++t) tile.row_sum[t] += scratch.column_sum[t];
+  accumulate<kWeightStride, 1>(job, tile, tile, weights, 1.0f, 0.0f);
+}
+
+void between(const Job& job, Tile& tile, Tile& other, Scratch& scratch) {
+  const Region region{tile.tokens, other.tokens, nullptr};
+  float* weights = scratch.weights;
+  similarities(job, tile, other, false, weights);
+  float row_sum[kLargestTile];
+  if (job.potential.row_sums) {
+    memset(row_sum, 0, sizeof row_sum);
+    memset(scratch.column_sum, 0, sizeof(float) * size_t(other.padded));
+  }
+  const TileSum sum = weigh_tile(job, region, scratch, tile, other, row_sum);
+
+  const Rescaling psi = rescale(tile.psi_shift, sum.shift);
+  tile.psi_sum = tile.psi_sum * psi.kept + 2.0 * sum.psi * psi.added;
+  if (!job.gradient) return;
+  const Rescaling left = rescale(tile.shift, sum.shift), right = rescale(other.shift, sum.shift);
+  accumulate<kWeightStride, 1>(job, tile, other, weights, float(left.added), float(left.kept));
+  accumulate<1, kWeightStride>(job, other, tile, weights, float(right.added), float(right.kept));
+  if (job.potential.row_sums) {
+    for (int t = 0; t < tile.tokens; ++t)
+      tile.row_sum[t] = tile.row_sum[t] * float(left.kept) + row_sum[t] * float(left.added);
+    for (int t = 0; t < other.tokens; ++t)
+      other.row_sum[t] = other.row_sum[t] * float(right.kept) + scratch.column_sum[t] * float(right.added);
+  }
+}
+
+// ---- the gradient through the row transform
+
+void finish(const Job& job, const Tile& tile, const Finish& result, Scratch& scratch) {
+  const int64_t features = job.args->features, padded_features = job.padded_features;
+  float* u = scratch.rows;
+  float* z = scratch.rows + padded_features + 16;
+  for (int t = 0; t < tile.tokens; ++t) {
+    float* grad = job.args->grad + tile.rows[t] * features;
+    if (!result.finite) {
+      for (int64_t k = 0; k < features; ++k) grad[k] = NAN;
+      continue;
+    }
+    const float* x = tile.token_major + t * kPanel;
+    const int64_t x_step = int64_t(tile.padded) * kPanel;
+    memcpy(u, grad, size_t(features) * sizeof(float));
+    for (int64_t k = features; k < padded_features; ++k) u[k] = 0.0f;
+
+    if (job.transform == Transform::kCentre) {
+      // scale (sum_j w_ij x_j - x_i sum_j w_ij)
+      const float own = -result.scale * tile.row_sum[t];
+      const float* xk = x;
+      for (int64_t k = 0; k < padded_features; k += kPanel, xk += x_step)
+        store_pack(u + k, madd(load_pack(xk), own, load_pack(u + k) * result.scale));
+      if (result.square_scale != 0.0f) {
+        read_row(job, tile.rows[t], z);
+        for (int64_t k = 0; k < padded_features; k += kPanel)
+          store_pack(u + k, madd(load_pack(z + k), result.square_scale, load_pack(u + k)));
+      }
+    } else {
+      // With x = z / (r + eps): dz = u / (r + eps) - x (x . u) / r.
+      Pack dot = splat_pack(0.0f), total = splat_pack(0.0f);
+      const float* xk = x;
+      for (int64_t k = 0; k < padded_features; k += kPanel, xk += x_step) {
+        const Pack uk = load_pack(u + k);
+        dot = madd(load_pack(xk), uk, dot);
+        total = total + uk;
+      }
+      const float norm = tile.norm[t];
+      const float own = norm > 0.0f ? -result.scale * sum(sum_vectors(dot)) / norm : 0.0f;
+      const float factor = result.scale * tile.inverse[t];
+      const float mean =
+          job.transform == Transform::kCentredNormalise ? factor * sum(sum_vectors(total)) / float(features) : 0.0f;
+      xk = x;
+      for (int64_t k = 0; k < padded_features; k += kPanel, xk += x_step)
+        store_pack(u + k, madd(load_pack(xk), own, load_pack(u + k) * factor) - mean);
+    }
+    memcpy(grad, u, size_t(features) * sizeof(float));
+  }
+}
+
+constexpr TileKernels kTileKernels = {kPanel, add_rows, pack, within, between, finish};
+
+}  // namespace
+}  // namespace dk
