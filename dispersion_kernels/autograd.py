@@ -7,7 +7,6 @@ once, to the dtype of the tokens: what a GradScaler multiplies in is there befor
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from dispersion_kernels import native
 from dispersion_kernels.backends import choose
 from dispersion_kernels.potentials import Potential
-from dispersion_kernels.segments import check_cu_seqlens, group_sizes, host_segments, segment_of_token
+from dispersion_kernels.segments import check_cu_seqlens, host_segments, segment_of_token
 from dispersion_kernels.sweep import Result, accumulation_dtype, sweep
 
 
@@ -58,6 +57,12 @@ class _Dispersion(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # With create_graph what this returns would count as a constant, and a gradient penalty silently do nothing.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "fused_dispersion_loss was differentiated with create_graph=True, for a second derivative, which it does "
+                'not have. Use impl="reference", which materialises the L x L matrices and has one'
+            )
         grad, groups, cu_seqlens = ctx.saved_tensors
         if ctx.recompute:
             _, _, grad = torch.ops.dispersion_kernels.forward(grad, groups, cu_seqlens, *ctx.args, True)
@@ -108,7 +113,7 @@ def _native_sweep(
     loss, grad = native.dispersion(
         tokens if features == 1 or tokens.stride(1) == 1 else tokens.contiguous(),
         potential_name=potential.name(),
-        params=dataclasses.asdict(potential),
+        params=dict(zip(native.PARAMETERS[potential.name()], potential.params(), strict=True)),
         index=runs.index,
         begins=runs.begins,
         ends=runs.ends,
@@ -151,13 +156,3 @@ def _forward_fake(
 @torch.library.register_fake("dispersion_kernels::backward")
 def _backward_fake(grad: Tensor, grad_loss: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(grad, dtype=dtype)
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "fused_dispersion_loss was differentiated twice (create_graph=True, or a gradient penalty): its backward is "
-        'not differentiable. Use impl="reference", which materialises the L x L matrices and can be'
-    )
-
-
-torch.library.register_autograd("dispersion_kernels::backward", _no_second_derivative)

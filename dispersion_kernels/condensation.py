@@ -125,8 +125,8 @@ def plot_condensation(
     axes.set_ylabel("mean pairwise cosine of the tokens")
     axes.set_title(title, loc="left", fontsize=11)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
-    low = min(min(values) for values in curves.values())
-    axes.set_ylim(min(0.0, 1.05 * low), 1.0)
+    every = [value for values in curves.values() for value in values]
+    axes.set_ylim(min(0.0, 1.1 * min(every)), min(1.02, max(0.1, 1.25 * max(every))))
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

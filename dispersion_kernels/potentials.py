@@ -99,6 +99,11 @@ class ExponentialPotential(Potential):
 
     varying_slope: ClassVar[bool] = False
 
+    @property
+    def zero_token_offset(self) -> float:
+        """What a zero token, whose x is 0 and not of length 1, adds to the exponent of each of its pairs."""
+        return 0.0
+
     def exponent_range(self) -> tuple[float, float]:
         """Bounds of the exponent over all tokens."""
         raise NotImplementedError
@@ -311,6 +316,11 @@ class Uniformity(ExponentialPotential):
 
     def exponent_(self, c: Tensor, slope: Tensor | None = None) -> Tensor:
         return c.sub_(1).mul_(2 * self.t)
+
+    @property
+    def zero_token_offset(self) -> float:
+        # exponent_ has |x_i - x_j|^2 = 2 - 2 c of unit vectors; a zero one has 1.
+        return self.t
 
     def exponent_range(self) -> tuple[float, float]:
         return -4 * self.t, 0.0

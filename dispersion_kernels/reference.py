@@ -77,13 +77,12 @@ def _sequence_loss(z: Tensor, potential: Potential, pairs: Tensor) -> Tensor:
         p = torch.softmax(logits, dim=1)
         return (p * torch.log2(p + potential.eps)).masked_fill(~pairs, 0.0).sum(1).mean()
     if isinstance(potential, L2Repel):
-        psi = torch.exp(-_squared_distances(z)[pairs] / potential.tau)
-        return torch.log(psi.mean() + potential.eps) + potential.norm_weight * z.square().mean()
+        exponent = -_squared_distances(z)[pairs] / potential.tau
+        return _log_mean_exp(exponent, potential.eps) + potential.norm_weight * z.square().mean()
     if isinstance(potential, DispersiveL2):
-        return torch.logsumexp(-_squared_distances(z)[pairs] / (features * potential.tau), 0) - math.log(pairs.sum())
+        return _log_mean_exp(-_squared_distances(z)[pairs] / (features * potential.tau))
     if isinstance(potential, Uniformity):
-        exponent = -potential.t * _squared_distances(_normalize(z, 0.0))[pairs]
-        return torch.logsumexp(exponent, 0) - math.log(pairs.sum())
+        return _log_mean_exp(-potential.t * _squared_distances(_normalize(z, 0.0))[pairs])
     if isinstance(potential, Decorrelation):
         x = _standardize(z)
         return (x @ x.T)[pairs].square().mean()
@@ -92,9 +91,7 @@ def _sequence_loss(z: Tensor, potential: Potential, pairs: Tensor) -> Tensor:
     c = (x @ x.T)[pairs]
     if isinstance(potential, AngularSpread):
         exponent = -torch.arccos(_straight_through_clip(c, potential.clamp)) / (math.pi * potential.tau)
-        # log(mean(exp) + eps), finite at any tau.
-        log_mean = torch.logsumexp(exponent, 0) - math.log(c.numel())
-        return torch.logaddexp(log_mean, log_mean.new_tensor(potential.eps).log())
+        return _log_mean_exp(exponent, potential.eps)
     if isinstance(potential, Orthogonalization):
         angle = torch.arccos(_straight_through_clip(c, potential.clamp)) / math.pi
         return (potential.margin - angle).clamp(min=0).square().mean()
@@ -102,6 +99,12 @@ def _sequence_loss(z: Tensor, potential: Potential, pairs: Tensor) -> Tensor:
     # A potential of the user's: its value forward, its slope backward.
     psi = potential.value(c).detach() + potential.slope(c).detach() * (c - c.detach())
     return torch.log(psi.mean() + potential.log_eps) if potential.reduction == "log_mean" else psi.mean()
+
+
+def _log_mean_exp(exponent: Tensor, eps: float = 0.0) -> Tensor:
+    """log(mean(exp(exponent)) + eps), finite wherever the logarithm of the mean is."""
+    log_mean = torch.logsumexp(exponent, 0) - math.log(exponent.numel())
+    return torch.logaddexp(log_mean, torch.full_like(log_mean, eps).log())
 
 
 def _normalize(z: Tensor, eps: float) -> Tensor:

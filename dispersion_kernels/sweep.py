@@ -196,8 +196,8 @@ def _transform(z: Tensor, norm: Tensor, potential: Potential, left_out: Tensor) 
     """x ``[B, L, F]`` in the accumulation dtype, 0 for the tokens left out, and what its gradient needs."""
     if potential.row_transform == "normalize":
         rows = _inverse_norms(norm, potential.norm_eps)
-        return (z * rows.inverse).masked_fill_(left_out.unsqueeze(-1), 0.0), rows
-    x = z.to(norm.dtype, copy=True).masked_fill_(left_out.unsqueeze(-1), 0.0)
+        return (z * rows.inverse).contiguous().masked_fill_(left_out.unsqueeze(-1), 0.0), rows
+    x = z.to(norm.dtype, copy=True, memory_format=torch.contiguous_format).masked_fill_(left_out.unsqueeze(-1), 0.0)
     if potential.row_transform == "standardize":
         # The rounded mean of a constant token may differ from its features; it must not be blown up to length 1.
         constant = (x == x[:, :, :1]).all(-1, keepdim=True)
@@ -275,6 +275,7 @@ class _Pairs:
         batch, length, _ = x.shape
         budget = _TILE_BYTES.get(x.device.type, _TILE_BYTES["cuda"]) // x.element_size()
         self.x, self.groups = x, groups
+        self._offsets: Tensor | None = None
         self.size = math.ceil(length / math.ceil(length / math.isqrt(budget)))
         self.rows = min(max(1, budget // self.size**2), batch)
         # Allocated once: fresh memory for every tile would cost a page fault for every 1,024 pairs.
@@ -301,6 +302,13 @@ class _Pairs:
     def _view(self, number: int, tile: _Tile) -> Tensor:
         shape = [part.stop - part.start for part in (tile.batch, tile.i, tile.j)]
         return self.workspace[number][: math.prod(shape)].view(shape)
+
+    def add_offset(self, tile: _Tile, exponent: Tensor, offset: float) -> None:
+        """Adds ``offset`` for each token of a pair that is zero."""
+        if offset:
+            zeros = (self.x == 0).all(-1).to(exponent.dtype) * offset if self._offsets is None else self._offsets
+            self._offsets = zeros
+            exponent.add_(zeros[tile.batch, tile.i].unsqueeze(2)).add_(zeros[tile.batch, tile.j].unsqueeze(1))
 
     def leave_out(self, tile: _Tile, values: Tensor, value: float) -> None:
         """Puts ``value`` at the entries that are no pairs, the diagonal among them."""
@@ -388,9 +396,9 @@ def _exponential_sums(
         exponent = pairs.similarities(tile)
         slope = torch.empty_like(exponent) if with_grad and potential.varying_slope else None
         if isinstance(potential, DistancePotential):
-            _negative_squared_distances_(exponent, squares, tile).mul_(1 / potential.distance_scale(x.shape[2]))
+            _negative_squared_distances_(exponent, squares, tile).div_(potential.distance_scale(x.shape[2]))
         else:
-            potential.exponent_(exponent, slope)
+            pairs.add_offset(tile, potential.exponent_(exponent, slope), potential.zero_token_offset)
         pairs.leave_out(tile, exponent, -math.inf)
         for side, others, dim in tile.sides():
             before = largest[tile.batch, side]
@@ -440,6 +448,7 @@ def _bounded_exponential_sums(
     for tile in pairs:
         slope = pairs.scratch(tile) if with_grad and potential.varying_slope else None
         psi = potential.exponent_(pairs.similarities(tile), slope)
+        pairs.add_offset(tile, psi, potential.zero_token_offset)
         if shift:
             psi.sub_(shift)
         psi.exp_()
@@ -456,26 +465,33 @@ def _perplexity_entropy(
 ) -> tuple[Tensor, Tensor | None]:
     """``sum_j P_ij log2(P_ij + eps)`` of each token ``[B, L]``, and the gradient of their sum over each row.
 
-    With e_ij = -|z_i - z_j|^2 / sigma2, P_ij = exp(e_ij - lse_i), h = log2(P + eps) and g = dP h / dP =
+    With e_ij = -|z_i - z_j|^2 / sigma2, P_ij = exp(e_ij - m_i) / s_i, h = log2(P + eps) and g = dP h / dP =
     h + P / ((P + eps) ln 2): d/de_ij = A_ij = P_ij (g_ij - sum_k P_ik g_ik), and
-    dz_i = -2 / sigma2 * sum_j (A_ij + A_ji) (z_i - z_j). Three passes: lse; entropy and sum_k P g; A.
+    dz_i = -2 / sigma2 * sum_j (A_ij + A_ji) (z_i - z_j). Three passes: the largest exponent m and the sum s (kept apart,
+    because a rounded m + log s of some hundreds would cost P four digits); entropy and sum_k P g; A.
     """
     squares = x.square().sum(-1)
     pairs = _Pairs(x, groups)
 
     def exponents(tile: _Tile) -> Tensor:
-        e = _negative_squared_distances_(pairs.similarities(tile), squares, tile).mul_(1 / potential.sigma2)
+        e = _negative_squared_distances_(pairs.similarities(tile), squares, tile).div_(potential.sigma2)
         pairs.leave_out(tile, e, -math.inf)
         return e
 
-    lse = torch.full_like(squares, _NO_PAIR_YET)
+    largest, total = torch.full_like(squares, _NO_PAIR_YET), torch.zeros_like(squares)
     for tile in pairs:
         e = exponents(tile)
         for side, _, dim in tile.sides():
-            lse[tile.batch, side] = torch.logaddexp(lse[tile.batch, side], e.logsumexp(dim))
+            before = largest[tile.batch, side]
+            now = torch.maximum(before, e.amax(dim))
+            added = torch.sub(e, now.unsqueeze(dim), out=pairs.scratch(tile)).exp_().sum(dim)
+            total[tile.batch, side] = total[tile.batch, side] * (before - now).exp_() + added
+            largest[tile.batch, side] = now
+    # A token without a partner has no P.
+    total.masked_fill_(total == 0, 1.0)
 
     def probabilities(e: Tensor, tile: _Tile, side: slice, dim: int) -> tuple[Tensor, Tensor]:
-        p = (e - lse[tile.batch, side].unsqueeze(dim)).exp_()
+        p = torch.sub(e, largest[tile.batch, side].unsqueeze(dim)).exp_().div_(total[tile.batch, side].unsqueeze(dim))
         return p, (p + potential.eps).log2_()
 
     def derivative(p: Tensor, h: Tensor) -> Tensor:

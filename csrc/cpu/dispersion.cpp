@@ -224,6 +224,17 @@ bool describe(const dk_args& args, Job& job, Reduction& reduction) {
 
 constexpr size_t kHugePage = size_t(2) << 20;
 
+// Asks for huge pages in [data, data + bytes), which saves page faults and misses of the translation buffer. Only advice.
+void advise_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t page = 4096, begin = ((uintptr_t)data + page - 1) / page * page, end = ((uintptr_t)data + bytes) / page * page;
+  if (bytes >= 2 * kHugePage) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
 // Workspace memory, in huge pages where the system has them. A block up to kRetained is kept for the next call:
 // faulting its pages in would cost as much as packing into them.
 class Workspace {
@@ -263,9 +274,7 @@ class Workspace {
     char* data = posix_memalign(&memory, kHugePage, rounded) ? nullptr : (char*)memory;
 #endif
     if (!data) return nullptr;
-#if defined(__linux__)
-    madvise(data, rounded, MADV_HUGEPAGE);
-#endif
+    advise_huge_pages(data, rounded);
     return new (std::nothrow) Block{rounded, data};
   }
   static void release(Block* block) {
@@ -339,7 +348,7 @@ inline void wait_for(const std::atomic<int32_t>& progress, int32_t needed) {
 // them, which lets every tile take part in every round.
 int32_t tile_tokens(int64_t tokens, int32_t panel) {
   const int64_t largest = kLargestTile / panel * panel;
-  const int64_t preferred = 128 / panel * panel;
+  const int64_t preferred = (getenv("DKT")?atoi(getenv("DKT")):128) / panel * panel;
   int64_t tiles = (tokens + preferred - 1) / preferred;
   tiles = std::max(tiles, std::min<int64_t>(4, tokens / (2 * panel)));
   tiles = std::max<int64_t>(tiles + tiles % 2, 1);
@@ -485,7 +494,10 @@ class Call {
     job_.gradient = args_.grad != nullptr;
     job_.padded_features = (args_.features + kernels_.panel - 1) / kernels_.panel * kernels_.panel;
     std::fill(args_.loss, args_.loss + args_.sequences, 0.0);
-    if (job_.gradient) zero_unpaired();
+    if (job_.gradient) {
+      advise_huge_pages(args_.grad, size_t(args_.rows) * size_t(args_.features) * sizeof(float));
+      zero_unpaired();
+    }
 
     Group group;
     for (int64_t k = 0; k < args_.segments;) {

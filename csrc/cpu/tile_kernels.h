@@ -145,20 +145,27 @@ void pack(const Job& job, Tile& tile, Scratch& scratch) {
 
 // ---- products
 
+constexpr int kLine = 64 / sizeof(float);
+DK_INLINE void prefetch_near(const float* p) { __builtin_prefetch(p, 0, 3); }
+DK_INLINE void prefetch_far(const float* p) { __builtin_prefetch(p, 0, 2); }
+
 // C[0:kRows, column:column+kPanel] = beta C + alpha A B; c holds the rows of C, which is not read where beta is 0.
-template <int64_t kARow, int64_t kAStep>
+// Tiles come from the last-level cache, whose latency no reordering hides: ahead(n), called every kBlock steps, fetches
+// what the next calls will need.
+constexpr int kBlock = 8;
+
+template <int64_t kARow, int64_t kAStep, class Ahead>
 DK_INLINE void micro_kernel(int64_t depth, const float* a, const float* b, float* const* c, int64_t column, float alpha,
-                            float beta) {
+                            float beta, const Ahead& ahead) {
   vec acc[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
-    __builtin_prefetch(c[i] + column, 1);
-    __builtin_prefetch(c[i] + column + 16, 1);
+    prefetch_near(c[i] + column);
+    prefetch_near(c[i] + column + kPanel - 1);
 #pragma GCC unroll 8
     DK_FOR_VECTORS acc[i][n] = vec{};
   }
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < depth; ++k) {
+  const auto step = [&]() __attribute__((always_inline)) {
     vec operand[kVectors];
 #pragma GCC unroll 8
     DK_FOR_VECTORS operand[n] = load(b + n * kLanes);
@@ -170,7 +177,14 @@ DK_INLINE void micro_kernel(int64_t depth, const float* a, const float* b, float
     }
     a += kAStep;
     b += kPanel;
+  };
+  const int blocks = int(depth / kBlock);
+  for (int block = 0; block < blocks; ++block) {
+    ahead(block);
+#pragma GCC unroll 8
+    for (int n = 0; n < kBlock; ++n) step();
   }
+  for (int64_t k = int64_t(blocks) * kBlock; k < depth; ++k) step();
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
     float* out = c[i] + column;
@@ -190,7 +204,7 @@ void edge_kernel(int64_t depth, const float* a, const float* b, float* const* c,
   float product[kRows][kPanel];
   float* product_rows[kRows];
   for (int i = 0; i < kRows; ++i) product_rows[i] = product[i];
-  micro_kernel<kARow, kAStep>(depth, a, b, product_rows, 0, alpha, 0.0f);
+  micro_kernel<kARow, kAStep>(depth, a, b, product_rows, 0, alpha, 0.0f, [](int) {});
   for (int i = 0; i < rows; ++i) {
     float* out = c[i] + column;
     for (int64_t j = 0; j < columns; ++j) out[j] = beta != 0.0f ? beta * out[j] + product[i][j] : product[i][j];
@@ -199,7 +213,7 @@ void edge_kernel(int64_t depth, const float* a, const float* b, float* const* c,
 
 // S = X_I X_J^T for all rows of I; of one tile with itself only what reaches the upper triangle.
 void similarities(const Job& job, const Tile& tile, const Tile& other, bool upper, float* weights) {
-  // A strip of B this deep and its part of A fit the first-level cache.
+  // A slice of B this deep and its part of A fit the first-level cache.
   constexpr int64_t kDepth = 192;
   const int64_t features = job.args->features;
   const int64_t slices = (features + kDepth - 1) / kDepth;
@@ -208,12 +222,25 @@ void similarities(const Job& job, const Tile& tile, const Tile& other, bool uppe
   for (int column = 0; column < other.padded; column += kPanel) {
     const int last_row = upper ? (column + kPanel < tile.tokens ? column + kPanel : tile.tokens) : tile.tokens;
     for (int64_t slice = 0; slice < slices; ++slice) {
-      const int64_t begin = features * slice / slices, end = features * (slice + 1) / slices;
+      const int64_t begin = features * slice / slices, end = features * (slice + 1) / slices, depth = end - begin;
       const float* b = other.feature_major + column * features + begin * kPanel;
       for (int i = 0; i < last_row; i += kRows) {
-        const int panel = i / kPanel * kPanel;
-        const float* a = tile.feature_major + panel * features + begin * kPanel + (i - panel);
-        micro_kernel<1, kPanel>(end - begin, a, b, rows + i, column, 1.0f, slice ? 1.0f : 0.0f);
+        const int panel = i / kPanel * kPanel, within_panel = i - panel;
+        const float* panel_slice = tile.feature_major + panel * features + begin * kPanel;
+        const float beta = slice ? 1.0f : 0.0f;
+        // Each of the kernels on this panel of A fetches its part of the next slice of B and, the first time through
+        // A, of A's next panel.
+        const float* next_b = b + depth * kPanel + i * depth * kPanel / last_row;
+        if (column == 0 && !upper) {
+          const float* next_a = panel_slice + kPanel * features + within_panel * depth;
+          micro_kernel<1, kPanel>(depth, panel_slice + within_panel, b, rows + i, column, 1.0f, beta, [&](int block) {
+            prefetch_far(next_b + block * kLine);
+            for (int n = 0; n < kBlock * kRows; n += kLine) prefetch_far(next_a + block * kBlock * kRows + n);
+          });
+        } else {
+          micro_kernel<1, kPanel>(depth, panel_slice + within_panel, b, rows + i, column, 1.0f, beta,
+                                  [&](int block) { prefetch_far(next_b + block * kLine); });
+        }
       }
     }
   }
@@ -223,19 +250,25 @@ void similarities(const Job& job, const Tile& tile, const Tile& other, bool uppe
 template <int64_t kARow, int64_t kAStep>
 void accumulate(const Job& job, const Tile& tile, const Tile& other, const float* weights, float alpha, float beta) {
   const int64_t features = job.args->features;
-  float* rows[kLargestTile + kRows];
-  for (int i = 0; i < tile.padded; ++i) rows[i] = job.args->grad + tile.rows[i < tile.tokens ? i : 0] * features;
+  float* rows[kLargestTile + 2 * kRows];
+  for (int i = 0; i < tile.padded + kRows; ++i) rows[i] = job.args->grad + tile.rows[i < tile.tokens ? i : 0] * features;
   for (int64_t column = 0; column < features; column += kPanel) {
     const float* b = other.token_major + column * other.padded;
     const int64_t columns = features - column;
     for (int i = 0; i < tile.tokens; i += kRows) {
       const float* a = weights + i * kARow;
-      if (columns >= kPanel && i + kRows <= tile.tokens)
-        micro_kernel<kARow, kAStep>(other.tokens, a, b, rows + i, column, alpha, beta);
-      else
+      if (columns >= kPanel && i + kRows <= tile.tokens) {
+        const float* next_b = b + other.padded * kPanel + i * (other.padded * kPanel / tile.tokens);
+        float* const* next_rows = rows + i + kRows;
+        micro_kernel<kARow, kAStep>(other.tokens, a, b, rows + i, column, alpha, beta, [&](int block) {
+          prefetch_far(next_b + block * kLine);
+          prefetch_far(next_rows[block / 2 % kRows] + column + (block & 1) * kLine);
+        });
+      } else {
         edge_kernel<kARow, kAStep>(other.tokens, a, b, rows + i, column, alpha, beta,
                                    tile.tokens - i < kRows ? tile.tokens - i : kRows,
                                    columns < kPanel ? columns : kPanel);
+      }
     }
   }
 }

@@ -18,6 +18,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,11 @@ TEXT_BLOCK = 1 << 18
 BPE_TRAINING_TEXT = 1 << 26
 BLOCK_END = re.compile(r"\S\n(?=\S)")
 
-TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .rst .tex .html .xml .json .jsonl .csv .py .c .h .cc .cpp .hpp .cu .rs .go .java .js .ts".split()
-)
+PROSE = {".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".json", ".jsonl", ".csv"}
+CODE = {".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts"}
+TEXT_SUFFIXES = frozenset(PROSE | CODE)
 # Parts of Python's library left out of the default text: its tests, tables, and packages that are not its own.
-NOT_DEFAULT_TEXT = frozenset("site-packages dist-packages test tests idlelib lib2to3 encodings ensurepip".split())
+NOT_DEFAULT_TEXT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"})
 
 # The vocabulary as OpenAI published it, which is also what tiktoken expects.
 GPT2_FILES = {
@@ -86,10 +87,12 @@ def load_data(
     hashes, sizes = [], []
     for document in documents:
         text = document.read().encode()
+        if not text.strip() and document.name in sources:
+            raise ValueError(f"--data {document.name}: the file is empty; give a file that holds text")
         hashes.append(hashlib.sha256(text).hexdigest())
         sizes.append(len(text))
     if not any(sizes):
-        raise ValueError(f"--data {' '.join(sources)}: there is no text in it; give files or folders that hold some")
+        raise ValueError(f"--data {' '.join(sources)}: every text in it is empty; give files or folders that hold text")
     variant = vocab_size if tokenizer == "bpe" else GPT2_FILES if tokenizer == "gpt2" else None
     recipe = json.dumps([CACHE_FORMAT, VALIDATION_SHARE, tokenizer, variant, hashes])
     key = f"{tokenizer}-{hashlib.sha256(recipe.encode()).hexdigest()[:32]}"
@@ -129,8 +132,6 @@ def find_documents(sources: Sequence[str]) -> list[Document]:
             documents += [text_document(file) for file in files]
         elif path.exists():
             documents.append(text_document(path))
-            if not documents[-1].read().strip():
-                raise ValueError(f"--data {source}: the file is empty; give a file that holds text")
         else:
             raise FileNotFoundError(
                 f"--data {source}: there is no such file or folder (a data set of Hugging Face's hub is hf:NAME)"
@@ -151,18 +152,18 @@ def text_files(
 
 
 def text_document(path: Path) -> Document:
-    opener: Callable[..., Any] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-
     def read() -> str:
         try:
-            with opener(path, "rt", encoding="utf-8-sig") as file:
-                return file.read()
+            content = path.read_bytes()
+            if path.suffix in (".gz", ".xz"):
+                content = gzip.decompress(content) if path.suffix == ".gz" else lzma.decompress(content)
+            return content.decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"--data {path}: not UTF-8 ({error}); convert it, for example with iconv") from error
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise ValueError(f"--data {path}: cannot be read ({error})") from error
 
-    return Document(str(path), read)
+    return Document(os.fspath(path), read)
 
 
 def hub_documents(source: str) -> list[Document]:
@@ -175,10 +176,16 @@ def hub_documents(source: str) -> list[Document]:
     try:
         rows = datasets.load_dataset(name, config or None, split="train")
     except Exception as error:  # its own classes for a name, a network, a file that is not there
-        raise ValueError(f"--data {source}: {type(error).__name__}: {error} (wanted: hf:NAME or hf:NAME:CONFIG)") from error
+        raise ValueError(
+            f"--data {source}: {type(error).__name__}: {error} (wanted: hf:NAME or hf:NAME:CONFIG)"
+        ) from error
     if "text" not in rows.column_names:
         raise ValueError(f"--data {source}: it has no column text, only {', '.join(rows.column_names)}")
-    return [Document(f"{source}#{i}", lambda i=i: rows[i]["text"]) for i in range(len(rows))]
+    return [Document(f"{source}#{row}", partial(hub_text, rows, row)) for row in range(len(rows))]
+
+
+def hub_text(rows: Any, row: int) -> str:
+    return str(rows[row]["text"])
 
 
 def split(documents: list[Document], hashes: list[str], sizes: list[int]) -> tuple[list[Document], list[Document]]:
@@ -225,22 +232,22 @@ def tokenize_into(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        if tokenizer == "bytes":
-            vocab, end_of_text = 257, 256
-            encode: Callable[[list[str]], list[Sequence[int]]] = lambda texts: [text.encode() for text in texts]
-        else:
+        bpe = None
+        vocab, end_of_text = 257, 256
+        if tokenizer != "bytes":
             bpe = gpt2_bpe() if tokenizer == "gpt2" else train_bpe(train, vocab_size)
             bpe.save(str(temporary / "tokenizer.json"))
             vocab, end_of_text = bpe.get_vocab_size(), bpe.token_to_id(END_OF_TEXT)
-            encode = lambda texts: [encoding.ids for encoding in bpe.encode_batch_fast(texts)]
         meta = {"vocab": vocab, "end_of_text": end_of_text}
-        with tqdm(total=len(train) + len(validation), desc="tokenising", unit=" texts", disable=not progress) as bar:
+        with tqdm(
+            total=len(train) + len(validation), desc="tokenising", unit=" texts", disable=None if progress else True
+        ) as bar:
             for part, documents in (("train", train), ("validation", validation)):
                 meta[part] = 0
                 with open(temporary / f"{part}.bin", "wb") as file:
                     # Enough at a time to keep the tokeniser's threads busy, few enough to bound the memory.
                     for batch in batched(blocks(documents), 64):
-                        encoded = iter(encode([text for text in batch if text is not None]))
+                        encoded = encode([text for text in batch if text is not None], bpe)
                         for text in batch:
                             ids = [end_of_text] if text is None else next(encoded)
                             array("H" if vocab <= 1 << 16 else "I", ids).tofile(file)
@@ -254,6 +261,13 @@ def tokenize_into(
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def encode(texts: list[str], bpe: Any) -> Iterator[Sequence[int]]:
+    if bpe is None:
+        yield from (list(text.encode()) for text in texts)
+    else:
+        yield from (encoding.ids for encoding in bpe.encode_batch_fast(texts))
 
 
 def blocks(documents: Iterable[Document]) -> Iterator[str | None]:

@@ -4,7 +4,6 @@ The parameters carry Hugging Face's names (`wte`, `h.0.attn.c_attn`, ...), so re
 of the `transformer.` prefix and of four transposed matrices a block.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -94,10 +93,8 @@ class GPT2(nn.Module):
         x = self.drop(self.wte(tokens) + self.wpe.weight[:length])
         hidden = []
         for block in self.h:
-            if self.checkpoint_activations and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            recompute = self.checkpoint_activations and self.training
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
             if return_hidden:
                 hidden.append(x)
         logits = F.linear(self.ln_f(x), self.wte.weight)
@@ -117,7 +114,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class Attention(nn.Module):
@@ -133,7 +131,8 @@ class Attention(nn.Module):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.c_attn(x).chunk(3, dim=-1))
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        return self.drop(self.c_proj(y.transpose(1, 2).flatten(2)))
+        x = self.drop(self.c_proj(y.transpose(1, 2).flatten(2)))
+        return x
 
 
 class MLP(nn.Module):
@@ -144,7 +143,9 @@ class MLP(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        x = F.gelu(self.c_fc(x), approximate="tanh")
+        x = self.drop(self.c_proj(x))
+        return x
 
 
 # Hugging Face keeps these as Conv1D, [in, out]; nn.Linear is [out, in].
@@ -164,7 +165,7 @@ def load_weights(path: str | Path, *, dropout: float = 0.0, heads: int | None = 
     file = weights_file(Path(path))
     try:
         with safe_open(file, framework="pt") as tensors:
-            named = {key.removeprefix("transformer."): tensors.get_tensor(key) for key in tensors.keys()}
+            named = {key.removeprefix("transformer."): tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file} is not a readable safetensors file ({error}); download it again") from error
     weights = {name: tensor for name, tensor in named.items() if not name.endswith(BUFFERS)}

@@ -1,70 +1,72 @@
 """`dispersion-gpt2`: trains GPT-2 with the dispersion loss, from scratch or from GPT-2's weights.
 
-Reads from top to bottom: the command, one run and its steps, what a run is built from, files, options.
+Reads from top to bottom: the command, one run and its steps, what a run is built from.
 """
 
 import argparse
 import contextlib
-import json
+import importlib
 import math
 import os
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
-from datetime import datetime
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dispersion_kernels import fused_dispersion_loss
 
 from ..condensation import condensation_by_layer, plot_condensation
 from .data import TokenData, load_data, mixed_seed, training_windows, validation_windows, windows_at
-from .model import GPT2, PRESETS, GPT2Config, load_weights, save_weights
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What a preset is trained with unless told otherwise; the learning rates of the published shapes are GPT-3's.
-RECIPES: dict[str, dict[str, Any]] = {
-    "nano": dict(steps=600, warmup=50, batch_size=16, accumulate=1, lr=2e-3, tokenizer="bpe"),
-    "gpt2": dict(steps=20_000, warmup=500, batch_size=8, accumulate=8, lr=6e-4, tokenizer="gpt2"),
-    "gpt2-medium": dict(steps=20_000, warmup=500, batch_size=8, accumulate=8, lr=3e-4, tokenizer="gpt2"),
-    "gpt2-large": dict(steps=20_000, warmup=500, batch_size=4, accumulate=16, lr=2.5e-4, tokenizer="gpt2"),
-    "gpt2-xl": dict(steps=20_000, warmup=500, batch_size=4, accumulate=16, lr=2e-4, tokenizer="gpt2"),
-    "weights": dict(steps=2_000, warmup=100, batch_size=8, accumulate=8, lr=5e-5, tokenizer="gpt2"),
-}
-SHAPE = ("layers", "width", "heads", "mlp_width", "context")
+from .model import GPT2, GPT2Config, load_weights, save_weights
+from .options import DTYPES, SHAPE, parse_options
+from .runtime import (
+    Metrics,
+    StopRequest,
+    mean_over_ranks,
+    peak_memory,
+    process_group,
+    rank,
+    read_checkpoint,
+    replaced,
+    say,
+    world,
+    write_json,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse_options(argv)
+        check_libraries(options)
         with process_group(options), StopRequest() as stop:
             if options.compare:
                 compare(options, stop)
             else:
-                Run(options, options.out).train(stop)
+                Run(options, options.out, options.dispersion_weight).train(stop)
+    except KeyboardInterrupt:
+        print("dispersion-gpt2: interrupted outside training, nothing to save", file=sys.stderr)
+        return 130
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"dispersion-gpt2: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def compare(options: argparse.Namespace, stop: "StopRequest") -> None:
+def compare(options: argparse.Namespace, stop: StopRequest) -> None:
     """Two runs, one after the other, that differ in the dispersion term alone; both in one picture and one table."""
     results = {}
     for name, weight in (("without", 0.0), ("with", options.dispersion_weight)):
         say(f"{name} the dispersion loss")
-        changed = argparse.Namespace(**{**vars(options), "dispersion_weight": weight})
-        result = Run(changed, options.out / name).train(stop)
+        result = Run(options, options.out / name, weight).train(stop)
         if result is None:
             return
         results[name] = result
@@ -96,19 +98,21 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 class Run:
-    """A model, its optimiser and its data, trained in the folder `out`."""
+    """A model, its optimiser and its data, trained in the folder `out` with this weight of the dispersion loss."""
 
-    def __init__(self, options: argparse.Namespace, out: Path) -> None:
-        self.options, self.out = options, out
+    def __init__(self, options: argparse.Namespace, out: Path, weight: float) -> None:
+        self.options, self.out, self.weight = options, out, weight
         self.device = pick_device(options)
-        checkpoint = load_checkpoint(options, out)
+        checkpoint = read_checkpoint(out / "checkpoint.pt") if (out / "checkpoint.pt").exists() else None
         self.data = load_tokens(options)
         torch.manual_seed(options.seed)
         self.model = build_model(options, self.data, checkpoint).to(self.device)
         config = self.model.config
         self.context = options.context or config.context
         if self.context > config.context:
-            raise ValueError(f"--context {self.context} is more than the {config.context} positions of the weights")
+            raise ValueError(
+                f"--context {self.context} is more than the weights' {config.context} positions; take fewer"
+            )
         self.layers = dispersion_layers(options.dispersion_layers, config.layers)
         self.dispersion = partial(
             fused_dispersion_loss,
@@ -124,28 +128,32 @@ class Run:
         self.autocast = partial(
             torch.autocast, self.device.type, DTYPES[options.dtype], enabled=options.dtype != "float32"
         )
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.step_tokens = options.batch_size * options.accumulate * world() * self.context
         self.step, self.seconds = 0, 0.0
         self.before: list[float] = []
         if checkpoint is not None:
             self.restore(checkpoint)
         forward: nn.Module = torch.compile(self.model) if options.compile else self.model  # type: ignore[assignment]
         if world() > 1:
-            forward = DistributedDataParallel(forward, device_ids=[self.device] if self.device.index is not None else None)
+            forward = DistributedDataParallel(
+                forward, device_ids=[self.device] if self.device.index is not None else None
+            )
         self.forward = forward
 
-    def train(self, stop: "StopRequest") -> dict[str, Any] | None:
+    def train(self, stop: StopRequest) -> dict[str, Any] | None:
         """Trains to the last step and returns the results, or saves, says how to go on, and returns None."""
         from tqdm import tqdm
 
         options = self.options
         metrics = Metrics(self.out / "metrics.jsonl", self.step) if rank() == 0 else None
-        validation = self.validate() if self.step in (0, options.steps) else None
-        if validation and self.step == 0:
-            self.before = validation[1]
+        validation = self.validate()
+        self.before = self.before or validation[1]
         say(
-            f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {len(self.data.train):,} training tokens, "
-            f"{options.batch_size * options.accumulate * world() * self.context:,} a step, {self.device}, {options.dtype}"
+            f"{self.parameters:,} parameters, {len(self.data.train):,} training tokens, "
+            f"{self.step_tokens:,} a step, {self.device}, {options.dtype}"
         )
+        stop.listen()
         bar = tqdm(total=options.steps, initial=self.step, unit="step", disable=rank() != 0 or None)
         with bar:
             logged = (self.step, self.seconds)
@@ -159,8 +167,13 @@ class Run:
                 bar.update()
                 self.seconds += time.perf_counter() - started
                 if logs:
-                    tokens = (self.step - logged[0]) * options.batch_size * options.accumulate * world() * self.context
-                    measured["tokens_per_second"] = tokens / (self.seconds - logged[1])
+                    if not math.isfinite(measured["cross_entropy"] + measured["dispersion"]):
+                        raise ValueError(
+                            f"the loss is no longer finite at step {self.step} with --lr {options.lr:g} and --dtype "
+                            f"{options.dtype}; resume the last checkpoint, or start again, with a smaller --lr"
+                        )
+                    steps_per_second = (self.step - logged[0]) / (self.seconds - logged[1])
+                    measured["tokens_per_second"] = self.step_tokens * steps_per_second
                     measured["peak_memory_bytes"] = peak_memory(self.device)
                     logged = (self.step, self.seconds)
                     bar.set_postfix(loss=f"{measured['cross_entropy']:.3f}", cosine=f"{measured['cosine'][-1]:.3f}")
@@ -176,9 +189,9 @@ class Run:
                     self.save()
                 if stopped:
                     bar.close()
-                    say(f"stopped after step {self.step} of {options.steps} and saved; to go on:\n  {resume_command(options)}")
+                    say(f"stopped after step {self.step} of {options.steps} and saved; to go on:")
+                    say(f"  dispersion-gpt2 --resume --out {shlex.quote(str(options.out))}")
                     return None
-        assert validation is not None
         return self.finish(*validation)
 
     def train_step(self, measure: bool) -> dict[str, Any]:
@@ -197,15 +210,16 @@ class Run:
             tokens, targets = windows_at(self.data.train, starts[first : first + size], self.context)
             # Dropout and token sampling, like the windows, depend on the step alone: nothing to save, exact on resume.
             torch.manual_seed(mixed_seed(options.seed, self.step, micro, rank()))
-            wants_hidden = bool(options.dispersion_weight) or measure
-            with self.gradients_synchronised(micro + 1 == options.accumulate), self.autocast():
-                output = self.forward(tokens.to(self.device), targets.to(self.device), wants_hidden)
-                loss = output.loss
-                if wants_hidden:
-                    with torch.set_grad_enabled(bool(options.dispersion_weight)):
-                        terms = torch.stack([self.dispersion(output.hidden[layer - 1]) for layer in self.layers])
-                    loss = loss + options.dispersion_weight * terms.mean()
-                    dispersion += terms.detach() / options.accumulate
+            wants_hidden = self.weight != 0 or measure
+            with self.gradients_synchronised(micro + 1 == options.accumulate):
+                with self.autocast():
+                    output = self.forward(tokens.to(self.device), targets.to(self.device), wants_hidden)
+                    loss = output.loss
+                    if wants_hidden:
+                        with torch.set_grad_enabled(self.weight != 0):
+                            terms = torch.stack([self.dispersion(output.hidden[layer - 1]) for layer in self.layers])
+                        loss = loss + self.weight * terms.mean()
+                        dispersion += terms.detach() / options.accumulate
                 self.scaler.scale(loss / options.accumulate).backward()
             cross_entropy += output.loss.detach() / options.accumulate
         self.scaler.unscale_(self.optimizer)
@@ -224,5 +238,189 @@ class Run:
             "dispersion_per_layer": dict(zip(map(str, self.layers), values[1:split], strict=True)),
             "cosine": values[split:],
             "lr": lr,
-            "grad_norm": norm.item(),
+            "grad_norm": norm.item() if norm.isfinite() else None,  # a step the GradScaler skipped
         }
+
+    def gradients_synchronised(self, now: bool) -> contextlib.AbstractContextManager[None]:
+        if isinstance(self.forward, DistributedDataParallel) and not now:
+            return self.forward.no_sync()
+        return contextlib.nullcontext()
+
+    @torch.no_grad()
+    def validate(self) -> tuple[float, list[float]]:
+        """Cross-entropy and mean pairwise cosine of every layer, over the same windows every time."""
+        self.model.eval()
+        size = self.options.batch_size
+        starts = self.windows[rank() :: world()]
+        sums = torch.zeros(2 + self.model.config.layers, dtype=torch.float64)
+        for first in range(0, len(starts), size):
+            tokens, targets = windows_at(self.data.validation, starts[first : first + size], self.context)
+            with self.autocast():
+                output = self.model(tokens.to(self.device), targets.to(self.device), True)
+            values = torch.cat([torch.ones(1), output.loss[None].cpu(), condensation_by_layer(output.hidden).cpu()])
+            sums += len(tokens) * values.double()
+        if world() > 1:
+            total = sums.to(self.device)
+            dist.all_reduce(total)
+            sums = total.cpu()
+        self.model.train()
+        loss, *cosine = (sums[1:] / sums[0]).tolist()
+        return loss, cosine
+
+    def save(self) -> None:
+        if rank() != 0:
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "before": self.before,
+            "config": asdict(self.model.config),
+            "data": self.data.key,
+            # The seed is among them; every random draw is a function of it and of the step.
+            "options": {name: value for name, value in vars(self.options).items() if name not in ("out", "resume")},
+        }
+        with replaced(self.out / "checkpoint.pt") as file:
+            torch.save(state, file)
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint["data"] != self.data.key:
+            raise ValueError(
+                f"--resume: the text or its tokeniser is not what {self.out} was trained on; give the same --data, or "
+                "start another run with another --out"
+            )
+        self.model.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.step, self.seconds, self.before = checkpoint["step"], checkpoint["seconds"], checkpoint["before"]
+
+    def finish(self, loss: float, cosine: list[float]) -> dict[str, Any]:
+        tokens = self.step * self.step_tokens
+        results = {
+            "validation_loss": loss,
+            "cosine_before": self.before,
+            "cosine_after": cosine,
+            "cosine_last": cosine[-1],
+            "cosine_mean": sum(cosine) / len(cosine),
+            "tokens": tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": tokens / self.seconds,
+            "peak_memory_bytes": peak_memory(self.device),
+            "parameters": self.parameters,
+        }
+        if rank() == 0:
+            write_json(self.out / "results.json", results)
+            save_weights(self.model, self.out)
+            curves = {"before training": self.before, "after training": cosine}
+            plot_condensation(curves, self.out / "condensation.png", dashed=["before training"])
+            say(
+                f"validation loss {loss:.4f}; mean pairwise cosine of the last layer {cosine[-1]:.3f}, before training "
+                f"{self.before[-1]:.3f}\n{self.out} holds condensation.png, metrics.jsonl, results.json, checkpoint.pt "
+                "and the weights in Hugging Face's naming, model.safetensors and config.json\n"
+            )
+        return results
+
+
+def check_libraries(options: argparse.Namespace) -> None:
+    """What is imported late is missed early: not after the training it was to save or to draw."""
+    for name in ("tqdm", "safetensors", "matplotlib", *(["tokenizers"] if options.tokenizer != "bytes" else [])):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f'{name} is missing: pip install "dispersion-kernels[gpt2]"', name=name
+            ) from error
+
+
+def learning_rate(step: int, options: argparse.Namespace) -> float:
+    """Linear warm-up, then a cosine down to a tenth."""
+    if step < options.warmup:
+        share: float = (step + 1) / options.warmup
+    else:
+        done = (step - options.warmup) / max(options.steps - options.warmup, 1)
+        share = 0.55 + 0.45 * math.cos(math.pi * done)
+    return float(options.lr) * share
+
+
+def dispersion_layers(choice: str, layers: int) -> list[int]:
+    """The layers whose hidden states are dispersed, counted from 1; the embedding is not one of them."""
+    half = max(layers // 2, 1)
+    named = {
+        "all": range(1, layers + 1),
+        "last": range(layers, layers + 1),
+        "early_half": range(1, half + 1),
+        "late_half": range(layers - half + 1, layers + 1),
+    }
+    if choice in named:
+        return list(named[choice])
+    try:
+        chosen = sorted({int(number) for number in choice.split(",")})
+    except ValueError:
+        chosen = []
+    if not chosen or not 1 <= chosen[0] <= chosen[-1] <= layers:
+        raise ValueError(
+            f"--dispersion-layers must be all, last, early_half, late_half or numbers from 1 to {layers} with commas "
+            f"between, got {choice!r}"
+        )
+    return chosen
+
+
+def pick_device(options: argparse.Namespace) -> torch.device:
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and world() > 1:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA raises the latter
+        raise ValueError(f"--device {name}: PyTorch cannot use it here ({str(error).splitlines()[0]})") from error
+    if options.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError("--dtype bfloat16: this GPU does not have it; use float16 or float32")
+    return device
+
+
+def load_tokens(options: argparse.Namespace) -> TokenData:
+    load = partial(
+        load_data, options.data, tokenizer=options.tokenizer, vocab_size=options.vocab_size, cache=options.cache
+    )
+    # One process a machine tokenises, the others find its files.
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    data = load(progress=rank() == 0) if first else None
+    if world() > 1:
+        dist.barrier()
+    return data or load()
+
+
+def build_model(options: argparse.Namespace, data: TokenData, checkpoint: dict[str, Any] | None) -> GPT2:
+    if checkpoint is not None:
+        return GPT2(GPT2Config(**checkpoint["config"]), checkpoint_activations=options.checkpoint_activations)
+    if options.init_from is None:
+        shape = {name: getattr(options, name) for name in SHAPE}
+        config = GPT2Config(**shape, vocab=data.vocab, dropout=options.dropout)
+        return GPT2(config, checkpoint_activations=options.checkpoint_activations)
+    model = load_weights(
+        options.init_from,
+        dropout=options.dropout,
+        heads=options.heads,
+        checkpoint_activations=options.checkpoint_activations,
+    )
+    if data.vocab > model.config.vocab:
+        raise ValueError(
+            f"--tokenizer {options.tokenizer} has {data.vocab} tokens, the weights in {options.init_from} know "
+            f"{model.config.vocab}; use the tokeniser they were trained with"
+        )
+    return model
+
+
+def build_optimizer(model: GPT2, options: argparse.Namespace, device: torch.device) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda", "mps"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

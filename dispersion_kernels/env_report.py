@@ -1,0 +1,34 @@
+"""What a bug report should say of the machine: ``python -m dispersion_kernels.env_report``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+
+import torch
+
+from dispersion_kernels import __version__, native, supported
+
+
+def report() -> str:
+    """Versions, processor, threads, what was built at install, and which backends work and why others do not."""
+    z = torch.zeros(1, 2, 2)
+    build = native.build_info()
+    lines = [
+        f"dispersion-kernels: {__version__}",
+        f"python: {sys.version.split()[0]} on {platform.platform()}",
+        f"torch: {torch.__version__}, {torch.get_num_threads()} threads, CPU capability {torch.backends.cpu.get_cpu_capability()}",
+        f"processor: {platform.processor() or platform.machine()}, {os.cpu_count()} logical cores",
+        f"CPU kernel: {'built' if build.get('native') else 'not built: ' + str(build.get('reason'))}"
+        + (f" by {build['compiler']} for {', '.join(build['isas'])}, using {native.isa() or 'none'}" if build.get("native") else ""),
+        "cuda: " + (f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no device"),
+    ]
+    for impl in ("cpu", "torch", "reference"):
+        support = supported(impl, z)
+        lines.append(f'impl="{impl}": ' + ("yes" if support else f"no: {support.reason}"))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,95 @@
+"""What the tests of the loss share: backends, potentials, the float64 oracle and the tolerance rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from dispersion_kernels import (
+    AngularSpread,
+    Decorrelation,
+    DispersiveL2,
+    L2Repel,
+    Orthogonalization,
+    PerplexityEntropy,
+    Potential,
+    Uniformity,
+    fused_dispersion_loss,
+    supported,
+)
+
+POTENTIALS: dict[str, Potential] = {
+    "angular_spread": AngularSpread(),
+    "orthogonalization": Orthogonalization(),
+    "l2_repel": L2Repel(tau=10.0),
+    "l2_repel_published": L2Repel(),
+    "l2_repel_diagonal_out": L2Repel(tau=10.0, include_diagonal=False),
+    "decorrelation": Decorrelation(),
+    # Exponents of some tens, as those of the others: fp32 rounds an exponent of hundreds by 1e-5, naive or not.
+    "perplexity_entropy": PerplexityEntropy(sigma2=50.0),
+    "uniformity": Uniformity(),
+    "dispersive_l2": DispersiveL2(),
+}
+IMPLS = ("cpu", "torch")
+
+
+class Answer(NamedTuple):
+    loss: Tensor
+    grad: Tensor
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """torch.empty gives NaN, so that reading what nobody wrote shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def skip_unless_supported(impl: str, z: Tensor, potential: str | Potential = "angular_spread") -> None:
+    support = supported(impl, z, potential)
+    if not support:
+        pytest.skip(f"impl={impl!r}: {support.reason}")
+
+
+def evaluate(z: Tensor, potential: str | Potential, upstream: Tensor | None = None, **options: Any) -> Answer:
+    """Loss of each sequence and the gradient of their sum weighted by ``upstream``."""
+    z = z.detach().requires_grad_()
+    loss = fused_dispersion_loss(z, potential, reduction="none", **options)
+    loss.backward(torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype))
+    assert z.grad is not None
+    return Answer(loss.detach(), z.grad)
+
+
+def oracle(z: Tensor, potential: str | Potential, upstream: Tensor | None = None, **options: Any) -> Answer:
+    """The materialised computation in float64, on exactly the numbers that ``z`` holds."""
+    return evaluate(z.double(), potential, upstream, **{**options, "impl": "reference"})
+
+
+def relative_errors(answer: Answer, exact: Answer) -> tuple[float, float]:
+    """Of the loss, relative to the larger of it and 1; of the gradient, relative to its largest entry."""
+    loss = ((answer.loss.double() - exact.loss).abs() / exact.loss.abs().clamp(min=1)).max().item()
+    scale = exact.grad.abs().max().clamp(min=1e-30)
+    return loss, ((answer.grad.double() - exact.grad).abs().max() / scale).item()
+
+
+def assert_as_accurate_as_naive(z: Tensor, potential: str | Potential, answer: Answer, exact: Answer, **options: Any) -> None:
+    """fp32: loss to 1e-6 and gradient to 5e-6, or what the naive fp32 computation reaches where that is worse (squared
+    distances of hundreds cost it digits); 16 bits: no worse than naive in that dtype, and a rounding of slack."""
+    naive = relative_errors(evaluate(z, potential, **{**options, "impl": "reference"}), exact)
+    ours = relative_errors(answer, exact)
+    print(f"{potential} {tuple(z.shape)} {z.dtype}: ours {ours[0]:.1e} {ours[1]:.1e}, naive {naive[0]:.1e} {naive[1]:.1e}")
+    bounds = {
+        torch.float64: (1e-12, 1e-10),
+        torch.float32: (max(1e-6, 2 * naive[0]), max(5e-6, 2 * naive[1])),
+        # A gradient rounded once is off by half a unit in the last place of each of its entries.
+        torch.bfloat16: (naive[0] + 1e-6, naive[1] + 2**-8),
+        torch.float16: (naive[0] + 1e-6, naive[1] + 2**-11),
+    }[z.dtype]
+    assert ours[0] <= bounds[0]
+    assert ours[1] <= bounds[1]

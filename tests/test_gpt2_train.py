@@ -1,0 +1,559 @@
+"""The command `dispersion-gpt2`: what it computes, what it writes, that it resumes exactly, what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dispersion_kernels import fused_dispersion_loss
+from dispersion_kernels.condensation import mean_pairwise_cosine
+from dispersion_kernels.gpt2 import GPT2, GPT2Config, load_weights, runtime, save_weights, train
+from dispersion_kernels.gpt2.data import load_data, training_windows, validation_windows, windows_at
+from dispersion_kernels.gpt2.options import build_parser, complete
+
+for library in ("tokenizers", "tqdm", "matplotlib", "safetensors"):
+    pytest.importorskip(library)
+
+TINY = ["--layers", "2", "--width", "16", "--heads", "2", "--context", "16", "--tokenizer", "bytes", "--device", "cpu"]
+SHORT = ["--steps", "6", "--warmup", "2", "--batch-size", "2", "--lr", "0.01", "--validation-windows", "5"]
+OFTEN = ["--log-interval", "1", "--eval-interval", "3", "--save-interval", "3"]
+
+needs_distributed = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models are faster so, and the children of these tests do not fight over the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i}.txt").write_text(f"{i} is followed by {i + 1}, and {i + 1} by {i + 2}.\n" * 8)
+    return folder
+
+
+@pytest.fixture
+def arguments(text, tmp_path):
+    """The command line of a tiny run in `out`; later options win."""
+
+    def arguments(out: Path, *more: str) -> list[str]:
+        data = ["--data", str(text), "--cache", str(tmp_path / "cache"), "--out", str(out)]
+        return [*data, *TINY, *SHORT, *OFTEN, *more]
+
+    return arguments
+
+
+@pytest.fixture
+def run(arguments):
+    def run(out: Path, *more: str) -> list[dict]:
+        assert train.main(arguments(out, *more)) == 0
+        return metrics(out)
+
+    return run
+
+
+@pytest.fixture
+def refused(arguments, tmp_path, capsys):
+    """What the command says of options it does not take."""
+
+    def refused(*more: str, out: Path | None = None) -> str:
+        try:
+            code = train.main(arguments(out or tmp_path / "refused", *more))
+        except SystemExit as exit:  # argparse
+            code = exit.code
+        error = capsys.readouterr().err
+        assert code == 2, error
+        assert "dispersion-gpt2: error: " in error
+        assert "Traceback" not in error
+        return error.split("dispersion-gpt2: error: ")[1]
+
+    return refused
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+TIMED = ("tokens_per_second", "peak_memory_bytes")
+
+
+def computed(lines: list[dict]) -> list[dict]:
+    """What must not depend on the clock or the machine."""
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out / "checkpoint.pt", weights_only=True)["model"]
+
+
+def assert_same_weights(one: Path, two: Path, **tolerance: float) -> None:
+    for (name, first), second in zip(weights(one).items(), weights(two).values(), strict=True):
+        torch.testing.assert_close(
+            first, second, rtol=tolerance.get("rtol", 0), atol=tolerance.get("atol", 0), msg=name
+        )
+
+
+def test_a_run_learns_and_writes_what_it_says(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    lines = run(out, "--steps", "40", "--log-interval", "5", "--eval-interval", "20")
+    assert [line["step"] for line in lines] == list(range(5, 41, 5))
+    assert lines[-1]["cross_entropy"] < lines[0]["cross_entropy"] - 1
+    assert set(lines[0]) == {
+        *("step", "cross_entropy", "dispersion", "dispersion_per_layer", "cosine", "lr", "grad_norm"),
+        *("tokens_per_second", "peak_memory_bytes"),
+    }
+    assert [line["step"] for line in lines if "validation_loss" in line] == [20, 40]
+    for line in lines:
+        assert list(line["dispersion_per_layer"]) == ["1", "2"]
+        assert line["dispersion"] == pytest.approx(sum(line["dispersion_per_layer"].values()) / 2)
+        assert all(-1 <= cosine <= 1 for cosine in line["cosine"])
+        assert 1e7 < line["peak_memory_bytes"] < 1e11
+        assert line["tokens_per_second"] > 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("checkpoint.pt", "condensation.png", "config.json", "metrics.jsonl", "model.safetensors", "results.json")
+    ]
+    assert (out / "condensation.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((out / "results.json").read_text())
+    assert results["validation_loss"] == lines[-1]["validation_loss"]
+    assert results["cosine_after"] == lines[-1]["validation_cosine"]
+    assert len(results["cosine_before"]) == 2
+    assert results["cosine_before"] != results["cosine_after"]
+    printed = capsys.readouterr().out
+    assert f"validation loss {results['validation_loss']:.4f}" in printed
+    assert str(out) in printed
+
+
+def test_the_exported_weights_and_the_validation_figures_are_right(run, arguments, tmp_path):
+    out = tmp_path / "out"
+    run(out)
+    results = json.loads((out / "results.json").read_text())
+    model = load_weights(out).eval()
+    options = complete(build_parser().parse_args(arguments(out)))
+    data = load_data(options.data, tokenizer="bytes", cache=options.cache)
+    tokens, targets = windows_at(data.validation, validation_windows(data.validation, 16, 5), 16)
+    with torch.no_grad():
+        output = model(tokens, targets, True)
+    assert results["validation_loss"] == pytest.approx(output.loss.item(), rel=1e-5)
+    expected = [mean_pairwise_cosine(hidden).item() for hidden in output.hidden]
+    assert results["cosine_after"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_one_step_is_adamw_on_cross_entropy_plus_weighted_dispersion(run, arguments, tmp_path):
+    """Against the step written out: fresh model, the same windows, plain AdamW on matrices and vectors."""
+    more = ("--steps", "1", "--dispersion-weight", "0.7", "--tau", "0.5", "--dispersion-layers", "2", "--seed", "3")
+    (line,) = run(tmp_path / "out", *more)
+    options = complete(build_parser().parse_args(arguments(tmp_path / "out", *more)))
+    data = load_data(options.data, tokenizer="bytes", cache=options.cache)
+    torch.manual_seed(3)
+    model = GPT2(GPT2Config(layers=2, width=16, heads=2, context=16, vocab=257))
+    decayed = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01 / 2, betas=(0.9, 0.95))
+    output = model(*windows_at(data.train, training_windows(data.train, 16, 2, seed=3, step=0), 16), True)
+    dispersion = fused_dispersion_loss(output.hidden[1], tau=0.5, impl="reference")
+    (output.loss + 0.7 * dispersion).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    assert line["cross_entropy"] == pytest.approx(output.loss.item(), rel=1e-5)
+    assert line["dispersion"] == pytest.approx(dispersion.item(), rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert line["lr"] == 0.005
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(weights(tmp_path / "out")[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_accumulated_batches_equal_the_large_one(run, tmp_path):
+    one = run(tmp_path / "one", "--batch-size", "6", "--dispersion-weight", "0.5")
+    two = run(tmp_path / "two", "--batch-size", "2", "--accumulate", "3", "--dispersion-weight", "0.5")
+    for first, second in zip(one, two, strict=True):
+        for name in ("cross_entropy", "dispersion", "grad_norm"):
+            assert first[name] == pytest.approx(second[name], rel=1e-4), name
+    assert_same_weights(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=1e-4)
+
+
+def test_the_loss_disperses(run, tmp_path):
+    run(tmp_path / "without", "--steps", "30", "--dispersion-weight", "0")
+    run(tmp_path / "with", "--steps", "30", "--dispersion-weight", "2")
+    cosine = {
+        name: json.loads((tmp_path / name / "results.json").read_text())["cosine_mean"] for name in ("without", "with")
+    }
+    assert cosine["with"] < cosine["without"] - 0.05
+
+
+def test_without_weight_the_dispersion_is_measured_and_has_no_effect(run, tmp_path):
+    one = run(tmp_path / "one", "--dispersion-weight", "0")
+    run(tmp_path / "two", "--dispersion-weight", "0", "--potential", "uniformity", "--dispersion-layers", "last")
+    assert all(line["dispersion"] < 0 for line in one)
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("more", [(), ("--dropout", "0.3", "--dispersion-tokens", "5", "--accumulate", "2")])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(run, tmp_path, more):
+    whole = run(tmp_path / "whole", *more)
+
+    class Interrupted(Exception):
+        pass
+
+    step = train.Run.train_step
+
+    def interrupted_step(self, measure):
+        if self.step == 4:  # one step after the checkpoint of step 3
+            raise Interrupted
+        return step(self, measure)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Run, "train_step", interrupted_step)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "parts", *more)
+    assert [line["step"] for line in metrics(tmp_path / "parts")] == [1, 2, 3, 4]
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "cross_')  # the machine died while it wrote this
+    assert train.main(["--resume", "--out", str(tmp_path / "parts")]) == 0
+    assert computed(metrics(tmp_path / "parts")) == computed(whole)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    before = [
+        json.loads((tmp_path / name / "results.json").read_text())["cosine_before"] for name in ("whole", "parts")
+    ]
+    assert before[0] == before[1]
+
+
+def test_resuming_can_train_longer_but_not_change_the_model(run, refused, tmp_path):
+    out = tmp_path / "out"
+    run(out)
+    assert train.main(["--resume", "--out", str(out), "--steps", "9"]) == 0
+    assert [line["step"] for line in metrics(out)] == list(range(1, 10))
+    assert "--width was 16 when the run in" in refused("--resume", "--width", "32", out=out)
+    assert "--seed was 0" in refused("--resume", "--seed", "1", out=out)
+    assert "leave it out" in refused("--resume", "--compare", out=out)
+
+
+def test_a_run_is_not_overwritten(run, refused, tmp_path):
+    run(tmp_path / "out")
+    assert "holds a run already: continue it with --resume" in refused(out=tmp_path / "out")
+
+
+def test_another_text_is_not_resumed_with(run, text, tmp_path, capsys):
+    run(tmp_path / "out")
+    (text / "0.txt").write_text("something else\n" * 20)
+    assert train.main(["--resume", "--out", str(tmp_path / "out")]) == 2
+    assert "is not what" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", None])
+def test_a_damaged_checkpoint_is_named(run, refused, tmp_path, damage):
+    run(tmp_path / "out")
+    file = tmp_path / "out" / "checkpoint.pt"
+    file.write_bytes(file.read_bytes()[:-1000] if damage is None else damage)
+    error = refused("--resume", out=tmp_path / "out")
+    assert f"{file} is damaged, or not a checkpoint of dispersion-gpt2" in error
+
+
+def test_a_file_that_is_another_checkpoint_is_named(refused, tmp_path):
+    (tmp_path / "out").mkdir()
+    torch.save({"model": {}}, tmp_path / "out" / "checkpoint.pt")
+    assert "it lacks" in refused("--resume", out=tmp_path / "out")
+    torch.save(Path("code that would run"), tmp_path / "out" / "checkpoint.pt")
+    assert "is damaged, or not a checkpoint" in refused("--resume", out=tmp_path / "out")
+
+
+def test_an_absent_checkpoint_is_named(refused, tmp_path, capsys):
+    assert f"there is no checkpoint in {tmp_path / 'none'}" in refused("--resume", out=tmp_path / "none")
+    assert train.main(["--resume"]) == 2
+    assert "--resume needs --out" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"old")
+
+    def fail_half_way():
+        with runtime.replaced(path) as file:
+            file.write(b"half of the new")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail_half_way()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def child(arguments: list[str], *, ranks: int = 1) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "dispersion_kernels.gpt2.train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(run, arguments, tmp_path, capsys, number):
+    whole = run(tmp_path / "whole")
+    step, handler = train.Run.train_step, signal.getsignal(number)
+
+    def signalled_step(self, measure):
+        if self.step == 1:
+            os.kill(os.getpid(), number)
+        return step(self, measure)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Run, "train_step", signalled_step)
+        assert train.main(arguments(tmp_path / "parts")) == 0
+    assert "stopped after step 2 of 6 and saved" in capsys.readouterr().out
+    assert signal.getsignal(number) is handler
+    assert not (tmp_path / "parts" / "results.json").exists()
+    assert train.main(["--resume", "--out", str(tmp_path / "parts")]) == 0
+    assert computed(metrics(tmp_path / "parts")) == computed(whole)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=needs_distributed)])
+def test_ctrl_c_in_real_processes(arguments, tmp_path, ranks):
+    out = tmp_path / "out"
+    steps = ("--steps", "100000", "--eval-interval", "100000", "--save-interval", "100000")
+    process = child(arguments(out, *steps), ranks=ranks)
+    deadline = time.monotonic() + 60
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text()) < 100:
+        assert time.monotonic() < deadline, "no step in a minute"
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+    assert f"stopped after step {step} of 100000 and saved" in printed
+    assert f"dispersion-gpt2 --resume --out {out}" in printed
+    assert metrics(out)[-1]["step"] == step
+    if ranks == 1:  # torchrun itself fails when it is interrupted
+        assert process.returncode == 0, printed
+    assert train.main(["--resume", "--out", str(out), "--steps", str(step + 2)]) == 0
+    assert [line["step"] for line in metrics(out)] == list(range(1, step + 3))
+
+
+def test_compare_end_to_end(run, arguments, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train.main(arguments(out, "--compare", "--steps", "12", "--dispersion-weight", "1")) == 0
+    printed = capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert list(results) == ["without", "with"]
+    assert (out / "condensation.png").read_bytes().startswith(b"\x89PNG")
+    for row in ("validation loss", "mean cosine, last layer", "mean cosine, all layers", "tokens per second"):
+        assert row in printed
+    assert f"{results['with']['validation_loss']:.4f}" in printed
+    # The same start and the same batches; the one differs by the weight, and is what a single run gives.
+    assert results["without"]["cosine_before"] == results["with"]["cosine_before"]
+    one, two = metrics(out / "without"), metrics(out / "with")
+    assert one[0]["cross_entropy"] == two[0]["cross_entropy"]
+    assert one[-1]["dispersion"] > two[-1]["dispersion"]
+    single = run(tmp_path / "single", "--steps", "12", "--dispersion-weight", "1")
+    assert computed(single) == computed(two)
+
+
+def test_a_comparison_resumes_where_it_was(arguments, refused, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train.main(arguments(out, "--compare")) == 0
+    expected = {name: computed(metrics(out / name)) for name in ("without", "with")}
+    shutil.rmtree(out / "with")
+    (out / "results.json").unlink()
+    assert train.main(["--resume", "--out", str(out)]) == 0
+    assert {name: computed(metrics(out / name)) for name in ("without", "with")} == expected
+    assert list(json.loads((out / "results.json").read_text())) == ["without", "with"]
+    assert "is half of a comparison; resume the whole by --out" in refused("--resume", out=out / "with")
+
+
+def test_training_goes_on_from_gpt2_weights(refused, arguments, tmp_path):
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(layers=3, width=32, heads=4, context=64, vocab=300))
+    save_weights(model, tmp_path / "weights")
+    start = ["--init-from", str(tmp_path / "weights"), "--tokenizer", "bytes", "--lr", "1e-9", "--device", "cpu"]
+    texts = arguments(tmp_path / "out")[:6]
+    assert train.main([*texts, *SHORT, *OFTEN, *start, "--context", "16"]) == 0
+    trained = load_weights(tmp_path / "out")
+    assert trained.config == model.config
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], tensor, rtol=0, atol=1e-6, msg=name)
+    assert "--layers cannot be given with --init-from" in refused(*start)
+
+
+def test_weights_that_cannot_be_gone_on_from(arguments, tmp_path, capsys):
+    texts = arguments(tmp_path / "out")[:6]
+    torch.manual_seed(0)
+    save_weights(GPT2(GPT2Config(layers=1, width=16, heads=2, context=8, vocab=200)), tmp_path / "weights")
+    for more, message in (
+        (["--init-from", str(tmp_path / "weights"), "--tokenizer", "bytes"], "has 257 tokens, the weights in"),
+        (["--init-from", str(tmp_path / "nowhere"), "--tokenizer", "bytes"], "no GPT-2 weights at"),
+    ):
+        assert train.main([*texts, *more]) == 2
+        assert message in capsys.readouterr().err
+    save_weights(GPT2(GPT2Config(layers=1, width=16, heads=2, context=8, vocab=257)), tmp_path / "weights")
+    start = ["--init-from", str(tmp_path / "weights"), "--tokenizer", "bytes", "--context", "9"]
+    assert train.main([*texts, *start]) == 2
+    assert "--context 9 is more than the weights' 8 positions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_autocast(run, tmp_path, dtype):
+    exact = run(tmp_path / "exact", "--steps", "8")
+    lines = run(tmp_path / "low", "--steps", "8", "--dtype", dtype)
+    assert lines[0]["cross_entropy"] != exact[0]["cross_entropy"]
+    for low, high in zip(lines, exact, strict=True):
+        assert low["cross_entropy"] == pytest.approx(high["cross_entropy"], rel=0.05)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "low").values())
+    scaler = torch.load(tmp_path / "low" / "checkpoint.pt", weights_only=True)["scaler"]
+    assert bool(scaler) == (dtype == "float16")
+
+
+def test_checkpointed_activations_change_nothing(run, tmp_path):
+    one = run(tmp_path / "one")
+    two = run(tmp_path / "two", "--checkpoint-activations")
+    assert computed(one) == computed(two)
+
+
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")), reason="no C++ compiler"
+)
+def test_compiled(run, tmp_path):
+    one = run(tmp_path / "one", "--steps", "2", "--layers", "1", "--dispersion-layers", "last")
+    two = run(tmp_path / "two", "--steps", "2", "--layers", "1", "--dispersion-layers", "last", "--compile")
+    for eager, compiled in zip(one, two, strict=True):
+        assert compiled["cross_entropy"] == pytest.approx(eager["cross_entropy"], rel=1e-4)
+        assert compiled["dispersion"] == pytest.approx(eager["dispersion"], rel=1e-3)
+
+
+@needs_distributed
+def test_two_processes_equal_one(run, arguments, tmp_path):
+    more = ("--dispersion-weight", "0.5")
+    one = run(tmp_path / "one", "--batch-size", "8", *more)
+    process = child(arguments(tmp_path / "two", "--batch-size", "2", "--accumulate", "2", *more), ranks=2)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    assert printed.count("validation loss") == 3  # of one rank: two on the way, one at the end
+    two = metrics(tmp_path / "two")
+    for single, both in zip(one, two, strict=True):
+        for name in ("cross_entropy", "dispersion", "grad_norm"):
+            assert both[name] == pytest.approx(single[name], rel=1e-4), name
+        if "validation_loss" in single:
+            assert both["validation_loss"] == pytest.approx(single["validation_loss"], rel=1e-4)
+            assert both["validation_cosine"] == pytest.approx(single["validation_cosine"], abs=1e-3)
+    assert_same_weights(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("choice", "layers", "expected"),
+    [
+        ("all", 5, [1, 2, 3, 4, 5]),
+        ("last", 5, [5]),
+        ("early_half", 6, [1, 2, 3]),
+        ("late_half", 6, [4, 5, 6]),
+        ("early_half", 5, [1, 2]),
+        ("late_half", 5, [4, 5]),
+        ("late_half", 1, [1]),
+        ("4,2,2", 5, [2, 4]),
+    ],
+)
+def test_layers_by_name_and_number(choice, layers, expected):
+    assert train.dispersion_layers(choice, layers) == expected
+
+
+def test_the_chosen_layers_are_the_ones_logged(run, tmp_path):
+    every = run(tmp_path / "every", "--steps", "1")
+    last = run(tmp_path / "last", "--steps", "1", "--dispersion-layers", "last")
+    assert list(last[0]["dispersion_per_layer"]) == ["2"]
+    assert last[0]["dispersion"] == pytest.approx(every[0]["dispersion_per_layer"]["2"], rel=1e-5)
+    assert len(last[0]["cosine"]) == 2
+
+
+def test_learning_rate_warms_up_and_falls_to_a_tenth():
+    options = complete(build_parser().parse_args(["--steps", "110", "--warmup", "10", "--lr", "2"]))
+    rates = [train.learning_rate(step, options) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert rates[10] == pytest.approx(2)
+    assert rates[60] == pytest.approx(1.1)
+    assert rates[110] == pytest.approx(0.2)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_presets_choose_shape_and_recipe():
+    options = complete(build_parser().parse_args(["--preset", "gpt2-medium", "--heads", "8"]))
+    assert (options.layers, options.width, options.heads, options.context) == (24, 1024, 8, 1024)
+    assert options.tokenizer == "gpt2"
+    options = complete(build_parser().parse_args(["--width", "64"]))
+    assert (options.preset, options.width, options.tokenizer) == ("nano", 64, "bpe")
+    assert GPT2Config(width=64, heads=4, mlp_width=options.mlp_width).mlp_width == 256
+    assert options.context >= 256
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--steps", "0"), "argument --steps: wanted a whole number of at least 1, got '0'"),
+        (("--steps", "many"), "argument --steps: wanted a whole number of at least 1, got 'many'"),
+        (("--lr", "-1"), "argument --lr: wanted a number from 0"),
+        (("--lr", "nan"), "argument --lr: wanted a number from 0"),
+        (("--dropout", "1"), "argument --dropout: wanted a number from 0 to below 1, got '1'"),
+        (("--dispersion-tokens", "1"), "argument --dispersion-tokens: wanted a whole number of at least 2, got '1'"),
+        (
+            ("--dispersion-layers", "0"),
+            "--dispersion-layers must be all, last, early_half, late_half or numbers from 1",
+        ),
+        (("--dispersion-layers", "1,3"), "numbers from 1 to 2 with commas between, got '1,3'"),
+        (("--dispersion-layers", "middle"), "got 'middle'"),
+        (("--dispersion-weight", "-1"), "argument --dispersion-weight: wanted a number from 0"),
+        (("--potential", "gravity"), "gravity"),
+        (("--tau", "-1"), "tau"),
+        (("--impl", "fastest"), "fastest"),
+        (("--preset", "huge"), "argument --preset: invalid choice: 'huge'"),
+        (("--heads", "3"), "width must be a multiple of heads, got width=16 and heads=3"),
+        (("--device", "toaster"), "--device toaster: PyTorch cannot use it here"),
+        (("--data", "/no/such/place"), "--data /no/such/place: there is no such file or folder"),
+        (("--context", "100000"), "shorter than --context 100000 + 1"),
+        (("--compare", "--dispersion-weight", "0"), "--compare needs a --dispersion-weight other than 0"),
+        (("--lr", "1e30", "--clip", "0", "--steps", "60"), "no longer finite"),
+    ],
+)
+def test_options_it_does_not_take_are_named(refused, more, message):
+    assert message in refused(*more)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there(refused):
+    assert "--device cuda: PyTorch cannot use it here" in refused("--device", "cuda")
+
+
+@pytest.mark.parametrize("missing", ["tqdm", "safetensors", "matplotlib", "tokenizers"])
+def test_a_missing_library_is_named_with_its_remedy(arguments, tmp_path, monkeypatch, capsys, missing):
+    for name in [name for name in sys.modules if name.split(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert train.main(arguments(tmp_path / "out", "--steps", "1", "--tokenizer", "bpe")) == 2
+    error = capsys.readouterr().err
+    assert missing in error
+    assert 'pip install "dispersion-kernels[gpt2]"' in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_names_every_group(capsys):
+    with pytest.raises(SystemExit) as raised:
+        train.main(["--help"])
+    assert raised.value.code == 0
+    printed = capsys.readouterr().out
+    for group in ("run:", "data:", "model:", "dispersion:", "optimiser"):
+        assert group in printed

@@ -1,0 +1,216 @@
+"""What training code puts around a loss: compile, autocast, loss scaling, checkpointing, DDP, FSDP2, and the import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import IMPLS, POTENTIALS, evaluate, skip_unless_supported
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dispersion_kernels import AngularSpread, DispersionLoss, Potential, fused_dispersion_loss
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
+def test_opcheck(potential: Potential, impl: str) -> None:
+    z = torch.randn(2, 20, 8)
+    skip_unless_supported(impl, z, potential)
+    ids = torch.randint(-1, 3, (2, 20))
+    cu_seqlens = torch.tensor([0, 4, 20], dtype=torch.int32)
+    name, params = potential.name(), potential.params()
+    for tokens, groups, bounds in ((z, None, None), (z.bfloat16(), ids, None), (z[:1], None, cu_seqlens)):
+        for with_grad in (True, False):
+            args = (tokens, groups, bounds, name, params, impl, with_grad)
+            torch.library.opcheck(torch.ops.dispersion_kernels.forward.default, args)
+        sequences = tokens.shape[0] if bounds is None else 2
+        args = (torch.randn(tokens.shape), torch.rand(sequences), bounds, tokens.dtype)
+        torch.library.opcheck(torch.ops.dispersion_kernels.backward.default, args)
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_fullgraph_equals_eager(backend: str, impl: str) -> None:
+    if backend == "inductor" and os.name == "nt":
+        pytest.skip("the compiler needs MSVC on Windows")
+
+    def training_loss(z: Tensor, w: Tensor, mask: Tensor | None) -> Tensor:
+        hidden = torch.tanh(z @ w)
+        return hidden.square().mean() + 0.1 * fused_dispersion_loss([hidden, hidden * 2], tau=0.7, mask=mask, impl=impl)
+
+    compiled = torch.compile(training_loss, fullgraph=True, backend=backend)
+    for mask in (None, torch.rand(2, 50) > 0.3):
+        z, w = torch.randn(2, 50, 16), torch.randn(16, 16, requires_grad=True)
+        expected = torch.autograd.grad(training_loss(z, w, mask), w)[0]
+        loss = compiled(z, w, mask)
+        torch.testing.assert_close(loss, training_loss(z, w, mask))
+        torch.testing.assert_close(torch.autograd.grad(loss, w)[0], expected)
+    module = torch.compile(DispersionLoss("uniformity", impl=impl), fullgraph=True, backend=backend)
+    z = torch.randn(2, 50, 16, requires_grad=True)
+    grad = torch.autograd.grad(module(z), z)[0]
+    torch.testing.assert_close(grad, evaluate(z, "uniformity", impl=impl).grad / 2)
+
+
+def test_compile_does_not_recompile_over_lengths() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fused_dispersion_loss, fullgraph=True, backend=counter, dynamic=True)
+    for length in (17, 33, 64, 100, 257):
+        z = torch.randn(2, length, 16, requires_grad=True)
+        compiled(z).backward()
+        torch.testing.assert_close(z.grad, evaluate(z, "angular_spread").grad / 2)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_autocast_leaves_the_arithmetic_alone(impl: str) -> None:
+    z = torch.randn(2, 64, 32)
+    skip_unless_supported(impl, z)
+    outside = evaluate(z, "angular_spread", impl=impl)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = evaluate(z, "angular_spread", impl=impl)
+        hidden = nn.Linear(32, 32)(z)
+        assert hidden.dtype == torch.bfloat16
+        loss = fused_dispersion_loss(hidden, impl=impl)
+    assert loss.dtype == torch.float32
+    assert torch.equal(inside.loss, outside.loss)
+    assert torch.equal(inside.grad, outside.grad)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_loss_scaling_saves_an_fp16_gradient_from_underflow(impl: str) -> None:
+    """The gradient of a mean over many tokens of large norm is below the smallest fp16 number until it is scaled."""
+    z = torch.randn(2, 400, 64) * 300
+    half = z.half().requires_grad_()
+    skip_unless_supported(impl, half)
+    optimizer = torch.optim.SGD([half], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    scaler.scale(0.1 * fused_dispersion_loss(half, impl=impl)).backward()
+    assert half.grad is not None
+    # The scaler's own unscale_ writes back to fp16; what matters is that the scaled gradient has its digits.
+    unscaled = half.grad.double() / scaler.get_scale()
+    exact = evaluate(half.detach().double(), "angular_spread", impl="reference").grad * 0.05
+    assert (unscaled - exact).abs().max() < 1e-3 * exact.abs().max()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**20
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing_counts_once(use_reentrant: bool, impl: str) -> None:
+    layer = nn.Linear(16, 16)
+    z = torch.randn(2, 40, 16, requires_grad=True)
+    skip_unless_supported(impl, z)
+
+    def block(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(layer(tokens))
+        return hidden, fused_dispersion_loss(hidden, impl=impl)
+
+    def gradients(run: Callable[..., Any]) -> list[Tensor]:
+        hidden, loss = run()
+        return list(torch.autograd.grad(hidden.square().mean() + loss, [layer.weight, z], materialize_grads=True))
+
+    def gradients_backward(run: Callable[..., Any]) -> list[Tensor]:
+        layer.zero_grad()
+        z.grad = None
+        hidden, loss = run()
+        (hidden.square().mean() + loss).backward()
+        return [layer.weight.grad.clone(), z.grad.clone()]  # type: ignore[union-attr, list-item]
+
+    plain = gradients(lambda: block(z))
+    checkpointed = gradients_backward(lambda: checkpoint(block, z, use_reentrant=use_reentrant))
+    torch.testing.assert_close(checkpointed, plain)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, z: Tensor) -> Tensor:
+        hidden = []
+        for layer in self.layers:
+            z = z + torch.tanh(layer(z))
+            hidden.append(z)
+        return z.square().mean() + 0.1 * fused_dispersion_loss(hidden)
+
+
+def _train_on(rank: int, sharding: str, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model: nn.Module = Model()
+    if sharding == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.layers:  # type: ignore[union-attr]
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    else:
+        model = nn.parallel.DistributedDataParallel(model)
+    model(_batch()[2 * rank : 2 * rank + 2]).backward()
+    grads = [p.grad.full_tensor() if sharding == "fsdp2" else p.grad for p in model.parameters()]  # type: ignore[union-attr]
+    if rank == 0:
+        torch.save(grads, f"{folder}/grads.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _batch() -> Tensor:
+    return torch.randn(4, 30, 16, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.skipif(not dist.is_available() or os.name == "nt", reason="needs torch.distributed with gloo over files")
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_two_processes_are_one_of_twice_the_batch(sharding: str, tmp_path: Path) -> None:
+    mp.spawn(_train_on, (sharding, str(tmp_path)), nprocs=2)
+    model = Model()
+    model(_batch()).backward()
+    expected = [p.grad for p in model.parameters()]
+    torch.testing.assert_close(torch.load(tmp_path / "grads.pt"), expected)
+
+
+def test_import_touches_nothing() -> None:
+    """No Triton, no matplotlib, no CUDA context, no library loaded; the same where the CPU kernel was not built."""
+    code = (
+        "import sys, torch, dispersion_kernels as d; import dispersion_kernels.native as n\n"
+        "heavy = {'triton', 'matplotlib', 'tokenizers', 'safetensors', 'tqdm'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert n._library.cache_info().currsize == 0\n"
+        "assert d.fused_dispersion_loss(torch.randn(2, 9, 4)).isfinite()\n"
+    )
+    # PyTorch itself may import what it likes.
+    before = "import torch, sys; torch_own = set(sys.modules)\n"
+    code = before + code.replace("set(sys.modules)\n", "(set(sys.modules) - torch_own)\n", 1)
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_env_report() -> None:
+    report = subprocess.run(
+        [sys.executable, "-m", "dispersion_kernels.env_report"], check=True, capture_output=True, text=True
+    ).stdout
+    assert f"torch: {torch.__version__}" in report
+    for impl in ("cpu", "torch", "reference"):
+        assert f'impl="{impl}":' in report
+
+
+def test_a_potential_made_inside_a_compiled_region() -> None:
+    compiled = torch.compile(
+        lambda z: fused_dispersion_loss(z, AngularSpread(tau=0.5)), fullgraph=True, backend="aot_eager"
+    )
+    z = torch.randn(2, 20, 8)
+    torch.testing.assert_close(compiled(z), fused_dispersion_loss(z, tau=0.5))
