@@ -15,14 +15,17 @@ def report() -> str:
     """Versions, processor, threads, what was built at install, and which backends work and why others do not."""
     z = torch.zeros(1, 2, 2)
     build = native.build_info()
+    built = "not built: " + str(build.get("reason"))
+    if build.get("native"):
+        built = f"built by {build.get('compiler')} for {', '.join(build.get('isas', []))}, using {native.isa() or 'none'}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
     lines = [
         f"dispersion-kernels: {__version__}",
         f"python: {sys.version.split()[0]} on {platform.platform()}",
-        f"torch: {torch.__version__}, {torch.get_num_threads()} threads, CPU capability {torch.backends.cpu.get_cpu_capability()}",
+        f"torch: {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         f"processor: {platform.processor() or platform.machine()}, {os.cpu_count()} logical cores",
-        f"CPU kernel: {'built' if build.get('native') else 'not built: ' + str(build.get('reason'))}"
-        + (f" by {build['compiler']} for {', '.join(build['isas'])}, using {native.isa() or 'none'}" if build.get("native") else ""),
-        "cuda: " + (f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no device"),
+        f"CPU kernel: {built}",
+        f"CUDA: {torch.version.cuda}, {device}",
     ]
     for impl in ("cpu", "torch", "reference"):
         support = supported(impl, z)

@@ -70,10 +70,10 @@ def isa() -> str:
 
 @functools.cache
 def build_info() -> dict[str, Any]:
-    """What setup.py recorded: ``native`` (bool), ``reason``, ``compiler``, ``isas``, ``abi_version``."""
+    """What setup.py recorded: ``native`` (bool), ``reason``, ``compiler``, ``isas``."""
     path = Path(__file__).with_name("_build_info.json")
     if not path.is_file():
-        return {"native": False, "reason": "the package was not installed: run `pip install -e .` to build the CPU kernel"}
+        return {"native": False, "reason": "the CPU kernel was not built: run `pip install -e .`"}
     info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return info
 
@@ -206,7 +206,8 @@ class _Args(ctypes.Structure):
 def _int64_list(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype != torch.int64 or tensor.dim() != 1 or tensor.device.type != "cpu":
         raise ValueError(
-            f"{name} must be a one-dimensional int64 CPU tensor, got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            f"{name} must be a one-dimensional int64 CPU tensor, "
+            f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
         )
     return tensor.contiguous()
 

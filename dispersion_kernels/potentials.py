@@ -382,12 +382,12 @@ def resolve_potential(potential: str | Potential, **overrides: float | None) -> 
     if potential not in BUILT_IN:
         raise ValueError(f"unknown potential {potential!r}; available: {', '.join(BUILT_IN)}, or a Potential instance")
     cls = BUILT_IN[potential]
-    fields = [field.name for field in dataclasses.fields(cls)]
-    for name in given:
-        if name not in fields:
+    for name, value in given.items():
+        # Every field has a default, so it is an attribute of the class. (torch.compile traces no dataclasses.fields.)
+        if not hasattr(cls, name):
+            fields = ", ".join(field.name for field in dataclasses.fields(cls)) or "none"
             raise ValueError(
-                f"{name}={given[name]!r} was given, but potential {potential!r} has no {name}; "
-                f"its parameters: {', '.join(fields) or 'none'}"
+                f"{name}={value!r} was given, but potential {potential!r} has no {name}; its parameters: {fields}"
             )
     return cls(**given)
 

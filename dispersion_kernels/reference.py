@@ -47,64 +47,73 @@ def dispersion_loss(
             (z[0, begin:end], None if groups is None else groups[0, begin:end])
             for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
         ]
-    losses, counts = z.new_zeros(len(sequences)), []
-    for s, (tokens, ids) in enumerate(sequences):
-        tokens, pairs = _pairs_of_sequence(tokens, potential, ids)
-        counts.append(int(pairs.sum()))
-        if counts[-1]:
-            losses = losses.index_put((losses.new_tensor(s, dtype=torch.int64),), _sequence_loss(tokens, potential, pairs))
-    # The zero keeps the graph, and a zero gradient, where no sequence has a pair.
-    return losses + 0 * z[:0].sum(), torch.tensor(counts, dtype=torch.int64, device=z.device)
+    losses, counts = [], []
+    for tokens, ids in sequences:
+        loss, count = _sequence_loss(tokens, potential, ids)
+        losses.append(loss)
+        counts.append(count)
+    # The sum over nothing keeps the graph, and a zero gradient, where no sequence has a pair.
+    stacked = torch.stack(losses) if losses else z.new_zeros(0)
+    return stacked + 0 * z[:0].sum(), torch.tensor(counts, dtype=torch.int64, device=z.device)
 
 
-def _pairs_of_sequence(z: Tensor, potential: Potential, groups: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The tokens of a sequence that have a partner ``[L, F]``, and which of them pair ``[L, L]``."""
-    if groups is None:
-        groups = torch.zeros(z.shape[0], dtype=torch.int64, device=z.device)
-    has_partner = ((groups[:, None] == groups[None, :]).sum(1) > 1) & (groups >= 0)
-    z, groups = z[has_partner], groups[has_partner]
-    pairs = groups[:, None] == groups[None, :]
+def _sequence_loss(z: Tensor, potential: Potential, groups: Tensor | None) -> tuple[Tensor, int]:
+    """The loss of one sequence ``[L, F]``, and its number of ordered pairs."""
+    if groups is not None:
+        has_partner = ((groups[:, None] == groups[None, :]).sum(1) > 1) & (groups >= 0)
+        z, groups = z[has_partner], groups[has_partner]
+    length = z.shape[0]
+    if length < 2:
+        return z.new_zeros(()), 0
+    left_out = torch.zeros(length, length, dtype=torch.bool, device=z.device)
+    count = length * length
     if not getattr(potential, "include_diagonal", False):
-        pairs = pairs & ~torch.eye(z.shape[0], dtype=torch.bool, device=z.device)
-    return z, pairs
+        left_out = torch.eye(length, dtype=torch.bool, device=z.device)
+        count -= length
+    if groups is not None:
+        left_out = left_out | (groups[:, None] != groups[None, :])
+        count = int((~left_out).sum())
+    return _loss_over_pairs(z, potential, left_out, count), count
 
 
-def _sequence_loss(z: Tensor, potential: Potential, pairs: Tensor) -> Tensor:
-    """The loss of one sequence ``[L, F]`` over the ``pairs`` ``[L, L]``."""
-    features = z.shape[1]
+def _loss_over_pairs(z: Tensor, potential: Potential, left_out: Tensor, count: int) -> Tensor:
+    """The loss over the ``count`` entries of the L x L matrices that are not ``left_out``."""
+
+    def log_mean_exp(exponent: Tensor, eps: float = 0.0) -> Tensor:
+        """log(mean(exp(exponent)) + eps), finite wherever the logarithm of the mean is."""
+        log_mean = torch.logsumexp(exponent.masked_fill(left_out, -math.inf), (0, 1)) - math.log(count)
+        return torch.logaddexp(log_mean, torch.full_like(log_mean, eps).log())
+
+    def mean(psi: Tensor) -> Tensor:
+        return psi.masked_fill(left_out, 0.0).sum() / count
+
     if isinstance(potential, PerplexityEntropy):
-        logits = (-_squared_distances(z) / potential.sigma2).masked_fill(~pairs, -math.inf)
-        p = torch.softmax(logits, dim=1)
-        return (p * torch.log2(p + potential.eps)).masked_fill(~pairs, 0.0).sum(1).mean()
+        p = torch.softmax((-_squared_distances(z) / potential.sigma2).masked_fill(left_out, -math.inf), dim=1)
+        return (p * torch.log2(p + potential.eps)).sum(1).mean()
     if isinstance(potential, L2Repel):
-        exponent = -_squared_distances(z)[pairs] / potential.tau
-        return _log_mean_exp(exponent, potential.eps) + potential.norm_weight * z.square().mean()
+        penalty = potential.norm_weight * z.square().mean()
+        return log_mean_exp(-_squared_distances(z) / potential.tau, potential.eps) + penalty
     if isinstance(potential, DispersiveL2):
-        return _log_mean_exp(-_squared_distances(z)[pairs] / (features * potential.tau))
+        return log_mean_exp(-_squared_distances(z) / (z.shape[1] * potential.tau))
     if isinstance(potential, Uniformity):
-        return _log_mean_exp(-potential.t * _squared_distances(_normalize(z, 0.0))[pairs])
+        return log_mean_exp(-potential.t * _squared_distances(_normalize(z, 0.0)))
     if isinstance(potential, Decorrelation):
         x = _standardize(z)
-        return (x @ x.T)[pairs].square().mean()
+        return mean((x @ x.T).square())
 
     x = _normalize(z, potential.norm_eps) if potential.row_transform == "normalize" else _standardize(z)
-    c = (x @ x.T)[pairs]
+    # A token with itself has c = 1, where arccos has no finite slope that a factor of 0 could take away afterwards.
+    c = (x @ x.T).masked_fill(left_out, 0.0)
     if isinstance(potential, AngularSpread):
-        exponent = -torch.arccos(_straight_through_clip(c, potential.clamp)) / (math.pi * potential.tau)
-        return _log_mean_exp(exponent, potential.eps)
+        angle = torch.arccos(_straight_through_clip(c, potential.clamp))
+        return log_mean_exp(-angle / (math.pi * potential.tau), potential.eps)
     if isinstance(potential, Orthogonalization):
         angle = torch.arccos(_straight_through_clip(c, potential.clamp)) / math.pi
-        return (potential.margin - angle).clamp(min=0).square().mean()
+        return mean((potential.margin - angle).clamp(min=0).square())
 
     # A potential of the user's: its value forward, its slope backward.
-    psi = potential.value(c).detach() + potential.slope(c).detach() * (c - c.detach())
-    return torch.log(psi.mean() + potential.log_eps) if potential.reduction == "log_mean" else psi.mean()
-
-
-def _log_mean_exp(exponent: Tensor, eps: float = 0.0) -> Tensor:
-    """log(mean(exp(exponent)) + eps), finite wherever the logarithm of the mean is."""
-    log_mean = torch.logsumexp(exponent, 0) - math.log(exponent.numel())
-    return torch.logaddexp(log_mean, torch.full_like(log_mean, eps).log())
+    psi = mean(potential.value(c).detach() + potential.slope(c).detach() * (c - c.detach()))
+    return torch.log(psi + potential.log_eps) if potential.reduction == "log_mean" else psi
 
 
 def _normalize(z: Tensor, eps: float) -> Tensor:

@@ -146,8 +146,15 @@ void pack(const Job& job, Tile& tile, Scratch& scratch) {
 // ---- products
 
 constexpr int kLine = 64 / sizeof(float);
-DK_INLINE void prefetch_near(const float* p) { __builtin_prefetch(p, 0, 3); }
-DK_INLINE void prefetch_far(const float* p) { __builtin_prefetch(p, 0, 2); }
+// Without the asm, GCC takes a function that only prefetches for one without effect and drops its calls.
+DK_INLINE void prefetch_near(const float* p) {
+  __asm__ volatile("");
+  __builtin_prefetch(p, 0, 3);
+}
+DK_INLINE void prefetch_far(const float* p) {
+  __asm__ volatile("");
+  __builtin_prefetch(p, 0, 2);
+}
 
 // C[0:kRows, column:column+kPanel] = beta C + alpha A B; c holds the rows of C, which is not read where beta is 0.
 // Tiles come from the last-level cache, whose latency no reordering hides: ahead(n), called every kBlock steps, fetches

@@ -65,7 +65,7 @@ def load_data(
     sources: Sequence[str] = (),
     *,
     tokenizer: str = "bpe",
-    vocab_size: int = 2048,
+    vocab_size: int = 1024,
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> TokenData:

@@ -44,7 +44,7 @@ class GPT2Config:
 
 
 PRESETS = {
-    "nano": GPT2Config(layers=6, width=128, heads=4, context=256, vocab=2048),
+    "nano": GPT2Config(layers=6, width=128, heads=4, context=256, vocab=1024),
     "gpt2": GPT2Config(layers=12, width=768, heads=12),
     "gpt2-medium": GPT2Config(layers=24, width=1024, heads=16),
     "gpt2-large": GPT2Config(layers=36, width=1280, heads=20),

@@ -15,14 +15,14 @@ from .runtime import checkpoints, read_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a preset is trained with unless told otherwise; the learning rates of the published shapes are GPT-3's.
-RECIPE = ("steps", "warmup", "batch_size", "accumulate", "lr", "tokenizer")
+RECIPE = ("steps", "warmup", "batch_size", "accumulate", "lr", "dispersion_weight", "tokenizer")
 RECIPES = {
-    "nano": (600, 50, 16, 1, 2e-3, "bpe"),
-    "gpt2": (20_000, 500, 8, 8, 6e-4, "gpt2"),
-    "gpt2-medium": (20_000, 500, 8, 8, 3e-4, "gpt2"),
-    "gpt2-large": (20_000, 500, 4, 16, 2.5e-4, "gpt2"),
-    "gpt2-xl": (20_000, 500, 4, 16, 2e-4, "gpt2"),
-    "from weights": (2_000, 100, 8, 8, 5e-5, "gpt2"),
+    "nano": (500, 50, 8, 1, 3e-3, 0.5, "bpe"),
+    "gpt2": (20_000, 500, 8, 8, 6e-4, 0.1, "gpt2"),
+    "gpt2-medium": (20_000, 500, 8, 8, 3e-4, 0.1, "gpt2"),
+    "gpt2-large": (20_000, 500, 4, 16, 2.5e-4, 0.1, "gpt2"),
+    "gpt2-xl": (20_000, 500, 4, 16, 2e-4, 0.1, "gpt2"),
+    "from weights": (2_000, 100, 8, 8, 5e-5, 0.1, "gpt2"),
 }
 SHAPE = ("layers", "width", "heads", "mlp_width", "context")
 # What a run cannot change half-way: the saved state would not fit, or not mean the same.
@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder of the run (default: runs/ and the time)")
     add("--compare", action="store_true", help="train twice, without and with the dispersion loss, and draw both")
     add("--resume", action="store_true", help="continue the run in --out; the options not given are those it had")
-    add("--seed", type=int, default=0)
+    add("--seed", type=at_least(0), default=0, metavar="N", help="of everything random (default: %(default)s)")
     add("--device", help="cpu, cuda, mps, ... (default: cuda if there is one, else cpu)")
     add("--dtype", choices=DTYPES, default="float32", help="of autocast; weights stay float32 (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile the model")
@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("gpt2", "bpe", "bytes"),
         help="bpe is trained on the text (default: nano bpe, else gpt2)",
     )
-    add("--vocab-size", type=at_least(257), default=2048, metavar="N", help="of --tokenizer bpe (default: %(default)s)")
+    add("--vocab-size", type=at_least(257), default=1024, metavar="N", help="of --tokenizer bpe (default: %(default)s)")
     add("--cache", metavar="DIR", help="of tokenised texts (default: in $XDG_CACHE_HOME or ~/.cache)")
 
     add = parser.add_argument_group("model").add_argument
@@ -140,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--checkpoint-activations", action="store_true", help="less memory, a forward pass more")
 
     add = parser.add_argument_group("dispersion").add_argument
-    add("--dispersion-weight", type=number(0), default=0.1, metavar="X", help="0: none (default: %(default)s)")
+    add("--dispersion-weight", type=number(0), metavar="X", help="0: none (default: nano 0.5, else 0.1)")
     add("--potential", default="angular_spread", help="(default: %(default)s)")
     add("--tau", type=float, metavar="X", help="temperature (default: the potential's)")
     add(

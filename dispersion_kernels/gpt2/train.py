@@ -55,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dispersion-gpt2: interrupted outside training, nothing to save", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError as error:
+        remedy = "take a smaller --batch-size and a larger --accumulate, or --checkpoint-activations"
+        print(f"dispersion-gpt2: error: {str(error).splitlines()[0]}; {remedy}", file=sys.stderr)
+        return 2
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"dispersion-gpt2: error: {error}", file=sys.stderr)
         return 2
@@ -105,7 +109,7 @@ class Run:
         self.device = pick_device(options)
         checkpoint = read_checkpoint(out / "checkpoint.pt") if (out / "checkpoint.pt").exists() else None
         self.data = load_tokens(options)
-        torch.manual_seed(options.seed)
+        torch.manual_seed(mixed_seed(options.seed))
         self.model = build_model(options, self.data, checkpoint).to(self.device)
         config = self.model.config
         self.context = options.context or config.context
@@ -136,9 +140,7 @@ class Run:
             self.restore(checkpoint)
         forward: nn.Module = torch.compile(self.model) if options.compile else self.model  # type: ignore[assignment]
         if world() > 1:
-            forward = DistributedDataParallel(
-                forward, device_ids=[self.device] if self.device.index is not None else None
-            )
+            forward = DistributedDataParallel(forward, device_ids=[self.device] if self.device.type == "cuda" else None)
         self.forward = forward
 
     def train(self, stop: StopRequest) -> dict[str, Any] | None:
