@@ -94,7 +94,9 @@ def _sweep_rows(
     wide = _wide_dtype(z.device)
     count = pairs.clamp(min=1).to(wide)
     if isinstance(potential, PerplexityEntropy):
-        entropy, grad = _perplexity_entropy(x, potential, groups, with_grad)
+        entropy, grad = _perplexity_entropy(x, potential, groups, partners, with_grad)
+        if partners is not None:
+            entropy.masked_fill_(partners <= 0, 0.0)
         anchors = reduce.sum((partners > 0).to(wide) if partners is not None else torch.ones_like(entropy, dtype=wide))
         loss = reduce.sum(entropy.to(wide)) / anchors.clamp(min=1)
         scale = 1 / anchors.clamp(min=1)
@@ -461,12 +463,14 @@ def _bounded_exponential_sums(
 
 
 def _perplexity_entropy(
-    x: Tensor, potential: PerplexityEntropy, groups: Tensor | None, with_grad: bool
+    x: Tensor, potential: PerplexityEntropy, groups: Tensor | None, partners: Tensor | None, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``sum_j P_ij log2(P_ij + eps)`` of each token ``[B, L]``, and the gradient of their sum over each row.
 
-    With e_ij = -|z_i - z_j|^2 / sigma2, P_ij = exp(e_ij - m_i) / s_i, h = log2(P + eps) and g = dP h / dP =
-    h + P / ((P + eps) ln 2): d/de_ij = A_ij = P_ij (g_ij - sum_k P_ik g_ik), and
+    With e_ij = -|z_i - z_j|^2 / sigma2, P_ij = exp(e_ij - m_i) / s_i, p the mean of P over a token's partners,
+    h = log2((P + eps) / (p + eps)) and g = dP h / dP = h + P / ((P + eps) ln 2): the entropy is
+    log2(p + eps) + sum_j P h, because P sums to 1, and without that constant h has its digits where P varies little.
+    d/de_ij = A_ij = P_ij (g_ij - sum_k P_ik g_ik), and
     dz_i = -2 / sigma2 * sum_j (A_ij + A_ji) (z_i - z_j). Three passes: the largest exponent m and the sum s (kept apart,
     because a rounded m + log s of some hundreds would cost P four digits); entropy and sum_k P g; A.
     """
@@ -489,15 +493,20 @@ def _perplexity_entropy(
             largest[tile.batch, side] = now
     # A token without a partner has no P.
     total.masked_fill_(total == 0, 1.0)
+    if partners is None:
+        average = torch.full_like(squares, 1 / (x.shape[1] - 1))
+    else:
+        average = 1 / partners.clamp(min=1).to(x.dtype)
 
     def probabilities(e: Tensor, tile: _Tile, side: slice, dim: int) -> tuple[Tensor, Tensor]:
         p = torch.sub(e, largest[tile.batch, side].unsqueeze(dim)).exp_().div_(total[tile.batch, side].unsqueeze(dim))
-        return p, (p + potential.eps).log2_()
+        mean = average[tile.batch, side].unsqueeze(dim)
+        return p, (p - mean).div_(mean + potential.eps).log1p_().mul_(1 / math.log(2))
 
     def derivative(p: Tensor, h: Tensor) -> Tensor:
         return h + p / ((p + potential.eps) * math.log(2))
 
-    entropy, expected = torch.zeros_like(squares), torch.zeros_like(squares)
+    entropy, expected = (average + potential.eps).log2_(), torch.zeros_like(squares)
     for tile in pairs:
         e = exponents(tile)
         for side, _, dim in tile.sides():

@@ -101,6 +101,15 @@ def test_a_tiny_document_is_not_the_whole_validation(load, tmp_path):
     assert sum(map(len, as_bytes(tokens.validation))) > 0.04 * (tmp_path / "large.txt").stat().st_size
 
 
+def test_one_file_may_hold_many_documents(load, tmp_path):
+    texts = [prose(i) for i in range(30)]
+    (tmp_path / "all.txt").write_text("\n\0\n".join(texts))
+    tokens = load(tmp_path / "all.txt", tokenizer="bytes")
+    train, validation = as_bytes(tokens.train), as_bytes(tokens.validation)
+    assert {*train, *validation} == {text.encode() for text in texts}
+    assert len(train) + len(validation) == 30
+
+
 def test_folders_are_read_recursively_and_hidden_or_binary_files_left_out(load, tmp_path):
     root = tmp_path / "root"
     (root / "deep" / "er").mkdir(parents=True)
@@ -167,7 +176,7 @@ def test_long_texts_tokenise_in_pieces_as_they_would_whole(folder, tmp_path, mon
     (folder / "long.txt").write_text("".join(prose(i) + "\n\n  indented\n\n" for i in range(9)))
     whole = load_data([str(folder)], vocab_size=300, cache=tmp_path / "whole")
     monkeypatch.setattr(data, "TEXT_BLOCK", 50)
-    assert len(list(data.blocks([data.text_document(folder / "long.txt")]))) > 20
+    assert len(list(data.blocks(data.text_documents(folder / "long.txt")))) > 20
     pieces = load_data([str(folder)], vocab_size=300, cache=tmp_path / "pieces")
     assert torch.equal(whole.train.to(torch.int64), pieces.train.to(torch.int64))
 
@@ -317,6 +326,14 @@ def test_a_read_error_names_the_file(load, tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match=r"--data .*a\.txt: cannot be read \(.*Permission denied"):
         load(tmp_path / "a.txt", tokenizer="bytes")
+
+
+def test_an_empty_file_among_others_is_named(load, folder, monkeypatch):
+    (folder / "blank.txt").write_text("")
+    load(folder, tokenizer="bytes")  # one of a folder may be
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=r"--data blank\.txt: the file is empty"):
+        load(folder, "./blank.txt", tokenizer="bytes")
 
 
 def test_sources_and_options_that_do_not_exist(load, tmp_path):

@@ -139,7 +139,7 @@ def test_a_run_learns_and_writes_what_it_says(run, tmp_path, capsys):
 
 def test_the_exported_weights_and_the_validation_figures_are_right(run, arguments, tmp_path):
     out = tmp_path / "out"
-    run(out)
+    run(out, "--dropout", "0.5")  # which validation must not see
     results = json.loads((out / "results.json").read_text())
     model = load_weights(out).eval()
     options = complete(build_parser().parse_args(arguments(out)))
@@ -399,7 +399,7 @@ def test_weights_that_cannot_be_gone_on_from(arguments, tmp_path, capsys):
     save_weights(GPT2(GPT2Config(layers=1, width=16, heads=2, context=8, vocab=200)), tmp_path / "weights")
     for more, message in (
         (["--init-from", str(tmp_path / "weights"), "--tokenizer", "bytes"], "has 257 tokens, the weights in"),
-        (["--init-from", str(tmp_path / "nowhere"), "--tokenizer", "bytes"], "no GPT-2 weights at"),
+        (["--init-from", str(tmp_path / "nowhere"), "--tokenizer", "bytes"], "--init-from: no GPT-2 weights at"),
     ):
         assert train.main([*texts, *more]) == 2
         assert message in capsys.readouterr().err

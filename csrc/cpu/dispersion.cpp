@@ -344,18 +344,6 @@ inline void wait_for(const std::atomic<int32_t>& progress, int32_t needed) {
 
 // ---- from segments to tiles
 
-// The tile length for a segment: long enough for the products, yet enough tiles for threads, and an even number of
-// them, which lets every tile take part in every round.
-int32_t tile_tokens(int64_t tokens, int32_t panel) {
-  const int64_t largest = kLargestTile / panel * panel;
-  const int64_t preferred = (getenv("DKT")?atoi(getenv("DKT")):128) / panel * panel;
-  int64_t tiles = (tokens + preferred - 1) / preferred;
-  tiles = std::max(tiles, std::min<int64_t>(4, tokens / (2 * panel)));
-  tiles = std::max<int64_t>(tiles + tiles % 2, 1);
-  const int64_t length = (tokens + tiles - 1) / tiles;
-  return int32_t(std::min((length + panel - 1) / panel * panel, largest));
-}
-
 struct Sequence {
   int64_t id;
   int32_t first_tile, last_tile;
@@ -375,9 +363,14 @@ struct Group {
   void clear() { *this = Group(); }
 };
 
+// Cuts segments into tiles. Depends on the segments only, never on the number of threads.
 class Planner {
  public:
-  Planner(const dk_args& args, int32_t panel) : args_(args), panel_(panel) {}
+  Planner(const dk_args& args, int32_t panel) : args_(args), panel_(panel) {
+    int64_t tokens = 0;
+    for (int64_t k = 0; k < args.segments; ++k) tokens += args.ends[k] - args.begins[k];
+    plenty_ = tokens >= kPlenty;
+  }
 
   // Appends the tiles of the segments [begin, end) of one sequence.
   void add_sequence(Group& group, int64_t begin, int64_t end, bool include_diagonal) const {
@@ -392,7 +385,7 @@ class Planner {
       sequence.pairs += include_diagonal ? l * l : l * (l - 1.0);
       sequence.diagonal += l;
       sequence.tokens += l;
-      const int32_t longest = tile_tokens(length, panel_);
+      const int32_t longest = tile_tokens(length);
       if (length <= longest) {
         const int32_t bundled = bundle_open ? group.tiles.back().tokens : 0;
         if (!bundle_open || bundled + length > kBundle / panel_ * panel_) open_tile(group, true);
@@ -420,7 +413,21 @@ class Planner {
   }
 
  private:
-  static constexpr int32_t kBundle = 128;  // tokens of short segments in a tile
+  static constexpr int32_t kBundle = 64;     // tokens of short segments in a tile: pairs across segments are wasted
+  static constexpr int64_t kPlenty = 4096;   // tokens
+
+  // Long tiles are read less often from memory. A call with few tokens takes shorter ones, and an even number of them,
+  // so that threads find pairs to work on side by side.
+  int32_t tile_tokens(int64_t tokens) const {
+    const int64_t longest = (plenty_ ? kLargestTile : 128) / panel_ * panel_;
+    int64_t tiles = (tokens + longest - 1) / longest;
+    if (!plenty_) {
+      tiles = std::max(tiles, std::min<int64_t>(4, tokens / (2 * panel_)));
+      tiles += tiles > 1 ? tiles % 2 : 0;
+    }
+    const int64_t length = (tokens + tiles - 1) / std::max<int64_t>(tiles, 1);
+    return int32_t((length + panel_ - 1) / panel_ * panel_);
+  }
 
   static void open_tile(Group& group, bool new_unit) {
     if (new_unit) group.unit_first_tile.push_back(int32_t(group.tiles.size()));
@@ -439,6 +446,7 @@ class Planner {
 
   const dk_args& args_;
   int32_t panel_;
+  bool plenty_;
 };
 
 // One step of the sweep: a tile with itself (a == b: packed first), or a pair, once a and b have made that many steps.

@@ -19,12 +19,15 @@ namespace {
 
 // ---- rows in
 
-DK_INLINE void read_row(const Job& job, int64_t row, float* out) {
+// A row in fp32, padded with zeros: where it lies if that will do, else copied to `out`.
+DK_INLINE const float* read_row(const Job& job, int64_t row, float* out) {
   const dk_args& args = *job.args;
   const int64_t features = args.features, whole = features / kLanes * kLanes;
   const int64_t first = row * args.row_stride;
   if (args.dtype == DK_FLOAT32) {
-    memcpy(out, (const float*)args.z + first, size_t(features) * sizeof(float));
+    const float* in = (const float*)args.z + first;
+    if (features == job.padded_features) return in;
+    memcpy(out, in, size_t(features) * sizeof(float));
   } else {
     const uint16_t* in = (const uint16_t*)args.z + first;
     uint16_t tail[kLanes] = {};
@@ -38,13 +41,14 @@ DK_INLINE void read_row(const Job& job, int64_t row, float* out) {
     }
   }
   for (int64_t k = features; k < job.padded_features; ++k) out[k] = 0.0f;
+  return out;
 }
 
 void add_rows(const Job& job, const Tile& tile, Scratch& scratch, float* sums) {
   for (int64_t k = 0; k < job.padded_features; ++k) sums[k] = 0.0f;
   for (int t = 0; t < tile.tokens; ++t) {
-    read_row(job, tile.rows[t], scratch.rows);
-    for (int64_t k = 0; k < job.padded_features; k += kLanes) store(sums + k, load(sums + k) + load(scratch.rows + k));
+    const float* z = read_row(job, tile.rows[t], scratch.rows);
+    for (int64_t k = 0; k < job.padded_features; k += kLanes) store(sums + k, load(sums + k) + load(z + k));
   }
 }
 
@@ -65,17 +69,18 @@ DK_INLINE double square_sum(const float* row, int64_t padded_features) {
   return slow;
 }
 
-// Subtracts the mean over the features. In double, so that a constant row becomes exactly zero.
-DK_INLINE void centre_row(float* row, int64_t features) {
+// x = z minus its mean over the features. In double, so that a constant row becomes exactly zero.
+DK_INLINE void centre_row(const float* z, float* x, int64_t features, int64_t padded_features) {
   constexpr int kSums = 16;
   double sums[kSums] = {};
   int64_t whole = features / kSums * kSums;
   for (int64_t k = 0; k < whole; k += kSums)
-    for (int n = 0; n < kSums; ++n) sums[n] += row[k + n];
-  for (int64_t k = whole; k < features; ++k) sums[0] += row[k];
+    for (int n = 0; n < kSums; ++n) sums[n] += z[k + n];
+  for (int64_t k = whole; k < features; ++k) sums[0] += z[k];
   for (int n = 1; n < kSums; ++n) sums[0] += sums[n];
   const double mean = sums[0] / double(features);
-  for (int64_t k = 0; k < features; ++k) row[k] = float(row[k] - mean);
+  for (int64_t k = 0; k < features; ++k) x[k] = float(z[k] - mean);
+  for (int64_t k = features; k < padded_features; ++k) x[k] = 0.0f;
 }
 
 void pack(const Job& job, Tile& tile, Scratch& scratch) {
@@ -91,30 +96,33 @@ void pack(const Job& job, Tile& tile, Scratch& scratch) {
         memset(row, 0, size_t(padded_features) * sizeof(float));
         tile.norm[t] = tile.inverse[t] = tile.square[t] = 0.0f;
       } else {
-        read_row(job, tile.rows[t], row);
+        const float* z = read_row(job, tile.rows[t], row);
         if (job.transform == Transform::kCentre) {
-          const double raw = square_sum(row, padded_features);
+          const double raw = square_sum(z, padded_features);
           const float* mean = job.unit_means + tile.unit * padded_features;
-          for (int64_t k = 0; k < padded_features; k += kLanes) store(row + k, load(row + k) - load(mean + k));
+          for (int64_t k = 0; k < padded_features; k += kLanes) store(row + k, load(z + k) - load(mean + k));
           const double centred = square_sum(row, padded_features);
           tile.square_sum += raw;
           tile.square[t] = float(job.square_factor * centred);
           // Beyond fp32's range a distance is lost: report NaN rather than a wrong number.
           tile.finite = tile.finite && isfinite(raw) && centred < 1e37 && isfinite(tile.square[t]);
         } else {
-          if (job.transform == Transform::kCentredNormalise) centre_row(row, features);
-          const double norm = sqrt(square_sum(row, padded_features));
+          if (job.transform == Transform::kCentredNormalise) {
+            centre_row(z, row, features, padded_features);
+            z = row;
+          }
+          const double norm = sqrt(square_sum(z, padded_features));
           const double inverse = norm > 0.0 ? 1.0 / (norm + job.eps) : 0.0;
           tile.finite = tile.finite && isfinite(norm);
           tile.norm[t] = float(norm);
           tile.inverse[t] = float(inverse);
           if (inverse < 1e30) {
             const float factor = float(inverse);
-            for (int64_t k = 0; k < padded_features; k += kLanes) store(row + k, load(row + k) * factor);
+            for (int64_t k = 0; k < padded_features; k += kLanes) store(row + k, load(z + k) * factor);
           } else {
-            for (int64_t k = 0; k < features; ++k) row[k] = float(row[k] * inverse);
+            for (int64_t k = 0; k < padded_features; ++k) row[k] = float(z[k] * inverse);
           }
-          tile.square[t] = float(job.square_factor * square_sum(row, padded_features));
+          tile.square[t] = job.square_factor ? float(job.square_factor * square_sum(row, padded_features)) : 0.0f;
         }
       }
       if (job.gradient)
@@ -451,8 +459,7 @@ void between(const Job& job, Tile& tile, Tile& other, Scratch& scratch) {
 
 void finish(const Job& job, const Tile& tile, const Finish& result, Scratch& scratch) {
   const int64_t features = job.args->features, padded_features = job.padded_features;
-  float* u = scratch.rows;
-  float* z = scratch.rows + padded_features + 16;
+  const bool in_place = features == padded_features;
   for (int t = 0; t < tile.tokens; ++t) {
     float* grad = job.args->grad + tile.rows[t] * features;
     if (!result.finite) {
@@ -461,8 +468,11 @@ void finish(const Job& job, const Tile& tile, const Finish& result, Scratch& scr
     }
     const float* x = tile.token_major + t * kPanel;
     const int64_t x_step = int64_t(tile.padded) * kPanel;
-    memcpy(u, grad, size_t(features) * sizeof(float));
-    for (int64_t k = features; k < padded_features; ++k) u[k] = 0.0f;
+    float* u = in_place ? grad : scratch.rows;
+    if (!in_place) {
+      memcpy(u, grad, size_t(features) * sizeof(float));
+      for (int64_t k = features; k < padded_features; ++k) u[k] = 0.0f;
+    }
 
     if (job.transform == Transform::kCentre) {
       // scale (sum_j w_ij x_j - x_i sum_j w_ij)
@@ -471,7 +481,7 @@ void finish(const Job& job, const Tile& tile, const Finish& result, Scratch& scr
       for (int64_t k = 0; k < padded_features; k += kPanel, xk += x_step)
         store_pack(u + k, madd(load_pack(xk), own, load_pack(u + k) * result.scale));
       if (result.square_scale != 0.0f) {
-        read_row(job, tile.rows[t], z);
+        const float* z = read_row(job, tile.rows[t], scratch.rows + padded_features);
         for (int64_t k = 0; k < padded_features; k += kPanel)
           store_pack(u + k, madd(load_pack(z + k), result.square_scale, load_pack(u + k)));
       }
@@ -493,7 +503,7 @@ void finish(const Job& job, const Tile& tile, const Finish& result, Scratch& scr
       for (int64_t k = 0; k < padded_features; k += kPanel, xk += x_step)
         store_pack(u + k, madd(load_pack(xk), own, load_pack(u + k) * factor) - mean);
     }
-    memcpy(grad, u, size_t(features) * sizeof(float));
+    if (!in_place) memcpy(grad, u, size_t(features) * sizeof(float));
   }
 }
 

@@ -1,7 +1,8 @@
 """Text to tokens on disk, and from there to batches.
 
-Texts are documents (one a file), tokenised once into memory-mapped files in a cache folder, each document followed by
-the end-of-text token. Some documents are kept for validation; a single one gives its last part.
+Texts are documents: a file is one, or several with a line between them that holds one NUL character. They are
+tokenised once into memory-mapped files in a cache folder, each document followed by the end-of-text token. Some
+documents are kept for validation; a single one gives its last part.
 """
 
 import gzip
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 END_OF_TEXT = "<|endoftext|>"
+DOCUMENT_BREAK = "\n\0\n"
 VALIDATION_SHARE = 0.05
 # Bumped whenever the same texts would give other tokens, so that an old cache is not taken for a new one.
 CACHE_FORMAT = 1
@@ -84,10 +86,11 @@ def load_data(
     if tokenizer == "bpe" and vocab_size < 257:
         raise ValueError(f"--vocab-size must be at least 257 (every byte, and end of text), got {vocab_size}")
     documents = find_documents(sources)
+    named = {os.fspath(Path(source)) for source in sources}
     hashes, sizes = [], []
     for document in documents:
         text = document.read().encode()
-        if not text.strip() and document.name in sources:
+        if not text.strip() and document.name in named:
             raise ValueError(f"--data {document.name}: the file is empty; give a file that holds text")
         hashes.append(hashlib.sha256(text).hexdigest())
         sizes.append(len(text))
@@ -118,7 +121,7 @@ def find_documents(sources: Sequence[str]) -> list[Document]:
         files = list(text_files(library, suffixes={".py"}, skip=NOT_DEFAULT_TEXT))
         if not files:
             raise ValueError(f"there is no source text in Python's library ({library}): pass a text of yours by --data")
-        return [text_document(file) for file in files]
+        return [document for file in files for document in text_documents(file)]
     documents = []
     for source in sources:
         path = Path(source)
@@ -129,9 +132,9 @@ def find_documents(sources: Sequence[str]) -> list[Document]:
             if not files:
                 known = " ".join(sorted(TEXT_SUFFIXES))
                 raise ValueError(f"--data {source}: the folder holds no text file (known by {known}, and .gz or .xz)")
-            documents += [text_document(file) for file in files]
+            documents += [document for file in files for document in text_documents(file)]
         elif path.exists():
-            documents.append(text_document(path))
+            documents += text_documents(path)
         else:
             raise FileNotFoundError(
                 f"--data {source}: there is no such file or folder (a data set of Hugging Face's hub is hf:NAME)"
@@ -151,19 +154,24 @@ def text_files(
                 yield Path(parent, name)
 
 
-def text_document(path: Path) -> Document:
-    def read() -> str:
-        try:
-            content = path.read_bytes()
-            if path.suffix in (".gz", ".xz"):
-                content = gzip.decompress(content) if path.suffix == ".gz" else lzma.decompress(content)
-            return content.decode("utf-8-sig").replace("\r\n", "\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--data {path}: not UTF-8 ({error}); convert it, for example with iconv") from error
-        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-            raise ValueError(f"--data {path}: cannot be read ({error})") from error
+def text_documents(path: Path) -> list[Document]:
+    """A file's documents: one, or more with DOCUMENT_BREAK between them, which then stay in memory."""
+    parts = read_text(path).split(DOCUMENT_BREAK)
+    if len(parts) == 1:
+        return [Document(os.fspath(path), partial(read_text, path))]
+    return [Document(f"{path}#{number}", partial(str, part)) for number, part in enumerate(parts)]
 
-    return Document(os.fspath(path), read)
+
+def read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+        if path.suffix in (".gz", ".xz"):
+            content = gzip.decompress(content) if path.suffix == ".gz" else lzma.decompress(content)
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--data {path}: not UTF-8 ({error}); convert it, for example with iconv") from error
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"--data {path}: cannot be read ({error})") from error
 
 
 def hub_documents(source: str) -> list[Document]:

@@ -182,12 +182,11 @@ def load_weights(path: str | Path, *, dropout: float = 0.0, heads: int | None = 
     if unknown := weights.keys() - wanted.keys():
         raise ValueError(f"{file}: tensor {min(unknown)} is not one of GPT-2's ({len(unknown)} such in all)")
     for name, tensor in weights.items():
-        if name.endswith(TRANSPOSED):
-            weights[name] = tensor = tensor.t()
-        if tensor.shape != wanted[name].shape:
-            stored = named[name].shape
-            expected = wanted[name].t().shape if name.endswith(TRANSPOSED) else wanted[name].shape
-            raise ValueError(f"{file}: tensor {name} has shape {list(stored)}, expected {list(expected)}")
+        transposed = name.endswith(TRANSPOSED)
+        expected = wanted[name].t().shape if transposed else wanted[name].shape
+        if tensor.shape != expected:
+            raise ValueError(f"{file}: tensor {name} has shape {list(tensor.shape)}, expected {list(expected)}")
+        weights[name] = tensor.t() if transposed else tensor
     model.load_state_dict(weights)
     return model
 
@@ -217,7 +216,7 @@ def config_of(weights: dict[str, Tensor], file: Path, *, heads: int | None, drop
     config_file = file.with_name("config.json")
     if config_file.is_file():
         try:
-            stored = json.loads(config_file.read_text("utf-8"))
+            stored = dict(json.loads(config_file.read_text("utf-8")))
             heads = heads or int(stored["n_head"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{config_file} is not the config.json of a GPT-2 ({error!r})") from error
@@ -225,12 +224,13 @@ def config_of(weights: dict[str, Tensor], file: Path, *, heads: int | None, drop
             "model_type": "gpt2",
             "activation_function": "gelu_new",
             "layer_norm_epsilon": 1e-5,
+            "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False,
         }
         for key, value in fixed.items():
             if stored.get(key, value) != value:
                 raise ValueError(f"{config_file}: {key} is {stored[key]!r}, only {value!r} can be loaded")
-    published = {(preset.layers, preset.width): preset.heads for preset in PRESETS.values()}
+    published = {(preset.layers, preset.width): preset.heads for name, preset in PRESETS.items() if name != "nano"}
     heads = heads or published.get((layers, width))
     if heads is None:
         raise ValueError(f"{file} does not say how many heads it has: put its config.json beside it, or give heads")

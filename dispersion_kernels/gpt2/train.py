@@ -403,12 +403,15 @@ def build_model(options: argparse.Namespace, data: TokenData, checkpoint: dict[s
         shape = {name: getattr(options, name) for name in SHAPE}
         config = GPT2Config(**shape, vocab=data.vocab, dropout=options.dropout)
         return GPT2(config, checkpoint_activations=options.checkpoint_activations)
-    model = load_weights(
-        options.init_from,
-        dropout=options.dropout,
-        heads=options.heads,
-        checkpoint_activations=options.checkpoint_activations,
-    )
+    try:
+        model = load_weights(
+            options.init_from,
+            dropout=options.dropout,
+            heads=options.heads,
+            checkpoint_activations=options.checkpoint_activations,
+        )
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--init-from: {error}") from error
     if data.vocab > model.config.vocab:
         raise ValueError(
             f"--tokenizer {options.tokenizer} has {data.vocab} tokens, the weights in {options.init_from} know "
