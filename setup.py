@@ -109,7 +109,9 @@ def ninja_file(compiler: list[str], clang: bool, isas: dict[str, list[str]]) -> 
     if not clang:
         # GCC's own AVX-512 headers trip maybe-uninitialized (GCC bug 105593).
         flags += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
-    sources: dict[str, list[str]] = {"dispersion": []} | {f"kernels_{isa}": isa_flags for isa, isa_flags in isas.items()}
+    sources: dict[str, list[str]] = {"dispersion": []} | {
+        f"kernels_{isa}": isa_flags for isa, isa_flags in isas.items()
+    }
 
     def path(file: Path) -> str:
         return re.sub(r"([ :$])", r"$\1", str(file))

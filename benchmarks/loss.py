@@ -1,7 +1,8 @@
 """Time of the loss against the naive version, eager and compiled, as multiples of the limit.
 
-The limit is 3 B L^2 F FLOPs (similarities by symmetry 1, gradient 2) at the rate that ``torch.mm`` reaches on 2048 x 2048
-fp32 matrices in the same rounds. A variant is timed only after its loss and gradient agreed with a float64 computation.
+The limit is 3 B L^2 F FLOPs (similarities by symmetry 1, gradient 2) at the rate that ``torch.mm`` reaches on 2048 x
+2048 fp32 matrices in the same rounds. A variant is timed only after its loss and gradient agreed with a float64
+computation.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ POTENTIAL = resolve_potential("angular_spread")
 
 def run(quick: bool) -> list[dict[str, Any]]:
     print(f"machine: {describe()}")
-    print("multiples of the limit of 3 B L^2 F FLOPs at torch.mm's rate; f+b: forward + backward, loss: under no_grad\n")
+    print(
+        "multiples of the limit of 3 B L^2 F FLOPs at torch.mm's rate; f+b: forward + backward, loss: under no_grad\n"
+    )
     print("| B, L, F | dtype | limit, ms | " + " | ".join(f"{name}, f+b (loss)" for name in VARIANTS) + " |")
     print("|---" * (3 + len(VARIANTS)) + "|")
     rows = []
@@ -78,7 +81,10 @@ def _case(shape: tuple[int, int, int], dtype: torch.dtype, names: list[str], qui
     ]
     ratio = {(row["variant"], row["mode"]): row["ratio"] for row in rows}
     cells = [f"{ratio[name, 'f+b']:.2f} ({ratio[name, 'loss']:.2f})" if name in names else "-" for name in VARIANTS]
-    print(f"| {batch}, {length}, {features} | {rows[0]['dtype']} | {1e3 * limit:.2f} | " + " | ".join(cells) + " |", flush=True)
+    print(
+        f"| {batch}, {length}, {features} | {rows[0]['dtype']} | {1e3 * limit:.2f} | " + " | ".join(cells) + " |",
+        flush=True,
+    )
     return rows
 
 
@@ -111,5 +117,7 @@ def _check(name: str, got: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) 
     grad_error = ((got[1].double() - exact[1]).norm() / exact[1].norm()).item()
     bound = 1e-5 if got[1].dtype == torch.float32 else 5e-3
     if not (loss_error < 1e-5 and grad_error < bound):
-        raise RuntimeError(f"{name} is wrong: relative error of the loss {loss_error:.1e}, of the gradient {grad_error:.1e}")
+        raise RuntimeError(
+            f"{name} is wrong: relative error of the loss {loss_error:.1e}, of the gradient {grad_error:.1e}"
+        )
     return loss_error, grad_error

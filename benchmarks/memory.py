@@ -29,7 +29,9 @@ def run(quick: bool) -> list[dict[str, Any]]:
     if not Path("/proc/self/clear_refs").exists():
         raise SystemExit("the memory suite reads /proc, which only Linux has")
     print(f"machine: {describe()}, {_available() / 2**30:.1f} GiB free")
-    print(f"peak memory of forward + backward beyond the input, as a multiple of the input's bytes; F = {FEATURES}, fp32\n")
+    print(
+        f"peak memory of forward + backward beyond the input, in multiples of the input's bytes; F = {FEATURES}, fp32\n"
+    )
     print("| L | input, MiB | " + " | ".join(f"{name}, multiple (MiB), s" for name in VARIANTS) + " |")
     print("|---" * (2 + len(VARIANTS)) + "|")
     rows = []

@@ -1,4 +1,5 @@
-"""Timing that holds on a machine whose speed drifts: variants interleaved, batches of at least a quarter second, medians."""
+"""Timing that holds on a machine whose speed drifts: variants interleaved, batches of at least a quarter second,
+medians."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ class _Dispersion(torch.autograd.Function):
         # With create_graph what this returns would count as a constant, and a gradient penalty silently do nothing.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "fused_dispersion_loss was differentiated with create_graph=True, for a second derivative, which it does "
-                'not have. Use impl="reference", which materialises the L x L matrices and has one'
+                "fused_dispersion_loss was differentiated with create_graph=True, for a second derivative, which it "
+                'does not have. Use impl="reference", which materialises the L x L matrices and has one'
             )
         grad, groups, cu_seqlens = ctx.saved_tensors
         if ctx.recompute:
@@ -114,7 +114,7 @@ def _native_sweep(
         tokens if features == 1 or tokens.stride(1) == 1 else tokens.contiguous(),
         potential_name=potential.name(),
         params=dict(zip(native.PARAMETERS[potential.name()], potential.params(), strict=True)),
-        index=runs.index,
+        index=runs.rows,
         begins=runs.begins,
         ends=runs.ends,
         sequence=runs.sequence,

@@ -17,7 +17,9 @@ def report() -> str:
     build = native.build_info()
     built = "not built: " + str(build.get("reason"))
     if build.get("native"):
-        built = f"built by {build.get('compiler')} for {', '.join(build.get('isas', []))}, using {native.isa() or 'none'}"
+        built = (
+            f"built by {build.get('compiler')} for {', '.join(build.get('isas', []))}, using {native.isa() or 'none'}"
+        )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
     lines = [
         f"dispersion-kernels: {__version__}",

@@ -51,19 +51,20 @@ def fused_dispersion_loss(
 
     and for the default, ``angular_spread``: ``x = z / (|z| + eps)``, ``psi = exp(-D / tau)``,
     ``D = arccos(clip(c, -1 + clamp, 1 - clamp)) / pi`` with a straight-through clip. Add it to the cross-entropy with a
-    weight of about 0.1. Loss and gradient take 3 B L^2 F FLOPs together and memory O(B L F); under ``torch.no_grad`` the
-    loss alone takes 1 B L^2 F.
+    weight of about 0.1. Loss and gradient take 3 B L^2 F FLOPs together and memory O(B L F); under ``torch.no_grad``
+    the loss alone takes 1 B L^2 F.
 
     Args:
-        z: hidden states ``[B, L, F]``, or ``[L, F]`` for one sequence, or ``[T, F]`` packed with ``cu_seqlens``, or a list
-            of them, one a layer, whose losses are averaged. fp64, fp32, bf16 or fp16, any strides, F >= 2. Sums are fp32
-            (fp64 for fp64).
+        z: hidden states ``[B, L, F]``, or ``[L, F]`` for one sequence, or ``[T, F]`` packed with ``cu_seqlens``, or a
+            list of them, one a layer, whose losses are averaged. fp64, fp32, bf16 or fp16, any strides, F >= 2. Sums
+            are fp32 (fp64 for fp64).
         potential: ``"angular_spread"``, ``"orthogonalization"``, ``"l2_repel"``, ``"decorrelation"``,
             ``"perplexity_entropy"``, ``"uniformity"``, ``"dispersive_l2"``, or a :class:`Potential`.
         tau, clamp, eps: fields of the named potential to set; None leaves its default.
         mask: boolean, ``z.shape[:-1]``; False takes a token out of all pairs.
-        cu_seqlens: int32 ``[S + 1]``, as in flash-attention: sequence s is the tokens ``cu_seqlens[s]:cu_seqlens[s + 1]``
-            of the packed ``z``. On the CPU its values are checked here; on an accelerator by an assertion on the device.
+        cu_seqlens: int32 ``[S + 1]``, as in flash-attention: sequence s is the tokens ``cu_seqlens[s]:cu_seqlens[s +
+            1]`` of the packed ``z``. On the CPU its values are checked here; on an accelerator by an assertion on the
+            device.
         document_ids: integers, ``z.shape[:-1]``: only tokens of equal id pair; a negative id takes a token out. The row
             stays one sequence with one loss, the (log-)mean over the pairs that are left. For a loss a document, pack
             them with ``cu_seqlens``.
@@ -77,8 +78,8 @@ def fused_dispersion_loss(
             ``"reference"``, which materialises. See :func:`supported`.
 
     Returns:
-        The loss in fp32 (fp64 for fp64 tokens). 0 with a zero gradient where no sequence has two tokens that pair. A NaN
-        or infinity among the tokens of a sequence that take part makes its loss NaN.
+        The loss in fp32 (fp64 for fp64 tokens). 0 with a zero gradient where no sequence has two tokens that pair. A
+        NaN or infinity among the tokens of a sequence that take part makes its loss NaN.
 
     Raises:
         ValueError: a shape or value that is wrong. The message names the argument and what it should be.
@@ -95,7 +96,7 @@ def fused_dispersion_loss(
         layers = list(z)
         if not layers:
             raise ValueError("z is an empty list; it must hold the hidden states of at least one layer")
-        losses = [
+        of_layers = [
             fused_dispersion_loss(
                 layer,
                 resolved,
@@ -110,7 +111,7 @@ def fused_dispersion_loss(
             )
             for layer in layers
         ]
-        return torch.stack(losses).mean(0)
+        return torch.stack(of_layers).mean(0)
 
     _check_inputs(z, mask, cu_seqlens, document_ids)
     one_sequence = z.dim() == 2
@@ -150,8 +151,8 @@ class DispersionLoss(nn.Module):
         margin: of ``orthogonalization``.
         epsilon: eps of the potentials that have one.
         clamp_threshold: clamp of ``angular_spread`` and ``orthogonalization``.
-        max_tokens: tokens drawn for each sequence. None, all of them, is the one default that differs from the published
-            code's.
+        max_tokens: tokens drawn for each sequence. None, all of them, is the one default that differs from the
+            published code's.
         reduction, recompute, impl: as in :func:`fused_dispersion_loss`.
 
     A variant takes what it has of these and leaves the rest. Errors are raised here, as there.
@@ -233,9 +234,7 @@ def check_max_tokens(max_tokens: int | None) -> None:
         )
 
 
-def _check_inputs(
-    z: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, document_ids: Tensor | None
-) -> None:
+def _check_inputs(z: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, document_ids: Tensor | None) -> None:
     if type(z).__name__ == "DTensor":
         raise TypeError(
             "z is a DTensor, whose shards hold only a part of the pairs; pass the local tensor of whole sequences: "
@@ -251,7 +250,7 @@ def _check_inputs(
     if cu_seqlens is not None:
         if z.dim() != 2:
             raise ValueError(
-                f"with cu_seqlens z must be packed, [T, F], got shape {tuple(z.shape)}; drop a batch dimension of 1 with "
+                f"with cu_seqlens z must be packed, [T, F], got shape {tuple(z.shape)}; drop a batch dimension of 1: "
                 "z.squeeze(0)"
             )
         if cu_seqlens.dtype not in (torch.int32, torch.int64):

@@ -82,7 +82,11 @@ class Potential:
         """The potential that ``name()`` and ``params()`` describe."""
         cls = _CLASSES[name]
         fields = dataclasses.fields(cls)
-        return cls(**{field.name: type(field.default)(param) for field, param in zip(fields, params, strict=True)})
+        typed: dict[str, Any] = {}
+        for field, param in zip(fields, params, strict=True):
+            kind: Any = type(field.default)
+            typed[field.name] = kind(param)
+        return cls(**typed)
 
 
 class ExponentialPotential(Potential):
@@ -222,8 +226,8 @@ class L2Repel(DistancePotential):
     """``psi = exp(-|z_i - z_j|^2 / tau)``; loss ``log(mean psi + eps) + norm_weight * mean(z^2)``.
 
     The published code counts the diagonal (i = j) among the pairs, where psi is 1; at the norms of a language model
-    everything else is then negligible and nothing is repelled. ``include_diagonal=False`` leaves it out. ``mean(z^2)`` is
-    over the features of the tokens that have a partner. Source: Liu et al., ICML 2026, arXiv 2602.00217.
+    everything else is then negligible and nothing is repelled. ``include_diagonal=False`` leaves it out. ``mean(z^2)``
+    is over the features of the tokens that have a partner. Source: Liu et al., ICML 2026, arXiv 2602.00217.
     """
 
     tau: float = 1.0
@@ -251,7 +255,8 @@ class L2Repel(DistancePotential):
 
 @dataclass(frozen=True)
 class Decorrelation(Potential):
-    """``psi = (c / (F - 1))^2``, the squared Pearson correlation of two tokens over their F features; loss ``mean psi``.
+    """``psi = (c / (F - 1))^2``, the squared Pearson correlation of two tokens over their F features; loss ``mean
+    psi``.
 
     ``x = (z - mean(z)) / std(z)`` over the features, unbiased; a constant token has x = 0 and no gradient. Source: Liu
     et al., ICML 2026, arXiv 2602.00217.
@@ -276,8 +281,9 @@ class Decorrelation(Potential):
 class PerplexityEntropy(Potential):
     """``P_ij = softmax over j != i of -|z_i - z_j|^2 / sigma2``; loss ``mean over i of sum_j P_ij log2(P_ij + eps)``.
 
-    The negative entropy of each token's neighbour distribution, as in t-SNE's perplexity. Not a function of c alone: the
-    sweep takes three passes, 5 B L^2 F FLOPs for loss and gradient. Source: Liu et al., ICML 2026, arXiv 2602.00217.
+    The negative entropy of each token's neighbour distribution, as in t-SNE's perplexity. Not a function of c alone:
+    the sweep takes three passes, 5 B L^2 F FLOPs for loss and gradient. Source: Liu et al., ICML 2026, arXiv
+    2602.00217.
     """
 
     row_transform: ClassVar[Literal["normalize", "standardize", "none"]] = "none"

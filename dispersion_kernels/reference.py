@@ -6,6 +6,7 @@ operation runs in the dtype of ``z``, as in published training code. Packed sequ
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -45,7 +46,7 @@ def dispersion_loss(
         bounds = cu_seqlens.tolist()
         sequences = [
             (z[0, begin:end], None if groups is None else groups[0, begin:end])
-            for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
+            for begin, end in itertools.pairwise(bounds)
         ]
     losses, counts = [], []
     for tokens, ids in sequences:

@@ -1,8 +1,8 @@
 """Which tokens pair with which: masks, documents, packed sequences and subsamples, as the backends take them.
 
-Every backend takes ``z`` ``[B, L, F]``, optionally ``groups`` ``[B, L]`` (int64: tokens of a row pair where they are equal
-and not negative) and optionally ``cu_seqlens`` ``[S + 1]`` (then B is 1, and tokens pair within its segments only).
-A *sequence* is a row, or a segment of ``cu_seqlens``; each has one loss.
+Every backend takes ``z`` ``[B, L, F]``, optionally ``groups`` ``[B, L]`` (int64: tokens of a row pair where they are
+equal and not negative) and optionally ``cu_seqlens`` ``[S + 1]`` (then B is 1, and tokens pair within its segments
+only). A *sequence* is a row, or a segment of ``cu_seqlens``; each has one loss.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
 class HostSegments(NamedTuple):
     """Runs of tokens that all pair with each other, as the CPU kernel takes them; all int64."""
 
-    index: Tensor | None
-    """``[N]``: token i of the runs is row ``index[i]`` of the flattened ``z``; None: row i."""
+    rows: Tensor | None
+    """``[N]``: token i of the runs is row ``rows[i]`` of the flattened ``z``; None: row i."""
     begins: Tensor
     """``[R]``: the first token of each run."""
     ends: Tensor
@@ -125,10 +125,7 @@ class HostSegments(NamedTuple):
 def host_segments(batch: int, length: int, groups: Tensor | None, cu_seqlens: Tensor | None) -> HostSegments:
     """The runs of tokens that pair, for ``groups`` and ``cu_seqlens`` on the CPU."""
     if groups is None:
-        if cu_seqlens is None:
-            bounds = torch.arange(batch + 1) * length
-        else:
-            bounds = cu_seqlens.long()
+        bounds = torch.arange(batch + 1) * length if cu_seqlens is None else cu_seqlens.long()
         return HostSegments(None, bounds[:-1], bounds[1:], torch.arange(bounds.numel() - 1))
     if cu_seqlens is None:
         sequence = torch.arange(batch).repeat_interleave(length)

@@ -9,6 +9,7 @@ G, and a workspace whose size is a constant.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -43,9 +44,7 @@ class Result(NamedTuple):
     """``[B, L, F]`` in the accumulation dtype: d loss of its sequence / d z. None where it was not asked for."""
 
 
-def sweep(
-    z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool
-) -> Result:
+def sweep(z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool) -> Result:
     """Loss of each sequence and, if asked, its gradient. Arguments as in :mod:`dispersion_kernels.segments`.
 
     On the CPU the packed sequences are swept one by one. On an accelerator their lengths are not read, because that
@@ -59,7 +58,7 @@ def sweep(
     bounds = cu_seqlens.tolist()
     parts = [
         _sweep_rows(z[:, begin:end], potential, None if groups is None else groups[:, begin:end], None, with_grad)
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
+        for begin, end in itertools.pairwise(bounds)
     ]
     if not parts:
         return _nothing(z, 0, with_grad)
@@ -242,7 +241,7 @@ def _add_norm_penalty(
     loss: Tensor, grad: Tensor | None, z: Tensor, potential: L2Repel, partners: Tensor | None, reduce: _Reduction
 ) -> tuple[Tensor, Tensor | None]:
     """The term norm_weight * mean(z^2), over the features of the tokens that have a partner."""
-    batch, length, features = z.shape
+    features = z.shape[2]
     wide = z.to(accumulation_dtype(z.dtype))
     squares = wide.square().sum(-1).to(loss.dtype)
     weights = torch.ones_like(squares) if partners is None else (partners > 0).to(squares.dtype)
@@ -385,8 +384,8 @@ def _exponential_sums(
         low, high = potential.exponent_range()
         if high - low <= _SAFE_RANGE:
             # Left alone where exp neither overflows nor vanishes, which saves a pass.
-            shift = 0.0 if -_SAFE_RANGE / 2 <= low and high <= _SAFE_RANGE / 2 else (low + high) / 2
-            return _bounded_exponential_sums(x, potential, shift, groups, reduce, with_grad)
+            middle = 0.0 if low >= -_SAFE_RANGE / 2 and high <= _SAFE_RANGE / 2 else (low + high) / 2
+            return _bounded_exponential_sums(x, potential, middle, groups, reduce, with_grad)
 
     with_itself = isinstance(potential, DistancePotential) and potential.include_diagonal
     squares = x.square().sum(-1)
@@ -471,8 +470,8 @@ def _perplexity_entropy(
     h = log2((P + eps) / (p + eps)) and g = dP h / dP = h + P / ((P + eps) ln 2): the entropy is
     log2(p + eps) + sum_j P h, because P sums to 1, and without that constant h has its digits where P varies little.
     d/de_ij = A_ij = P_ij (g_ij - sum_k P_ik g_ik), and
-    dz_i = -2 / sigma2 * sum_j (A_ij + A_ji) (z_i - z_j). Three passes: the largest exponent m and the sum s (kept apart,
-    because a rounded m + log s of some hundreds would cost P four digits); entropy and sum_k P g; A.
+    dz_i = -2 / sigma2 * sum_j (A_ij + A_ji) (z_i - z_j). Three passes: the largest exponent m and the sum s (kept
+    apart, because a rounded m + log s of some hundreds would cost P four digits); entropy and sum_k P g; A.
     """
     squares = x.square().sum(-1)
     pairs = _Pairs(x, groups)

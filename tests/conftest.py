@@ -78,12 +78,16 @@ def relative_errors(answer: Answer, exact: Answer) -> tuple[float, float]:
     return loss, ((answer.grad.double() - exact.grad).abs().max() / scale).item()
 
 
-def assert_as_accurate_as_naive(z: Tensor, potential: str | Potential, answer: Answer, exact: Answer, **options: Any) -> None:
+def assert_as_accurate_as_naive(
+    z: Tensor, potential: str | Potential, answer: Answer, exact: Answer, **options: Any
+) -> None:
     """fp32: loss to 1e-6 and gradient to 5e-6, or what the naive fp32 computation reaches where that is worse (squared
     distances of hundreds cost it digits); 16 bits: no worse than naive in that dtype, and a rounding of slack."""
     naive = relative_errors(evaluate(z, potential, **{**options, "impl": "reference"}), exact)
     ours = relative_errors(answer, exact)
-    print(f"{potential} {tuple(z.shape)} {z.dtype}: ours {ours[0]:.1e} {ours[1]:.1e}, naive {naive[0]:.1e} {naive[1]:.1e}")
+    print(
+        f"{potential} {tuple(z.shape)} {z.dtype}: ours {ours[0]:.1e} {ours[1]:.1e}, naive {naive[0]:.1e} {naive[1]:.1e}"
+    )
     bounds = {
         torch.float64: (1e-12, 1e-10),
         torch.float32: (max(1e-6, 2 * naive[0]), max(5e-6, 2 * naive[1])),

@@ -45,7 +45,12 @@ def bounds(*values: int) -> Tensor:
         ([], {}, ValueError, "empty list"),
         (Z, {"potential": "angular"}, ValueError, r"unknown potential 'angular'; available: angular_spread"),
         (Z, {"potential": 3}, TypeError, "potential must be a name or a Potential, got int"),
-        (Z, {"potential": "decorrelation", "tau": 1.0}, ValueError, "tau=1.0 was given, but potential 'decorrelation' has no tau"),
+        (
+            Z,
+            {"potential": "decorrelation", "tau": 1.0},
+            ValueError,
+            "tau=1.0 was given, but potential 'decorrelation' has no tau",
+        ),
         (Z, {"potential": AngularSpread(), "tau": 1.0}, ValueError, "tau given beside a potential that is an instance"),
         (Z, {"reduction": "max"}, ValueError, "unknown reduction 'max'; available: mean, sum, none"),
         (Z, {"tau": 0.0}, ValueError, r"tau must be a finite number > 0 .*got 0.0"),
@@ -58,19 +63,44 @@ def bounds(*values: int) -> Tensor:
         (Z, {"eps": -0.1}, ValueError, "eps must be"),
         (Z, {"max_tokens": 1}, ValueError, "max_tokens must be an integer >= 2.*got 1"),
         (Z, {"max_tokens": 2.5}, ValueError, "max_tokens must be an integer >= 2.*got 2.5"),
-        (Z, {"mask": torch.ones(2, 5, dtype=torch.bool)}, ValueError, r"mask must have one entry a token, shape \(2, 6\), got \(2, 5\)"),
+        (
+            Z,
+            {"mask": torch.ones(2, 5, dtype=torch.bool)},
+            ValueError,
+            r"mask must have one entry a token, shape \(2, 6\), got \(2, 5\)",
+        ),
         (Z, {"mask": torch.ones(2, 6)}, TypeError, "mask must be boolean.*got torch.float32"),
         (Z, {"document_ids": torch.ones(6, dtype=torch.int64)}, ValueError, "document_ids must have one entry a token"),
         (Z, {"document_ids": torch.ones(2, 6)}, TypeError, "document_ids must be integers, got torch.float32"),
-        (Z, {"cu_seqlens": bounds(0, 6)}, ValueError, r"z must be packed, \[T, F\], got shape \(2, 6, 8\); drop.*squeeze"),
+        (
+            Z,
+            {"cu_seqlens": bounds(0, 6)},
+            ValueError,
+            r"z must be packed, \[T, F\], got shape \(2, 6, 8\); drop.*squeeze",
+        ),
         (PACKED, {"cu_seqlens": bounds(1, 10)}, ValueError, r"cu_seqlens is \[1, 10\]; it must start at 0"),
-        (PACKED, {"cu_seqlens": bounds(0, 9)}, ValueError, r"cu_seqlens is \[0, 9\]; it must .* end at the number of tokens \(10\)"),
-        (PACKED, {"cu_seqlens": bounds(0, 7, 4, 10)}, ValueError, r"cu_seqlens is \[0, 7, 4, 10\]; it must .*never decrease"),
+        (
+            PACKED,
+            {"cu_seqlens": bounds(0, 9)},
+            ValueError,
+            r"cu_seqlens is \[0, 9\]; it must .* end at the number of tokens \(10\)",
+        ),
+        (
+            PACKED,
+            {"cu_seqlens": bounds(0, 7, 4, 10)},
+            ValueError,
+            r"cu_seqlens is \[0, 7, 4, 10\]; it must .*never decrease",
+        ),
         (PACKED, {"cu_seqlens": bounds()}, ValueError, r"cu_seqlens must be \[S \+ 1\].*got shape \(0,\)"),
         (PACKED, {"cu_seqlens": bounds(0)}, ValueError, "cu_seqlens is"),
         (PACKED, {"cu_seqlens": bounds(0, 10)[None]}, ValueError, r"cu_seqlens must be \[S \+ 1\].*got shape \(1, 2\)"),
         (PACKED, {"cu_seqlens": torch.tensor([0.0, 10.0])}, TypeError, "cu_seqlens must be int32.*got torch.float32"),
-        (PACKED, {"cu_seqlens": bounds(0, 10), "document_ids": torch.zeros(10).long()}, ValueError, "both cu_seqlens and document_ids"),
+        (
+            PACKED,
+            {"cu_seqlens": bounds(0, 10), "document_ids": torch.zeros(10).long()},
+            ValueError,
+            "both cu_seqlens and document_ids",
+        ),
     ],
 )
 def test_wrong_arguments(z: Any, options: dict[str, Any], error: type[Exception], message: str, impl: str) -> None:
@@ -84,7 +114,11 @@ def test_wrong_values_of_packed_bounds_with_subsampling() -> None:
 
 
 def test_unknown_impl() -> None:
-    for call in (lambda: fused_dispersion_loss(Z, impl="gpu"), lambda: supported("gpu", Z), lambda: DispersionLoss(impl="gpu")):
+    for call in (
+        lambda: fused_dispersion_loss(Z, impl="gpu"),
+        lambda: supported("gpu", Z),
+        lambda: DispersionLoss(impl="gpu"),
+    ):
         with pytest.raises(ValueError, match="unknown impl 'gpu'; available: auto, cpu, torch, reference"):
             call()
 
@@ -183,5 +217,3 @@ def test_a_potential_of_the_users_that_cannot_work() -> None:
 def test_mask_on_another_device() -> None:
     with pytest.raises(ValueError, match="mask is on meta; it must be on cpu"):
         fused_dispersion_loss(Z, mask=torch.ones(2, 6, dtype=torch.bool, device="meta"))
-
-

@@ -112,7 +112,7 @@ void pack(const Job& job, Tile& tile, Scratch& scratch) {
             z = row;
           }
           const double norm = sqrt(square_sum(z, padded_features));
-          const double inverse = norm > 0.0 ? 1.0 / (norm + job.eps) : 0.0;
+          const double inverse = norm + job.eps > 0.0 ? 1.0 / (norm + job.eps) : 0.0;
           tile.finite = tile.finite && isfinite(norm);
           tile.norm[t] = float(norm);
           tile.inverse[t] = float(inverse);
