@@ -121,9 +121,13 @@ def _native_sweep(
         num_sequences=sequences,
         need_grad=with_grad,
     )
-    lengths = runs.ends - runs.begins
-    ordered = lengths * (lengths - 1 + int(getattr(potential, "include_diagonal", False)))
-    pairs = torch.zeros(sequences, dtype=torch.int64).index_add_(0, runs.sequence, ordered.masked_fill_(lengths < 2, 0))
+    with_itself = int(getattr(potential, "include_diagonal", False))
+    if groups is None and cu_seqlens is None:
+        pairs = torch.full((batch,), length * (length - 1 + with_itself) if length > 1 else 0, dtype=torch.int64)
+    else:
+        lengths = runs.ends - runs.begins
+        of_runs = (lengths * (lengths - 1 + with_itself)).masked_fill_(lengths < 2, 0)
+        pairs = torch.zeros(sequences, dtype=torch.int64).index_add_(0, runs.sequence, of_runs)
     return Result(loss.float(), pairs, None if grad is None else grad.view(batch, length, features))
 
 

@@ -7,6 +7,7 @@ only). A *sequence* is a row, or a segment of ``cu_seqlens``; each has one loss.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -125,7 +126,9 @@ class HostSegments(NamedTuple):
 def host_segments(batch: int, length: int, groups: Tensor | None, cu_seqlens: Tensor | None) -> HostSegments:
     """The runs of tokens that pair, for ``groups`` and ``cu_seqlens`` on the CPU."""
     if groups is None:
-        bounds = torch.arange(batch + 1) * length if cu_seqlens is None else cu_seqlens.long()
+        if cu_seqlens is None:
+            return _whole_rows(batch, length)
+        bounds = cu_seqlens.long()
         return HostSegments(None, bounds[:-1], bounds[1:], torch.arange(bounds.numel() - 1))
     if cu_seqlens is None:
         sequence = torch.arange(batch).repeat_interleave(length)
@@ -142,3 +145,10 @@ def host_segments(batch: int, length: int, groups: Tensor | None, cu_seqlens: Te
     begins = new_run.nonzero().flatten()
     ends = torch.cat([begins[1:], torch.tensor([index.numel()])]) if begins.numel() else begins
     return HostSegments(index, begins, ends, sequence[begins])
+
+
+@functools.lru_cache(maxsize=64)
+def _whole_rows(batch: int, length: int) -> HostSegments:
+    """Every row one run. Kept, because a training loop asks for the same again and again, a few microseconds each."""
+    sequence = torch.arange(batch)
+    return HostSegments(None, sequence * length, (sequence + 1) * length, sequence)

@@ -276,7 +276,7 @@ class _Pairs:
         batch, length, _ = x.shape
         budget = _TILE_BYTES.get(x.device.type, _TILE_BYTES["cuda"]) // x.element_size()
         self.x, self.groups = x, groups
-        self._offsets: Tensor | None = None
+        self._zero_tokens: Tensor | None = None
         self.size = math.ceil(length / math.ceil(length / math.isqrt(budget)))
         self.rows = min(max(1, budget // self.size**2), batch)
         # Allocated once: fresh memory for every tile would cost a page fault for every 1,024 pairs.
@@ -306,10 +306,12 @@ class _Pairs:
 
     def add_offset(self, tile: _Tile, exponent: Tensor, offset: float) -> None:
         """Adds ``offset`` for each token of a pair that is zero."""
-        if offset:
-            zeros = (self.x == 0).all(-1).to(exponent.dtype) * offset if self._offsets is None else self._offsets
-            self._offsets = zeros
-            exponent.add_(zeros[tile.batch, tile.i].unsqueeze(2)).add_(zeros[tile.batch, tile.j].unsqueeze(1))
+        if offset == 0:
+            return
+        if self._zero_tokens is None:
+            self._zero_tokens = (self.x == 0).all(-1).to(exponent.dtype)
+        exponent.add_(self._zero_tokens[tile.batch, tile.i].unsqueeze(2), alpha=offset)
+        exponent.add_(self._zero_tokens[tile.batch, tile.j].unsqueeze(1), alpha=offset)
 
     def leave_out(self, tile: _Tile, values: Tensor, value: float) -> None:
         """Puts ``value`` at the entries that are no pairs, the diagonal among them."""

@@ -558,9 +558,14 @@ class Call {
 
     if (job_.transform == Transform::kCentre) average_units(group, scratch);
 
-    std::vector<std::atomic<int32_t>> made(group.tiles.size());
+    // One parallel region: while other programs keep a thread of the pool waiting, each region costs its time slice.
+    std::vector<std::atomic<int32_t>> made(group.tiles.size()), left(group.sequences.size()), reduced(group.sequences.size());
     for (auto& m : made) m.store(0, std::memory_order_relaxed);
-    std::atomic<int64_t> next_step{0};
+    for (auto& r : reduced) r.store(0, std::memory_order_relaxed);
+    for (auto& l : left) l.store(0, std::memory_order_relaxed);
+    for (const Step& step : steps) left[group.tiles[step.a].sequence].fetch_add(1, std::memory_order_relaxed);
+    std::vector<Finish> finishes(group.tiles.size());
+    std::atomic<int64_t> next_step{0}, next_tile{0};
     threads_.run(workers, [&](int64_t worker) {
       for (int64_t s; (s = next_step.fetch_add(1)) < int64_t(steps.size());) {
         const Step& step = steps[s];
@@ -575,16 +580,16 @@ class Call {
           made[step.b].store(step.b_needed + 1, std::memory_order_release);
         }
         made[step.a].store(step.a_needed + 1, std::memory_order_release);
+        if (left[a.sequence].fetch_sub(1) == 1) {
+          reduce(group, group.sequences[a.sequence], finishes.data());
+          reduced[a.sequence].store(1, std::memory_order_release);
+        }
       }
-    });
-
-    std::vector<Finish> finishes(group.tiles.size());
-    for (const Sequence& sequence : group.sequences) reduce(group, sequence, finishes.data());
-    if (!job_.gradient) return DK_OK;
-    std::atomic<int64_t> next_tile{0};
-    threads_.run(workers, [&](int64_t worker) {
-      for (int64_t t; (t = next_tile.fetch_add(1)) < int64_t(group.tiles.size());)
+      if (!job_.gradient) return;
+      for (int64_t t; (t = next_tile.fetch_add(1)) < int64_t(group.tiles.size());) {
+        wait_for(reduced[group.tiles[t].sequence], 1);
         kernels_.finish(job_, group.tiles[t], finishes[t], scratch[worker]);
+      }
     });
     return DK_OK;
   }

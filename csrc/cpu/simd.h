@@ -37,6 +37,13 @@ DK_INLINE vec load(const float* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
+// Keeps GCC from loading a value again for every use, which it does where registers are scarce.
+DK_INLINE vec keep_in_register(vec v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  __asm__("" : "+x"(v));
+#endif
+  return v;
+}
 DK_INLINE void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
 DK_INLINE vec splat(float x) { return x - vec{}; }
 DK_INLINE ivec as_bits(vec v) { return (ivec)v; }

@@ -183,7 +183,7 @@ DK_INLINE void micro_kernel(int64_t depth, const float* a, const float* b, float
   const auto step = [&]() __attribute__((always_inline)) {
     vec operand[kVectors];
 #pragma GCC unroll 8
-    DK_FOR_VECTORS operand[n] = load(b + n * kLanes);
+    DK_FOR_VECTORS operand[n] = keep_in_register(load(b + n * kLanes));
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const vec factor = splat(a[i * kARow]);
