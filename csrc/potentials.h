@@ -91,7 +91,8 @@ struct AngularSpreadFit {
   }
 };
 
-// psi = max(0, margin - D)^2 with D = arccos(clip(s)) / pi, slope max(0, margin - D) / sqrt(1 - clip(s)^2), kappa 2 / pi.
+// psi = max(0, margin - D)^2 with D = arccos(clip(s)) / pi, slope max(0, margin - D) / sqrt(1 - clip(s)^2), kappa 2 /
+// pi.
 struct Orthogonalization {
   static constexpr bool kExponential = false;
   float low, high, margin;

@@ -94,26 +94,33 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])
-    chosen = Potential.from_params(potential, params)
-    # The sweep's products are fp32 inside an autocast region, too.
-    with torch.autocast(z.device.type, enabled=False):
-        run = _native_sweep if choose(impl, z, chosen) == "cpu" else sweep
-        loss, pairs, grad = run(z, chosen, groups, cu_seqlens, with_grad)
+    if choose(impl, z, potential) == "cpu":
+        loss, pairs, grad = _native_sweep(z, potential, params, groups, cu_seqlens, with_grad)
+    else:
+        # The sweep's products are fp32 inside an autocast region, too.
+        with torch.autocast(z.device.type, enabled=False):
+            loss, pairs, grad = sweep(z, Potential.from_params(potential, params), groups, cu_seqlens, with_grad)
     return loss, pairs, loss.new_empty(0) if grad is None else grad
 
 
 def _native_sweep(
-    z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool
+    z: Tensor,
+    potential: str,
+    params: list[float],
+    groups: Tensor | None,
+    cu_seqlens: Tensor | None,
+    with_grad: bool,
 ) -> Result:
     """The sweep in the CPU kernel: as :func:`dispersion_kernels.sweep.sweep`."""
     batch, length, features = z.shape
     runs = host_segments(batch, length, groups, None if cu_seqlens is None else cu_seqlens.cpu())
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     tokens = z.reshape(batch * length, features)
+    named = dict(zip(native.PARAMETERS[potential], params, strict=True))
     loss, grad = native.dispersion(
         tokens if features == 1 or tokens.stride(1) == 1 else tokens.contiguous(),
-        potential_name=potential.name(),
-        params=dict(zip(native.PARAMETERS[potential.name()], potential.params(), strict=True)),
+        potential_name=potential,
+        params=named,
         index=runs.rows,
         begins=runs.begins,
         ends=runs.ends,
@@ -121,7 +128,7 @@ def _native_sweep(
         num_sequences=sequences,
         need_grad=with_grad,
     )
-    with_itself = int(getattr(potential, "include_diagonal", False))
+    with_itself = int(named.get("include_diagonal", 0))
     if groups is None and cu_seqlens is None:
         pairs = torch.full((batch,), length * (length - 1 + with_itself) if length > 1 else 0, dtype=torch.int64)
     else:

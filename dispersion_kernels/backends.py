@@ -39,8 +39,8 @@ def supported(impl: str, z: Tensor, potential: str | Potential = "angular_spread
         ValueError: an unknown ``impl`` or potential.
     """
     check_impl(impl)
-    resolved = resolve_potential(potential)
-    return Support(_why_not_cpu(z, resolved)) if impl == "cpu" else Support()
+    name = resolve_potential(potential).name()
+    return Support(_why_not_cpu(z, name)) if impl == "cpu" else Support()
 
 
 def check_impl(impl: str) -> None:
@@ -48,8 +48,8 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"unknown impl {impl!r}; available: {', '.join(IMPLS)}")
 
 
-def choose(impl: str, z: Tensor, potential: Potential) -> str:
-    """``"cpu"`` or ``"torch"``. An explicit request that cannot be met is an error, never another backend."""
+def choose(impl: str, z: Tensor, potential: str) -> str:
+    """``"cpu"`` or ``"torch"``, for the potential of that name. An explicit request that cannot be met is an error, never another backend."""
     if impl == "torch":
         return "torch"
     reason = _why_not_cpu(z, potential)
@@ -60,11 +60,11 @@ def choose(impl: str, z: Tensor, potential: Potential) -> str:
     return "torch"
 
 
-def _why_not_cpu(z: Tensor, potential: Potential) -> str | None:
+def _why_not_cpu(z: Tensor, potential: str) -> str | None:
     if z.device.type != "cpu":
         return f"the tokens are on {z.device}, and the CPU kernel takes CPU tensors"
     if z.dtype == torch.float64:
         return "the CPU kernel computes in fp32, and the tokens are float64"
-    if potential.name() not in native.PARAMETERS:
-        return f"the CPU kernel has no potential {potential.name()!r}; it has {', '.join(native.PARAMETERS)}"
+    if potential not in native.PARAMETERS:
+        return f"the CPU kernel has no potential {potential!r}; it has {', '.join(native.PARAMETERS)}"
     return native.unavailable_reason()

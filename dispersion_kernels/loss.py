@@ -134,10 +134,10 @@ def fused_dispersion_loss(
         losses, pairs = sequence_losses(z, groups, cu_seqlens, resolved, impl, recompute)
     if reduction == "none":
         return losses.squeeze(0) if one_sequence and cu_seqlens is None else losses
-    if reduction == "sum":
+    if reduction == "sum" or z.shape[0] == 0:
         return losses.sum()
     if groups is None and cu_seqlens is None:
-        return losses.sum() / max(z.shape[0], 1)
+        return losses.mean()
     return losses.sum() / (pairs > 0).sum().clamp(min=1)
 
 

@@ -63,8 +63,8 @@ struct Reduction {
   double norm_weight;
 };
 
-// Chebyshev interpolation of f on [low, high] with the lowest degree whose fp32 evaluation stays within `tolerance` of
-// f, relative to |f| + floor. False if there is none.
+// Chebyshev interpolation of f on [low, high], of the lowest degree that stays within kTruncation of f in exact
+// arithmetic and within kEvaluation in fp32, both relative to |f| + floor. False if there is none.
 bool fit(const std::function<double(double)>& f, double low, double high, double floor, Polynomial& result) {
   constexpr int kNodes = 64, kChecks = 101;
   constexpr double kTruncation = 4e-8, kEvaluation = 3e-7;
@@ -157,8 +157,9 @@ bool describe(const dk_args& args, Job& job, Reduction& reduction) {
       p.online = asin(1.0 - clamp) / (pi * tau) > kSafeExponent;
       if (!p.online) {
         p.shift = float(-0.5 / tau);
-        if (cached_fit(args.potential, tau, clamp, [&](double s) { return exp(asin(s) / (pi * tau)); }, 0.0,
-                       p.angular_spread_fit.scaled_psi))
+        if (cached_fit(
+                args.potential, tau, clamp, [&](double s) { return exp(asin(s) / (pi * tau)); }, 0.0,
+                p.angular_spread_fit.scaled_psi))
           p.kind = Potential::Kind::kAngularSpreadFit;
       }
       return true;
@@ -173,8 +174,9 @@ bool describe(const dk_args& args, Job& job, Reduction& reduction) {
       const float low = float(clamp - 1.0), high = float(1.0 - clamp);
       p.orthogonalization = {low, high, float(margin)};
       p.orthogonalization_fit = {low, high, {}};
-      p.kind = cached_fit(args.potential, margin, clamp, [&](double s) { return margin - acos(s) / pi; }, 0.1,
-                          p.orthogonalization_fit.excess_angle)
+      p.kind = cached_fit(
+                   args.potential, margin, clamp, [&](double s) { return margin - acos(s) / pi; }, 0.1,
+                   p.orthogonalization_fit.excess_angle)
                    ? Potential::Kind::kOrthogonalizationFit
                    : Potential::Kind::kOrthogonalization;
       return true;
@@ -215,8 +217,7 @@ bool describe(const dk_args& args, Job& job, Reduction& reduction) {
       p.kind = Potential::Kind::kGaussian;
       return true;
     }
-    default:
-      return false;
+    default: return false;
   }
 }
 
@@ -224,10 +225,12 @@ bool describe(const dk_args& args, Job& job, Reduction& reduction) {
 
 constexpr size_t kHugePage = size_t(2) << 20;
 
-// Asks for huge pages in [data, data + bytes), which saves page faults and misses of the translation buffer. Only advice.
+// Asks for huge pages in [data, data + bytes), which saves page faults and misses of the translation buffer. Only
+// advice.
 void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__)
-  const uintptr_t page = 4096, begin = ((uintptr_t)data + page - 1) / page * page, end = ((uintptr_t)data + bytes) / page * page;
+  const uintptr_t page = 4096, first = (uintptr_t)data;
+  const uintptr_t begin = (first + page - 1) / page * page, end = (first + bytes) / page * page;
   if (bytes >= 2 * kHugePage) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
 #else
   (void)data;
@@ -413,8 +416,8 @@ class Planner {
   }
 
  private:
-  static constexpr int32_t kBundle = 64;     // tokens of short segments in a tile: pairs across segments are wasted
-  static constexpr int64_t kPlenty = 4096;   // tokens
+  static constexpr int32_t kBundle = 64;    // tokens of short segments in a tile: pairs across segments are wasted
+  static constexpr int64_t kPlenty = 4096;  // tokens
 
   // Long tiles are read less often from memory. A call with few tokens takes shorter ones, and an even number of them,
   // so that threads find pairs to work on side by side.
@@ -471,8 +474,9 @@ std::vector<Step> sweep_order(const Group& group) {
   }
   // Round r of the circle method: one seat stays, the others turn; the seat beyond an odd number of tiles is empty.
   for (int32_t round = 0; !active.empty(); ++round) {
-    active.erase(std::remove_if(active.begin(), active.end(), [&](const Tournament& t) { return round >= t.seats - 1; }),
-                 active.end());
+    active.erase(
+        std::remove_if(active.begin(), active.end(), [&](const Tournament& t) { return round >= t.seats - 1; }),
+        active.end());
     for (const Tournament& t : active) {
       const int32_t turning = t.seats - 1;
       for (int32_t k = 0; k < t.seats / 2; ++k) {
@@ -492,7 +496,8 @@ std::vector<Step> sweep_order(const Group& group) {
 
 class Call {
  public:
-  Call(const dk_args& args, const TileKernels& kernels) : args_(args), kernels_(kernels), planner_(args, kernels.panel) {
+  Call(const dk_args& args, const TileKernels& kernels)
+      : args_(args), kernels_(kernels), planner_(args, kernels.panel) {
     threads_ = {args.parallel_for, std::max(1, int(args.threads))};
   }
 
@@ -535,7 +540,8 @@ class Call {
     int64_t covered = 0;
     const auto zero = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        memset(args_.grad + (args_.index ? args_.index[i] : i) * args_.features, 0, size_t(args_.features) * sizeof(float));
+        memset(args_.grad + (args_.index ? args_.index[i] : i) * args_.features, 0,
+               size_t(args_.features) * sizeof(float));
     };
     for (int64_t k = 0; k < args_.segments; ++k) {
       if (args_.ends[k] - args_.begins[k] < 2) continue;
@@ -559,10 +565,10 @@ class Call {
     if (job_.transform == Transform::kCentre) average_units(group, scratch);
 
     // One parallel region: while other programs keep a thread of the pool waiting, each region costs its time slice.
-    std::vector<std::atomic<int32_t>> made(group.tiles.size()), left(group.sequences.size()), reduced(group.sequences.size());
-    for (auto& m : made) m.store(0, std::memory_order_relaxed);
-    for (auto& r : reduced) r.store(0, std::memory_order_relaxed);
-    for (auto& l : left) l.store(0, std::memory_order_relaxed);
+    const size_t sequences = group.sequences.size();
+    std::vector<std::atomic<int32_t>> made(group.tiles.size()), left(sequences), reduced(sequences);
+    for (auto* counters : {&made, &left, &reduced})
+      for (auto& counter : *counters) counter.store(0, std::memory_order_relaxed);
     for (const Step& step : steps) left[group.tiles[step.a].sequence].fetch_add(1, std::memory_order_relaxed);
     std::vector<Finish> finishes(group.tiles.size());
     std::atomic<int64_t> next_step{0}, next_tile{0};

@@ -38,25 +38,26 @@ typedef struct {
   int32_t isa;                   // dk_isa
   dk_parallel_for parallel_for;  // NULL: one thread
   int32_t threads;
-  int32_t dtype;        // dk_dtype
-  const void* z;        // [rows, features], features contiguous
-  int64_t row_stride;   // in elements
+  int32_t dtype;       // dk_dtype
+  const void* z;       // [rows, features], features contiguous
+  int64_t row_stride;  // in elements
   int64_t rows;
-  const int64_t* index; // [tokens]: token i is row index[i], no row twice; NULL: row i
+  const int64_t* index;  // [tokens]: token i is row index[i], no row twice; NULL: row i
   int64_t tokens, features;
-  const int64_t* begins;    // [segments]: tokens begins[k] <= i < ends[k] pair with each other; ascending, disjoint
+  const int64_t* begins;  // [segments]: tokens begins[k] <= i < ends[k] pair with each other; ascending, disjoint
   const int64_t* ends;
   const int64_t* sequence;  // [segments]: the loss the segment's pairs belong to; non-decreasing
   int64_t segments, sequences;
   const double* params;
   int32_t potential;  // dk_potential
   int32_t reserved;
-  float* grad;   // [rows, features]: dloss_s/dz of every token, 0 without a partner; other rows untouched; NULL: no gradient
+  float* grad;   // [rows, features]: dloss_s/dz of every token, 0 without a partner; other rows untouched; NULL: no
+                 // gradient
   double* loss;  // [sequences]: 0 without a pair, NaN if a paired token is not finite
 } dk_args;
 
 DK_EXPORT int32_t dk_abi_version(void);
-DK_EXPORT int32_t dk_resolve_isa(int32_t requested);  // the dk_isa a call would use; 0: this processor has none
+DK_EXPORT int32_t dk_resolve_isa(int32_t requested);   // the dk_isa a call would use; 0: this processor has none
 DK_EXPORT int32_t dk_dispersion(const dk_args* args);  // dk_status
 
 }  // extern "C"
@@ -82,14 +83,14 @@ struct Tile {
   const int64_t* rows;     // rows of z
   const int32_t* partner_end;
 
-  float* feature_major;  // [panel of tokens][features][kPanel]
-  float* token_major;    // [panel of features][padded][kPanel], only for the gradient
-  float* norm;           // |z| before the transform
-  float* inverse;        // x = z * inverse
-  float* square;         // a |x|^2
-  float* row_sum;        // sum of a token's weights, in units of exp(shift)
-  double square_sum;     // of z
-  double psi_sum;        // over ordered pairs, in units of exp(psi_shift)
+  float* feature_major;     // [panel of tokens][features][kPanel]
+  float* token_major;       // [panel of features][padded][kPanel], only for the gradient
+  float* norm;              // |z| before the transform
+  float* inverse;           // x = z * inverse
+  float* square;            // a |x|^2
+  float* row_sum;           // sum of a token's weights, in units of exp(shift)
+  double square_sum;        // of z
+  double psi_sum;           // over ordered pairs, in units of exp(psi_shift)
   double psi_shift, shift;  // shift: log scale of this tile's rows of the gradient and of row_sum
   bool finite;
 };
@@ -103,7 +104,7 @@ struct Potential {
     kDecorrelation,
     kGaussian
   } kind;
-  bool online;     // rescale by each tile's largest psi; otherwise the shift is fixed
+  bool online;  // rescale by each tile's largest psi; otherwise the shift is fixed
   bool row_sums;
   float shift;
   AngularSpread angular_spread;
@@ -142,8 +143,8 @@ struct TileKernels {
   int panel;
   void (*add_rows)(const Job&, const Tile&, Scratch&, float* sums);  // sums [padded_features] = sum of the tile's rows
   void (*pack)(const Job&, Tile&, Scratch&);
-  void (*within)(const Job&, Tile&, Scratch&);            // pairs of one tile; starts its gradient
-  void (*between)(const Job&, Tile&, Tile&, Scratch&);    // pairs of two tiles
+  void (*within)(const Job&, Tile&, Scratch&);          // pairs of one tile; starts its gradient
+  void (*between)(const Job&, Tile&, Tile&, Scratch&);  // pairs of two tiles
   void (*finish)(const Job&, const Tile&, const Finish&, Scratch&);
 };
 

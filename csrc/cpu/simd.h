@@ -18,7 +18,8 @@
 namespace dk {
 namespace {
 
-// A product tile is kRows x kPanel: kRows * kVectors accumulators, kVectors operands and a broadcast fill the registers.
+// A product tile is kRows x kPanel: kRows * kVectors accumulators, kVectors operands and a broadcast fill the
+// registers.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kVectors = 2, kRows = 8;
 #elif defined(__AVX2__)

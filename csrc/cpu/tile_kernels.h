@@ -165,18 +165,21 @@ DK_INLINE void prefetch_far(const float* p) {
 }
 
 // C[0:kRows, column:column+kPanel] = beta C + alpha A B; c holds the rows of C, which is not read where beta is 0.
+// kPlain: alpha is 1, beta 0 or 1, and C is near.
 // Tiles come from the last-level cache, whose latency no reordering hides: ahead(n), called every kBlock steps, fetches
 // what the next calls will need.
 constexpr int kBlock = 8;
 
-template <int64_t kARow, int64_t kAStep, class Ahead>
+template <int64_t kARow, int64_t kAStep, bool kPlain, class Ahead>
 DK_INLINE void micro_kernel(int64_t depth, const float* a, const float* b, float* const* c, int64_t column, float alpha,
                             float beta, const Ahead& ahead) {
   vec acc[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
-    prefetch_near(c[i] + column);
-    prefetch_near(c[i] + column + kPanel - 1);
+    if (!kPlain) {
+      prefetch_near(c[i] + column);
+      prefetch_near(c[i] + column + kPanel - 1);
+    }
 #pragma GCC unroll 8
     DK_FOR_VECTORS acc[i][n] = vec{};
   }
@@ -205,8 +208,8 @@ DK_INLINE void micro_kernel(int64_t depth, const float* a, const float* b, float
     float* out = c[i] + column;
 #pragma GCC unroll 8
     DK_FOR_VECTORS {
-      vec result = alpha * acc[i][n];
-      if (beta != 0.0f) result += beta * load(out + n * kLanes);
+      vec result = kPlain ? acc[i][n] : alpha * acc[i][n];
+      if (beta != 0.0f) result += kPlain ? load(out + n * kLanes) : beta * load(out + n * kLanes);
       store(out + n * kLanes, result);
     }
   }
@@ -214,12 +217,12 @@ DK_INLINE void micro_kernel(int64_t depth, const float* a, const float* b, float
 
 // The same at the edge of C, of which only rows x columns exist.
 template <int64_t kARow, int64_t kAStep>
-void edge_kernel(int64_t depth, const float* a, const float* b, float* const* c, int64_t column, float alpha, float beta,
-                 int rows, int64_t columns) {
+void edge_kernel(int64_t depth, const float* a, const float* b, float* const* c, int64_t column, float alpha,
+                 float beta, int rows, int64_t columns) {
   float product[kRows][kPanel];
   float* product_rows[kRows];
   for (int i = 0; i < kRows; ++i) product_rows[i] = product[i];
-  micro_kernel<kARow, kAStep>(depth, a, b, product_rows, 0, alpha, 0.0f, [](int) {});
+  micro_kernel<kARow, kAStep, false>(depth, a, b, product_rows, 0, alpha, 0.0f, [](int) {});
   for (int i = 0; i < rows; ++i) {
     float* out = c[i] + column;
     for (int64_t j = 0; j < columns; ++j) out[j] = beta != 0.0f ? beta * out[j] + product[i][j] : product[i][j];
@@ -248,13 +251,15 @@ void similarities(const Job& job, const Tile& tile, const Tile& other, bool uppe
         const float* next_b = b + depth * kPanel + i * depth * kPanel / last_row;
         if (column == 0 && !upper) {
           const float* next_a = panel_slice + kPanel * features + within_panel * depth;
-          micro_kernel<1, kPanel>(depth, panel_slice + within_panel, b, rows + i, column, 1.0f, beta, [&](int block) {
-            prefetch_far(next_b + block * kLine);
-            for (int n = 0; n < kBlock * kRows; n += kLine) prefetch_far(next_a + block * kBlock * kRows + n);
-          });
+          micro_kernel<1, kPanel, true>(depth, panel_slice + within_panel, b, rows + i, column, 1.0f, beta,
+                                        [&](int block) {
+                                          prefetch_far(next_b + block * kLine);
+                                          for (int n = 0; n < kBlock * kRows; n += kLine)
+                                            prefetch_far(next_a + block * kBlock * kRows + n);
+                                        });
         } else {
-          micro_kernel<1, kPanel>(depth, panel_slice + within_panel, b, rows + i, column, 1.0f, beta,
-                                  [&](int block) { prefetch_far(next_b + block * kLine); });
+          micro_kernel<1, kPanel, true>(depth, panel_slice + within_panel, b, rows + i, column, 1.0f, beta,
+                                        [&](int block) { prefetch_far(next_b + block * kLine); });
         }
       }
     }
@@ -266,7 +271,8 @@ template <int64_t kARow, int64_t kAStep>
 void accumulate(const Job& job, const Tile& tile, const Tile& other, const float* weights, float alpha, float beta) {
   const int64_t features = job.args->features;
   float* rows[kLargestTile + 2 * kRows];
-  for (int i = 0; i < tile.padded + kRows; ++i) rows[i] = job.args->grad + tile.rows[i < tile.tokens ? i : 0] * features;
+  for (int i = 0; i < tile.padded + kRows; ++i)
+    rows[i] = job.args->grad + tile.rows[i < tile.tokens ? i : 0] * features;
   for (int64_t column = 0; column < features; column += kPanel) {
     const float* b = other.token_major + column * other.padded;
     const int64_t columns = features - column;
@@ -275,9 +281,10 @@ void accumulate(const Job& job, const Tile& tile, const Tile& other, const float
       if (columns >= kPanel && i + kRows <= tile.tokens) {
         const float* next_b = b + other.padded * kPanel + i * (other.padded * kPanel / tile.tokens);
         float* const* next_rows = rows + i + kRows;
-        micro_kernel<kARow, kAStep>(other.tokens, a, b, rows + i, column, alpha, beta, [&](int block) {
+        micro_kernel<kARow, kAStep, false>(other.tokens, a, b, rows + i, column, alpha, beta, [&](int block) {
           prefetch_far(next_b + block * kLine);
-          prefetch_far(next_rows[block / 2 % kRows] + column + (block & 1) * kLine);
+          // Where a load a step is the bottleneck, this one costs more than it saves.
+          if (kLanes == 16) prefetch_far(next_rows[block / 2 % kRows] + column + (block & 1) * kLine);
         });
       } else {
         edge_kernel<kARow, kAStep>(other.tokens, a, b, rows + i, column, alpha, beta,
@@ -373,7 +380,8 @@ TileSum weigh_region(const Job& job, const P& potential, const Region& region, S
   }
   double psi;
   if (!job.gradient)
-    psi = weigh<P, false, false>(potential, shift, region, scratch.weights, tile.square, other.square, nullptr, nullptr);
+    psi =
+        weigh<P, false, false>(potential, shift, region, scratch.weights, tile.square, other.square, nullptr, nullptr);
   else if (!job.potential.row_sums)
     psi = weigh<P, true, false>(potential, shift, region, scratch.weights, tile.square, other.square, nullptr, nullptr);
   else
