@@ -148,7 +148,7 @@ class BuildPy(build_py):
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         names = [INFO, LIBRARY] if native_library()[0].native else [INFO]
-        return super().get_outputs(include_bytecode) + [str(Path(self.build_lib, PACKAGE, name)) for name in names]
+        return [*super().get_outputs(include_bytecode), *(str(Path(self.build_lib, PACKAGE, name)) for name in names)]
 
 
 class BdistWheel(bdist_wheel):

@@ -49,7 +49,10 @@ def check_impl(impl: str) -> None:
 
 
 def choose(impl: str, z: Tensor, potential: str) -> str:
-    """``"cpu"`` or ``"torch"``, for the potential of that name. An explicit request that cannot be met is an error, never another backend."""
+    """``"cpu"`` or ``"torch"``, for the potential of that name.
+
+    An explicit request that cannot be met is an error, never another backend.
+    """
     if impl == "torch":
         return "torch"
     reason = _why_not_cpu(z, potential)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -25,8 +26,9 @@ def sections() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("heading", "code"), sections(), ids=[heading for heading, _ in sections()])
 def test_snippets_run(heading: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    # A class needs the name of a module: the operators find a user's potential by it.
-    exec(compile(code, f"README.md, {heading}", "exec"), {"__name__": "readme"})
+    script = tmp_path / "snippet.py"
+    script.write_text(code, encoding="utf-8")
+    runpy.run_path(str(script), run_name="readme")
 
 
 def test_there_are_snippets_and_links_lead_somewhere() -> None:
