@@ -32,7 +32,7 @@ def sequence_losses(
     if torch.is_grad_enabled() and z.requires_grad:
         loss, pairs = _Dispersion.apply(z, groups, cu_seqlens, name, params, impl, recompute)
         return loss, pairs
-    loss, pairs, _ = torch.ops.dispersion_kernels.forward(z, groups, cu_seqlens, name, params, impl, False)
+    loss, pairs, *_ = torch.ops.dispersion_kernels.forward(z, groups, cu_seqlens, name, params, impl, False)
     return loss, pairs
 
 
@@ -49,9 +49,9 @@ class _Dispersion(torch.autograd.Function):
         recompute: bool,
     ) -> tuple[Tensor, Tensor]:
         args = (name, params, impl)
-        loss, pairs, grad = torch.ops.dispersion_kernels.forward(z, groups, cu_seqlens, *args, not recompute)
+        loss, pairs, *grad = torch.ops.dispersion_kernels.forward(z, groups, cu_seqlens, *args, not recompute)
         ctx.mark_non_differentiable(pairs)
-        ctx.save_for_backward(z if recompute else grad, groups if recompute else None, cu_seqlens)
+        ctx.save_for_backward(*((z, groups) if recompute else grad), cu_seqlens)
         ctx.args, ctx.recompute, ctx.dtype = args, recompute, z.dtype
         return loss, pairs
 
@@ -63,21 +63,21 @@ class _Dispersion(torch.autograd.Function):
                 "fused_dispersion_loss was differentiated with create_graph=True, for a second derivative, which it "
                 'does not have. Use impl="reference", which materialises the L x L matrices and has one'
             )
-        grad, groups, cu_seqlens = ctx.saved_tensors
+        *saved, cu_seqlens = ctx.saved_tensors
         if ctx.recompute:
-            _, _, grad = torch.ops.dispersion_kernels.forward(grad, groups, cu_seqlens, *ctx.args, True)
-        dz = torch.ops.dispersion_kernels.backward(grad, upstream[0], cu_seqlens, ctx.dtype)
+            _, _, *saved = torch.ops.dispersion_kernels.forward(*saved, cu_seqlens, *ctx.args, True)
+        dz = torch.ops.dispersion_kernels.backward(*saved, upstream[0], cu_seqlens, ctx.dtype)
         return dz, None, None, None, None, None, None
 
 
 _library = torch.library.Library("dispersion_kernels", "FRAGMENT")
 _library.define(
     "forward(Tensor z, Tensor? groups, Tensor? cu_seqlens, str potential, float[] params, str impl, bool with_grad)"
-    " -> (Tensor loss, Tensor pairs, Tensor grad)",
+    " -> (Tensor loss, Tensor pairs, Tensor grad, Tensor scale)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
-    "backward(Tensor grad, Tensor grad_loss, Tensor? cu_seqlens, ScalarType dtype) -> Tensor",
+    "backward(Tensor grad, Tensor scale, Tensor grad_loss, Tensor? cu_seqlens, ScalarType dtype) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -91,16 +91,19 @@ def _forward(
     params: list[float],
     impl: str,
     with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])
     if choose(impl, z, potential) == "cpu":
-        loss, pairs, grad = _native_sweep(z, potential, params, groups, cu_seqlens, with_grad)
+        loss, pairs, grad, scale = _native_sweep(z, potential, params, groups, cu_seqlens, with_grad)
     else:
         # The sweep's products are fp32 inside an autocast region, too.
         with torch.autocast(z.device.type, enabled=False):
-            loss, pairs, grad = sweep(z, Potential.from_params(potential, params), groups, cu_seqlens, with_grad)
-    return loss, pairs, loss.new_empty(0) if grad is None else grad
+            chosen = Potential.from_params(potential, params)
+            loss, pairs, grad, scale = sweep(z, chosen, groups, cu_seqlens, with_grad)
+    if grad is None or scale is None:
+        return loss, pairs, loss.new_empty(0), loss.new_empty(0)
+    return loss, pairs, grad, scale
 
 
 def _native_sweep(
@@ -117,7 +120,7 @@ def _native_sweep(
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     tokens = z.reshape(batch * length, features)
     named = dict(zip(native.PARAMETERS[potential], params, strict=True))
-    loss, grad = native.dispersion(
+    loss, grad, scale = native.dispersion(
         tokens if features == 1 or tokens.stride(1) == 1 else tokens.contiguous(),
         potential_name=potential,
         params=named,
@@ -135,16 +138,18 @@ def _native_sweep(
         lengths = runs.ends - runs.begins
         of_runs = (lengths * (lengths - 1 + with_itself)).masked_fill_(lengths < 2, 0)
         pairs = torch.zeros(sequences, dtype=torch.int64).index_add_(0, runs.sequence, of_runs)
-    return Result(loss.float(), pairs, None if grad is None else grad.view(batch, length, features))
+    if grad is None or scale is None:
+        return Result(loss.float(), pairs, None, None)
+    return Result(loss.float(), pairs, grad.view(z.shape), scale.view(batch, length))
 
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
-def _backward(grad: Tensor, grad_loss: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _backward(grad: Tensor, scale: Tensor, grad_loss: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
     if cu_seqlens is None:
-        upstream = grad_loss.view(-1, 1, 1)
+        upstream = grad_loss.unsqueeze(1)
     else:
-        upstream = grad_loss[segment_of_token(cu_seqlens.to(grad.device), grad.shape[1])].view(1, -1, 1)
-    return torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype))
+        upstream = grad_loss[segment_of_token(cu_seqlens.to(grad.device), grad.shape[1])].unsqueeze(0)
+    return torch.mul(grad, (scale * upstream).unsqueeze(2), out=torch.empty_like(grad, dtype=dtype))
 
 
 @torch.library.register_fake("dispersion_kernels::forward")
@@ -156,14 +161,17 @@ def _forward_fake(
     params: list[float],
     impl: str,
     with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = accumulation_dtype(z.dtype)
     loss = z.new_empty(sequences, dtype=dtype)
-    grad = z.new_empty(z.shape, dtype=dtype) if with_grad else z.new_empty(0, dtype=dtype)
-    return loss, z.new_empty(sequences, dtype=torch.int64), grad
+    grad = z.new_empty(z.shape if with_grad else 0, dtype=dtype)
+    scale = z.new_empty(z.shape[:2] if with_grad else 0, dtype=dtype)
+    return loss, z.new_empty(sequences, dtype=torch.int64), grad, scale
 
 
 @torch.library.register_fake("dispersion_kernels::backward")
-def _backward_fake(grad: Tensor, grad_loss: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _backward_fake(
+    grad: Tensor, scale: Tensor, grad_loss: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     return torch.empty_like(grad, dtype=dtype)

@@ -32,7 +32,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "dispersive_l2": ("tau", "include_diagonal"),
 }
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _POTENTIALS = {name: number for number, name in enumerate(PARAMETERS)}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ISAS = {"": 0, "avx2": 1, "avx512": 2, "neon": 3}
@@ -89,7 +89,7 @@ def dispersion(
     num_sequences: int,
     index: torch.Tensor | None = None,
     need_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     r"""Loss of each sequence and, if asked, its gradient :math:`\partial\ell_s / \partial z`.
 
     The sweep's token ``i`` is row ``index[i]`` of ``z`` (row ``i`` without an index). Segment ``k`` is the range
@@ -110,7 +110,8 @@ def dispersion(
 
     Returns:
         The losses, float64 ``[num_sequences]``, 0 for a sequence without a pair, NaN where a paired token holds a
-        NaN or an infinity; and the gradient of every sequence's own loss, float32 ``[rows, F]``, or None.
+        NaN or an infinity; and, or None, float32 ``grad`` ``[rows, F]`` and ``scale`` ``[rows]``, whose product, row by
+        row, is the gradient of every sequence's own loss.
 
     Raises:
         RuntimeError: if the kernel is unavailable (:func:`unavailable_reason`) or the call fails.
@@ -140,11 +141,11 @@ def dispersion(
     tokens = rows if index is None else index.numel()
 
     loss = torch.empty(num_sequences, dtype=torch.float64)
-    grad = None
+    grad = scale = None
     if need_grad:
         # The kernel writes the gradient of every indexed row, so only a gather leaves rows to be zeroed here.
         allocate = torch.empty if index is None else torch.zeros
-        grad = allocate(rows, features, dtype=torch.float32)
+        grad, scale = allocate(rows, features, dtype=torch.float32), allocate(rows, dtype=torch.float32)
 
     values = (ctypes.c_double * max(len(names), 1))(*(float(params[name]) for name in names))
     args = _Args(
@@ -167,12 +168,13 @@ def dispersion(
         potential=_POTENTIALS[potential_name],
         params=ctypes.cast(values, ctypes.c_void_p),
         grad=None if grad is None else grad.data_ptr(),
+        scale=None if scale is None else scale.data_ptr(),
         loss=loss.data_ptr(),
     )
     status = _library().dk_dispersion(ctypes.byref(args))
     if status:
         raise RuntimeError(f"the CPU kernel failed: {_STATUS.get(status, f'status {status}')}")
-    return loss, grad
+    return loss, grad, scale
 
 
 class _Args(ctypes.Structure):
@@ -199,6 +201,7 @@ class _Args(ctypes.Structure):
         ("potential", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
         ("grad", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
         ("loss", ctypes.c_void_p),
     ]
 

@@ -41,7 +41,11 @@ class Result(NamedTuple):
     pairs: Tensor
     """``[S]`` int64: the ordered pairs of each sequence."""
     grad: Tensor | None
-    """``[B, L, F]`` in the accumulation dtype: d loss of its sequence / d z. None where it was not asked for."""
+    """``[B, L, F]`` in the accumulation dtype: d loss of its sequence / d z, but for its scale. None where it was not
+    asked for."""
+    scale: Tensor | None
+    """``[B, L]`` in the accumulation dtype: what ``grad`` is to be multiplied by. Kept apart, because backward has another
+    factor, and one pass over the memory does both."""
 
 
 def sweep(z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool) -> Result:
@@ -66,6 +70,7 @@ def sweep(z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Te
         torch.cat([part.loss for part in parts]),
         torch.cat([part.pairs for part in parts]),
         torch.cat([part.grad for part in parts if part.grad is not None], 1) if with_grad else None,
+        torch.cat([part.scale for part in parts if part.scale is not None], 1) if with_grad else None,
     )
 
 
@@ -88,7 +93,7 @@ def _sweep_rows(
     left_out = nonfinite
     if partners is not None:
         nonfinite, left_out = nonfinite & (partners > 0), nonfinite | (partners <= 0)
-    x, rows = _transform(z, norm, potential, left_out)
+    x, rows = _transform(z, norm.masked_fill_(left_out.unsqueeze(-1), 0.0), potential, left_out)
 
     wide = _wide_dtype(z.device)
     count = pairs.clamp(min=1).to(wide)
@@ -117,16 +122,17 @@ def _sweep_rows(
     elif isinstance(potential, ExponentialPotential):
         scale = scale * potential.slope_factor
     if grad is not None:
-        grad = _transform_backward(grad, x, rows, potential, reduce.spread(scale).to(x.dtype))
+        _project_(grad, x, rows, potential)
+    scale = reduce.spread(scale).to(x.dtype).expand(batch, length)
+    scale = scale.clone() if rows is None else scale * rows.inverse.squeeze(-1)
     if isinstance(potential, L2Repel) and potential.norm_weight:
-        loss, grad = _add_norm_penalty(loss, grad, z, potential, partners, reduce)
+        loss = _add_norm_penalty(loss, grad, scale, z, potential, partners, reduce)
     empty = pairs == 0
-    loss = loss.masked_fill(empty, 0.0)
-    if grad is not None:
-        grad.masked_fill_(reduce.spread(empty).unsqueeze(-1), 0.0)
-        if partners is not None:
-            grad.masked_fill_((partners <= 0).unsqueeze(-1), 0.0)
-    return Result(loss.to(x.dtype), pairs, grad)
+    loss = loss.masked_fill(empty, 0.0).to(x.dtype)
+    if grad is None:
+        return Result(loss, pairs, None, None)
+    unpaired = reduce.spread(empty).expand(batch, length) if partners is None else partners <= 0
+    return Result(loss, pairs, grad, scale.masked_fill_(unpaired, 0.0))
 
 
 def _nothing(z: Tensor, sequences: int, with_grad: bool) -> Result:
@@ -134,7 +140,9 @@ def _nothing(z: Tensor, sequences: int, with_grad: bool) -> Result:
     dtype = accumulation_dtype(z.dtype)
     loss = torch.zeros(sequences, dtype=dtype, device=z.device)
     pairs = torch.zeros(sequences, dtype=torch.int64, device=z.device)
-    return Result(loss, pairs, torch.zeros_like(z, dtype=dtype) if with_grad else None)
+    if not with_grad:
+        return Result(loss, pairs, None, None)
+    return Result(loss, pairs, torch.zeros_like(z, dtype=dtype), torch.zeros_like(z[:, :, 0], dtype=dtype))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -216,19 +224,16 @@ def _inverse_norms(norm: Tensor, eps: float) -> _Rows:
     return _Rows(inverse, torch.where(norm > 0, denominator / norm, torch.zeros_like(norm)))
 
 
-def _transform_backward(grad: Tensor, x: Tensor, rows: _Rows | None, potential: Potential, scale: Tensor) -> Tensor:
-    """``dz = u / (r + eps) - z (z . u) / (r (r + eps)^2)`` with ``u = scale * grad``, in place of ``grad``."""
+def _project_(grad: Tensor, x: Tensor, rows: _Rows | None, potential: Potential) -> None:
+    """``dz = (u - x (x . u) (r + eps) / r) / (r + eps)`` with u = G, in place of it and but for the last division."""
     if rows is None:
-        return grad.mul_(scale.unsqueeze(-1))
-    factor = rows.inverse * scale.unsqueeze(-1)
+        return
     # In blocks of tokens that stay in the cache between the passes over them.
     block = max(1, _TILE_BYTES["cpu"] // (grad.shape[2] * grad.element_size())) if grad.device.type == "cpu" else None
-    for g, f, xs, ratio in zip(*(_blocks(t, block) for t in (grad, factor, x, rows.ratio)), strict=True):
+    for u, xs, ratio in zip(*(_blocks(t, block) for t in (grad, x, rows.ratio)), strict=True):
         if potential.row_transform == "standardize":
-            g.sub_(g.mean(-1, keepdim=True))
-        g.mul_(f)
-        g.addcmul_(xs, (xs * g).sum(-1, keepdim=True).mul_(ratio), value=-1)
-    return grad
+            u.sub_(u.mean(-1, keepdim=True))
+        u.addcmul_(xs, (xs * u).sum(-1, keepdim=True).mul_(ratio), value=-1)
 
 
 def _blocks(values: Tensor, block: int | None) -> Sequence[Tensor]:
@@ -238,20 +243,26 @@ def _blocks(values: Tensor, block: int | None) -> Sequence[Tensor]:
 
 
 def _add_norm_penalty(
-    loss: Tensor, grad: Tensor | None, z: Tensor, potential: L2Repel, partners: Tensor | None, reduce: _Reduction
-) -> tuple[Tensor, Tensor | None]:
-    """The term norm_weight * mean(z^2), over the features of the tokens that have a partner."""
-    features = z.shape[2]
-    wide = z.to(accumulation_dtype(z.dtype))
+    loss: Tensor,
+    grad: Tensor | None,
+    scale: Tensor,
+    z: Tensor,
+    potential: L2Repel,
+    partners: Tensor | None,
+    reduce: _Reduction,
+) -> Tensor:
+    """The term norm_weight * mean(z^2), over the features of the tokens that have a partner, added to the loss; its
+    gradient to ``grad``, whose scale is multiplied in first."""
+    wide = z.to(scale.dtype)
+    if partners is not None:
+        wide = wide.masked_fill((partners <= 0).unsqueeze(-1), 0.0)
     squares = wide.square().sum(-1).to(loss.dtype)
     weights = torch.ones_like(squares) if partners is None else (partners > 0).to(squares.dtype)
-    if partners is not None:
-        squares = squares.masked_fill(partners <= 0, 0.0)
-    per_token = potential.norm_weight / (reduce.sum(weights).clamp(min=1) * features)
-    loss = loss + reduce.sum(squares) * per_token
+    per_token = potential.norm_weight / (reduce.sum(weights).clamp(min=1) * z.shape[2])
     if grad is not None:
-        grad = grad.add_(wide * (2 * reduce.spread(per_token).to(grad.dtype)).unsqueeze(-1))
-    return loss, grad
+        grad.mul_(scale.unsqueeze(-1)).add_(wide * (2 * reduce.spread(per_token).to(grad.dtype)).unsqueeze(-1))
+        scale.fill_(1.0)
+    return loss + reduce.sum(squares) * per_token
 
 
 class _Tile(NamedTuple):

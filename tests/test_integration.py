@@ -33,7 +33,7 @@ def test_opcheck(potential: Potential, impl: str) -> None:
             args = (tokens, groups, bounds, name, params, impl, with_grad)
             torch.library.opcheck(torch.ops.dispersion_kernels.forward.default, args)
         sequences = tokens.shape[0] if bounds is None else 2
-        args = (torch.randn(tokens.shape), torch.rand(sequences), bounds, tokens.dtype)
+        args = (torch.randn(tokens.shape), torch.rand(tokens.shape[:2]), torch.rand(sequences), bounds, tokens.dtype)
         torch.library.opcheck(torch.ops.dispersion_kernels.backward.default, args)
 
 

@@ -139,7 +139,8 @@ def run(
     index: torch.Tensor | None = None,
     need_grad: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return native.dispersion(
+    """The losses and the gradient, its scale multiplied in."""
+    loss, grad, scale = native.dispersion(
         z,
         potential_name=name,
         params=p,
@@ -150,6 +151,7 @@ def run(
         index=index,
         need_grad=need_grad,
     )
+    return loss, None if grad is None or scale is None else grad * scale.unsqueeze(1)
 
 
 def check(

@@ -539,9 +539,11 @@ class Call {
   void zero_unpaired() const {
     int64_t covered = 0;
     const auto zero = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        memset(args_.grad + (args_.index ? args_.index[i] : i) * args_.features, 0,
-               size_t(args_.features) * sizeof(float));
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = args_.index ? args_.index[i] : i;
+        memset(args_.grad + row * args_.features, 0, size_t(args_.features) * sizeof(float));
+        args_.scale[row] = 0.0f;
+      }
     };
     for (int64_t k = 0; k < args_.segments; ++k) {
       if (args_.ends[k] - args_.begins[k] < 2) continue;
@@ -570,6 +572,10 @@ class Call {
     for (auto* counters : {&made, &left, &reduced})
       for (auto& counter : *counters) counter.store(0, std::memory_order_relaxed);
     for (const Step& step : steps) left[group.tiles[step.a].sequence].fetch_add(1, std::memory_order_relaxed);
+    for (const Step& step : steps) {
+      ++group.tiles[step.a].steps;
+      if (step.a != step.b) ++group.tiles[step.b].steps;
+    }
     std::vector<Finish> finishes(group.tiles.size());
     std::atomic<int64_t> next_step{0}, next_tile{0};
     threads_.run(workers, [&](int64_t worker) {
@@ -583,8 +589,10 @@ class Call {
           wait_for(made[step.a], step.a_needed);
           wait_for(made[step.b], step.b_needed);
           kernels_.between(job_, a, b, scratch[worker]);
+          if (job_.gradient && step.b_needed + 1 == b.steps) kernels_.project(job_, b, scratch[worker]);
           made[step.b].store(step.b_needed + 1, std::memory_order_release);
         }
+        if (job_.gradient && step.a_needed + 1 == a.steps) kernels_.project(job_, a, scratch[worker]);
         made[step.a].store(step.a_needed + 1, std::memory_order_release);
         if (left[a.sequence].fetch_sub(1) == 1) {
           reduce(group, group.sequences[a.sequence], finishes.data());
@@ -677,8 +685,10 @@ class Call {
       square_scale = float(2.0 * reduction_.norm_weight / elements);
     }
     args_.loss[sequence.id] = finite ? loss : std::numeric_limits<double>::quiet_NaN();
-    for (int32_t t = sequence.first_tile; t < sequence.last_tile; ++t)
-      finishes[t] = {float(2.0 * reduction_.kappa * exp(group.tiles[t].shift + log_slope)), square_scale, finite};
+    for (int32_t t = sequence.first_tile; t < sequence.last_tile; ++t) {
+      const double scale = 2.0 * reduction_.kappa * exp(group.tiles[t].shift + log_slope);
+      finishes[t] = {finite ? float(scale) : std::numeric_limits<float>::quiet_NaN(), square_scale};
+    }
   }
 
   const dk_args& args_;

@@ -11,7 +11,7 @@
 #define DK_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-#define DK_ABI_VERSION 1
+#define DK_ABI_VERSION 2
 
 extern "C" {
 
@@ -51,8 +51,10 @@ typedef struct {
   const double* params;
   int32_t potential;  // dk_potential
   int32_t reserved;
-  float* grad;   // [rows, features]: dloss_s/dz of every token, 0 without a partner; other rows untouched; NULL: no
-                 // gradient
+  // dloss_s/dz = scale * grad of each row. Kept apart: the caller has another factor to multiply in, and doing both at
+  // once saves reading and writing all of it. Rows that are not in `index` are left untouched. NULL: no gradient.
+  float* grad;   // [rows, features]: 0 without a partner
+  float* scale;  // [rows]: 0 without a partner, NaN in a sequence that is not finite
   double* loss;  // [sequences]: 0 without a pair, NaN if a paired token is not finite
 } dk_args;
 
@@ -93,6 +95,7 @@ struct Tile {
   double psi_sum;           // over ordered pairs, in units of exp(psi_shift)
   double psi_shift, shift;  // shift: log scale of this tile's rows of the gradient and of row_sum
   bool finite;
+  int32_t steps;  // of the sweep that the tile takes part in
 };
 
 struct Potential {
@@ -132,11 +135,10 @@ struct Scratch {
   float* rows;        // [panel][padded_features + 16]
 };
 
-// What turns a tile's unnormalised sum into the gradient.
+// What turns a tile's projected sum into the gradient.
 struct Finish {
-  float scale;         // of sum_j w_ij x_j
+  float scale;
   float square_scale;  // of z: the norm term of l2_repel
-  bool finite;
 };
 
 struct TileKernels {
@@ -145,6 +147,7 @@ struct TileKernels {
   void (*pack)(const Job&, Tile&, Scratch&);
   void (*within)(const Job&, Tile&, Scratch&);          // pairs of one tile; starts its gradient
   void (*between)(const Job&, Tile&, Tile&, Scratch&);  // pairs of two tiles
+  void (*project)(const Job&, const Tile&, Scratch&);   // the gradient through the row transform, but for its scale
   void (*finish)(const Job&, const Tile&, const Finish&, Scratch&);
 };
 

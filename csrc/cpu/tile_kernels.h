@@ -465,36 +465,25 @@ void between(const Job& job, Tile& tile, Tile& other, Scratch& scratch) {
 
 // ---- the gradient through the row transform
 
-void finish(const Job& job, const Tile& tile, const Finish& result, Scratch& scratch) {
+// With G_i = sum_j w_ij x_j: G_i - x_i sum_j w_ij for distances; else, with x = z / (r + eps),
+// dz = (G - x (x . G) (r + eps) / r) / (r + eps), whose last division is left to the scale. In place of G, as soon as
+// the tile's last pair is summed and much of it is still in the cache.
+void project(const Job& job, const Tile& tile, Scratch& scratch) {
   const int64_t features = job.args->features, padded_features = job.padded_features;
+  const int64_t x_step = int64_t(tile.padded) * kPanel;
   const bool in_place = features == padded_features;
   for (int t = 0; t < tile.tokens; ++t) {
     float* grad = job.args->grad + tile.rows[t] * features;
-    if (!result.finite) {
-      for (int64_t k = 0; k < features; ++k) grad[k] = NAN;
-      continue;
-    }
     const float* x = tile.token_major + t * kPanel;
-    const int64_t x_step = int64_t(tile.padded) * kPanel;
     float* u = in_place ? grad : scratch.rows;
     if (!in_place) {
       memcpy(u, grad, size_t(features) * sizeof(float));
       for (int64_t k = features; k < padded_features; ++k) u[k] = 0.0f;
     }
-
+    float own, mean = 0.0f;
     if (job.transform == Transform::kCentre) {
-      // scale (sum_j w_ij x_j - x_i sum_j w_ij)
-      const float own = -result.scale * tile.row_sum[t];
-      const float* xk = x;
-      for (int64_t k = 0; k < padded_features; k += kPanel, xk += x_step)
-        store_pack(u + k, madd(load_pack(xk), own, load_pack(u + k) * result.scale));
-      if (result.square_scale != 0.0f) {
-        const float* z = read_row(job, tile.rows[t], scratch.rows + padded_features);
-        for (int64_t k = 0; k < padded_features; k += kPanel)
-          store_pack(u + k, madd(load_pack(z + k), result.square_scale, load_pack(u + k)));
-      }
+      own = -tile.row_sum[t];
     } else {
-      // With x = z / (r + eps): dz = u / (r + eps) - x (x . u) / r.
       Pack dot = splat_pack(0.0f), total = splat_pack(0.0f);
       const float* xk = x;
       for (int64_t k = 0; k < padded_features; k += kPanel, xk += x_step) {
@@ -502,20 +491,32 @@ void finish(const Job& job, const Tile& tile, const Finish& result, Scratch& scr
         dot = madd(load_pack(xk), uk, dot);
         total = total + uk;
       }
-      const float norm = tile.norm[t];
-      const float own = norm > 0.0f ? -result.scale * sum(sum_vectors(dot)) / norm : 0.0f;
-      const float factor = result.scale * tile.inverse[t];
-      const float mean =
-          job.transform == Transform::kCentredNormalise ? factor * sum(sum_vectors(total)) / float(features) : 0.0f;
-      xk = x;
-      for (int64_t k = 0; k < padded_features; k += kPanel, xk += x_step)
-        store_pack(u + k, madd(load_pack(xk), own, load_pack(u + k) * factor) - mean);
+      const float length = tile.norm[t] * tile.inverse[t];
+      own = length > 0.0f ? -sum(sum_vectors(dot)) / length : 0.0f;
+      if (job.transform == Transform::kCentredNormalise) mean = sum(sum_vectors(total)) / float(features);
     }
+    const float* xk = x;
+    for (int64_t k = 0; k < padded_features; k += kPanel, xk += x_step)
+      store_pack(u + k, madd(load_pack(xk), own, load_pack(u + k)) - mean);
     if (!in_place) memcpy(grad, u, size_t(features) * sizeof(float));
   }
 }
 
-constexpr TileKernels kTileKernels = {kPanel, add_rows, pack, within, between, finish};
+// Once the sequence's loss is known: the scale of each row, and the norm term, which has another and so takes a pass.
+void finish(const Job& job, const Tile& tile, const Finish& result, Scratch& scratch) {
+  const int64_t features = job.args->features;
+  for (int t = 0; t < tile.tokens; ++t) {
+    float& scale = job.args->scale[tile.rows[t]];
+    scale = job.transform == Transform::kCentre ? result.scale : result.scale * tile.inverse[t];
+    if (result.square_scale == 0.0f) continue;
+    float* grad = job.args->grad + tile.rows[t] * features;
+    const float* z = read_row(job, tile.rows[t], scratch.rows);
+    for (int64_t k = 0; k < features; ++k) grad[k] = scale * grad[k] + result.square_scale * z[k];
+    if (scale == scale) scale = 1.0f;
+  }
+}
+
+constexpr TileKernels kTileKernels = {kPanel, add_rows, pack, within, between, project, finish};
 
 }  // namespace
 }  // namespace dk
