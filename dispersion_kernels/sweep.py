@@ -44,8 +44,8 @@ class Result(NamedTuple):
     """``[B, L, F]`` in the accumulation dtype: d loss of its sequence / d z, but for its scale. None where it was not
     asked for."""
     scale: Tensor | None
-    """``[B, L]`` in the accumulation dtype: what ``grad`` is to be multiplied by. Kept apart, because backward has another
-    factor, and one pass over the memory does both."""
+    """``[B, L]`` in the accumulation dtype: what ``grad`` is to be multiplied by. Kept apart, because backward has
+    another factor, and one pass over the memory does both."""
 
 
 def sweep(z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool) -> Result:
