@@ -96,7 +96,7 @@ def _loss(name: str) -> Callable[[Tensor], Tensor]:
     def naive(z: Tensor) -> Tensor:
         return reference.dispersion_loss(z, POTENTIAL)[0].mean()
 
-    return torch.compile(naive, fullgraph=True) if name == "naive compiled" else naive
+    return torch.compile(naive, fullgraph=True, dynamic=True) if name == "naive compiled" else naive
 
 
 def _forward_backward(z: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from dispersion_kernels import native
 from dispersion_kernels.backends import choose
 from dispersion_kernels.potentials import Potential
 from dispersion_kernels.segments import check_cu_seqlens, host_segments, segment_of_token
-from dispersion_kernels.sweep import Result, accumulation_dtype, sweep
+from dispersion_kernels.sweep import Result, accumulation_dtype, in_blocks, sweep
 
 
 def sequence_losses(
@@ -149,7 +149,14 @@ def _backward(grad: Tensor, scale: Tensor, grad_loss: Tensor, cu_seqlens: Tensor
         upstream = grad_loss.unsqueeze(1)
     else:
         upstream = grad_loss[segment_of_token(cu_seqlens.to(grad.device), grad.shape[1])].unsqueeze(0)
-    return torch.mul(grad, (scale * upstream).unsqueeze(2), out=torch.empty_like(grad, dtype=dtype))
+    factor = (scale * upstream).unsqueeze(2)
+    dz = torch.empty_like(grad, dtype=dtype)
+    if dtype == grad.dtype or grad.device.type != "cpu":
+        return torch.mul(grad, factor, out=dz)
+    # In blocks: for a narrower output PyTorch's CPU kernel would write all of the product in fp32 first.
+    for rounded, g, f in in_blocks(dz, grad, factor):
+        rounded.copy_(g * f)
+    return dz
 
 
 @torch.library.register_fake("dispersion_kernels::forward")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -205,8 +205,8 @@ def _transform(z: Tensor, norm: Tensor, potential: Potential, left_out: Tensor) 
     """x ``[B, L, F]`` in the accumulation dtype, 0 for the tokens left out, and what its gradient needs."""
     if potential.row_transform == "normalize":
         rows = _inverse_norms(norm, potential.norm_eps)
-        return (z * rows.inverse).contiguous().masked_fill_(left_out.unsqueeze(-1), 0.0), rows
-    x = z.to(norm.dtype, copy=True, memory_format=torch.contiguous_format).masked_fill_(left_out.unsqueeze(-1), 0.0)
+        return _zero_(left_out, (z * rows.inverse).contiguous()), rows
+    x = _zero_(left_out, z.to(norm.dtype, copy=True, memory_format=torch.contiguous_format))
     if potential.row_transform == "standardize":
         # The rounded mean of a constant token may differ from its features; it must not be blown up to length 1.
         constant = (x == x[:, :, :1]).all(-1, keepdim=True)
@@ -215,7 +215,12 @@ def _transform(z: Tensor, norm: Tensor, potential: Potential, left_out: Tensor) 
         return x.mul_(rows.inverse), rows
     # Distances do not change when the mean is subtracted, and their computation from inner products cancels less.
     kept = (~left_out).sum(1).clamp(min=1).view(-1, 1, 1)
-    return x.sub_(x.sum(1, keepdim=True) / kept).masked_fill_(left_out.unsqueeze(-1), 0.0), None
+    return _zero_(left_out, x.sub_(x.sum(1, keepdim=True) / kept)), None
+
+
+def _zero_(tokens: Tensor, x: Tensor) -> Tensor:
+    """Sets some tokens to 0. On a CPU, where looking costs nothing, not at all where there are none."""
+    return x if x.device.type == "cpu" and not tokens.any() else x.masked_fill_(tokens.unsqueeze(-1), 0.0)
 
 
 def _inverse_norms(norm: Tensor, eps: float) -> _Rows:
@@ -228,18 +233,19 @@ def _project_(grad: Tensor, x: Tensor, rows: _Rows | None, potential: Potential)
     """``dz = (u - x (x . u) (r + eps) / r) / (r + eps)`` with u = G, in place of it and but for the last division."""
     if rows is None:
         return
-    # In blocks of tokens that stay in the cache between the passes over them.
-    block = max(1, _TILE_BYTES["cpu"] // (grad.shape[2] * grad.element_size())) if grad.device.type == "cpu" else None
-    for u, xs, ratio in zip(*(_blocks(t, block) for t in (grad, x, rows.ratio)), strict=True):
+    for u, xs, ratio in in_blocks(grad, x, rows.ratio):
         if potential.row_transform == "standardize":
             u.sub_(u.mean(-1, keepdim=True))
         u.addcmul_(xs, (xs * u).sum(-1, keepdim=True).mul_(ratio), value=-1)
 
 
-def _blocks(values: Tensor, block: int | None) -> Sequence[Tensor]:
-    """``[B, L, n]`` as blocks of tokens ``[block, n]``; None: one block."""
-    tokens = values.view(-1, values.shape[-1])
-    return (tokens,) if block is None else tokens.split(block)
+def in_blocks(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors ``[B, L, n]``, each with its own n, in blocks of the same tokens ``[block, n]``: on a CPU so many that
+    they stay in the cache between passes over them, elsewhere all."""
+    tokens = values[0].shape[0] * values[0].shape[1]
+    features = max(value.shape[2] for value in values)
+    block = max(1, 2**19 // features) if values[0].device.type == "cpu" else max(1, tokens)
+    return zip(*(value.reshape(tokens, value.shape[2]).split(block) for value in values), strict=True)
 
 
 def _add_norm_penalty(
@@ -271,8 +277,11 @@ class _Tile(NamedTuple):
     batch: slice
     i: slice
     j: slice
-    diagonal: bool
-    """Whether i and j are the same tokens; the tile then holds every pair in both orders."""
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether i and j are the same tokens; the tile then holds every pair in both orders."""
+        return self.i == self.j
 
     def sides(self) -> tuple[tuple[slice, slice, int], ...]:
         """The tokens whose sums the tile adds to, those it sums over, and the dimension of the tile that these are."""
@@ -296,11 +305,23 @@ class _Pairs:
     def __iter__(self) -> Iterator[_Tile]:
         """The upper triangle of tile pairs, several rows at once where a tile has room for them."""
         batch, length, _ = self.x.shape
+        bounds = [*range(0, length, self.size), length]
         for b in range(0, batch, self.rows):
-            for i in range(0, length, self.size):
-                for j in range(i, length, self.size):
-                    ends = (min(b + self.rows, batch), min(i + self.size, length), min(j + self.size, length))
-                    yield _Tile(slice(b, ends[0]), slice(i, ends[1]), slice(j, ends[2]), i == j)
+            rows = slice(b, min(b + self.rows, batch))
+            for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
+                yield from self._diagonal(rows, begin, end)
+                for others in itertools.starmap(slice, itertools.pairwise(bounds[number + 1 :])):
+                    yield _Tile(rows, slice(begin, end), others)
+
+    def _diagonal(self, rows: slice, begin: int, end: int) -> Iterator[_Tile]:
+        """The tile of some tokens with themselves: in halves where it is large, which leaves out a quarter of it."""
+        if end - begin <= max(256, self.size // 2):
+            yield _Tile(rows, slice(begin, end), slice(begin, end))
+            return
+        middle = (begin + end) // 2
+        yield from self._diagonal(rows, begin, middle)
+        yield _Tile(rows, slice(begin, middle), slice(middle, end))
+        yield from self._diagonal(rows, middle, end)
 
     def similarities(self, tile: _Tile) -> Tensor:
         """X_I X_J^T, in the first workspace."""
@@ -334,10 +355,14 @@ class _Pairs:
             values.diagonal(dim1=1, dim2=2).fill_(value)
 
     def accumulate(self, grad: Tensor, tile: _Tile, weights: Tensor) -> None:
-        """G_I += W X_J and, off the diagonal, G_J += W^T X_I."""
+        """G_I += W X_J and, off the diagonal, G_J += W^T X_I; ``grad`` need not be initialised."""
         for side, others, dim in tile.sides():
-            part = grad[tile.batch, side]
-            part.baddbmm_(weights if dim == 2 else weights.transpose(1, 2), self.x[tile.batch, others])
+            self.accumulate_side(grad, tile, side, others, weights if dim == 2 else weights.transpose(1, 2))
+
+    def accumulate_side(self, grad: Tensor, tile: _Tile, side: slice, others: slice, weights: Tensor) -> None:
+        # The first tile that adds to some tokens is that of the row's first tokens with them.
+        first = tile.i.start == 0 and side == tile.j
+        grad[tile.batch, side].baddbmm_(weights, self.x[tile.batch, others], beta=0 if first else 1)
 
 
 def _sums(
@@ -345,7 +370,7 @@ def _sums(
 ) -> tuple[Tensor, Tensor | None]:
     """``sum psi`` of each sequence, and G, for a potential that is a function of c and needs no shift."""
     total = _PairTotal(x, reduce)
-    grad = torch.zeros_like(x) if with_grad else None
+    grad = torch.empty_like(x) if with_grad else None
     pairs = _Pairs(x, groups)
     for tile in pairs:
         c = pairs.similarities(tile)
@@ -404,7 +429,7 @@ def _exponential_sums(
     squares = x.square().sum(-1)
     largest = torch.full_like(squares, 0.0 if with_itself else _NO_PAIR_YET)
     row_sum = torch.zeros_like(squares)
-    grad = torch.zeros_like(x) if with_grad else None
+    grad = torch.empty_like(x) if with_grad else None
     pairs = _Pairs(x, groups)
     for tile in pairs:
         exponent = pairs.similarities(tile)
@@ -424,8 +449,8 @@ def _exponential_sums(
             if grad is not None:
                 if slope is not None:
                     weights.mul_(slope)
-                part = grad[tile.batch, side].mul_(shrink.unsqueeze(-1))
-                part.baddbmm_(weights if dim == 2 else weights.transpose(1, 2), x[tile.batch, others])
+                grad[tile.batch, side].mul_(shrink.unsqueeze(-1))
+                pairs.accumulate_side(grad, tile, side, others, weights if dim == 2 else weights.transpose(1, 2))
     shift = reduce.max(largest)
     # _NO_PAIR_YET is finite, so a sequence without a pair gives exp(0), not exp(inf - inf).
     relative = (largest - reduce.spread(shift)).exp_()
@@ -457,7 +482,7 @@ def _bounded_exponential_sums(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     total = _PairTotal(x, reduce)
-    grad = torch.zeros_like(x) if with_grad else None
+    grad = torch.empty_like(x) if with_grad else None
     pairs = _Pairs(x, groups)
     for tile in pairs:
         slope = pairs.scratch(tile) if with_grad and potential.varying_slope else None
@@ -529,7 +554,7 @@ def _perplexity_entropy(
     if not with_grad:
         return entropy, None
 
-    grad, row_sum = torch.zeros_like(x), torch.zeros_like(squares)
+    grad, row_sum = torch.empty_like(x), torch.zeros_like(squares)
     for tile in pairs:
         e = exponents(tile)
         weights = torch.zeros_like(e)
