@@ -1,8 +1,8 @@
-"""The operators that torch.compile, autograd and torch.library see, and the autograd.Function over them.
+"""The operator that torch.compile and torch.library see, and the autograd.Function over it.
 
-Forward computes the loss of each sequence and, where a gradient will be wanted, that gradient for an upstream of 1, in
-fp32 (fp64 for fp64) and with everything but the upstream gradient multiplied in. Backward multiplies by it and rounds,
-once, to the dtype of the tokens: what a GradScaler multiplies in is there before an fp16 gradient could underflow.
+Forward computes the loss of each sequence and, where a gradient will be wanted, all of that but a factor a token, in
+fp32 (fp64 for fp64). Backward multiplies by that factor and the upstream gradient at once, and rounds, once, to the
+dtype of the tokens: what a GradScaler multiplies in is there before an fp16 gradient could underflow.
 """
 
 from __future__ import annotations
@@ -66,18 +66,33 @@ class _Dispersion(torch.autograd.Function):
         *saved, cu_seqlens = ctx.saved_tensors
         if ctx.recompute:
             _, _, *saved = torch.ops.dispersion_kernels.forward(*saved, cu_seqlens, *ctx.args, True)
-        dz = torch.ops.dispersion_kernels.backward(*saved, upstream[0], cu_seqlens, ctx.dtype)
-        return dz, None, None, None, None, None, None
+        grad, scale = saved
+        if cu_seqlens is None:
+            factor = scale * upstream[0].unsqueeze(1)
+        else:
+            factor = scale * upstream[0][segment_of_token(cu_seqlens.to(grad.device), grad.shape[1])]
+        return _scaled(grad, factor.unsqueeze(2), ctx.dtype), None, None, None, None, None, None
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad * factor``, rounded once, to ``dtype``."""
+    if dtype == grad.dtype:
+        return grad * factor
+    if torch.compiler.is_compiling():
+        return (grad * factor).to(dtype)  # which the compiler fuses
+    dz = torch.empty_like(grad, dtype=dtype)
+    if grad.device.type != "cpu":
+        return torch.mul(grad, factor, out=dz)
+    # In blocks that stay in the cache: PyTorch's CPU kernels write all of the product in fp32 before they narrow it.
+    for rounded, g, f in in_blocks(dz, grad, factor):
+        rounded.copy_(g * f)
+    return dz
 
 
 _library = torch.library.Library("dispersion_kernels", "FRAGMENT")
 _library.define(
     "forward(Tensor z, Tensor? groups, Tensor? cu_seqlens, str potential, float[] params, str impl, bool with_grad)"
     " -> (Tensor loss, Tensor pairs, Tensor grad, Tensor scale)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_library.define(
-    "backward(Tensor grad, Tensor scale, Tensor grad_loss, Tensor? cu_seqlens, ScalarType dtype) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -133,30 +148,17 @@ def _native_sweep(
     )
     with_itself = int(named.get("include_diagonal", 0))
     if groups is None and cu_seqlens is None:
-        pairs = torch.full((batch,), length * (length - 1 + with_itself) if length > 1 else 0, dtype=torch.int64)
+        pairs = torch.full(
+            (batch,), length * (length - 1 + with_itself) if length > 1 else 0, dtype=torch.int64, device="cpu"
+        )
     else:
         lengths = runs.ends - runs.begins
         of_runs = (lengths * (lengths - 1 + with_itself)).masked_fill_(lengths < 2, 0)
-        pairs = torch.zeros(sequences, dtype=torch.int64).index_add_(0, runs.sequence, of_runs)
+        pairs = torch.zeros(sequences, dtype=torch.int64, device="cpu")
+        pairs.index_add_(0, runs.sequence, of_runs)
     if grad is None or scale is None:
         return Result(loss.float(), pairs, None, None)
     return Result(loss.float(), pairs, grad.view(z.shape), scale.view(batch, length))
-
-
-@torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
-def _backward(grad: Tensor, scale: Tensor, grad_loss: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if cu_seqlens is None:
-        upstream = grad_loss.unsqueeze(1)
-    else:
-        upstream = grad_loss[segment_of_token(cu_seqlens.to(grad.device), grad.shape[1])].unsqueeze(0)
-    factor = (scale * upstream).unsqueeze(2)
-    dz = torch.empty_like(grad, dtype=dtype)
-    if dtype == grad.dtype or grad.device.type != "cpu":
-        return torch.mul(grad, factor, out=dz)
-    # In blocks: for a narrower output PyTorch's CPU kernel would write all of the product in fp32 first.
-    for rounded, g, f in in_blocks(dz, grad, factor):
-        rounded.copy_(g * f)
-    return dz
 
 
 @torch.library.register_fake("dispersion_kernels::forward")
@@ -175,10 +177,3 @@ def _forward_fake(
     grad = z.new_empty(z.shape if with_grad else 0, dtype=dtype)
     scale = z.new_empty(z.shape[:2] if with_grad else 0, dtype=dtype)
     return loss, z.new_empty(sequences, dtype=torch.int64), grad, scale
-
-
-@torch.library.register_fake("dispersion_kernels::backward")
-def _backward_fake(
-    grad: Tensor, scale: Tensor, grad_loss: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    return torch.empty_like(grad, dtype=dtype)

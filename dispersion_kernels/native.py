@@ -140,12 +140,13 @@ def dispersion(
         index = _int64_list("index", index)
     tokens = rows if index is None else index.numel()
 
-    loss = torch.empty(num_sequences, dtype=torch.float64)
+    loss = torch.empty(num_sequences, dtype=torch.float64, device="cpu")
     grad = scale = None
     if need_grad:
         # The kernel writes the gradient of every indexed row, so only a gather leaves rows to be zeroed here.
         allocate = torch.empty if index is None else torch.zeros
-        grad, scale = allocate(rows, features, dtype=torch.float32), allocate(rows, dtype=torch.float32)
+        grad = allocate(rows, features, dtype=torch.float32, device="cpu")
+        scale = allocate(rows, dtype=torch.float32, device="cpu")
 
     values = (ctypes.c_double * max(len(names), 1))(*(float(params[name]) for name in names))
     args = _Args(

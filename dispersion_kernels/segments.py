@@ -49,9 +49,8 @@ def sample_packed_tokens(
     keys = torch.rand(tokens, device=device, generator=generator)
     if groups is not None:
         keys = keys + (groups[0] < 0).to(keys.dtype)
-    # Sorted by segment, and within it by key: a token's place after its segment's beginning is its rank there.
-    by_key = keys.argsort()
-    order = by_key[segment[by_key].argsort(stable=True)]
+    # A token's place after its segment's beginning is the rank of its key there.
+    order = _order(segment, keys)
     position = torch.empty_like(order)
     position[order] = torch.arange(tokens, device=device)
     left_out = position - cu_seqlens.long()[segment] >= max_tokens
@@ -74,14 +73,26 @@ def within_segments(groups: Tensor | None, cu_seqlens: Tensor, tokens: int) -> T
     segment = segment_of_token(cu_seqlens, tokens)
     if groups is None:
         return segment[None]
-    by_group = groups[0].argsort(stable=True)
-    order = by_group[segment[by_group].argsort(stable=True)]
-    ids, places = groups[0][order], segment[order]
-    new_run = torch.ones_like(ids)
-    new_run[1:] = ((ids[1:] != ids[:-1]) | (places[1:] != places[:-1])).long()
-    dense = torch.empty_like(ids)
-    dense[order] = new_run.cumsum(0)
+    order, begins = _runs(segment, groups[0])
+    dense = torch.empty_like(order)
+    dense[order] = begins.cumsum(0)
     return dense.masked_fill(groups[0] < 0, -1)[None]
+
+
+def _runs(sequence: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """``[N]``: the tokens in order of their sequence and, within it, of their group; and whether each, in that order,
+    is the first of its group."""
+    order = _order(sequence, groups)
+    ids, places = groups[order], sequence[order]
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    begins[1:] = (ids[1:] != ids[:-1]) | (places[1:] != places[:-1])
+    return order, begins
+
+
+def _order(first: Tensor, second: Tensor) -> Tensor:
+    """The order of sorting by ``first`` and, where that is equal, by ``second``."""
+    by_second = second.argsort(stable=True)
+    return by_second[first[by_second].argsort(stable=True)]
 
 
 def group_sizes(groups: Tensor) -> Tensor:
@@ -129,26 +140,22 @@ def host_segments(batch: int, length: int, groups: Tensor | None, cu_seqlens: Te
         if cu_seqlens is None:
             return _whole_rows(batch, length)
         bounds = cu_seqlens.long()
-        return HostSegments(None, bounds[:-1], bounds[1:], torch.arange(bounds.numel() - 1))
+        return HostSegments(None, bounds[:-1], bounds[1:], torch.arange(bounds.numel() - 1, device="cpu"))
     if cu_seqlens is None:
-        sequence = torch.arange(batch).repeat_interleave(length)
+        sequence = torch.arange(batch, device="cpu").repeat_interleave(length)
     else:
         sequence = segment_of_token(cu_seqlens, length)
     ids = groups.flatten()
-    # Sorted by sequence and, within it, by group; the tokens without a group dropped.
-    by_group = ids.argsort(stable=True)
-    order = by_group[sequence[by_group].argsort(stable=True)]
-    index = order[ids[order] >= 0]
-    ids, sequence = ids[index], sequence[index]
-    new_run = torch.ones(index.numel(), dtype=torch.bool)
-    new_run[1:] = (ids[1:] != ids[:-1]) | (sequence[1:] != sequence[:-1])
-    begins = new_run.nonzero().flatten()
-    ends = torch.cat([begins[1:], torch.tensor([index.numel()])]) if begins.numel() else begins
-    return HostSegments(index, begins, ends, sequence[begins])
+    taking_part = (ids >= 0).nonzero().flatten()
+    order, first = _runs(sequence[taking_part], ids[taking_part])
+    rows = taking_part[order]
+    begins = first.nonzero().flatten()
+    ends = torch.cat([begins[1:], begins.new_full((min(1, begins.numel()),), rows.numel())])
+    return HostSegments(rows, begins, ends, sequence[rows][begins])
 
 
 @functools.lru_cache(maxsize=64)
 def _whole_rows(batch: int, length: int) -> HostSegments:
     """Every row one run. Kept, because a training loop asks for the same again and again, a few microseconds each."""
-    sequence = torch.arange(batch)
+    sequence = torch.arange(batch, device="cpu")
     return HostSegments(None, sequence * length, (sequence + 1) * length, sequence)
