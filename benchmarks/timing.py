@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch
 
@@ -13,9 +14,12 @@ import torch
 SECONDS = 0.25
 
 
+Name = TypeVar("Name", bound=Hashable)
+
+
 def interleaved(
-    variants: dict[str, Callable[[], object]], rounds: int, seconds: float = SECONDS
-) -> dict[str, list[float]]:
+    variants: dict[Name, Callable[[], object]], rounds: int, seconds: float = SECONDS
+) -> dict[Name, list[float]]:
     """Seconds a call of each variant, once a round, each figure the mean of a batch of at least ``seconds``."""
     counts = {}
     for name, call in variants.items():
@@ -23,7 +27,7 @@ def interleaved(
         start = time.perf_counter()
         call()
         counts[name] = max(1, round(seconds / (time.perf_counter() - start)))
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    times: dict[Name, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, call in variants.items():
             calls, start = 0, time.perf_counter()
