@@ -80,6 +80,8 @@ class Potential:
     @staticmethod
     def from_params(name: str, params: list[float]) -> Potential:
         """The potential that ``name()`` and ``params()`` describe."""
+        if name not in _CLASSES:
+            raise ValueError(f"potential {name!r} is not known in this process; import the module that defines it")
         cls = _CLASSES[name]
         fields = dataclasses.fields(cls)
         typed: dict[str, Any] = {}

@@ -217,3 +217,8 @@ def test_a_potential_of_the_users_that_cannot_work() -> None:
 def test_mask_on_another_device() -> None:
     with pytest.raises(ValueError, match="mask is on meta; it must be on cpu"):
         fused_dispersion_loss(Z, mask=torch.ones(2, 6, dtype=torch.bool, device="meta"))
+
+
+def test_a_potential_that_this_process_does_not_know() -> None:
+    with pytest.raises(ValueError, match=r"'elsewhere.Mine' is not known.*import the module"):
+        torch.ops.dispersion_kernels.forward(Z, None, None, "elsewhere.Mine", [], "torch", False)
