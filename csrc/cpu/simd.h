@@ -31,6 +31,7 @@ constexpr int kPanel = kLanes * kVectors;
 
 typedef float vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t ivec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t uvec __attribute__((vector_size(4 * kLanes)));
 typedef float quad __attribute__((vector_size(16)));
 
 DK_INLINE vec load(const float* p) {
@@ -220,7 +221,8 @@ DK_INLINE Pack exponential(Pack x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    const vec scaled = from_bits(as_bits(p) + (as_bits(shifted) << 23));
+    // Unsigned, because the sum may carry out of the top bit, which for signed numbers is undefined.
+    const vec scaled = from_bits((ivec)((uvec)as_bits(p) + ((uvec)as_bits(shifted) << 23)));
     x.v[n] = x.v[n] > -87.0f ? scaled : vec{};
   }
   return x;
