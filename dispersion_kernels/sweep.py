@@ -125,14 +125,13 @@ def _sweep_rows(
         _project_(grad, x, rows, potential)
     scale = reduce.spread(scale).to(x.dtype).expand(batch, length)
     scale = scale.clone() if rows is None else scale * rows.inverse.squeeze(-1)
+    empty = pairs == 0
+    # Before it meets anything: where there is no pair it may be infinite.
+    scale.masked_fill_(reduce.spread(empty).expand(batch, length) if partners is None else partners <= 0, 0.0)
     if isinstance(potential, L2Repel) and potential.norm_weight:
         loss = _add_norm_penalty(loss, grad, scale, z, potential, partners, reduce)
-    empty = pairs == 0
     loss = loss.masked_fill(empty, 0.0).to(x.dtype)
-    if grad is None:
-        return Result(loss, pairs, None, None)
-    unpaired = reduce.spread(empty).expand(batch, length) if partners is None else partners <= 0
-    return Result(loss, pairs, grad, scale.masked_fill_(unpaired, 0.0))
+    return Result(loss, pairs, grad, None if grad is None else scale)
 
 
 def _nothing(z: Tensor, sequences: int, with_grad: bool) -> Result:

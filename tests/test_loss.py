@@ -340,6 +340,19 @@ def test_nothing_to_pair(potential: Potential, impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_nothing_to_pair_beside_a_norm_penalty(impl: str) -> None:
+    """Without eps the loss of no pairs is a logarithm of 0, whose scale must not meet the penalty's gradient."""
+    z = torch.randn(2, 6, 8)
+    potential = L2Repel(eps=0.0, include_diagonal=False)
+    skip_unless_supported(impl, z, potential)
+    mask = torch.tensor([[True] * 6, [False] * 6])
+    answer = evaluate(z, potential, mask=mask, impl=impl)
+    assert answer.loss[1] == 0
+    assert not answer.grad[1].any()
+    assert answer.grad[0].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
 @pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
 def test_packed_sequences_are_sequences(potential: Potential, impl: str) -> None:
     """cu_seqlens with empty, single and long segments is each sequence by itself; those without a pair do not count."""
