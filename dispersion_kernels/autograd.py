@@ -1,12 +1,13 @@
 """The operator that torch.compile and torch.library see, and the autograd.Function over it.
 
-Forward computes the loss of each sequence and, where a gradient will be wanted, all of that but a factor a token, in
-fp32 (fp64 for fp64). Backward multiplies by that factor and the upstream gradient at once, and rounds, once, to the
-dtype of the tokens: what a GradScaler multiplies in is there before an fp16 gradient could underflow.
+Forward computes the loss and, where a gradient will be wanted, all of that but a factor a token, in fp32 (fp64 for
+fp64). Backward multiplies by that factor and the upstream gradient at once, and rounds, once, to the dtype of the
+tokens: what a GradScaler multiplies in is there before an fp16 gradient could underflow.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,44 +17,45 @@ from dispersion_kernels import native
 from dispersion_kernels.backends import choose
 from dispersion_kernels.potentials import Potential
 from dispersion_kernels.segments import check_cu_seqlens, host_segments, segment_of_token
-from dispersion_kernels.sweep import Result, accumulation_dtype, in_blocks, sweep
+from dispersion_kernels.sweep import accumulation_dtype, in_blocks, sweep
 
 
-def sequence_losses(
-    z: Tensor,
+def dispersion_loss(
+    layers: Sequence[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
     potential: Potential,
+    reduction: str,
     impl: str,
     recompute: bool,
-) -> tuple[Tensor, Tensor]:
-    """The loss ``[S]`` of each sequence, differentiable once, and the number of its ordered pairs ``[S]``."""
-    name, params = potential.name(), potential.params()
-    if torch.is_grad_enabled() and z.requires_grad:
-        loss, pairs = _Dispersion.apply(z, groups, cu_seqlens, name, params, impl, recompute)
-        return loss, pairs
-    loss, pairs, *_ = torch.ops.dispersion_kernels.forward(z, groups, cu_seqlens, name, params, impl, False)
-    return loss, pairs
+) -> Tensor:
+    """The mean over ``layers``, each ``[B, L, F]``, of their reduced loss (``[S]`` for ``"none"``), differentiable
+    once."""
+    options = (potential.name(), potential.params(), reduction, impl)
+    if torch.is_grad_enabled() and any(z.requires_grad for z in layers):
+        loss: Tensor = _Dispersion.apply(groups, cu_seqlens, options, recompute, *layers)
+        return loss
+    loss, _, _ = torch.ops.dispersion_kernels.forward(layers, groups, cu_seqlens, *options, [False] * len(layers))
+    return loss
 
 
 class _Dispersion(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        z: Tensor,
         groups: Tensor | None,
         cu_seqlens: Tensor | None,
-        name: str,
-        params: list[float],
-        impl: str,
+        options: tuple[str, list[float], str, str],
         recompute: bool,
-    ) -> tuple[Tensor, Tensor]:
-        args = (name, params, impl)
-        loss, pairs, *grad = torch.ops.dispersion_kernels.forward(z, groups, cu_seqlens, *args, not recompute)
-        ctx.mark_non_differentiable(pairs)
-        ctx.save_for_backward(*((z, groups) if recompute else grad), cu_seqlens)
-        ctx.args, ctx.recompute, ctx.dtype = args, recompute, z.dtype
-        return loss, pairs
+        *layers: Tensor,
+    ) -> Tensor:
+        needed: list[bool] = list(ctx.needs_input_grad[4:])
+        now = [False] * len(layers) if recompute else needed
+        loss, grads, scales = torch.ops.dispersion_kernels.forward(layers, groups, cu_seqlens, *options, now)
+        ctx.save_for_backward(cu_seqlens, *((groups, *layers) if recompute else (*grads, *scales)))
+        ctx.options, ctx.recompute, ctx.needed = options, recompute, needed
+        ctx.dtypes = [z.dtype for z in layers]
+        return loss  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -63,15 +65,24 @@ class _Dispersion(torch.autograd.Function):
                 "fused_dispersion_loss was differentiated with create_graph=True, for a second derivative, which it "
                 'does not have. Use impl="reference", which materialises the L x L matrices and has one'
             )
-        *saved, cu_seqlens = ctx.saved_tensors
+        cu_seqlens, *saved = ctx.saved_tensors
         if ctx.recompute:
-            _, _, *saved = torch.ops.dispersion_kernels.forward(*saved, cu_seqlens, *ctx.args, True)
-        grad, scale = saved
-        if cu_seqlens is None:
-            factor = scale * upstream[0].unsqueeze(1)
+            groups, *layers = saved
+            _, grads, scales = torch.ops.dispersion_kernels.forward(
+                layers, groups, cu_seqlens, *ctx.options, ctx.needed
+            )
         else:
-            factor = scale * upstream[0][segment_of_token(cu_seqlens.to(grad.device), grad.shape[1])]
-        return _scaled(grad, factor.unsqueeze(2), ctx.dtype), None, None, None, None, None, None
+            grads, scales = saved[: len(ctx.needed)], saved[len(ctx.needed) :]
+        factor = upstream[0]
+        if factor.dim() > 0:  # one for each sequence
+            if cu_seqlens is None:
+                factor = factor.unsqueeze(1)
+            else:
+                tokens = next(grad for grad, need in zip(grads, ctx.needed, strict=True) if need)
+                factor = factor[segment_of_token(cu_seqlens.to(tokens.device), tokens.shape[1])]
+        of_layers = zip(grads, scales, ctx.dtypes, ctx.needed, strict=True)
+        dz = [_scaled(g, (s * factor).unsqueeze(2), dtype) if need else None for g, s, dtype, need in of_layers]
+        return None, None, None, None, *dz
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,89 +102,115 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 _library = torch.library.Library("dispersion_kernels", "FRAGMENT")
 _library.define(
-    "forward(Tensor z, Tensor? groups, Tensor? cu_seqlens, str potential, float[] params, str impl, bool with_grad)"
-    " -> (Tensor loss, Tensor pairs, Tensor grad, Tensor scale)",
+    "forward(Tensor[] layers, Tensor? groups, Tensor? cu_seqlens, str potential, float[] params, str reduction,"
+    " str impl, bool[] with_grad) -> (Tensor loss, Tensor[] grads, Tensor[] scales)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
 def _forward(
-    z: Tensor,
+    layers: list[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
     potential: str,
     params: list[float],
+    reduction: str,
     impl: str,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with_grad: list[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The loss, and for each layer with a gradient ``grad`` ``[B, L, F]`` and ``scale`` ``[B, L]``, whose product is
+    d loss / d z (for ``"none"``, d loss of its sequence / d z); empty for the others."""
+    z = layers[0]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])
+    args = (layers, groups, cu_seqlens, potential, params, reduction, with_grad)
     if choose(impl, z, potential) == "cpu":
-        loss, pairs, grad, scale = _native_sweep(z, potential, params, groups, cu_seqlens, with_grad)
-    else:
-        # The sweep's products are fp32 inside an autocast region, too.
-        with torch.autocast(z.device.type, enabled=False):
-            chosen = Potential.from_params(potential, params)
-            loss, pairs, grad, scale = sweep(z, chosen, groups, cu_seqlens, with_grad)
-    if grad is None or scale is None:
-        return loss, pairs, loss.new_empty(0), loss.new_empty(0)
-    return loss, pairs, grad, scale
+        return _native_sweep(*args)
+    # The sweep's products are fp32 inside an autocast region, too.
+    with torch.autocast(z.device.type, enabled=False):
+        return _torch_sweep(*args)
 
 
 def _native_sweep(
-    z: Tensor,
-    potential: str,
-    params: list[float],
+    layers: list[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
-    with_grad: bool,
-) -> Result:
-    """The sweep in the CPU kernel: as :func:`dispersion_kernels.sweep.sweep`."""
-    batch, length, features = z.shape
+    potential: str,
+    params: list[float],
+    reduction: str,
+    with_grad: list[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    batch, length, _ = layers[0].shape
     runs = host_segments(batch, length, groups, None if cu_seqlens is None else cu_seqlens.cpu())
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    tokens = z.reshape(batch * length, features)
-    named = dict(zip(native.PARAMETERS[potential], params, strict=True))
-    loss, grad, scale = native.dispersion(
-        tokens if features == 1 or tokens.stride(1) == 1 else tokens.contiguous(),
-        potential_name=potential,
-        params=named,
-        index=runs.rows,
-        begins=runs.begins,
-        ends=runs.ends,
-        sequence=runs.sequence,
-        num_sequences=sequences,
-        need_grad=with_grad,
-    )
-    with_itself = int(named.get("include_diagonal", 0))
-    if groups is None and cu_seqlens is None:
-        pairs = torch.full(
-            (batch,), length * (length - 1 + with_itself) if length > 1 else 0, dtype=torch.int64, device="cpu"
+    weight = 1.0 / len(layers)
+    if reduction == "mean":
+        weight /= max(1, runs.sequences_with_pairs)
+    losses: list[Tensor] = []
+    grads: list[Tensor] = []
+    scales: list[Tensor] = []
+    for z, need_grad in zip(layers, with_grad, strict=True):
+        tokens = z.reshape(-1, z.shape[2])
+        loss, grad, scale = native.dispersion(
+            tokens if tokens.stride(1) == 1 else tokens.contiguous(),
+            potential_name=potential,
+            params=params,
+            index=runs.rows,
+            begins=runs.begins,
+            ends=runs.ends,
+            sequence=runs.sequence,
+            num_sequences=sequences,
+            weight=weight,
+            need_grad=need_grad,
         )
-    else:
-        lengths = runs.ends - runs.begins
-        of_runs = (lengths * (lengths - 1 + with_itself)).masked_fill_(lengths < 2, 0)
-        pairs = torch.zeros(sequences, dtype=torch.int64, device="cpu")
-        pairs.index_add_(0, runs.sequence, of_runs)
-    if grad is None or scale is None:
-        return Result(loss.float(), pairs, None, None)
-    return Result(loss.float(), pairs, grad.view(z.shape), scale.view(batch, length))
+        losses.append(loss)
+        grads.append(loss.new_empty(0, dtype=torch.float32) if grad is None else grad.view(z.shape))
+        scales.append(loss.new_empty(0, dtype=torch.float32) if scale is None else scale.view(batch, length))
+    total = losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
+    return (total if reduction == "none" else total.sum()).float(), grads, scales
+
+
+def _torch_sweep(
+    layers: list[Tensor],
+    groups: Tensor | None,
+    cu_seqlens: Tensor | None,
+    potential: str,
+    params: list[float],
+    reduction: str,
+    with_grad: list[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    chosen = Potential.from_params(potential, params)
+    losses: list[Tensor] = []
+    grads: list[Tensor] = []
+    scales: list[Tensor] = []
+    for z, need_grad in zip(layers, with_grad, strict=True):
+        loss, pairs, grad, scale = sweep(z, chosen, groups, cu_seqlens, need_grad)
+        weight: Tensor | float = 1.0 / len(layers)
+        if reduction == "mean":
+            weight = weight / (pairs > 0).sum().clamp(min=1)
+        losses.append((loss if reduction == "none" else loss.sum()) * weight)
+        grads.append(loss.new_empty(0) if grad is None else grad)
+        scales.append(loss.new_empty(0) if scale is None else scale * weight)
+    return torch.stack(losses).sum(0), grads, scales
 
 
 @torch.library.register_fake("dispersion_kernels::forward")
 def _forward_fake(
-    z: Tensor,
+    layers: list[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
     potential: str,
     params: list[float],
+    reduction: str,
     impl: str,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with_grad: list[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    z = layers[0]
     sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = accumulation_dtype(z.dtype)
-    loss = z.new_empty(sequences, dtype=dtype)
-    grad = z.new_empty(z.shape if with_grad else 0, dtype=dtype)
-    scale = z.new_empty(z.shape[:2] if with_grad else 0, dtype=dtype)
-    return loss, z.new_empty(sequences, dtype=torch.int64), grad, scale
+    loss = z.new_empty(sequences if reduction == "none" else (), dtype=dtype)
+    needs = list(zip(layers, with_grad, strict=True))
+    grads = [z.new_empty(z.shape if need else 0, dtype=dtype) for z, need in needs]
+    scales = [z.new_empty(z.shape[:2] if need else 0, dtype=dtype) for z, need in needs]
+    return loss, grads, scales

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dispersion_kernels import reference
-from dispersion_kernels.autograd import sequence_losses
+from dispersion_kernels.autograd import dispersion_loss
 from dispersion_kernels.backends import check_impl
 from dispersion_kernels.potentials import (
     AngularSpread,
@@ -92,10 +92,17 @@ def fused_dispersion_loss(
     check_impl(impl)
     check_reduction(reduction)
     check_max_tokens(max_tokens)
-    if not isinstance(z, Tensor):
-        layers = list(z)
-        if not layers:
-            raise ValueError("z is an empty list; it must hold the hidden states of at least one layer")
+    layers = [z] if isinstance(z, Tensor) else list(z)
+    if not layers:
+        raise ValueError("z is an empty list; it must hold the hidden states of at least one layer")
+    for layer in layers:
+        _check_inputs(layer, mask, cu_seqlens, document_ids)
+    first = layers[0]
+    alike = all(
+        (layer.shape, layer.dtype, layer.device) == (first.shape, first.dtype, first.device) for layer in layers
+    )
+    if len(layers) > 1 and (not alike or max_tokens is not None or impl == "reference"):
+        # Each layer by itself: max_tokens draws other tokens in each.
         of_layers = [
             fused_dispersion_loss(
                 layer,
@@ -113,32 +120,24 @@ def fused_dispersion_loss(
         ]
         return torch.stack(of_layers).mean(0)
 
-    _check_inputs(z, mask, cu_seqlens, document_ids)
-    one_sequence = z.dim() == 2
+    one_sequence = first.dim() == 2
     if one_sequence:
-        z = z.unsqueeze(0)
+        layers = [layer.unsqueeze(0) for layer in layers]
         mask = None if mask is None else mask.unsqueeze(0)
         document_ids = None if document_ids is None else document_ids.unsqueeze(0)
     groups = make_groups(mask, document_ids)
-    if max_tokens is not None and max_tokens < z.shape[1]:
+    if max_tokens is not None and max_tokens < layers[0].shape[1]:
         if cu_seqlens is None:
-            z, groups = sample_tokens(z, groups, max_tokens, generator)
+            layers[0], groups = sample_tokens(layers[0], groups, max_tokens, generator)
         else:
-            groups = sample_packed_tokens(groups, cu_seqlens.to(z.device), z.shape[1], max_tokens, generator)
-
+            groups = sample_packed_tokens(
+                groups, cu_seqlens.to(first.device), layers[0].shape[1], max_tokens, generator
+            )
     if impl == "reference":
-        with torch.autocast(z.device.type, enabled=False):
-            losses, pairs = reference.dispersion_loss(z, resolved, groups, cu_seqlens)
-        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+        loss = _reference_loss(layers[0], groups, cu_seqlens, resolved, reduction)
     else:
-        losses, pairs = sequence_losses(z, groups, cu_seqlens, resolved, impl, recompute)
-    if reduction == "none":
-        return losses.squeeze(0) if one_sequence and cu_seqlens is None else losses
-    if reduction == "sum" or z.shape[0] == 0:
-        return losses.sum()
-    if groups is None and cu_seqlens is None:
-        return losses.mean()
-    return losses.sum() / (pairs > 0).sum().clamp(min=1)
+        loss = dispersion_loss(layers, groups, cu_seqlens, resolved, reduction, impl, recompute)
+    return loss.squeeze(0) if reduction == "none" and one_sequence and cu_seqlens is None else loss
 
 
 class DispersionLoss(nn.Module):
@@ -220,6 +219,17 @@ class DispersionLoss(nn.Module):
             f"{self.potential}, max_tokens={self.max_tokens}, reduction={self.reduction!r}, "
             f"recompute={self.recompute}, impl={self.impl!r}"
         )
+
+
+def _reference_loss(
+    z: Tensor, groups: Tensor | None, cu_seqlens: Tensor | None, potential: Potential, reduction: Reduction
+) -> Tensor:
+    with torch.autocast(z.device.type, enabled=False):
+        losses, pairs = reference.dispersion_loss(z, potential, groups, cu_seqlens)
+    losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / (pairs > 0).sum().clamp(min=1)
 
 
 def check_reduction(reduction: str) -> None:

@@ -14,7 +14,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "dispersive_l2": ("tau", "include_diagonal"),
 }
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _POTENTIALS = {name: number for number, name in enumerate(PARAMETERS)}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ISAS = {"": 0, "avx2": 1, "avx512": 2, "neon": 3}
@@ -82,12 +82,13 @@ def dispersion(
     z: torch.Tensor,
     *,
     potential_name: str,
-    params: Mapping[str, float],
+    params: Sequence[float],
     begins: torch.Tensor,
     ends: torch.Tensor,
     sequence: torch.Tensor,
     num_sequences: int,
     index: torch.Tensor | None = None,
+    weight: float = 1.0,
     need_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     r"""Loss of each sequence and, if asked, its gradient :math:`\partial\ell_s / \partial z`.
@@ -100,12 +101,13 @@ def dispersion(
     Args:
         z: ``[rows, F]``, CPU, float32, bfloat16 or float16, features contiguous, any row stride.
         potential_name: a key of :data:`PARAMETERS`.
-        params: value of every parameter of that potential, by name.
+        params: the values of that potential's parameters, in their order there.
         begins: ``[segments]`` int64, CPU, ascending; segments must not overlap.
         ends: ``[segments]`` int64, CPU.
         sequence: ``[segments]`` int64, CPU, non-decreasing, below ``num_sequences``.
         num_sequences: how many losses are returned.
         index: ``[tokens]`` int64, CPU, without repetitions, or None for all rows in their order.
+        weight: a factor of every loss, and so of its gradient.
         need_grad: whether to compute the gradient (three times the arithmetic of the loss alone).
 
     Returns:
@@ -122,9 +124,8 @@ def dispersion(
         raise RuntimeError(f"the CPU kernel is unavailable: {reason}")
     if potential_name not in PARAMETERS:
         raise ValueError(f"potential_name must be one of {', '.join(PARAMETERS)}, got {potential_name!r}")
-    names = PARAMETERS[potential_name]
-    if set(params) != set(names):
-        raise ValueError(f"{potential_name} takes the parameters {names}, got {tuple(params)}")
+    if len(params) != len(PARAMETERS[potential_name]):
+        raise ValueError(f"{potential_name} takes the parameters {PARAMETERS[potential_name]}, got {tuple(params)}")
     if z.dim() != 2 or z.device.type != "cpu" or z.dtype not in _DTYPES or (z.size(1) > 1 and z.stride(1) != 1):
         raise ValueError(
             "z must be a float32, bfloat16 or float16 CPU tensor [rows, F] with contiguous features, "
@@ -148,7 +149,7 @@ def dispersion(
         grad = allocate(rows, features, dtype=torch.float32, device="cpu")
         scale = allocate(rows, dtype=torch.float32, device="cpu")
 
-    values = (ctypes.c_double * max(len(names), 1))(*(float(params[name]) for name in names))
+    values = (ctypes.c_double * max(len(params), 1))(*params)
     args = _Args(
         abi_version=_ABI_VERSION,
         isa=_ISAS[os.environ.get("DISPERSION_KERNELS_CPU_ISA", "")],
@@ -167,7 +168,8 @@ def dispersion(
         segments=begins.numel(),
         sequences=num_sequences,
         potential=_POTENTIALS[potential_name],
-        params=ctypes.cast(values, ctypes.c_void_p),
+        params=ctypes.addressof(values),
+        weight=weight,
         grad=None if grad is None else grad.data_ptr(),
         scale=None if scale is None else scale.data_ptr(),
         loss=loss.data_ptr(),
@@ -199,6 +201,7 @@ class _Args(ctypes.Structure):
         ("segments", ctypes.c_int64),
         ("sequences", ctypes.c_int64),
         ("params", ctypes.c_void_p),
+        ("weight", ctypes.c_double),
         ("potential", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
         ("grad", ctypes.c_void_p),

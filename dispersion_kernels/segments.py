@@ -132,6 +132,8 @@ class HostSegments(NamedTuple):
     """``[R]``: one past its last."""
     sequence: Tensor
     """``[R]``: the sequence that each run belongs to, never decreasing."""
+    sequences_with_pairs: int
+    """How many sequences have a run of at least two tokens."""
 
 
 def host_segments(batch: int, length: int, groups: Tensor | None, cu_seqlens: Tensor | None) -> HostSegments:
@@ -140,7 +142,7 @@ def host_segments(batch: int, length: int, groups: Tensor | None, cu_seqlens: Te
         if cu_seqlens is None:
             return _whole_rows(batch, length)
         bounds = cu_seqlens.long()
-        return HostSegments(None, bounds[:-1], bounds[1:], torch.arange(bounds.numel() - 1, device="cpu"))
+        return _host_segments(None, bounds[:-1], bounds[1:], torch.arange(bounds.numel() - 1, device="cpu"))
     if cu_seqlens is None:
         sequence = torch.arange(batch, device="cpu").repeat_interleave(length)
     else:
@@ -151,11 +153,16 @@ def host_segments(batch: int, length: int, groups: Tensor | None, cu_seqlens: Te
     rows = taking_part[order]
     begins = first.nonzero().flatten()
     ends = torch.cat([begins[1:], begins.new_full((min(1, begins.numel()),), rows.numel())])
-    return HostSegments(rows, begins, ends, sequence[rows][begins])
+    return _host_segments(rows, begins, ends, sequence[rows][begins])
 
 
 @functools.lru_cache(maxsize=64)
 def _whole_rows(batch: int, length: int) -> HostSegments:
     """Every row one run. Kept, because a training loop asks for the same again and again, a few microseconds each."""
     sequence = torch.arange(batch, device="cpu")
-    return HostSegments(None, sequence * length, (sequence + 1) * length, sequence)
+    return _host_segments(None, sequence * length, (sequence + 1) * length, sequence)
+
+
+def _host_segments(rows: Tensor | None, begins: Tensor, ends: Tensor, sequence: Tensor) -> HostSegments:
+    with_pairs = sequence[ends - begins > 1].unique_consecutive().numel()
+    return HostSegments(rows, begins, ends, sequence, with_pairs)

@@ -221,4 +221,4 @@ def test_mask_on_another_device() -> None:
 
 def test_a_potential_that_this_process_does_not_know() -> None:
     with pytest.raises(ValueError, match=r"'elsewhere.Mine' is not known.*import the module"):
-        torch.ops.dispersion_kernels.forward(Z, None, None, "elsewhere.Mine", [], "torch", False)
+        torch.ops.dispersion_kernels.forward([Z], None, None, "elsewhere.Mine", [], "mean", "torch", [False])

@@ -28,9 +28,13 @@ def test_opcheck(potential: Potential, impl: str) -> None:
     ids = torch.randint(-1, 3, (2, 20))
     cu_seqlens = torch.tensor([0, 4, 20], dtype=torch.int32)
     name, params = potential.name(), potential.params()
-    for tokens, groups, bounds in ((z, None, None), (z.bfloat16(), ids, None), (z[:1], None, cu_seqlens)):
-        for with_grad in (True, False):
-            args = (tokens, groups, bounds, name, params, impl, with_grad)
+    for layers, groups, bounds, reduction in (
+        ([z, z + 1], None, None, "mean"),
+        ([z.bfloat16()], ids, None, "none"),
+        ([z[:1]], None, cu_seqlens, "sum"),
+    ):
+        for with_grad in ([True] * len(layers), [False] * len(layers)):
+            args = (layers, groups, bounds, name, params, reduction, impl, with_grad)
             torch.library.opcheck(torch.ops.dispersion_kernels.forward.default, args)
 
 

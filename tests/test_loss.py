@@ -445,7 +445,7 @@ def test_recompute_is_the_same_and_keeps_the_tokens_alone(potential: Potential, 
 class _Calls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.with_grad: list[bool] = []
+        self.with_grad: list[list[bool]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.dispersion_kernels.forward.default:
@@ -463,7 +463,8 @@ def test_without_a_gradient_only_the_loss_is_computed(impl: str) -> None:
         fused_dispersion_loss(z.detach(), impl=impl)
         fused_dispersion_loss(z, impl=impl, recompute=True)
         fused_dispersion_loss(z, impl=impl)
-    assert calls.with_grad == [False, False, False, True]
+        fused_dispersion_loss([z, z.detach(), z], impl=impl)
+    assert calls.with_grad == [[False], [False], [False], [True], [True, False, True]]
 
 
 @pytest.mark.parametrize("impl", IMPLS)

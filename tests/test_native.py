@@ -143,7 +143,7 @@ def run(
     loss, grad, scale = native.dispersion(
         z,
         potential_name=name,
-        params=p,
+        params=list(p.values()),
         begins=torch.tensor([0] if begins is None else begins, dtype=torch.int64),
         ends=torch.tensor([len(z)] if ends is None else ends, dtype=torch.int64),
         sequence=torch.tensor([0] if sequence is None else sequence, dtype=torch.int64),

@@ -682,11 +682,11 @@ class Call {
     if (reduction_.norm_weight != 0.0) {
       const double elements = sequence.tokens * double(args_.features);
       loss += reduction_.norm_weight * squares / elements;
-      square_scale = float(2.0 * reduction_.norm_weight / elements);
+      square_scale = float(2.0 * reduction_.norm_weight / elements * args_.weight);
     }
-    args_.loss[sequence.id] = finite ? loss : std::numeric_limits<double>::quiet_NaN();
+    args_.loss[sequence.id] = finite ? loss * args_.weight : std::numeric_limits<double>::quiet_NaN();
     for (int32_t t = sequence.first_tile; t < sequence.last_tile; ++t) {
-      const double scale = 2.0 * reduction_.kappa * exp(group.tiles[t].shift + log_slope);
+      const double scale = 2.0 * reduction_.kappa * args_.weight * exp(group.tiles[t].shift + log_slope);
       finishes[t] = {finite ? float(scale) : std::numeric_limits<float>::quiet_NaN(), square_scale};
     }
   }

@@ -11,7 +11,7 @@
 #define DK_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-#define DK_ABI_VERSION 2
+#define DK_ABI_VERSION 3
 
 extern "C" {
 
@@ -49,6 +49,7 @@ typedef struct {
   const int64_t* sequence;  // [segments]: the loss the segment's pairs belong to; non-decreasing
   int64_t segments, sequences;
   const double* params;
+  double weight;      // of every loss, and so of its gradient
   int32_t potential;  // dk_potential
   int32_t reserved;
   // dloss_s/dz = scale * grad of each row. Kept apart: the caller has another factor to multiply in, and doing both at
