@@ -51,8 +51,8 @@ class _Dispersion(torch.autograd.Function):
     ) -> Tensor:
         needed: list[bool] = list(ctx.needs_input_grad[4:])
         now = [False] * len(layers) if recompute else needed
-        loss, grads, scales = torch.ops.dispersion_kernels.forward(layers, groups, cu_seqlens, *options, now)
-        ctx.save_for_backward(cu_seqlens, *((groups, *layers) if recompute else (*grads, *scales)))
+        loss, grads, scale = torch.ops.dispersion_kernels.forward(layers, groups, cu_seqlens, *options, now)
+        ctx.save_for_backward(cu_seqlens, *((groups, *layers) if recompute else (*grads, scale)))
         ctx.options, ctx.recompute, ctx.needed = options, recompute, needed
         ctx.dtypes = [z.dtype for z in layers]
         return loss  # type: ignore[no-any-return]
@@ -68,11 +68,9 @@ class _Dispersion(torch.autograd.Function):
         cu_seqlens, *saved = ctx.saved_tensors
         if ctx.recompute:
             groups, *layers = saved
-            _, grads, scales = torch.ops.dispersion_kernels.forward(
-                layers, groups, cu_seqlens, *ctx.options, ctx.needed
-            )
+            _, grads, scale = torch.ops.dispersion_kernels.forward(layers, groups, cu_seqlens, *ctx.options, ctx.needed)
         else:
-            grads, scales = saved[: len(ctx.needed)], saved[len(ctx.needed) :]
+            *grads, scale = saved
         factor = upstream[0]
         if factor.dim() > 0:  # one for each sequence
             if cu_seqlens is None:
@@ -80,8 +78,8 @@ class _Dispersion(torch.autograd.Function):
             else:
                 tokens = next(grad for grad, need in zip(grads, ctx.needed, strict=True) if need)
                 factor = factor[segment_of_token(cu_seqlens.to(tokens.device), tokens.shape[1])]
-        of_layers = zip(grads, scales, ctx.dtypes, ctx.needed, strict=True)
-        dz = [_scaled(g, (s * factor).unsqueeze(2), dtype) if need else None for g, s, dtype, need in of_layers]
+        of_layers = zip(grads, (scale * factor).unsqueeze(3), ctx.dtypes, ctx.needed, strict=True)
+        dz = [_scaled(g, s, dtype) if need else None for g, s, dtype, need in of_layers]
         return None, None, None, None, *dz
 
 
@@ -103,7 +101,7 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 _library = torch.library.Library("dispersion_kernels", "FRAGMENT")
 _library.define(
     "forward(Tensor[] layers, Tensor? groups, Tensor? cu_seqlens, str potential, float[] params, str reduction,"
-    " str impl, bool[] with_grad) -> (Tensor loss, Tensor[] grads, Tensor[] scales)",
+    " str impl, bool[] with_grad) -> (Tensor loss, Tensor[] grads, Tensor scale)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -118,18 +116,36 @@ def _forward(
     reduction: str,
     impl: str,
     with_grad: list[bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The loss, and for each layer with a gradient ``grad`` ``[B, L, F]`` and ``scale`` ``[B, L]``, whose product is
-    d loss / d z (for ``"none"``, d loss of its sequence / d z); empty for the others."""
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The loss, and, where any layer has a gradient, ``grad`` ``[B, L, F]`` of each, empty for those that have none, and
+    ``scale`` ``[layers, B, L]``: their product is d loss / d z (for ``"none"``, d loss of its sequence / d z)."""
     z = layers[0]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])
-    args = (layers, groups, cu_seqlens, potential, params, reduction, with_grad)
-    if choose(impl, z, potential) == "cpu":
-        return _native_sweep(*args)
-    # The sweep's products are fp32 inside an autocast region, too.
+    run = {"triton": _triton_sweep, "cpu": _native_sweep, "torch": _torch_sweep}[choose(impl, z, potential)]
+    # Products are fp32 inside an autocast region, too.
     with torch.autocast(z.device.type, enabled=False):
-        return _torch_sweep(*args)
+        return run(layers, groups, cu_seqlens, potential, params, reduction, with_grad)
+
+
+def _triton_sweep(
+    layers: list[Tensor],
+    groups: Tensor | None,
+    cu_seqlens: Tensor | None,
+    potential: str,
+    params: list[float],
+    reduction: str,
+    with_grad: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    from dispersion_kernels.triton import launch  # imports Triton
+
+    loss, pairs, gradients, scale = launch.dispersion(
+        layers, Potential.from_params(potential, params), groups, cu_seqlens, any(with_grad)
+    )
+    weight = _weight(len(layers), reduction, pairs)
+    total = (loss.sum(0) if reduction == "none" else loss.sum()) * weight
+    grads = [gradients[n] if need else total.new_empty(0, dtype=torch.float32) for n, need in enumerate(with_grad)]
+    return total.float(), grads, total.new_empty(0, dtype=torch.float32) if scale is None else scale * weight
 
 
 def _native_sweep(
@@ -140,7 +156,7 @@ def _native_sweep(
     params: list[float],
     reduction: str,
     with_grad: list[bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], Tensor]:
     batch, length, _ = layers[0].shape
     runs = host_segments(batch, length, groups, None if cu_seqlens is None else cu_seqlens.cpu())
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -168,7 +184,7 @@ def _native_sweep(
         grads.append(loss.new_empty(0, dtype=torch.float32) if grad is None else grad.view(z.shape))
         scales.append(loss.new_empty(0, dtype=torch.float32) if scale is None else scale.view(batch, length))
     total = losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
-    return (total if reduction == "none" else total.sum()).float(), grads, scales
+    return (total if reduction == "none" else total.sum()).float(), *_joined(grads, scales, with_grad)
 
 
 def _torch_sweep(
@@ -179,20 +195,35 @@ def _torch_sweep(
     params: list[float],
     reduction: str,
     with_grad: list[bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], Tensor]:
     chosen = Potential.from_params(potential, params)
     losses: list[Tensor] = []
     grads: list[Tensor] = []
     scales: list[Tensor] = []
     for z, need_grad in zip(layers, with_grad, strict=True):
         loss, pairs, grad, scale = sweep(z, chosen, groups, cu_seqlens, need_grad)
-        weight: Tensor | float = 1.0 / len(layers)
-        if reduction == "mean":
-            weight = weight / (pairs > 0).sum().clamp(min=1)
+        weight = _weight(len(layers), reduction, pairs)
         losses.append((loss if reduction == "none" else loss.sum()) * weight)
         grads.append(loss.new_empty(0) if grad is None else grad)
         scales.append(loss.new_empty(0) if scale is None else scale * weight)
-    return torch.stack(losses).sum(0), grads, scales
+    return torch.stack(losses).sum(0), *_joined(grads, scales, with_grad)
+
+
+def _weight(layers: int, reduction: str, pairs: Tensor) -> Tensor | float:
+    """What the loss of each sequence is multiplied by."""
+    return 1 / (layers * (pairs > 0).sum().clamp(min=1)) if reduction == "mean" else 1 / layers
+
+
+def _joined(grads: list[Tensor], scales: list[Tensor], with_grad: list[bool]) -> tuple[list[Tensor], Tensor]:
+    """``grad`` of each layer, new memory for those that have none, and ``scale`` of all."""
+    if len(scales) == 1:
+        return [grads[0]], scales[0].unsqueeze(0) if with_grad[0] else scales[0]
+    if not any(with_grad):
+        return grads, grads[0].new_empty(0)
+    shape = next(scale for scale, need in zip(scales, with_grad, strict=True) if need)
+    return grads, torch.stack(
+        [s if need else torch.zeros_like(shape) for s, need in zip(scales, with_grad, strict=True)]
+    )
 
 
 @torch.library.register_fake("dispersion_kernels::forward")
@@ -205,12 +236,12 @@ def _forward_fake(
     reduction: str,
     impl: str,
     with_grad: list[bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], Tensor]:
     z = layers[0]
     sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = accumulation_dtype(z.dtype)
     loss = z.new_empty(sequences if reduction == "none" else (), dtype=dtype)
-    needs = list(zip(layers, with_grad, strict=True))
+    needs = zip(layers, with_grad, strict=True)
     grads = [z.new_empty(z.shape if need else 0, dtype=dtype) for z, need in needs]
-    scales = [z.new_empty(z.shape[:2] if need else 0, dtype=dtype) for z, need in needs]
-    return loss, grads, scales
+    scale = z.new_empty((len(layers), *z.shape[:2]) if any(with_grad) else 0, dtype=dtype)
+    return loss, grads, scale

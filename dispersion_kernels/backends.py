@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import os
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +15,7 @@ from torch import Tensor
 from dispersion_kernels import native
 from dispersion_kernels.potentials import Potential, resolve_potential
 
-IMPLS = ("auto", "cpu", "torch", "reference")
+IMPLS = ("auto", "triton", "cpu", "torch", "reference")
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,8 @@ def supported(impl: str, z: Tensor, potential: str | Potential = "angular_spread
     """Whether ``impl`` can compute the loss of these tokens.
 
     Args:
-        impl: ``"cpu"`` (the C++ kernel), ``"torch"`` (the sweep in PyTorch) or ``"reference"`` (materialises);
-            ``"auto"`` always can.
+        impl: ``"triton"`` (the GPU kernels), ``"cpu"`` (the C++ kernel), ``"torch"`` (the sweep in PyTorch) or
+            ``"reference"`` (materialises); ``"auto"`` always can.
         z: hidden states; only their device and dtype matter.
         potential: as in :func:`fused_dispersion_loss`.
 
@@ -39,8 +44,8 @@ def supported(impl: str, z: Tensor, potential: str | Potential = "angular_spread
         ValueError: an unknown ``impl`` or potential.
     """
     check_impl(impl)
-    name = resolve_potential(potential).name()
-    return Support(_why_not_cpu(z, name)) if impl == "cpu" else Support()
+    cls = type(resolve_potential(potential))
+    return Support(_WHY_NOT[impl](z, cls) if impl in _WHY_NOT else None)
 
 
 def check_impl(impl: str) -> None:
@@ -49,25 +54,68 @@ def check_impl(impl: str) -> None:
 
 
 def choose(impl: str, z: Tensor, potential: str) -> str:
-    """``"cpu"`` or ``"torch"``, for the potential of that name.
+    """``"triton"``, ``"cpu"`` or ``"torch"``, for the potential of that name.
 
     An explicit request that cannot be met is an error, never another backend.
     """
     if impl == "torch":
         return "torch"
-    reason = _why_not_cpu(z, potential)
-    if reason is None:
-        return "cpu"
-    if impl == "cpu":
-        raise RuntimeError(f'impl="cpu" cannot run here: {reason}. impl="auto" chooses what can')
-    return "torch"
+    cls = Potential.named(potential)
+    if impl != "auto":
+        reason = _WHY_NOT[impl](z, cls)
+        if reason is not None:
+            raise RuntimeError(f'impl="{impl}" cannot run here: {reason}. impl="auto" chooses what can')
+        return impl
+    # On the CPU Triton has its interpreter alone, which is for tests.
+    fastest = "cpu" if z.device.type == "cpu" else "triton"
+    return fastest if _WHY_NOT[fastest](z, cls) is None else "torch"
 
 
-def _why_not_cpu(z: Tensor, potential: str) -> str | None:
+def _why_not_cpu(z: Tensor, potential: type[Potential]) -> str | None:
     if z.device.type != "cpu":
         return f"the tokens are on {z.device}, and the CPU kernel takes CPU tensors"
     if z.dtype == torch.float64:
         return "the CPU kernel computes in fp32, and the tokens are float64"
-    if potential not in native.PARAMETERS:
-        return f"the CPU kernel has no potential {potential!r}; it has {', '.join(native.PARAMETERS)}"
+    if potential.name() not in native.PARAMETERS:
+        return f"the CPU kernel has no potential {potential.name()!r}; it has {', '.join(native.PARAMETERS)}"
     return native.unavailable_reason()
+
+
+def _why_not_triton(z: Tensor, potential: type[Potential]) -> str | None:
+    if _triton_version() is None:
+        return "Triton is not installed (there is none for macOS; on Windows it is triton-windows): pip install triton"
+    if z.device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "the tokens are on the CPU, and the Triton kernels take GPU tensors"
+    elif z.device.type != "cuda":
+        return f"the tokens are on {z.device}, and the Triton kernels run on NVIDIA and AMD GPUs"
+    elif not torch.version.hip and torch.cuda.get_device_capability(z.device) < (8, 0):
+        found = ".".join(map(str, torch.cuda.get_device_capability(z.device)))
+        return f"{z.device} has compute capability {found}, and the Triton kernels need 8.0 (Ampere) or newer"
+    if z.dtype == torch.float64:
+        return "the Triton kernels compute in fp32, and the tokens are float64"
+    if potential.__module__ != Potential.__module__:
+        if potential.triton is None:
+            return (
+                f"potential {potential.name()!r} has no Triton function; give its class an attribute triton = "
+                "staticmethod(f), where f is a @triton.jit function of (c, p0, p1, p2, p3) that returns psi and the slope"
+            )
+        if len(dataclasses.fields(potential)) > 4:
+            return f"potential {potential.name()!r} has more than four fields, and the Triton kernels pass on p0 to p3"
+    return None
+
+
+@functools.cache
+def _triton_version() -> str | None:
+    """The installed Triton's, without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for name in ("triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+_WHY_NOT = {"triton": _why_not_triton, "cpu": _why_not_cpu}

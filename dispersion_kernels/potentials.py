@@ -54,6 +54,9 @@ class Potential:
     """What is added to the norm in ``normalize``; a field or a property may take its place."""
     log_eps: ClassVar[float] = 0.0
     """What is added to the mean under the logarithm of ``log_mean``; a field or a property may take its place."""
+    triton: ClassVar[Any] = None
+    """For ``impl="triton"``: ``staticmethod`` of a ``@triton.jit`` function ``(c, p0, p1, p2, p3)`` of a tile of c and the
+    fields of the potential, at most four, that returns the tiles of psi and of its slope."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -78,11 +81,16 @@ class Potential:
         return [float(getattr(self, field.name)) for field in dataclasses.fields(self)]
 
     @staticmethod
-    def from_params(name: str, params: list[float]) -> Potential:
-        """The potential that ``name()`` and ``params()`` describe."""
+    def named(name: str) -> type[Potential]:
+        """The class with that ``name()``."""
         if name not in _CLASSES:
             raise ValueError(f"potential {name!r} is not known in this process; import the module that defines it")
-        cls = _CLASSES[name]
+        return _CLASSES[name]
+
+    @staticmethod
+    def from_params(name: str, params: list[float]) -> Potential:
+        """The potential that ``name()`` and ``params()`` describe."""
+        cls = Potential.named(name)
         fields = dataclasses.fields(cls)
         typed: dict[str, Any] = {}
         for field, param in zip(fields, params, strict=True):

@@ -106,14 +106,10 @@ def _sweep_rows(
         scale = 1 / anchors.clamp(min=1)
     elif isinstance(potential, ExponentialPotential):
         log_total, shift, grad = _exponential_sums(x, potential, groups, partners, reduce, with_grad)
-        log_mean = log_total - count.log()
-        loss = torch.logaddexp(log_mean, torch.full_like(log_mean, potential.log_eps).log())
-        scale = 2 / count * (shift - loss).exp()
+        loss, scale = log_mean_loss(potential, log_total, shift, count)
     else:
         total, grad = _sums(x, potential, groups, reduce, with_grad)
-        loss, scale = total / count, 2 / count
-        if potential.reduction == "log_mean":
-            loss, scale = (loss + potential.log_eps).log(), scale / (loss + potential.log_eps)
+        loss, scale = mean_loss(potential, total, count)
 
     poison = torch.zeros_like(loss).masked_fill_(reduce.any(nonfinite), math.nan)
     loss, scale = loss + poison, scale + poison
@@ -132,6 +128,22 @@ def _sweep_rows(
         loss = _add_norm_penalty(loss, grad, scale, z, potential, partners, reduce)
     loss = loss.masked_fill(empty, 0.0).to(x.dtype)
     return Result(loss, pairs, grad, None if grad is None else scale)
+
+
+def log_mean_loss(potential: Potential, log_total: Tensor, shift: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss from the logarithm of the sum of psi over ``count`` pairs, and what the slopes of psi / exp(shift) are to
+    be multiplied by."""
+    log_mean = log_total - count.log()
+    loss = torch.logaddexp(log_mean, torch.full_like(log_mean, potential.log_eps).log())
+    return loss, 2 / count * (shift - loss).exp()
+
+
+def mean_loss(potential: Potential, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss from the sum of psi over ``count`` pairs, and what the slopes are to be multiplied by."""
+    mean = total / count
+    if potential.reduction == "log_mean":
+        return (mean + potential.log_eps).log(), 2 / count / (mean + potential.log_eps)
+    return mean, 2 / count
 
 
 def _nothing(z: Tensor, sequences: int, with_grad: bool) -> Result:

@@ -1,0 +1,335 @@
+"""The static report: what every shipped Triton kernel costs on every architecture, found without a GPU.
+
+``python -m benchmarks.static_report [--arch sm_90 ...] [--out docs/static-report.md] [--check]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import sass
+
+if TYPE_CHECKING:
+    from dispersion_kernels.triton.ahead_of_time import Variant
+
+HEAD = """\
+# Static report
+
+Compiled ahead of time, read from the machine code, run on nothing: bounds, not measurements.
+
+- *tile*: the pairs of tokens that one pass over the epilogue handles; all figures per tile are for one SM (or CU).
+- *registers* a thread; *spills*: bytes on the stack (AMD: registers and bytes of scratch memory).
+- *tensor instructions*: how many a warp's code holds, and the FLOPs they add up to, times the loops' trips, as a share
+  of the FLOPs that the kernel is said to execute (no share where the opcode does not tell its shape).
+- *thread instructions*: warps x trips of the loop around it x lanes of a warp, in thousands. Both sides of a condition
+  count, and a masked instruction counts in full: an upper bound.
+- *cycles*: thread instructions / lanes of the pipe. Loads and stores count 128 bytes a clock (AMD: 128 from LDS, 64
+  from the vector cache) without bank conflicts or misses. *tensor* is FLOPs / rate, and *+ library* the library's
+  products that belong to the same tile, at the same rate; in true fp32 it is the rate of the FMA pipe. *issue* is all
+  instructions at four warps a clock.
+- *epilogue share*: the busiest pipe outside of the product loop, as a share of the tensor cycles with the library's.
+  The product loop is an innermost loop with tensor instructions that computes nothing else in floating point (in
+  tf32, where splitting a number is part of the product: that has no special functions).
+- *of peak*: tensor cycles with the library's as a share of what the tile takes. With ideal overlap that is the kernel's
+  busiest pipe, then the library's products; without overlap the product loop's busiest pipe, then the epilogue's, then
+  the library's products. Latencies, a device that is not full, and memory beyond L1 are not in it.
+"""
+COLUMNS = (
+    "kernel | tile, warps, stages | registers | spills | shared memory, KiB | CTAs per SM (warps) | "
+    "tensor instructions | thread instructions per tile, thousands | cycles per tile | epilogue share | "
+    "of peak: ideal (no overlap)"
+)
+# What a product loop in 16 bits does not do.
+ARITHMETIC = re.compile(r"FFMA|FMUL|FADD|v_(pk_)?(fma|fmac|mul|add|sub)_f32")
+
+
+@dataclass(frozen=True)
+class Device:
+    """One SM (or CU) of a device, and how many of them there are."""
+
+    name: str
+    sms: int
+    gigahertz: float
+    flops: dict[str, int]  # dense, a clock and SM, fp32 accumulation
+    lanes: dict[str, int]  # a clock and SM
+    warps: int
+    ctas: int
+    shared: int  # KiB of an SM
+    shared_cta: int  # KiB that one CTA may have
+    reserved: int = 1024  # bytes of a CTA's shared memory that the system keeps
+    warp_size: int = 32
+    registers: int = 16384  # of each of the four partitions of an SM
+
+
+def _nvidia_lanes(fp32: int, integer: int, fp64: int) -> dict[str, int]:
+    return {"fma": fp32, "imad": 64, "alu": integer, "xu": 16, "fp64": fp64, "lsu": 32, "issue": 128}
+
+
+# Lanes and limits: CUDA C++ Programming Guide, tables "Throughput of Native Arithmetic Instructions" and "Technical
+# Specifications per Compute Capability". Tensor rates: the devices' data sheets divided by SMs and boost clock (A100
+# 312, A40 150, L40S 362, H100 SXM 989, B200 2,250, RTX PRO 6000 504 dense bf16 TFLOP/s). GeForce cards of sm_86, sm_89
+# and sm_120 accumulate in fp32 at half the rate given here: there an epilogue weighs half as much. RTX Blackwell has
+# as many int32 as fp32 lanes, but shares them: the issue slots are the same bound on both together.
+# AMD: CDNA2 and CDNA3 white papers (383 and 1,307 dense bf16 TFLOP/s); a wave is four passes of a 16-wide SIMD.
+DEVICES = {
+    "sm_80": Device(
+        "A100", 108, 1.41, {"16-bit": 2048, "tf32": 1024, "fp32": 128}, _nvidia_lanes(64, 64, 32), 64, 32, 164, 163
+    ),
+    "sm_86": Device(
+        "A40", 84, 1.74, {"16-bit": 1024, "tf32": 512, "fp32": 256}, _nvidia_lanes(128, 64, 2), 48, 16, 100, 99
+    ),
+    "sm_89": Device(
+        "L40S", 142, 2.52, {"16-bit": 1024, "tf32": 512, "fp32": 256}, _nvidia_lanes(128, 64, 2), 48, 24, 100, 99
+    ),
+    "sm_90": Device(
+        "H100 SXM", 132, 1.83, {"16-bit": 4096, "tf32": 2048, "fp32": 256}, _nvidia_lanes(128, 64, 64), 64, 32, 228, 227
+    ),
+    "sm_100": Device(
+        "B200", 148, 1.86, {"16-bit": 8192, "tf32": 4096, "fp32": 256}, _nvidia_lanes(128, 64, 64), 64, 32, 228, 227
+    ),
+    "sm_120": Device(
+        "RTX PRO 6000",
+        188,
+        2.62,
+        {"16-bit": 1024, "tf32": 512, "fp32": 256},
+        _nvidia_lanes(128, 128, 2),
+        48,
+        24,
+        100,
+        99,
+    ),
+}
+_AMD: dict[str, Any] = {
+    "lanes": {"alu": 64, "xu": 16, "lds": 32, "vmem": 16},
+    "warps": 32,
+    "ctas": 16,
+    "shared": 64,
+    "shared_cta": 64,
+    "reserved": 0,
+    "warp_size": 64,
+    "registers": 32768,
+}
+DEVICES |= {
+    "gfx90a": Device("MI250X", 220, 1.7, {"16-bit": 1024, "tf32": 256, "fp32": 256}, **_AMD),
+    "gfx942": Device("MI300X", 304, 2.1, {"16-bit": 2048, "tf32": 1024, "fp32": 256}, **_AMD),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A shipped kernel and what its machine code says."""
+
+    variant: Variant
+    registers: int
+    spilled: int
+    shared: int  # bytes, without what the system reserves
+    ctas: int
+    tensor_opcodes: Counter[str]
+    counted_flops: float  # per tile, 0 where the opcodes do not tell
+    instructions: dict[str, float]  # pipe -> thread instructions per tile
+    loop: dict[str, float]  # pipe -> cycles per tile in product loops
+    epilogue: dict[str, float]  # pipe -> cycles per tile outside of them
+    tensor: float  # cycles per tile
+    library: float  # cycles per tile
+    unknown: set[str]  # opcodes that no table has
+
+    @property
+    def cycles(self) -> dict[str, float]:
+        return {pipe: self.loop.get(pipe, 0) + self.epilogue.get(pipe, 0) for pipe in {**self.loop, **self.epilogue}}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static_report", description=__doc__)
+    parser.add_argument("--arch", nargs="+", choices=DEVICES, default=list(DEVICES), help="default: all of them")
+    parser.add_argument("--out", type=Path, help="a Markdown file for the report")
+    parser.add_argument(
+        "--check", action="store_true", help="fail on spills, too much shared memory, or missing tensor instructions"
+    )
+    args = parser.parse_args(arguments)
+    # Not at the top: it needs Triton, which this module's users may lack.
+    from dispersion_kernels.triton.ahead_of_time import compile_variant, shipped
+
+    rows = []
+    for arch in args.arch:
+        for variant in shipped(arch):
+            try:
+                rows.append(examine(variant, compile_variant(variant)))
+            except Exception as error:
+                raise RuntimeError(f"{arch}: {variant.label}") from error
+    text = render(rows)
+    print(text)
+    if args.out is not None:
+        temporary = args.out.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, args.out)
+    if args.check and (found := [fault for row in rows for fault in faults(row)]):
+        print("\n".join(found), file=sys.stderr)
+        raise SystemExit(1)
+
+
+def examine(variant: Variant, compiled: Any) -> Row:
+    """The figures of one compiled kernel (``triton.compile``'s result)."""
+    device = DEVICES[variant.arch]
+    amd = "amdgcn" in compiled.asm
+    kernel = sass.read_amdgcn(compiled.asm["amdgcn"]) if amd else sass.read_cubin(compiled.asm["cubin"])
+    warps = compiled.metadata.num_warps
+    deepest = max(one.depth for one in kernel.instructions)
+    if deepest > max(variant.trips):
+        raise ValueError(f"a loop at depth {deepest}; trips are given to depth {max(variant.trips)}")
+    tensor_opcodes = Counter(one.opcode for one in kernel.instructions if one.pipe == "tensor")
+    precision = _precision(variant, compiled, bool(tensor_opcodes))
+    unit = "tensor" if tensor_opcodes else "fma"
+    product_loops = {one.loop for one in kernel.instructions if one.pipe == unit} - {None}
+    product_loops -= {
+        one.loop
+        for one in kernel.instructions
+        if one.pipe == "xu" or (precision == "16-bit" and ARITHMETIC.match(one.opcode))
+    }
+    instructions: Counter[str] = Counter()
+    loop: Counter[str] = Counter()
+    epilogue: Counter[str] = Counter()
+    counted_flops = 0.0
+    for one in kernel.instructions:
+        executions = warps * variant.trips[one.depth]
+        instructions[one.pipe] += executions * device.warp_size
+        counted_flops += executions * one.flops
+        part = loop if one.loop in product_loops else epilogue
+        for pipe, passes in one.busy.items():
+            part[pipe] += executions * passes * device.warp_size / device.lanes[pipe]
+    shared = compiled.metadata.shared + kernel.shared
+    rate = device.flops[precision]
+    return Row(
+        variant,
+        kernel.registers,
+        kernel.spilled,
+        shared,
+        ctas_per_sm(device, kernel.registers, warps, shared),
+        tensor_opcodes,
+        counted_flops,
+        dict(instructions),
+        dict(loop),
+        dict(epilogue),
+        variant.tensor_flops / rate,
+        variant.library_flops / rate,
+        {one.opcode for one in kernel.instructions if not one.known},
+    )
+
+
+def _precision(variant: Variant, compiled: Any, tensor: bool) -> str:
+    """Which of a device's rates the kernel's matrix products run at, and with them the library's."""
+    # Not every opcode of the machine code tells: UTCHMMA is all kinds.
+    text = compiled.asm["amdgcn"] if "amdgcn" in compiled.asm else compiled.asm["ptx"]
+    if re.search(r"mma\S*(\.tf32|kind::tf32|_xf32)", text):
+        return "tf32"
+    sixteen = any(kind in str(variant.signature.values()) for kind in ("*bf16", "*fp16"))
+    if re.search(r"v_mfma_f32_\w+x\d+_?f32", text) or not (tensor or sixteen):
+        return "fp32"
+    return "16-bit"
+
+
+def ctas_per_sm(device: Device, registers: int, warps: int, shared: int) -> int:
+    """How many CTAs of so many warps are resident at once; 0 for a CTA that does not fit."""
+    if shared > 1024 * device.shared_cta:
+        return 0
+    # Registers are handed out to a warp of one of the four partitions, eight of each lane at a time.
+    warp_registers = _round_up(max(registers, 1), 8) * device.warp_size
+    by_registers = 4 * (device.registers // warp_registers) // warps
+    taken = _round_up(shared + device.reserved, 128)
+    by_shared = 1024 * device.shared // taken if taken else device.ctas
+    return min(device.ctas, device.warps // warps, by_registers, by_shared)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def faults(row: Row) -> list[str]:
+    """Why the kernel must not be shipped, in words."""
+    variant, limit = row.variant, DEVICES[row.variant.arch].shared_cta
+    found = []
+    if row.spilled:
+        found.append(f"spills ({row.spilled})")
+    if row.shared > 1024 * limit:
+        found.append(f"{row.shared / 1024:.1f} KiB of shared memory, the device has {limit}")
+    if variant.tensor_kind and not any(re.search(variant.tensor_kind, opcode) for opcode in row.tensor_opcodes):
+        found.append(f"no tensor instruction {variant.tensor_kind}, but {', '.join(row.tensor_opcodes) or 'none'}")
+    return [f"{variant.arch}: {variant.label}: {fault}" for fault in found]
+
+
+def render(rows: Iterable[Row]) -> str:
+    """The report in Markdown: a table for each architecture."""
+    by_arch: dict[str, list[Row]] = {}
+    for row in rows:
+        by_arch.setdefault(row.variant.arch, []).append(row)
+    return "\n".join([HEAD, *(_section(arch, of_arch) for arch, of_arch in by_arch.items())])
+
+
+def _section(arch: str, rows: list[Row]) -> str:
+    device = DEVICES[arch]
+    peak = device.sms * device.gigahertz * device.flops["16-bit"] / 1000
+    lines = [
+        f"## {arch}",
+        "",
+        f"As {device.name}: {device.sms} SMs at {device.gigahertz} GHz; FLOPs a clock and SM: "
+        f"{device.flops['16-bit']:,} in 16 bits ({peak:,.0f} TFLOP/s), {device.flops['tf32']:,} in tf32; "
+        "lanes a clock and SM: " + ", ".join(f"{pipe} {lanes}" for pipe, lanes in device.lanes.items()) + ".",
+        "",
+        f"| {COLUMNS} |",
+        "|---" * (COLUMNS.count("|") + 1) + "|",
+        *map(_line, rows),
+        "",
+    ]
+    if unknown := set().union(*(row.unknown for row in rows)):
+        lines += [f"Opcodes that no table has, counted as issue slots only: {', '.join(sorted(unknown))}.", ""]
+    return "\n".join(lines)
+
+
+def _line(row: Row) -> str:
+    variant = row.variant
+    tensor = ", ".join(f"{count} {opcode}" for opcode, count in row.tensor_opcodes.most_common()) or "none"
+    if row.counted_flops and variant.tensor_flops:
+        tensor += f" ({row.counted_flops / variant.tensor_flops:.0%})"
+    cycles = {"tensor": row.tensor, "+ library": row.library} | _by_size(row.cycles)
+    products = row.tensor + row.library
+    share = of_peak = "-"
+    if products:
+        busiest = max(row.epilogue, key=lambda pipe: row.epilogue[pipe])
+        share = f"{row.epilogue[busiest] / products:.0%} ({busiest})"
+        ideal = max(row.tensor, *row.cycles.values()) + row.library
+        apart = max(row.tensor, *row.loop.values(), 0) + row.epilogue[busiest] + row.library
+        of_peak = f"{products / ideal:.0%} ({products / apart:.0%})"
+    warps = variant.options.get("num_warps", 4)
+    cells = [
+        variant.label,
+        f"{variant.tile[0]} x {variant.tile[1]}, {warps}, {variant.options.get('num_stages', '-')}",
+        str(row.registers),
+        str(row.spilled),
+        f"{row.shared / 1024:.1f}",
+        f"{row.ctas} ({row.ctas * warps})",
+        tensor,
+        ", ".join(f"{pipe} {_short(count / 1000)}" for pipe, count in _by_size(row.instructions).items()),
+        ", ".join(f"{pipe} {count:,.0f}" for pipe, count in cycles.items() if count >= 0.5),
+        share,
+        of_peak,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _by_size(figures: dict[str, float]) -> dict[str, float]:
+    return dict(sorted(figures.items(), key=lambda item: -item[1]))
+
+
+def _short(thousands: float) -> str:
+    return f"{thousands:,.0f}" if thousands >= 10 else f"{thousands:.1f}"
+
+
+if __name__ == "__main__":
+    main()

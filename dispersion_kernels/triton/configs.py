@@ -1,0 +1,76 @@
+"""The tile sizes of the kernels by architecture, dtype and number of features.
+
+None spills a register on its architecture: ``python -m benchmarks.static_report --check`` compiles them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Of ``pair_tiles_kernel``."""
+
+    block: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Of ``row_sweep_kernel``. Without ``resident``, ``block_f`` is the width of a slice of the gradient."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    block_f: int
+    resident: bool
+    num_warps: int
+    num_stages: int
+
+
+_INTERPRETER = "interpreter"
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
+
+
+def architecture(device: torch.device) -> str:
+    """The column of the table for a device; the nearest older one where it has none of its own."""
+    if device.type == "cpu":
+        return _INTERPRETER
+    if torch.version.hip:
+        name = str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+        return name if name in ARCHITECTURES else "gfx90a"
+    major, minor = torch.cuda.get_device_capability(device)
+    known = [arch for arch in ARCHITECTURES if arch.startswith("sm_") and int(arch[3:]) <= 10 * major + minor]
+    return max(known, key=lambda arch: int(arch[3:]), default="sm_80")
+
+
+def tile_config(arch: str, dtype: torch.dtype, precision: str) -> TileConfig:
+    """For similarities over the upper triangle of tiles."""
+    if arch == _INTERPRETER:
+        return TileConfig(32, 32, 1, 1)
+    if dtype != torch.float32:
+        return TileConfig(128, 64, 8, 3)
+    if precision == "tf32":
+        return TileConfig(128, 32, 8, 3)
+    return TileConfig(64, 32, 4, 2)
+
+
+def row_config(arch: str, dtype: torch.dtype, precision: str, features: int) -> RowConfig:
+    """For a tile of tokens against all others."""
+    width = max(16, 1 << (features - 1).bit_length())
+    if arch == _INTERPRETER:
+        return RowConfig(32, 32, 32, min(width, 64), width <= 64, 1, 1)
+    if dtype == torch.float32:
+        if width <= 64:
+            return RowConfig(64, 32, 32, width, True, 4, 2)
+        return RowConfig(64, 32, 32, 64, False, 4, 2)
+    if width <= 64:
+        return RowConfig(64, 64, 64, width, True, 4, 2)
+    if width <= 128:
+        return RowConfig(64, 64, 64, width, True, 4, 2)
+    return RowConfig(64, 64, 64, 128, False, 4, 2)

@@ -1,0 +1,239 @@
+"""The static report against kernels whose instructions are known by construction, and against figures of known GPUs."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import sass, static_report
+
+triton = pytest.importorskip("triton", reason="the static report reads what Triton compiles")
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+try:
+    sass.tool_path("nvdisasm"), sass.tool_path("cuobjdump")
+except FileNotFoundError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+FFMAS = tl.constexpr(5)
+
+
+@triton.jit
+def product(a, b, c, features, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
+    """One tile of A B^T; the epilogue is FFMAS multiply-adds and one special function an element."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    chunk = tl.arange(0, BLOCK_F)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, features, BLOCK_F):
+        left = tl.load(a + rows[:, None] * stride + start + chunk[None, :])
+        right = tl.load(b + columns[None, :] * stride + start + chunk[:, None])
+        sums = tl.dot(left, right, sums)
+    value = sums
+    for _ in tl.static_range(FFMAS):
+        value = value * sums + 0.25
+    value = tl.math.exp2(value)
+    tl.store(c + rows[:, None] * stride + columns[None, :], value.to(c.dtype.element_ty))
+
+
+@triton.jit
+def row_sums(a, b, c, features, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
+    """All tiles of a row of tiles: the same product in a loop, with exp2 between the loops."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    chunk = tl.arange(0, BLOCK_F)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, stride, BLOCK_N):
+        columns = first + tl.arange(0, BLOCK_N)
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, features, BLOCK_F):
+            left = tl.load(a + rows[:, None] * stride + start + chunk[None, :])
+            right = tl.load(b + columns[None, :] * stride + start + chunk[:, None])
+            sums = tl.dot(left, right, sums)
+        total += tl.math.exp2(sums)
+    columns = tl.arange(0, BLOCK_N)
+    tl.store(c + rows[:, None] * stride + columns[None, :], total.to(c.dtype.element_ty))
+
+
+FEATURES = 768
+
+
+@dataclass(frozen=True)
+class Toy:
+    """The fields of ahead_of_time.Variant that the report reads."""
+
+    label: str
+    arch: str
+    kernel: Any = product
+    tile: tuple[int, int] = (128, 128)
+    block_f: int = 64
+    dtype: str = "bf16"
+    tensor_kind: str = "HMMA"
+    library_flops: float = 0
+    trips: dict[int, float] = field(default_factory=lambda: {0: 1, 1: FEATURES / 64})
+    options: dict[str, Any] = field(default_factory=lambda: {"num_warps": 8, "num_stages": 3})
+
+    @property
+    def signature(self) -> dict[str, Any]:
+        types = [f"*{self.dtype}"] * 3 + ["i32"] * 2 + ["constexpr"] * 3
+        return dict(zip(self.kernel.arg_names, types, strict=True))
+
+    @property
+    def tensor_flops(self) -> float:
+        return 2.0 * self.tile[0] * self.tile[1] * FEATURES
+
+
+def compiled(toy: Toy) -> Any:
+    blocks = {(5,): toy.tile[0], (6,): toy.tile[1], (7,): toy.block_f}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}
+    source = ASTSource(fn=toy.kernel, signature=toy.signature, constexprs=blocks, attrs=aligned)
+    amd = toy.arch.startswith("gfx")
+    target = GPUTarget("hip", toy.arch, 64) if amd else GPUTarget("cuda", int(toy.arch.removeprefix("sm_")), 32)
+    return triton.compile(source, target=target, options={"enable_fp_fusion": True, **toy.options})
+
+
+def examined(toy: Toy) -> static_report.Row:
+    return static_report.examine(toy, compiled(toy))
+
+
+SPILLING = Toy("too wide for four warps", "sm_80", tile=(128, 256), options={"num_warps": 4, "num_stages": 3})
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind", "counted"), [("sm_80", "HMMA", 1), ("sm_90", "HGMMA", 1), ("sm_100", "UTCHMMA", 0)]
+)
+def test_counts_are_those_of_the_source(arch: str, kind: str, counted: float) -> None:
+    toy = Toy("product", arch, tensor_kind=kind)
+    row = examined(toy)
+    pairs = toy.tile[0] * toy.tile[1]
+    stray = 8 * 32 * 8 if arch == "sm_100" else 0  # what allocates tensor memory there
+    assert pairs <= row.instructions["xu"] <= pairs + stray
+    assert FFMAS.value * pairs <= row.instructions["fma"] <= FFMAS.value * pairs + stray
+    assert row.counted_flops == counted * toy.tensor_flops
+    assert not static_report.faults(row)
+    assert not row.unknown
+    assert row.spilled == 0
+    device = static_report.DEVICES[arch]
+    assert row.tensor == toy.tensor_flops / device.flops["16-bit"]
+    assert row.epilogue["xu"] == row.instructions["xu"] / 16
+    assert "xu" not in row.loop
+    assert row.loop["lsu"] > 0
+
+
+def test_cycles_of_tf32() -> None:
+    toy = Toy("product", "sm_80", dtype="fp32", block_f=32, trips={0: 1, 1: FEATURES / 32})
+    row = examined(toy)
+    assert row.tensor == toy.tensor_flops / 1024
+    assert row.counted_flops == toy.tensor_flops
+
+
+@pytest.mark.parametrize(("arch", "kind"), [("sm_80", "HMMA"), ("sm_90", "HGMMA")])
+def test_depth_of_nested_loops(arch: str, kind: str) -> None:
+    instructions = sass.read_cubin(compiled(Toy("row sums", arch, kernel=row_sums)).asm["cubin"]).instructions
+    assert {one.depth for one in instructions if one.opcode.startswith("MUFU")} == {1}
+    assert {one.depth for one in instructions if one.opcode.startswith(kind)} == {2}
+    assert {one.depth for one in instructions if one.opcode.startswith("STG")} == {0}
+
+
+def test_trips_must_reach_every_loop() -> None:
+    with pytest.raises(ValueError, match="depth 2"):
+        examined(Toy("row sums", "sm_80", kernel=row_sums))
+
+
+def test_loops_of_a_listing() -> None:
+    """A loop, a barrier's polling moved behind the end, a conditional inside of the loop, the padding at the end."""
+    listing = """
+kernel:
+        /*0000*/                   MOV R0, RZ ;
+.L_x_0:
+        /*0010*/                   FADD R0, R0, 1 ;
+        /*0020*/              @!P1 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0030*/              @!PT LDS RZ, [RZ] ;
+        /*0040*/                   BRA.U !UP0, `(.L_x_5) ;
+        /*0050*/                   FMUL R0, R0, R0 ;
+.L_x_5:
+        /*0060*/               @P0 BRA `(.L_x_0) ;
+        /*0070*/               @P0 EXIT ;
+        /*0080*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0090*/                   EXIT ;
+.L_x_2:
+        /*00a0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR4], R3 ;
+        /*00b0*/              @!P1 BRA `(.L_x_2) ;
+        /*00c0*/                   BRA `(.L_x_1) ;
+.L_x_3:
+        /*00d0*/                   BRA `(.L_x_3);
+        /*00e0*/                   NOP;
+"""
+    instructions = sass.read_sass(listing)
+    inside = {one.opcode for one in instructions if one.depth}
+    assert inside == {"FADD", "BRA", "NOP", "BRA.U", "FMUL", "SYNCS.PHASECHK.TRANS64.TRYWAIT"}
+    assert max(one.depth for one in instructions) == 1
+    assert [one.opcode for one in instructions if not one.depth] == ["MOV", "EXIT", "STG.E.128", "EXIT"]
+    assert sum(one.busy.get("lsu", 0) for one in instructions) == 4
+
+
+def test_occupancy_of_known_cases() -> None:
+    a100, ada, mi300 = (static_report.DEVICES[arch] for arch in ("sm_80", "sm_89", "gfx942"))
+    ctas = static_report.ctas_per_sm
+    assert ctas(a100, registers=255, warps=8, shared=0) == 1
+    assert ctas(a100, registers=128, warps=8, shared=0) == 2
+    assert ctas(a100, registers=129, warps=8, shared=0) == 1
+    assert ctas(a100, registers=64, warps=8, shared=0) == 4
+    assert ctas(a100, registers=32, warps=8, shared=0) == 8  # 64 warps
+    assert ctas(ada, registers=32, warps=8, shared=0) == 6  # 48 warps
+    assert ctas(a100, registers=32, warps=1, shared=0) == 32
+    assert ctas(a100, registers=32, warps=8, shared=81 * 1024) == 2  # with the 1 KiB that each CTA leaves the system
+    assert ctas(a100, registers=32, warps=8, shared=82 * 1024) == 1
+    assert ctas(a100, registers=32, warps=8, shared=163 * 1024) == 1
+    assert ctas(a100, registers=32, warps=8, shared=164 * 1024) == 0
+    assert ctas(mi300, registers=128, warps=4, shared=0) == 4
+    assert ctas(mi300, registers=128, warps=4, shared=32 * 1024) == 2
+
+
+def test_amd() -> None:
+    toy = Toy("product", "gfx942", tensor_kind="v_mfma", options={"num_warps": 4, "num_stages": 1})
+    row = examined(toy)
+    pairs = toy.tile[0] * toy.tile[1]
+    assert row.instructions["xu"] == pairs
+    assert row.counted_flops == toy.tensor_flops
+    assert not static_report.faults(row)
+    assert 0 < row.registers <= 512
+    assert row.epilogue["alu"] >= row.epilogue["xu"]
+
+
+def test_faults() -> None:
+    row = examined(SPILLING)
+    assert row.spilled > 0
+    assert [fault.split(": ")[2] for fault in static_report.faults(row)] == [f"spills ({row.spilled})"]
+    wrong = static_report.faults(examined(Toy("product", "sm_80", tensor_kind="HGMMA")))
+    assert [fault.split(": ")[2] for fault in wrong] == ["no tensor instruction HGMMA, but HMMA.16816.F32.BF16"]
+    stages = {"num_warps": 8, "num_stages": 5}
+    shared = static_report.faults(examined(Toy("product", "sm_86", options=stages)))
+    assert [fault.split(": ")[2] for fault in shared] == ["128.0 KiB of shared memory, the device has 99"]
+
+
+def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    shipped = {"sm_80": [Toy("pair tiles", "sm_80", library_flops=1e8), SPILLING], "sm_90": []}
+    module = SimpleNamespace(shipped=shipped.__getitem__, compile_variant=compiled)
+    monkeypatch.setitem(sys.modules, "dispersion_kernels.triton.ahead_of_time", module)
+    report = tmp_path / "report.md"
+    with pytest.raises(SystemExit) as exit:
+        static_report.main(["--arch", "sm_80", "sm_90", "--check", "--out", str(report)])
+    assert exit.value.code == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"sm_80: {SPILLING.label}: spills (")
+    assert len(printed.err.splitlines()) == 1
+    text = report.read_text()
+    assert text in printed.out
+    assert list(tmp_path.iterdir()) == [report]
+    assert "| pair tiles | 128 x 128, 8, 3 |" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1
+    shipped["sm_80"].pop()
+    static_report.main(["--arch", "sm_80", "--check"])
