@@ -33,7 +33,7 @@ class Instruction:
 @dataclass(frozen=True)
 class Kernel:
     registers: int
-    spilled: int  # bytes of stack (NVIDIA), or registers and bytes of scratch memory (AMD); 0 without spills
+    spills: dict[str, int]  # what went where: bytes of stack or scratch memory, AMD's VGPRs and SGPRs; empty if none
     shared: int  # bytes of shared memory fixed at compile time; what the launch adds is not here
     instructions: list[Instruction]
 
@@ -50,14 +50,15 @@ def read_cubin(cubin: bytes) -> Kernel:
     local = sum(4 * one.busy["lsu"] for one in instructions if one.opcode.startswith(("LDL", "STL")))
     # From sm_90 on the figure includes the 1 KiB that the system keeps of every CTA's shared memory.
     reserved = 1024 if shared >= 1024 and _number(r"(?:\.target\s+sm_|EF_CUDA_SM)(\d+)", listing) >= 90 else 0
-    return Kernel(registers, stack or local, shared - reserved, instructions)
+    return Kernel(registers, _positive({"bytes": stack or local}), shared - reserved, instructions)
 
 
 def read_amdgcn(assembly: str) -> Kernel:
     """Registers, spills and instructions of the assembly text of one kernel."""
-    fields = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-    registers, *spilled = (_number(rf"^\s*(?:- )?\.{name}:\s*(\d+)", assembly) for name in fields)
-    shared = _number(r"^\s*(?:- )?\.group_segment_fixed_size:\s*(\d+)", assembly)
+    fields = ("vgpr_count", "group_segment_fixed_size", "private_segment_fixed_size")
+    registers, shared, scratch = (_number(rf"^\s*(?:- )?\.{field}:\s*(\d+)", assembly) for field in fields)
+    # An SGPR is spilled to a lane of a VGPR: cheaper than memory, but not free.
+    spills = {kind: _number(rf"^\s*(?:- )?\.{kind}_spill_count:\s*(\d+)", assembly) for kind in ("vgpr", "sgpr")}
     lines: list[_Line] = []
     labels: list[str] = []
     for text in assembly.partition(".Lfunc_end")[0].splitlines():
@@ -69,7 +70,11 @@ def read_amdgcn(assembly: str) -> Kernel:
             ends = opcode.startswith(("s_branch", "s_endpgm", "s_setpc"))
             lines.append(_Line(opcode, tuple(labels), operands if branches else None, not ends))
             labels = []
-    return Kernel(registers, sum(spilled), shared, _with_loops(lines, _amd))
+    return Kernel(registers, _positive({"bytes": scratch} | spills), shared, _with_loops(lines, _amd))
+
+
+def _positive(counts: dict[str, int]) -> dict[str, int]:
+    return {kind: count for kind, count in counts.items() if count}
 
 
 def read_sass(listing: str) -> list[Instruction]:
@@ -204,20 +209,21 @@ def _dominators(block: int, dominator: dict[int, int]) -> Iterator[int]:
 # for it which the kernels here leave idle.
 _NVIDIA_PIPES = {
     "tensor": "HMMA HGMMA IMMA IGMMA DMMA QMMA QGMMA UTCHMMA UTCQMMA UTCIMMA UTCOMMA",
-    "fma": "FFMA FMUL FADD FFMA32I FMUL32I FADD32I FFMA2 FMUL2 FADD2 HFMA2 HMUL2 HADD2 FSWZADD",
+    "fma": "FFMA FHFMA FMUL FADD FFMA32I FMUL32I FADD32I FFMA2 FMUL2 FADD2 HFMA2 HMUL2 HADD2 FSWZADD",
     "imad": "IMAD IMUL IDP IDP4A",
     "alu": (
         "FMNMX FMNMX3 FSEL FSET FSETP FCHK HMNMX2 HSET2 HSETP2 VHMNMX F2FP I2FP F2IP I2IP IADD IADD3 IADD32I ISETP "
         "ISET IMNMX IABS ISCADD LEA LOP LOP3 LOP32I PLOP3 SHF SHL SHR SEL PRMT SGXT BMSK MOV MOV32I MOVM P2R R2P VIADD "
         "VIADDMNMX VIMNMX VIMNMX3 VABSDIFF VABSDIFF4 VOTE PSETP"
     ),
-    "xu": "MUFU F2F F2I I2F I2I FRND POPC FLO BREV REDUX",
+    "xu": "MUFU F2F F2I I2F I2I FRND POPC FLO BREV REDUX CREDUX",
     "fp64": "DFMA DADD DMUL DSETP DMNMX",
     "lsu": "LD LDG LDS LDL LDSM LDGSTS ST STG STS STL STSM STAS SHFL ATOM ATOMG ATOMS RED REDG REDS",
     "other": (
-        "ACQBULK ARRIVES B2R BAR BMOV BPT BRA BREAK BRX BRXU BSSY BSYNC CALL CCTL CCTLL CCTLT CS2R DEPBAR ELECT "
-        "ENDCOLLECTIVE ERRBAR EXIT FENCE GETLMEMBASE JMP JMX KILL LDC LDGDEPBAR LDTM LEPC MATCH MEMBAR NANOSLEEP NOP "
-        "PREEXIT R2B R2UR RET S2R S2UR SETCTAID STTM SYNCS VOTEU WARPGROUP WARPSYNC YIELD CGAERRBAR LDCU CS2UR QSPC"
+        "ACQBULK ARRIVES B2R BAR BMOV BPT BRA BREAK BRX BRXU BSSY BSYNC CALL CCTL CCTLL CCTLT CGAERRBAR CS2R CS2UR "
+        "DEPBAR ELECT ENDCOLLECTIVE ERRBAR EXIT FENCE GETLMEMBASE JMP JMX KILL LDC LDCU LDGDEPBAR LDTM LEPC MATCH "
+        "MEMBAR NANOSLEEP NOP PREEXIT QSPC R2B R2UR RET RPCMOV S2R S2UR SETCTAID STTM SYNCS VOTEU WARPGROUP "
+        "WARPSYNC YIELD"
     ),
 }
 _NVIDIA_PIPE = {opcode: pipe for pipe, opcodes in _NVIDIA_PIPES.items() for opcode in opcodes.split()}

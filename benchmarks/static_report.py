@@ -26,9 +26,12 @@ HEAD = """\
 Compiled ahead of time, read from the machine code, run on nothing: bounds, not measurements.
 
 - *tile*: the pairs of tokens that one pass over the epilogue handles; all figures per tile are for one SM (or CU).
-- *registers* a thread; *spills*: bytes on the stack (AMD: registers and bytes of scratch memory).
+- *registers* a thread; *spills*: bytes on the stack (AMD: bytes of scratch memory, and registers spilled to it or, of
+  the scalar ones, to lanes of vector registers).
 - *tensor instructions*: how many a warp's code holds, and the FLOPs they add up to, times the loops' trips, as a share
-  of the FLOPs that the kernel is said to execute (no share where the opcode does not tell its shape).
+  of those that the kernel is there for (no share where the opcode does not tell its shape). More than 100% are
+  products in several parts (tf32x3), warps that repeat each other's work, or iterations that the compiler peeled off
+  a loop, which come on top of its trips.
 - *thread instructions*: warps x trips of the loop around it x lanes of a warp, in thousands. Both sides of a condition
   count, and a masked instruction counts in full: an upper bound.
 - *cycles*: thread instructions / lanes of the pipe. Loads and stores count 128 bytes a clock (AMD: 128 from LDS, 64
@@ -40,7 +43,8 @@ Compiled ahead of time, read from the machine code, run on nothing: bounds, not 
   tf32, where splitting a number is part of the product: that has no special functions).
 - *of peak*: tensor cycles with the library's as a share of what the tile takes. With ideal overlap that is the kernel's
   busiest pipe, then the library's products; without overlap the product loop's busiest pipe, then the epilogue's, then
-  the library's products. Latencies, a device that is not full, and memory beyond L1 are not in it.
+  the library's products. FLOPs beyond 100% take their time, too. Latencies, a device that is not full, and memory
+  beyond L1 are not in it.
 """
 COLUMNS = (
     "kernel | tile, warps, stages | registers | spills | shared memory, KiB | CTAs per SM (warps) | "
@@ -48,7 +52,7 @@ COLUMNS = (
     "of peak: ideal (no overlap)"
 )
 # What a product loop in 16 bits does not do.
-ARITHMETIC = re.compile(r"FFMA|FMUL|FADD|v_(pk_)?(fma|fmac|mul|add|sub)_f32")
+ARITHMETIC = re.compile(r"FH?FMA|FMUL|FADD|v_(pk_)?(fma|fmac|mul|add|sub)_f32")
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class Row:
 
     variant: Variant
     registers: int
-    spilled: int
+    spills: dict[str, int]
     shared: int  # bytes, without what the system reserves
     ctas: int
     tensor_opcodes: Counter[str]
@@ -140,6 +144,11 @@ class Row:
     tensor: float  # cycles per tile
     library: float  # cycles per tile
     unknown: set[str]  # opcodes that no table has
+
+    @property
+    def tensor_busy(self) -> float:
+        """Cycles of the tensor cores with what the code does beyond the products' FLOPs."""
+        return self.tensor * max(1.0, self.counted_flops / (self.variant.tensor_flops or 1.0))
 
     @property
     def cycles(self) -> dict[str, float]:
@@ -209,7 +218,7 @@ def examine(variant: Variant, compiled: Any) -> Row:
     return Row(
         variant,
         kernel.registers,
-        kernel.spilled,
+        kernel.spills,
         shared,
         ctas_per_sm(device, kernel.registers, warps, shared),
         tensor_opcodes,
@@ -255,8 +264,8 @@ def faults(row: Row) -> list[str]:
     """Why the kernel must not be shipped, in words."""
     variant, limit = row.variant, DEVICES[row.variant.arch].shared_cta
     found = []
-    if row.spilled:
-        found.append(f"spills ({row.spilled})")
+    if row.spills:
+        found.append(f"spills {_spills(row)}")
     if row.shared > 1024 * limit:
         found.append(f"{row.shared / 1024:.1f} KiB of shared memory, the device has {limit}")
     if variant.tensor_kind and not any(re.search(variant.tensor_kind, opcode) for opcode in row.tensor_opcodes):
@@ -303,15 +312,15 @@ def _line(row: Row) -> str:
     if products:
         busiest = max(row.epilogue, key=lambda pipe: row.epilogue[pipe])
         share = f"{row.epilogue[busiest] / products:.0%} ({busiest})"
-        ideal = max(row.tensor, *row.cycles.values()) + row.library
-        apart = max(row.tensor, *row.loop.values(), 0) + row.epilogue[busiest] + row.library
+        ideal = max(row.tensor_busy, *row.cycles.values()) + row.library
+        apart = max(row.tensor_busy, 0, *row.loop.values()) + row.epilogue[busiest] + row.library
         of_peak = f"{products / ideal:.0%} ({products / apart:.0%})"
     warps = variant.options.get("num_warps", 4)
     cells = [
         variant.label,
         f"{variant.tile[0]} x {variant.tile[1]}, {warps}, {variant.options.get('num_stages', '-')}",
         str(row.registers),
-        str(row.spilled),
+        _spills(row),
         f"{row.shared / 1024:.1f}",
         f"{row.ctas} ({row.ctas * warps})",
         tensor,
@@ -321,6 +330,10 @@ def _line(row: Row) -> str:
         of_peak,
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _spills(row: Row) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in row.spills.items()) or "0"
 
 
 def _by_size(figures: dict[str, float]) -> dict[str, float]:

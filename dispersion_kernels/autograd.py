@@ -117,8 +117,8 @@ def _forward(
     impl: str,
     with_grad: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The loss, and, where any layer has a gradient, ``grad`` ``[B, L, F]`` of each, empty for those that have none, and
-    ``scale`` ``[layers, B, L]``: their product is d loss / d z (for ``"none"``, d loss of its sequence / d z)."""
+    """The loss, and, where any layer has a gradient, ``grad`` ``[B, L, F]`` of each, empty for those that have none,
+    and ``scale`` ``[layers, B, L]``: their product is d loss / d z (for ``"none"``, d loss of its sequence / d z)."""
     z = layers[0]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])

@@ -97,8 +97,8 @@ def _why_not_triton(z: Tensor, potential: type[Potential]) -> str | None:
     if potential.__module__ != Potential.__module__:
         if potential.triton is None:
             return (
-                f"potential {potential.name()!r} has no Triton function; give its class an attribute triton = "
-                "staticmethod(f), where f is a @triton.jit function of (c, p0, p1, p2, p3) that returns psi and the slope"
+                f"potential {potential.name()!r} has no Triton function; give its class an attribute "
+                "triton = staticmethod(f), f a @triton.jit function (c, p0, p1, p2, p3) that returns psi and its slope"
             )
         if len(dataclasses.fields(potential)) > 4:
             return f"potential {potential.name()!r} has more than four fields, and the Triton kernels pass on p0 to p3"

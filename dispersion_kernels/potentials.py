@@ -55,8 +55,8 @@ class Potential:
     log_eps: ClassVar[float] = 0.0
     """What is added to the mean under the logarithm of ``log_mean``; a field or a property may take its place."""
     triton: ClassVar[Any] = None
-    """For ``impl="triton"``: ``staticmethod`` of a ``@triton.jit`` function ``(c, p0, p1, p2, p3)`` of a tile of c and the
-    fields of the potential, at most four, that returns the tiles of psi and of its slope."""
+    """For ``impl="triton"``: ``staticmethod`` of a ``@triton.jit`` function ``(c, p0, p1, p2, p3)`` of a tile of c and
+    the fields of the potential, at most four, that returns the tiles of psi and of its slope."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

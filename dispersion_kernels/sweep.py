@@ -131,8 +131,8 @@ def _sweep_rows(
 
 
 def log_mean_loss(potential: Potential, log_total: Tensor, shift: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss from the logarithm of the sum of psi over ``count`` pairs, and what the slopes of psi / exp(shift) are to
-    be multiplied by."""
+    """The loss from the logarithm of the sum of psi over ``count`` pairs, and what the slopes of psi / exp(shift) are
+    to be multiplied by."""
     log_mean = log_total - count.log()
     loss = torch.logaddexp(log_mean, torch.full_like(log_mean, potential.log_eps).log())
     return loss, 2 / count * (shift - loss).exp()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -34,7 +35,11 @@ POTENTIALS: dict[str, Potential] = {
     "uniformity": Uniformity(),
     "dispersive_l2": DispersiveL2(),
 }
-IMPLS = ("cpu", "torch")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = torch.cuda.is_available() and not INTERPRETED
+IMPLS = ["cpu", "torch"]
+if GPU:
+    IMPLS.append(pytest.param("triton", marks=pytest.mark.gpu))  # type: ignore[arg-type]
 
 
 class Answer(NamedTuple):
@@ -47,7 +52,11 @@ def _poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """torch.empty gives NaN, so that reading what nobody wrote shows."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
+    callspec = getattr(request.node, "callspec", None)
+    on_gpu = GPU and callspec is not None and callspec.params.get("impl") == "triton"
+    torch.set_default_device("cuda" if on_gpu else None)
     yield
+    torch.set_default_device(None)
     torch.use_deterministic_algorithms(False)
 
 

@@ -117,7 +117,7 @@ def test_counts_are_those_of_the_source(arch: str, kind: str, counted: float) ->
     assert row.counted_flops == counted * toy.tensor_flops
     assert not static_report.faults(row)
     assert not row.unknown
-    assert row.spilled == 0
+    assert not row.spills
     device = static_report.DEVICES[arch]
     assert row.tensor == toy.tensor_flops / device.flops["16-bit"]
     assert row.epilogue["xu"] == row.instructions["xu"] / 16
@@ -130,6 +130,14 @@ def test_cycles_of_tf32() -> None:
     row = examined(toy)
     assert row.tensor == toy.tensor_flops / 1024
     assert row.counted_flops == toy.tensor_flops
+
+
+def test_unknown_opcodes_are_named() -> None:
+    listing = "        /*0000*/                   FNEW.F32 R0, R1 ;\n        /*0010*/                   EXIT ;\n"
+    new, end = sass.read_sass(listing)
+    assert not new.known
+    assert new.busy == {"issue": 1}
+    assert end.known
 
 
 @pytest.mark.parametrize(("arch", "kind"), [("sm_80", "HMMA"), ("sm_90", "HGMMA")])
@@ -209,8 +217,8 @@ def test_amd() -> None:
 
 def test_faults() -> None:
     row = examined(SPILLING)
-    assert row.spilled > 0
-    assert [fault.split(": ")[2] for fault in static_report.faults(row)] == [f"spills ({row.spilled})"]
+    assert row.spills["bytes"] > 0
+    assert [fault.split(": ")[2] for fault in static_report.faults(row)] == [f"spills {row.spills['bytes']} bytes"]
     wrong = static_report.faults(examined(Toy("product", "sm_80", tensor_kind="HGMMA")))
     assert [fault.split(": ")[2] for fault in wrong] == ["no tensor instruction HGMMA, but HMMA.16816.F32.BF16"]
     stages = {"num_warps": 8, "num_stages": 5}
@@ -227,7 +235,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.
         static_report.main(["--arch", "sm_80", "sm_90", "--check", "--out", str(report)])
     assert exit.value.code == 1
     printed = capsys.readouterr()
-    assert printed.err.startswith(f"sm_80: {SPILLING.label}: spills (")
+    assert printed.err.startswith(f"sm_80: {SPILLING.label}: spills ")
     assert len(printed.err.splitlines()) == 1
     text = report.read_text()
     assert text in printed.out

@@ -49,28 +49,36 @@ def architecture(device: torch.device) -> str:
     return max(known, key=lambda arch: int(arch[3:]), default="sm_80")
 
 
-def tile_config(arch: str, dtype: torch.dtype, precision: str) -> TileConfig:
+def tokens_of_a_program(arch: str) -> int:
+    """For the kernels that read each token by itself."""
+    return 128 if arch == _INTERPRETER else 4
+
+
+def tile_config(arch: str, dtype: torch.dtype, precision: str, groups: bool) -> TileConfig:
     """For similarities over the upper triangle of tiles."""
     if arch == _INTERPRETER:
         return TileConfig(32, 32, 1, 1)
+    if groups:
+        # The mask of a 128 x 128 tile takes the registers that are left.
+        if precision == "tf32x3":
+            return TileConfig(64, 32, 8, 2)
+        return TileConfig(64, 32 if dtype == torch.float32 else 64, 4, 3)
     if dtype != torch.float32:
         return TileConfig(128, 64, 8, 3)
     if precision == "tf32":
         return TileConfig(128, 32, 8, 3)
-    return TileConfig(64, 32, 4, 2)
+    return TileConfig(64, 32, 8, 2)
 
 
-def row_config(arch: str, dtype: torch.dtype, precision: str, features: int) -> RowConfig:
+def row_config(arch: str, dtype: torch.dtype, precision: str, features: int, perplexity: bool) -> RowConfig:
     """For a tile of tokens against all others."""
     width = max(16, 1 << (features - 1).bit_length())
     if arch == _INTERPRETER:
         return RowConfig(32, 32, 32, min(width, 64), width <= 64, 1, 1)
     if dtype == torch.float32:
-        if width <= 64:
-            return RowConfig(64, 32, 32, width, True, 4, 2)
-        return RowConfig(64, 32, 32, 64, False, 4, 2)
-    if width <= 64:
-        return RowConfig(64, 64, 64, width, True, 4, 2)
+        return RowConfig(64, 32, 32, min(width, 64), width <= 64 and precision != "tf32x3", 8, 2)
+    if perplexity:
+        return RowConfig(64, 64, 64, min(width, 128), width <= 128, 8, 2)
     if width <= 128:
         return RowConfig(64, 64, 64, width, True, 4, 2)
-    return RowConfig(64, 64, 64, 128, False, 4, 2)
+    return RowConfig(64, 64, 64, 256, False, 8, 2)

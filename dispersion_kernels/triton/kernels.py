@@ -1,10 +1,10 @@
 """The Triton kernels, in the order in which the launcher runs them.
 
 A *row* is one sequence of L tokens of one layer: row r is batch ``r % batch`` of layer ``r // batch``, and the layers
-are a tuple of pointers, so that all of them are one launch. Statistics of tokens are ``[rows, L]`` in fp32. Similarities
-are products of the raw tokens; the inverse norms are multiplied in by the epilogue, in fp32, so there is neither a
-normalised copy nor its rounding. Rows of a tile beyond L are read as token L - 1 and masked in the epilogue, so the loads
-of the main loop carry no mask.
+are a tuple of pointers, so that all of them are one launch. Statistics of tokens are ``[rows, L]`` in fp32.
+Similarities are products of the raw tokens; the inverse norms are multiplied in by the epilogue, in fp32, so there is
+neither a normalised copy nor its rounding. Rows of a tile beyond L are read as token L - 1 and masked in the epilogue,
+so the loads of the main loop carry no mask.
 """
 
 from __future__ import annotations
@@ -145,6 +145,7 @@ def _weigh(
     extra_j,
     keep,
     masked,
+    shift,
     p0,
     p1,
     p2,
@@ -154,7 +155,8 @@ def _weigh(
     EXPONENTIAL: tl.constexpr,
     TRANSFORM: tl.constexpr,
 ):
-    """``(u, v)`` of a tile of products. Where ``masked``, the pairs that are not ``keep`` get psi = slope = 0."""
+    """``(u, v)`` of a tile of products, an exponent less ``shift``. Where ``masked``, the pairs that are not ``keep``
+    get psi = slope = 0."""
     if TRANSFORM == "standardize":
         c -= extra_i[:, None] * extra_j[None, :]
     if TRANSFORM != "none":
@@ -162,7 +164,7 @@ def _weigh(
     if OWN:
         u, v = FUNCTION(c, p0, p1, p2, p3)
     else:
-        u, v = FUNCTION(c, extra_i[:, None], extra_j[None, :], p0, p1, p2, p3)
+        u, v = FUNCTION(c, extra_i[:, None], extra_j[None, :], shift, p0, p1, p2, p3)
     if EXPONENTIAL:
         if masked:
             u = tl.where(keep, u, float("-inf"))
@@ -224,9 +226,9 @@ def pair_tiles_kernel(
     """One pair of tiles of tokens (I, J) of one row: the sum of psi over its pairs, in both orders, and, if ``WRITE``,
     the slopes times the inverse norm of the column, to the workspace, and those of (J, I).
 
-    The program's number is a pair of the upper triangle of ``tiles_i`` x ``tiles_i``, folded to a rectangle, or, without
-    ``TRIANGLE``, of ``tiles_i`` x ``tiles_j``; both count from the tokens ``first_i`` and ``first_j``. ``ONLINE``: the
-    sum is relative to the largest exponent of the tile, which goes to ``maxima``.
+    The program's number is a pair of the upper triangle of ``tiles_i`` x ``tiles_i``, folded to a rectangle, or,
+    without ``TRIANGLE``, of ``tiles_i`` x ``tiles_j``; both count from the tokens ``first_i`` and ``first_j``.
+    ``ONLINE``: the sum is relative to the largest exponent of the tile, which goes to ``maxima``.
     """
     number = tl.program_id(0)
     in_round = tl.program_id(1)
@@ -264,12 +266,6 @@ def pair_tiles_kernel(
     valid_j = j < length
 
     if HAS_GROUPS:
-        groups_ptr += (row % batch).to(tl.int64) * length
-        groups_i = tl.load(groups_ptr + i, mask=valid_i, other=-1)
-        groups_j = tl.load(groups_ptr + j, mask=valid_j, other=-1)
-        # A negative group pairs with nobody, not even its like.
-        keep = (groups_i[:, None] == groups_j[None, :]) & (groups_i >= 0)[:, None] & (i[:, None] != j[None, :])
-        masked = True
         ranges = group_range_ptr + (row % batch).to(tl.int64) * 2 * tl.cdiv(length, BLOCK)
         range_i = ranges + 2 * (first_i // BLOCK + tile_i)
         range_j = ranges + 2 * (first_j // BLOCK + tile_j)
@@ -283,24 +279,48 @@ def pair_tiles_kernel(
                 tl.store(to_i, nothing, mask=valid_i[:, None] & valid_j[None, :])
                 tl.store(to_j, nothing, mask=valid_j[:, None] & valid_i[None, :])
             return
-    else:
-        keep = (i[:, None] != j[None, :]) & valid_i[:, None] & valid_j[None, :]
-        # Tiles inside need no mask: J is never before I, so I reaches beyond the last token only if J does.
-        masked = diagonal | (first_j + tile_j * BLOCK + BLOCK > length)
 
     read_i = tl.minimum(i, length - 1).to(tl.int64) * stride_l
     read_j = tl.minimum(j, length - 1).to(tl.int64) * stride_l
     c = _products(z, read_i, read_j, stride_f, features, BLOCK, BLOCK, BLOCK_K, EVEN_K, PRECISION)
+    if HAS_GROUPS:
+        groups_ptr += (row % batch).to(tl.int64) * length
+        groups_i = tl.load(groups_ptr + i, mask=valid_i, other=-1)
+        # A negative group pairs with nobody, not even its like.
+        groups_i = tl.where(groups_i < 0, -2, groups_i)
+        groups_j = tl.load(groups_ptr + j, mask=valid_j, other=-1)
+        keep = (groups_i[:, None] == groups_j[None, :]) & (i[:, None] != j[None, :])
+        masked = True
+    else:
+        keep = (i[:, None] != j[None, :]) & valid_i[:, None] & valid_j[None, :]
+        # Tiles inside need no mask: J is never before I, so I reaches beyond the last token only if J does.
+        masked = diagonal | (first_j + tile_j * BLOCK + BLOCK > length)
     inverse_i = tl.load(inverse_ptr + statistics + i, mask=valid_i, other=0.0)
     inverse_j = tl.load(inverse_ptr + statistics + j, mask=valid_j, other=0.0)
     extra_i = tl.load(extra_ptr + statistics + i, mask=valid_i, other=0.0)
     extra_j = tl.load(extra_ptr + statistics + j, mask=valid_j, other=0.0)
+    shift = 0.0
+    if HAS_SHIFT:
+        shift = tl.load(shift_ptr + row)
     u, v = _weigh(
-        c, inverse_i, inverse_j, extra_i, extra_j, keep, masked, p0, p1, p2, p3, FUNCTION, OWN, EXPONENTIAL, TRANSFORM
+        c,
+        inverse_i,
+        inverse_j,
+        extra_i,
+        extra_j,
+        keep,
+        masked,
+        shift,
+        p0,
+        p1,
+        p2,
+        p3,
+        FUNCTION,
+        OWN,
+        EXPONENTIAL,
+        TRANSFORM,
     )
     if EXPONENTIAL:
-        if HAS_SHIFT:
-            u -= tl.load(shift_ptr + row)
         if ONLINE:
             largest = tl.maximum(tl.max(u), -1e30)  # finite where there is no pair
             tl.store(maxima_ptr + sum_at, largest)
@@ -395,6 +415,7 @@ def row_sweep_kernel(
     if HAS_GROUPS:
         groups_ptr += (row % batch).to(tl.int64) * length
         groups_i = tl.load(groups_ptr + i, mask=valid_i, other=-1)
+        groups_i = tl.where(groups_i < 0, -2, groups_i)  # pairs with nobody, not even its like
         ranges = tile_range_ptr + 2 * ((row % batch).to(tl.int64) * tl.num_programs(0) + tile_i)
         first_tile = tl.load(ranges)
         end_tile = tl.load(ranges + 1)
@@ -403,8 +424,9 @@ def row_sweep_kernel(
         end_tile = tl.cdiv(length, BLOCK_N)
     if (PASS == "loss") or (PASS == "online"):
         first_tile = tl.maximum(first_tile, tile_i)
+    shift = 0.0
     if HAS_SHIFT:
-        shift_i = tl.load(shift_ptr + statistics + i, mask=valid_i, other=0.0)
+        shift = tl.load(shift_ptr + statistics + i, mask=valid_i, other=0.0)[:, None]
     if (PASS == "entropy") or (PASS == "entropy_gradient"):
         largest_i = tl.load(largest_ptr + statistics + i, mask=valid_i, other=0.0)
         inverse_total_i = 1.0 / tl.load(total_ptr + statistics + i, mask=valid_i, other=1.0)
@@ -432,7 +454,7 @@ def row_sweep_kernel(
         extra_j = tl.load(extra_ptr + statistics + j, mask=valid_j, other=0.0)
         if HAS_GROUPS:
             groups_j = tl.load(groups_ptr + j, mask=valid_j, other=-1)
-            keep = (groups_i[:, None] == groups_j[None, :]) & (groups_i >= 0)[:, None] & (i[:, None] != j[None, :])
+            keep = (groups_i[:, None] == groups_j[None, :]) & (i[:, None] != j[None, :])
             masked = True
         else:
             keep = (i[:, None] != j[None, :]) & valid_j[None, :]
@@ -446,6 +468,7 @@ def row_sweep_kernel(
             extra_j,
             keep,
             masked,
+            shift,
             p0,
             p1,
             p2,
@@ -455,8 +478,6 @@ def row_sweep_kernel(
             EXPONENTIAL,
             TRANSFORM,
         )
-        if HAS_SHIFT:
-            u -= shift_i[:, None]
         if (PASS == "online") or (PASS == "partition"):
             now = tl.maximum(maxima, tl.max(u, 1))
             added = tl.sum(tl.exp2(u - now[:, None]), 1)
@@ -501,7 +522,7 @@ def row_sweep_kernel(
                     z_j = tl.load(z + read_j[:, None] + f[None, :] * stride_f, mask=(f < features)[None, :], other=0.0)
                 weights = slope.to(z_j.dtype)
                 if SUM_WEIGHTS:
-                    # Of the rounded weights: the sum multiplies z_i where the product has z_j, and a common part cancels.
+                    # Of the rounded weights: the sum multiplies z_i as the product z_j, and a common part cancels.
                     weight_sums += tl.sum(weights.to(tl.float32), 1)
                 gradient = _dot(weights, z_j, gradient, PRECISION)
 
@@ -596,14 +617,11 @@ def project_kernel(
     inverse_ptr,
     extra_ptr,
     weight_sums_ptr,
-    scale_ptr,
-    penalty_ptr,
     gradients,
     batch,
     length,
     features,
     TRANSFORM: tl.constexpr,
-    PENALTY: tl.constexpr,
     LAYERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -611,7 +629,7 @@ def project_kernel(
     """The gradient through the row transform, in place of G and but for its scale.
 
     ``normalize``: u - x (x . u) / (r inverse), ``standardize``: the same of u less its mean, ``none``: w z - G with w
-    the token's sum of weights, and with ``PENALTY`` times scale and plus penalty z.
+    the token's sum of weights.
     """
     row = tl.program_id(1)
     layer = row // batch
@@ -624,9 +642,6 @@ def project_kernel(
     statistics = row.to(tl.int64) * length + tokens
     if TRANSFORM == "none":
         weight_sum = tl.load(weight_sums_ptr + statistics, mask=valid, other=0.0)
-        if PENALTY:
-            scale = tl.load(scale_ptr + statistics, mask=valid, other=0.0)
-            penalty = tl.load(penalty_ptr + statistics, mask=valid, other=0.0)
     else:
         norm = tl.load(norm_ptr + statistics, mask=valid, other=0.0)
         inverse = tl.load(inverse_ptr + statistics, mask=valid, other=0.0)
@@ -653,8 +668,6 @@ def project_kernel(
         u = tl.load(out + (start + f)[None, :], mask=inside, other=0.0)
         if TRANSFORM == "none":
             u = weight_sum[:, None] * x - u
-            if PENALTY:
-                u = u * scale[:, None] + x * penalty[:, None]
         else:
             u = (u - mean_u[:, None]) - (x - mean_z[:, None]) * product_sum[:, None]
         tl.store(out + (start + f)[None, :], u, mask=inside)

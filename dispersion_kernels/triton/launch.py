@@ -9,19 +9,27 @@ shapes alone, so a CUDA graph can hold it.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dispersion_kernels.potentials import DistancePotential, L2Repel, PerplexityEntropy, Potential
+from dispersion_kernels.potentials import L2Repel, PerplexityEntropy, Potential
 from dispersion_kernels.segments import group_sizes, segment_of_token, within_segments
 from dispersion_kernels.sweep import log_mean_loss, mean_loss
 from dispersion_kernels.triton import kernels
-from dispersion_kernels.triton.configs import RowConfig, TileConfig, architecture, row_config, tile_config
+from dispersion_kernels.triton.configs import (
+    RowConfig,
+    TileConfig,
+    architecture,
+    row_config,
+    tile_config,
+    tokens_of_a_program,
+)
 from dispersion_kernels.triton.potentials import Epilogue, epilogue_of
 
 # Of the slopes in flight: it should stay in the last-level cache and yet fill the machine.
@@ -45,22 +53,41 @@ class Losses(NamedTuple):
     """``[layers, B, L]`` fp32."""
 
 
+def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]) -> None:
+    """Launches a kernel on the current stream."""
+    kernel[grid](**arguments, **options, enable_fp_fusion=True)
+
+
 def dispersion(
     layers: Sequence[Tensor],
     potential: Potential,
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
     with_grad: bool,
+    *,
+    arch: str | None = None,
+    precision: str | None = None,
+    run: Callable[..., None] = run,
 ) -> Losses:
-    """Loss of each sequence of each layer and, if asked, its gradient. Layers are ``[B, L, F]``, all alike; the other
-    arguments are those of :mod:`dispersion_kernels.segments`."""
-    batch, length, features = layers[0].shape
+    """Loss of each sequence of each layer and, if asked, its gradient.
+
+    Args:
+        layers: ``[B, L, F]`` each, all alike.
+        potential, groups, cu_seqlens: as in :mod:`dispersion_kernels.segments`.
+        with_grad: whether to compute the gradient.
+        arch: the column of the table of configurations; None: that of the device.
+        precision: of fp32 matrix products, ``"tf32"``, ``"tf32x3"`` or ``"ieee"``; None: as PyTorch's.
+        run: what launches a kernel; :mod:`dispersion_kernels.triton.ahead_of_time` records the launches instead.
+    """
+    batch, length, _ = layers[0].shape
     if batch == 0 or length < 2:
         return _nothing(layers, cu_seqlens, with_grad)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(layers[0].device)
         groups = within_segments(groups, cu_seqlens, length)
-    call = _Call(_same_strides(layers), potential, groups, cu_seqlens)
+    arch = architecture(layers[0].device) if arch is None else arch
+    precision = _precision(layers[0].dtype, arch) if precision is None else precision
+    call = _Call(_same_strides(layers), potential, groups, cu_seqlens, arch, precision, run)
     call.row_statistics()
     if isinstance(potential, PerplexityEntropy):
         loss, scale = call.perplexity_entropy(potential, with_grad)
@@ -103,7 +130,14 @@ class _Call:
     """What the kernels of one call share."""
 
     def __init__(
-        self, layers: list[Tensor], potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        layers: list[Tensor],
+        potential: Potential,
+        groups: Tensor | None,
+        cu_seqlens: Tensor | None,
+        arch: str,
+        precision: str,
+        run: Callable[..., None],
     ) -> None:
         z = layers[0]
         self.layers, self.potential, self.cu_seqlens = layers, potential, cu_seqlens
@@ -111,8 +145,7 @@ class _Call:
         self.rows = self.batch * len(layers)
         self.device, self.dtype = z.device, z.dtype
         self.epilogue: Epilogue = epilogue_of(potential, self.features, narrow_range=z.dtype == torch.float16)
-        self.arch = architecture(z.device)
-        self.precision = _precision(z)
+        self.arch, self.precision, self.run = arch, precision, run
         self.partners: Tensor | None = None
         self.groups: Tensor | None = None
         if groups is not None:
@@ -125,35 +158,45 @@ class _Call:
     # ---- statistics
 
     def row_statistics(self) -> None:
-        norm, inverse, extra = (self._of_tokens() for _ in range(3))
-        self._launch(
-            kernels.row_statistics_kernel,
-            (_blocks(self.length, 4), self.rows),
-            norm_ptr=norm,
-            inverse_ptr=inverse,
-            extra_ptr=extra,
-            eps=self.epilogue.eps,
-            q=self.epilogue.q,
-            TRANSFORM=self.epilogue.transform,
-            BLOCK_M=4,
-            BLOCK_F=min(512, _power_of_two(self.features)),
-            num_warps=4,
-        )
+        norm, inverse, extra = self._row_statistics()
         if self.partners is not None:
-            # Tokens left out must not reach the others through 0 * NaN, nor make the loss NaN. Those that are not finite
-            # and take part do the latter alone.
+            # Tokens left out must not reach the others through 0 * NaN, nor make the loss NaN. Those that take part and
+            # are not finite do the latter alone.
             alone = self.partners <= 0
             norm.view(-1, self.batch, self.length).masked_fill_(alone, 0.0)
             left_out = ~norm.isfinite().view(-1, self.batch, self.length) | alone
             inverse.view(left_out.shape).masked_fill_(left_out, 0.0)
             extra.view(left_out.shape).masked_fill_(left_out, 0.0)
             self.layers = [z.masked_fill(out.unsqueeze(-1), 0.0) for z, out in zip(self.layers, left_out, strict=True)]
+        self.tokens = self.layers
+        if self.epilogue.transform == "none" and self.dtype == torch.float32:
+            # Distances do not change when the mean is subtracted, and cancel less. 16 bits would round the difference.
+            self.layers = [z - z.mean(1, keepdim=True) for z in self.layers]
+            _, _, extra = self._row_statistics()
         weight_inverse, weight_scale = inverse, None
         if self.dtype == torch.float16 and self.epilogue.transform != "none":
             largest = inverse.amax(1, keepdim=True)
             weight_scale = torch.exp2(8 - torch.where(largest > 0, largest, 1.0).log2().floor())
             weight_inverse = inverse * weight_scale
         self.statistics = _Statistics(norm, inverse, extra, weight_inverse, weight_scale)
+
+    def _row_statistics(self) -> tuple[Tensor, Tensor, Tensor]:
+        block = tokens_of_a_program(self.arch)
+        norm, inverse, extra = (self._of_tokens() for _ in range(3))
+        self._launch(
+            kernels.row_statistics_kernel,
+            (_blocks(self.length, block), self.rows),
+            norm_ptr=norm,
+            inverse_ptr=inverse,
+            extra_ptr=extra,
+            eps=self.epilogue.eps,
+            q=self.epilogue.q,
+            TRANSFORM=self.epilogue.transform,
+            BLOCK_M=block,
+            BLOCK_F=min(512, _power_of_two(self.features)),
+            num_warps=4,
+        )
+        return norm, inverse, extra
 
     # ---- potentials that are a sum over pairs
 
@@ -166,10 +209,8 @@ class _Call:
         if epilogue.online or not with_grad:
             total, maximum = self._loss_of_rows() if packed else self._loss_of_tiles()
         if with_grad:
-            if packed or self.features <= RESIDENT_FEATURES:
-                sums = self._resident(maximum)
-            else:
-                sums = self._swept(maximum)
+            resident = packed or self.features <= RESIDENT_FEATURES
+            sums = self._resident(maximum) if resident else self._swept(maximum)
             total = sums if total is None else total
         assert total is not None
         count = self._pairs().clamp(min=1).double()
@@ -183,7 +224,7 @@ class _Call:
         return log_mean_loss(potential, total.log() + shift, shift, count)
 
     def _loss_of_tiles(self) -> tuple[Tensor, Tensor | None]:
-        config = tile_config(self.arch, self.dtype, self.precision)
+        config = tile_config(self.arch, self.dtype, self.precision, self.groups is not None)
         tiles = _blocks(self.length, config.block)
         programs = _blocks(tiles, 2) * (tiles + 1)
         sums, maxima = self._partial_sums(programs)
@@ -191,13 +232,13 @@ class _Call:
         return self._sequence_sums(sums, maxima)
 
     def _loss_of_rows(self) -> tuple[Tensor, Tensor | None]:
-        config = row_config(self.arch, self.dtype, self.precision, self.features)
+        config = self._row_config()
         sums, maxima = self._partial_sums(self.length)
         self._row_sweep(config, "online" if self.epilogue.online else "loss", sums=sums, maxima=maxima)
         return self._sequence_sums(sums, maxima)
 
     def _resident(self, maximum: Tensor | None) -> Tensor:
-        config = row_config(self.arch, self.dtype, self.precision, self.features)
+        config = self._row_config()
         sums = self._of_tokens()
         self.weight_sums = self._of_tokens() if self.epilogue.transform == "none" else None
         self.gradients = [self._empty_gradient() for _ in self.layers]
@@ -207,7 +248,7 @@ class _Call:
         return self._sequence_sums(sums, None)[0]
 
     def _swept(self, maximum: Tensor | None) -> Tensor:
-        config = tile_config(self.arch, self.dtype, self.precision)
+        config = tile_config(self.arch, self.dtype, self.precision, self.groups is not None)
         self.weight_sums = torch.zeros_like(self.statistics.norm) if self.epilogue.transform == "none" else None
         self.gradients = [self._empty_gradient() for _ in self.layers]
         stride = 8 * _blocks(self.length, 8)  # 16-byte stores, and what the library's products like
@@ -295,7 +336,7 @@ class _Call:
 
     def perplexity_entropy(self, potential: PerplexityEntropy, with_grad: bool) -> tuple[Tensor, Tensor]:
         """As :meth:`pair_sums`: three passes, of which the last two know each token's largest exponent and sum."""
-        config = row_config(self.arch, self.dtype, self.precision, self.features)
+        config = self._row_config()
         total, largest, entropy, expected = (self._of_tokens() for _ in range(4))
         self._row_sweep(config, "partition", sums=total, maxima=largest)
         total.masked_fill_(total == 0, 1.0)  # a token without a partner has no P
@@ -338,50 +379,49 @@ class _Call:
         pairs = self._pairs()
         empty = pairs == 0
         # Before it meets anything: where there is no pair it may be infinite.
-        scale = (scale * self.epilogue.kappa).masked_fill(empty, 0.0)
-        scale = scale.masked_fill(loss.isnan(), math.nan)
-        statistics = self.statistics
+        scale = (scale * self.epilogue.kappa).masked_fill(empty, 0.0).masked_fill(loss.isnan(), math.nan)
         penalty = None
         if isinstance(self.potential, L2Repel) and self.potential.norm_weight:
-            paired = self._paired_tokens().clamp(min=1) * self.features
-            per_token = self.potential.norm_weight / paired
-            squares = self._sequence_sums(statistics.norm.square(), None)[0]
-            loss = loss + squares * per_token
-            penalty = (2 * self._spread(per_token)).float()
+            penalty = self.potential.norm_weight / (self._paired_tokens().clamp(min=1) * self.features)
+            loss = loss + penalty * self._sequence_sums(self.statistics.norm.square(), None)[0]
         # [rows, S] is [layers, batch] or [layers, S].
         loss = loss.masked_fill(empty, 0.0).view(len(self.layers), -1)
         pairs = pairs[: self.batch].flatten()
         if not with_grad:
             return Losses(loss, pairs, [], None)
-        of_tokens = self._spread(scale).float()
+        self._project()
+        of_tokens = self._of_paired_tokens(scale)
         if self.epilogue.transform != "none":
-            of_tokens = of_tokens * statistics.inverse
-            if statistics.weight_scale is not None:
-                of_tokens = of_tokens / statistics.weight_scale
-        of_tokens = of_tokens.contiguous()
-        if self.partners is not None:
-            alone = (self.partners <= 0).repeat(len(self.layers), 1)
-            of_tokens.masked_fill_(alone, 0.0)
-            penalty = None if penalty is None else penalty.masked_fill(alone, 0.0)
+            of_tokens *= self.statistics.inverse.view(of_tokens.shape)
+            if self.statistics.weight_scale is not None:
+                of_tokens /= self.statistics.weight_scale.view(len(self.layers), self.batch, 1)
+        if penalty is not None:
+            of_squares = self._of_paired_tokens(2 * penalty)
+            for gradient, z, factor, of_square in zip(self.gradients, self.tokens, of_tokens, of_squares, strict=True):
+                gradient.mul_(factor.unsqueeze(2)).addcmul_(z, of_square.unsqueeze(2))
+            of_tokens = torch.ones_like(of_tokens)
+        return Losses(loss, pairs, self.gradients, of_tokens)
+
+    def _of_paired_tokens(self, of_sequences: Tensor) -> Tensor:
+        """``[layers, batch, L]`` fp32 from ``[rows, S]``; 0 for tokens without a partner."""
+        of_tokens = self._spread(of_sequences).float().reshape(len(self.layers), self.batch, self.length)
+        return of_tokens if self.partners is None else of_tokens.masked_fill(self.partners <= 0, 0.0)
+
+    def _project(self) -> None:
+        block = tokens_of_a_program(self.arch)
         self._launch(
             kernels.project_kernel,
-            (_blocks(self.length, 4), self.rows),
-            norm_ptr=statistics.norm,
-            inverse_ptr=statistics.inverse,
-            extra_ptr=statistics.extra,
-            weight_sums_ptr=self.weight_sums if self.weight_sums is not None else statistics.norm,
-            scale_ptr=of_tokens,
-            penalty_ptr=of_tokens if penalty is None else penalty.contiguous(),
+            (_blocks(self.length, block), self.rows),
+            norm_ptr=self.statistics.norm,
+            inverse_ptr=self.statistics.inverse,
+            extra_ptr=self.statistics.extra,
+            weight_sums_ptr=self.statistics.norm if self.weight_sums is None else self.weight_sums,
             gradients=tuple(self.gradients),
             TRANSFORM=self.epilogue.transform,
-            PENALTY=penalty is not None,
-            BLOCK_M=4,
+            BLOCK_M=block,
             BLOCK_F=min(512, _power_of_two(self.features)),
             num_warps=4,
         )
-        if penalty is not None:
-            of_tokens = torch.ones_like(of_tokens)
-        return Losses(loss, pairs, self.gradients, of_tokens.view(len(self.layers), self.batch, self.length))
 
     # ---- sequences of a row: one, or the segments of cu_seqlens
 
@@ -423,24 +463,20 @@ class _Call:
         shift = None if maxima is None else torch.empty(self.rows, sequences, dtype=torch.float32, device=self.device)
         if sequences == 0:
             return total, shift
-        _run(
-            kernels.sequence_sums_kernel,
-            (sequences, self.rows),
-            dict(
-                norm_ptr=self.statistics.norm,
-                sums_ptr=sums,
-                maxima_ptr=sums if maxima is None else maxima,
-                bounds_ptr=self.statistics.norm if self.cu_seqlens is None else self.cu_seqlens,
-                total_ptr=total,
-                shift_ptr=total if shift is None else shift,
-                length=self.length,
-                sums_stride=sums.shape[1],
-                ONLINE=maxima is not None,
-                HAS_BOUNDS=self.cu_seqlens is not None,
-                BLOCK=1024,
-            ),
-            num_warps=4,
-        )
+        arguments = {
+            "norm_ptr": self.statistics.norm,
+            "sums_ptr": sums,
+            "maxima_ptr": sums if maxima is None else maxima,
+            "bounds_ptr": self.statistics.norm if self.cu_seqlens is None else self.cu_seqlens,
+            "total_ptr": total,
+            "shift_ptr": total if shift is None else shift,
+            "length": self.length,
+            "sums_stride": sums.shape[1],
+            "ONLINE": maxima is not None,
+            "HAS_BOUNDS": self.cu_seqlens is not None,
+            "BLOCK": 1024,
+        }
+        self.run(kernels.sequence_sums_kernel, (sequences, self.rows), arguments, {"num_warps": 4})
         return total, shift
 
     def _pair_tiles(
@@ -500,6 +536,10 @@ class _Call:
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
+
+    def _row_config(self) -> RowConfig:
+        perplexity = isinstance(self.potential, PerplexityEntropy)
+        return row_config(self.arch, self.dtype, self.precision, self.features, perplexity)
 
     def _row_sweep(
         self,
@@ -581,7 +621,7 @@ class _Call:
             LAYERS=len(self.layers),
             **rest,
         )
-        _run(kernel, grid, arguments, num_warps=num_warps, num_stages=num_stages)
+        self.run(kernel, grid, arguments, {"num_warps": num_warps, "num_stages": num_stages})
 
     def _partial_sums(self, columns: int) -> tuple[Tensor, Tensor | None]:
         sums = torch.empty(self.rows, columns, dtype=torch.float32, device=self.device)
@@ -594,14 +634,9 @@ class _Call:
         return torch.empty(self.batch, self.length, self.features, dtype=torch.float32, device=self.device)
 
 
-def _run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *, num_warps: int, num_stages: int = 3) -> None:
-    """Every launch of the backend."""
-    kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
-
-
-def _precision(z: Tensor) -> str:
+def _precision(dtype: torch.dtype, arch: str) -> str:
     """How the kernels multiply fp32: as PyTorch's matrix products do. 16-bit products are exact anyway."""
-    if z.dtype != torch.float32 or torch.version.hip:
+    if dtype != torch.float32 or arch.startswith("gfx"):
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
@@ -625,7 +660,7 @@ def _product_(out: Tensor, weights: Tensor, z: Tensor, add: bool) -> None:
 def _runs_of_layers(begin: int, end: int, batch: int) -> list[tuple[int, int]]:
     """The rows ``begin`` to ``end``, cut where a layer ends."""
     cuts = [begin, *range((begin // batch + 1) * batch, end, batch), end]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(itertools.pairwise(cuts))
 
 
 def _dense(groups: Tensor) -> Tensor:

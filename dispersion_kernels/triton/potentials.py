@@ -1,9 +1,10 @@
 """The pairwise potentials as Triton functions of the similarity c of two tokens.
 
-Each takes ``(c, q_i, q_j, p0, p1, p2, p3)``, where c is a tile ``[BLOCK_M, BLOCK_N]``, q the second statistic of its
-rows and columns (:func:`dispersion_kernels.triton.kernels.row_statistics_kernel`) and p four numbers, and gives
-``(u, v)``: psi and its slope, or, where the :class:`Epilogue` is exponential, log2 psi and the slope over psi. Constant
-factors of the slope are left out (``Epilogue.kappa``) and multiplied in once, at the end.
+Each takes ``(c, q_i, q_j, shift, p0, p1, p2, p3)``, where c is a tile ``[BLOCK_M, BLOCK_N]``, q the second statistic of
+its rows and columns (:func:`dispersion_kernels.triton.kernels.row_statistics_kernel`) and p four numbers, and gives
+``(u, v)``: psi and its slope, or, where the :class:`Epilogue` is exponential, log2 psi less the shift (taken off before
+the large part of it is rounded) and the slope over psi. Constant factors of the slope are left out
+(``Epilogue.kappa``) and multiplied in once, at the end.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def arcsine_narrow(c):
 
 @triton.jit
 def arcsine(c):
-    """asin(c) on [-1, 1]: absolute error below 1e-7. Above 1/2 it is pi/2 - 2 asin(sqrt((1 - |c|) / 2)); the root is the
-    hardware's reciprocal one and a Newton step."""
+    """asin(c) on [-1, 1]: absolute error below 2e-7, an ulp and a half of pi/2. Above 1/2 it is pi/2 - 2 asin(sqrt((1 -
+    |c|) / 2)); the root is the hardware's reciprocal one and a Newton step."""
     a = tl.abs(c)
     half = 0.5 - 0.5 * a
     inverse_root = tl.rsqrt(tl.maximum(half, 1e-30))
@@ -67,42 +68,42 @@ def arcsine(c):
 
 # p0, p1: the clip; log2 psi = p2 asin(c) + p3
 @triton.jit
-def angular_spread_narrow(c, q_i, q_j, p0, p1, p2, p3):
+def angular_spread_narrow(c, q_i, q_j, shift, p0, p1, p2, p3):
     c = tl.minimum(tl.maximum(c, p0), p1)
-    return arcsine_narrow(c) * p2 + p3, tl.rsqrt(1.0 - c * c)
+    return arcsine_narrow(c) * p2 + (p3 - shift), tl.rsqrt(1.0 - c * c)
 
 
 @triton.jit
-def angular_spread(c, q_i, q_j, p0, p1, p2, p3):
+def angular_spread(c, q_i, q_j, shift, p0, p1, p2, p3):
     c = tl.minimum(tl.maximum(c, p0), p1)
     # With clamp = 0 the slope is infinite at |c| = 1, and held at what fp32 resolves of c.
-    return arcsine(c) * p2 + p3, tl.rsqrt(tl.maximum(1.0 - c * c, 1.1920928955078125e-07))
+    return arcsine(c) * p2 + (p3 - shift), tl.rsqrt(tl.maximum(1.0 - c * c, 1.1920928955078125e-07))
 
 
 # p0, p1: the clip; margin - D = asin(c) / pi + p2
 @triton.jit
-def orthogonalization_narrow(c, q_i, q_j, p0, p1, p2, p3):
+def orthogonalization_narrow(c, q_i, q_j, shift, p0, p1, p2, p3):
     c = tl.minimum(tl.maximum(c, p0), p1)
     excess = tl.maximum(arcsine_narrow(c) * 0.3183098861837907 + p2, 0.0)
     return excess * excess, excess * tl.rsqrt(1.0 - c * c)
 
 
 @triton.jit
-def orthogonalization(c, q_i, q_j, p0, p1, p2, p3):
+def orthogonalization(c, q_i, q_j, shift, p0, p1, p2, p3):
     c = tl.minimum(tl.maximum(c, p0), p1)
     excess = tl.maximum(arcsine(c) * 0.3183098861837907 + p2, 0.0)
     return excess * excess, excess * tl.rsqrt(tl.maximum(1.0 - c * c, 1.1920928955078125e-07))
 
 
 @triton.jit
-def decorrelation(c, q_i, q_j, p0, p1, p2, p3):
+def decorrelation(c, q_i, q_j, shift, p0, p1, p2, p3):
     return c * c, c
 
 
-# log2 psi = p0 c - q_i - q_j + p1, where rounding must not make a distance negative
+# log2 psi = p0 c - (q_i + q_j) + p1: the same bits for (i, j) and (j, i), and no distance that rounding made negative
 @triton.jit
-def gaussian(c, q_i, q_j, p0, p1, p2, p3):
-    return tl.minimum(c * p0 - q_i - q_j, 0.0) + p1, 1.0
+def gaussian(c, q_i, q_j, shift, p0, p1, p2, p3):
+    return tl.minimum(c * p0 - (q_i + q_j), 0.0) + (p1 - shift), 1.0
 
 
 @dataclass(frozen=True)
@@ -183,26 +184,31 @@ def epilogue_of(potential: Potential, features: int, narrow_range: bool) -> Epil
             shift=shift,
             online=online,
         )
-    if isinstance(potential, DistancePotential | PerplexityEntropy):
-        distance = isinstance(potential, DistancePotential)
-        scale = potential.distance_scale(features) if distance else potential.sigma2
-        return Epilogue(
-            function=gaussian,
-            transform="none",
-            exponential=True,
-            p=(2 * _LOG2_E / scale, 0.0, 0.0, 0.0),
-            kappa=-2 / scale,
-            q=_LOG2_E / scale,
-            # With the diagonal, where it is 0, that is its maximum.
-            online=not (distance and potential.include_diagonal),
-        )
-    params = (*potential.params(), 0.0, 0.0, 0.0, 0.0)[:4]
+    if isinstance(potential, DistancePotential):
+        # With the diagonal, where the exponent is 0, that is its maximum.
+        return _of_distance(potential.distance_scale(features), online=not potential.include_diagonal)
+    if isinstance(potential, PerplexityEntropy):
+        return _of_distance(potential.sigma2, online=True)
+    p0, p1, p2, p3 = (*potential.params(), 0.0, 0.0, 0.0, 0.0)[:4]
     return Epilogue(
         function=type(potential).triton,
         transform=potential.row_transform,
         exponential=False,
-        p=params,
+        p=(p0, p1, p2, p3),
         kappa=1.0,
         eps=potential.norm_eps,
         own=True,
+    )
+
+
+def _of_distance(scale: float, online: bool) -> Epilogue:
+    """exp(-|z_i - z_j|^2 / scale)."""
+    return Epilogue(
+        function=gaussian,
+        transform="none",
+        exponential=True,
+        p=(2 * _LOG2_E / scale, 0.0, 0.0, 0.0),
+        kappa=-2 / scale,
+        q=_LOG2_E / scale,
+        online=online,
     )

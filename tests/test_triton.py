@@ -1,0 +1,393 @@
+"""The Triton kernels, on a GPU or, with TRITON_INTERPRET=1, in Triton's interpreter, against the float64 oracle.
+
+Without a GPU ``test_in_the_interpreter`` runs this file again in a process of its own: the interpreter has to be chosen
+before Triton's functions are defined.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    GPU,
+    INTERPRETED,
+    POTENTIALS,
+    assert_as_accurate_as_naive,
+    evaluate,
+    oracle,
+    relative_errors,
+)
+from torch import Tensor
+
+from dispersion_kernels import (
+    AngularSpread,
+    Decorrelation,
+    L2Repel,
+    Orthogonalization,
+    Potential,
+    Uniformity,
+    fused_dispersion_loss,
+    supported,
+)
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+DEVICE = "cuda" if GPU else "cpu"
+runs_kernels = pytest.mark.skipif(not (GPU or INTERPRETED), reason="needs a GPU or TRITON_INTERPRET=1")
+kernels = [runs_kernels, pytest.mark.gpu] if GPU else [runs_kernels]
+
+# One token, one pair, around the tiles of 32 tokens that the interpreter uses, and F that no tile divides; F above 128
+# (on a GPU; 64 in the interpreter) is swept, and below it resident.
+SHAPES = [(2, 1, 20), (3, 2, 64), (2, 3, 2), (1, 31, 150), (2, 33, 100), (1, 97, 64), (2, 70, 150)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def tokens(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Condensed as hidden states are."""
+    return (torch.randn(shape) * 0.7 + 0.4 * torch.randn(shape[-1])).to(DEVICE, dtype)
+
+
+def check(z: Tensor, potential: str | Potential, **options: Any) -> None:
+    exact = oracle(z, potential, **options)
+    assert_as_accurate_as_naive(z, potential, evaluate(z, potential, impl="triton", **options), exact, **options)
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests of this file run in this process")
+def test_in_the_interpreter() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-2_000:]
+
+
+class TestKernels:
+    pytestmark = kernels
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
+    def test_matches_the_oracle_at_ragged_shapes(self, potential: Potential, dtype: torch.dtype) -> None:
+        for shape in SHAPES:
+            if shape[2] == 2 and isinstance(potential, Decorrelation):
+                continue  # the correlation of two features is 1 or -1 and its gradient nothing but rounding
+            z = tokens(*shape, dtype=dtype)
+            upstream = torch.rand(shape[0], dtype=torch.float64, device=DEVICE) + 0.5
+            exact = oracle(z, potential, upstream)
+            answer = evaluate(z, potential, upstream, impl="triton")
+            assert answer.loss.dtype == torch.float32
+            assert answer.grad.dtype == dtype
+            assert_as_accurate_as_naive(z, potential, answer, exact, upstream=upstream)
+            with torch.no_grad():
+                alone = fused_dispersion_loss(z, potential, reduction="none", impl="triton")
+            torch.testing.assert_close(alone, answer.loss, rtol=2e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("features", [24, 150])
+    @pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
+    def test_masks_and_documents(self, potential: Potential, features: int) -> None:
+        z = tokens(2, 70, features)
+        mask = torch.rand(2, 70, device=DEVICE) > 0.3
+        check(z, potential, mask=mask)
+        sorted_ids = torch.randint(0, 4, (2, 70), device=DEVICE).sort(1).values
+        check(z, potential, document_ids=sorted_ids, mask=mask)
+        check(z, potential, document_ids=torch.randint(-1, 2**40, (2, 70), device=DEVICE) % 5 - 1)
+        check(z, potential, mask=torch.zeros_like(mask))
+
+    @pytest.mark.parametrize("features", [24, 150])
+    @pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
+    def test_packed_sequences(self, potential: Potential, features: int) -> None:
+        lengths = torch.tensor([5, 0, 1, 33, 2, 1, 40])
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(DEVICE)
+        z = tokens(int(lengths.sum()), features)
+        z[40:] *= 2  # sequences whose exponents differ by far must not share a shift
+        check(z, potential, cu_seqlens=cu_seqlens)
+        check(z, potential, cu_seqlens=cu_seqlens, mask=torch.rand(len(z), device=DEVICE) > 0.2)
+
+    @pytest.mark.parametrize(
+        "potential",
+        [
+            AngularSpread(tau=1e-3, eps=0.0),
+            AngularSpread(tau=0.1, clamp=0.0),
+            Orthogonalization(clamp=0.1),
+            Uniformity(t=30.0),
+            L2Repel(tau=0.1, eps=0.0, include_diagonal=False),
+        ],
+        ids=repr,
+    )
+    def test_exponents_beyond_fp32_and_wide_bands(self, potential: Potential) -> None:
+        z = tokens(2, 70, 150)
+        check(z, potential)
+        check(z, potential, mask=torch.rand(2, 70, device=DEVICE) > 0.3)
+        check(z[0], potential, cu_seqlens=torch.tensor([0, 30, 70], dtype=torch.int32, device=DEVICE))
+
+    @pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
+    def test_degenerate_tokens(self, potential: Potential) -> None:
+        """Zero tokens, duplicates, antipodes, constant tokens, tiny norms."""
+        z = tokens(1, 40, 48)
+        z[0, 3] = 0
+        z[0, 9] = 0
+        z[0, 5] = z[0, 6]
+        z[0, 7] = -z[0, 8]
+        z[0, 10] = 0.1
+        z[0, 11] = z[0, 12] * 1e-4
+        check(z, potential)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("scale", [1e-4, 1e4])
+    @pytest.mark.parametrize("name", ["angular_spread", "orthogonalization", "decorrelation", "uniformity"])
+    def test_norms_far_from_one(self, name: str, scale: float, dtype: torch.dtype) -> None:
+        z = torch.randn(2, 40, 72)
+        check((z * (scale / z.norm(dim=-1, keepdim=True))).to(DEVICE, dtype), name)
+
+    @pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
+    def test_more_than_the_workspace(self, potential: Potential, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Rows in rounds of fewer than all, across layers, and rows in pairs of blocks."""
+        from dispersion_kernels.triton import launch
+
+        layers = [tokens(2, 100, 150) for _ in range(3)]
+        expected = [oracle(z, potential) for z in layers]
+        for size in (4 * 100 * 104 * 3, 1):
+            monkeypatch.setattr(launch, "WORKSPACE_BYTES", size)
+            leaves = [z.clone().requires_grad_() for z in layers]
+            loss = fused_dispersion_loss(leaves, potential, reduction="none", impl="triton")
+            loss.sum().backward()
+            torch.testing.assert_close(
+                loss.double(), torch.stack([e.loss for e in expected]).mean(0), rtol=1e-5, atol=1e-5
+            )
+            for leaf, exact in zip(leaves, expected, strict=True):
+                assert leaf.grad is not None
+                error = (leaf.grad.double() * 3 - exact.grad).abs().max() / exact.grad.abs().max()
+                assert error < 2e-5
+
+    def test_any_strides_and_layers_that_differ_in_them(self) -> None:
+        z = tokens(70, 150, 2).permute(2, 0, 1)
+        check(z, "angular_spread")
+        check(tokens(2, 70, 300)[:, :, ::2], "angular_spread")
+        layers = [z, z.contiguous()]
+        first, second = (
+            fused_dispersion_loss(layer, impl="triton", reduction="none") for layer in (layers, z.contiguous())
+        )
+        torch.testing.assert_close(first, second)
+
+    def test_a_layer_without_gradient(self) -> None:
+        z, constant = tokens(2, 40, 72).requires_grad_(), tokens(2, 40, 72)
+        fused_dispersion_loss([constant, z], impl="triton").backward()
+        (expected,) = torch.autograd.grad(fused_dispersion_loss(z, impl="triton") / 2, z)
+        assert z.grad is not None
+        assert torch.equal(z.grad, expected)
+
+    @pytest.mark.parametrize("features", [24, 150])
+    def test_not_finite_stays_in_its_sequence(self, features: int) -> None:
+        z = tokens(3, 40, features)
+        clean = evaluate(z, "angular_spread", impl="triton")
+        z[1, 7, 3] = float("nan")
+        z[2, 0, 0] = float("inf")
+        answer = evaluate(z, "angular_spread", impl="triton")
+        assert answer.loss[1:].isnan().all()
+        assert answer.grad[1:].isnan().all()
+        assert torch.equal(answer.loss[0], clean.loss[0])
+        assert torch.equal(answer.grad[0], clean.grad[0])
+        mask = torch.ones(3, 40, dtype=torch.bool, device=DEVICE)
+        mask[1, 7] = mask[2, 0] = False
+        masked = evaluate(z, "angular_spread", impl="triton", mask=mask)
+        assert masked.loss.isfinite().all()
+        assert masked.grad.isfinite().all()
+        packed = z.reshape(-1, features)
+        bounds = torch.tensor([0, 40, 80, 120], dtype=torch.int32, device=DEVICE)
+        answer = evaluate(packed, "angular_spread", impl="triton", cu_seqlens=bounds)
+        assert answer.loss.isnan().tolist() == [False, True, True]
+        assert answer.grad[:40].isfinite().all()
+
+    def test_the_same_bits_every_time(self) -> None:
+        z = tokens(2, 70, 150, dtype=torch.bfloat16)
+        first = evaluate(z, "angular_spread", impl="triton")
+        for _ in range(2):
+            again = evaluate(z, "angular_spread", impl="triton")
+            assert torch.equal(again.loss, first.loss)
+            assert torch.equal(again.grad, first.grad)
+
+    def test_recompute_is_the_same(self) -> None:
+        z = tokens(2, 70, 24, dtype=torch.bfloat16)
+        kept, swept = (evaluate(z, "angular_spread", impl="triton", recompute=flag) for flag in (False, True))
+        assert torch.equal(kept.grad, swept.grad)
+
+    @pytest.mark.parametrize("features", [24, 150])
+    def test_a_potential_of_ones_own(self, features: int) -> None:
+        z = tokens(2, 70, features)
+        potential = Quartic(strength=0.7)
+        assert supported("triton", z, potential)
+        answer = evaluate(z, potential, impl="triton")
+        assert_as_accurate_as_naive(z, potential, answer, oracle(z, potential))
+
+    @pytest.mark.parametrize("name", ["narrow", "wide"])
+    def test_error_of_the_arcsine(self, name: str) -> None:
+        """Over the whole interval, close to 0 and to 1 included."""
+        import triton
+
+        from dispersion_kernels.triton import potentials
+
+        c = torch.cat([torch.linspace(0, 1, 2**20), torch.logspace(-30, 0, 2**16), 1 - torch.logspace(-7.2, -1, 2**16)])
+        c = c[c <= 0.75] if name == "narrow" else c
+        c = torch.cat([c, -c]).to(DEVICE)
+        out = torch.empty_like(c)
+        function = potentials.arcsine_narrow if name == "narrow" else potentials.arcsine
+        elementwise[(triton.cdiv(len(c), 2**16),)](c, out, len(c), function, 2**16)
+        assert (out.double() - c.double().asin()).abs().max() < (1e-7 if name == "narrow" else 2e-7)
+
+    @pytest.mark.parametrize("cells", [(2, 1, 20), (0, 5, 20)])
+    def test_nothing_to_pair(self, cells: tuple[int, int, int]) -> None:
+        z = tokens(*cells).requires_grad_()
+        loss = fused_dispersion_loss(z, impl="triton")
+        loss.backward()
+        assert loss == 0
+        assert z.grad is not None
+        assert not z.grad.any()
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    quartic = None
+else:
+
+    @triton.jit
+    def elementwise(x, y, n, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(y + i, FUNCTION(tl.load(x + i, mask=i < n, other=0.0)), mask=i < n)
+
+    @triton.jit
+    def quartic(c, p0, p1, p2, p3):  # type: ignore[no-untyped-def]
+        return p0 * c * c * c * c, 4.0 * p0 * c * c * c
+
+
+@dataclass(frozen=True)
+class Quartic(Potential):
+    """strength c^4, as a user would write it."""
+
+    reduction = "mean"
+    strength: float = 1.0
+    triton = staticmethod(quartic)
+
+    def value(self, c: Tensor) -> Tensor:
+        return self.strength * c**4
+
+    def slope(self, c: Tensor) -> Tensor:
+        return 4 * self.strength * c**3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+class TestOnAGpu:
+    @pytest.mark.parametrize("features", [64, 768])
+    def test_peak_memory(self, features: int) -> None:
+        """Beyond z: the fp32 gradient, its 16-bit copy, statistics and the workspace, and nothing of L^2."""
+        from dispersion_kernels.triton import launch
+
+        z = tokens(1, 32_768, features, dtype=torch.bfloat16).requires_grad_()
+        fused_dispersion_loss(z[:, :256], impl="triton").backward()  # compiled, and the libraries' handles made
+        z.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fused_dispersion_loss(z, impl="triton").backward()
+        extra = torch.cuda.max_memory_allocated() - before
+        assert extra < 3.5 * z.numel() * z.element_size() + 2 * launch.WORKSPACE_BYTES
+
+    @pytest.mark.parametrize("features", [64, 768])
+    def test_cuda_graph(self, features: int) -> None:
+        z = tokens(2, 300, features, dtype=torch.bfloat16).requires_grad_()
+        mask = torch.rand(2, 300, device="cuda") > 0.2
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                z.grad = None
+                fused_dispersion_loss(z, mask=mask, impl="triton").backward()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        z.grad = None
+        with torch.cuda.graph(graph):
+            loss = fused_dispersion_loss(z, mask=mask, impl="triton")
+            loss.backward()
+        with torch.no_grad():
+            z.copy_(tokens(2, 300, features, dtype=torch.bfloat16))
+            mask.copy_(torch.rand(2, 300, device="cuda") > 0.5)
+        graph.replay()
+        expected = evaluate(z, "angular_spread", impl="triton", mask=mask)
+        assert z.grad is not None
+        torch.testing.assert_close(loss, expected.loss.mean())
+        torch.testing.assert_close(z.grad, expected.grad / 2, rtol=1e-2, atol=1e-8)
+
+    def test_no_synchronisation(self) -> None:
+        layers = [tokens(2, 300, 768, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+        ids = torch.randint(0, 3, (2, 300), device="cuda")
+        bounds = torch.tensor([0, 100, 300], dtype=torch.int32, device="cuda")
+        for call in range(2):  # the first call compiles
+            torch.cuda.set_sync_debug_mode("error" if call else "default")
+            try:
+                fused_dispersion_loss(layers, impl="triton").backward()
+                fused_dispersion_loss(layers, document_ids=ids, impl="triton").backward()
+                fused_dispersion_loss(layers[0][0], cu_seqlens=bounds, impl="triton").backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    def test_side_stream(self) -> None:
+        z = tokens(4, 700, 768, dtype=torch.bfloat16)
+        expected = evaluate(z, "angular_spread", impl="triton")
+        stream = torch.cuda.Stream()
+        torch.cuda._sleep(10**8)  # whatever is launched on the default stream by mistake comes too late
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            answer = evaluate(z, "angular_spread", impl="triton")
+        stream.synchronize()
+        assert torch.equal(answer.grad, expected.grad)
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    def test_second_device(self) -> None:
+        z = tokens(2, 300, 768, dtype=torch.bfloat16)
+        here, there = (evaluate(z.to(device), "angular_spread", impl="triton") for device in ("cuda:0", "cuda:1"))
+        assert torch.equal(here.grad, there.grad.to("cuda:0"))
+
+    def test_compile(self) -> None:
+        layers = [tokens(2, 300, 768, dtype=torch.bfloat16).requires_grad_() for _ in range(2)]
+
+        def training_loss(layers: list[Tensor]) -> Tensor:
+            return 0.1 * fused_dispersion_loss([layer * 2 for layer in layers], impl="triton")
+
+        expected = torch.autograd.grad(training_loss(layers), layers)
+        grads = torch.autograd.grad(torch.compile(training_loss, fullgraph=True)(layers), layers)
+        for got, eager in zip(grads, expected, strict=True):
+            torch.testing.assert_close(got, eager, rtol=2e-2, atol=1e-9)
+
+    def test_auto_chooses_triton(self) -> None:
+        z = tokens(2, 300, 768, dtype=torch.bfloat16)
+        auto, triton_ = (evaluate(z, "angular_spread", impl=impl) for impl in ("auto", "triton"))
+        assert torch.equal(auto.grad, triton_.grad)
+
+    @pytest.mark.parametrize("precision", ["highest", "high"])
+    def test_fp32_follows_the_precision_of_products(self, precision: str) -> None:
+        z = tokens(1, 512, 768)
+        torch.set_float32_matmul_precision(precision)
+        try:
+            error = relative_errors(evaluate(z, "angular_spread", impl="triton"), oracle(z, "angular_spread"))[1]
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        assert error < (5e-6 if precision == "highest" else 5e-3)
+
+    def test_more_than_2_31_elements(self) -> None:
+        if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
+            pytest.skip("needs a GPU with 40 GiB")
+        z = torch.randn(2, 8, 2**28 + 64, dtype=torch.bfloat16, device="cuda")
+        whole = evaluate(z, "angular_spread", impl="triton")
+        last = evaluate(z[1:], "angular_spread", impl="triton")
+        assert torch.equal(whole.loss[1:], last.loss)
+        assert torch.equal(whole.grad[1:], last.grad)
