@@ -6,10 +6,14 @@ before Triton's functions are defined.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,6 +73,35 @@ def test_in_the_interpreter() -> None:
     )
     print(result.stdout)
     assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-2_000:]
+
+
+def test_tuning_keeps_the_fastest_that_does_not_spill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dispersion_kernels.triton import configs, tuning
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    candidates = configs.tile_candidates(configs.tile_config("sm_90", torch.bfloat16, "ieee", False))
+    assert len(candidates) == len(set(candidates))
+    launched: list[configs.TileConfig] = []
+
+    def launch(candidate: configs.TileConfig) -> SimpleNamespace:
+        launched.append(candidate)
+        return SimpleNamespace(n_spills=8 if candidate.num_warps == 4 else 0)
+
+    def time(call: Callable[[], Any]) -> float:
+        call()
+        return float(launched[-1].num_stages * launched[-1].block)
+
+    chosen = tuning.best("a", candidates, launch, time)
+    assert (chosen.block, chosen.num_warps, chosen.num_stages) == (64, 8, 2)
+    launched.clear()
+    assert tuning.best("a", candidates, launch, time) == chosen
+    assert not launched
+    assert tuning.best("b", candidates[:1], lambda _: SimpleNamespace(n_spills=1), time) == candidates[0]
+    assert set(json.loads((tmp_path / "dispersion_kernels" / "tuning.json").read_text())) == {"a", "b"}
+    (tmp_path / "dispersion_kernels" / "tuning.json").write_text("{half")
+    assert tuning.best("a", candidates, launch, time) == chosen
+    assert not tuning.enabled(torch.device("cpu"))
+    assert [tuning.length_bucket(n) for n in (2, 256, 257, 5000)] == [256, 256, 512, 8192]
 
 
 class TestKernels:
@@ -367,6 +400,13 @@ class TestOnAGpu:
         grads = torch.autograd.grad(torch.compile(training_loss, fullgraph=True)(layers), layers)
         for got, eager in zip(grads, expected, strict=True):
             torch.testing.assert_close(got, eager, rtol=2e-2, atol=1e-9)
+
+    @pytest.mark.parametrize("features", [64, 768])
+    def test_tuned(self, features: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setenv("DISPERSION_KERNELS_AUTOTUNE", "1")
+        check(tokens(2, 300, features, dtype=torch.bfloat16), "angular_spread")
+        assert (tmp_path / "dispersion_kernels" / "tuning.json").is_file()
 
     def test_auto_chooses_triton(self) -> None:
         z = tokens(2, 300, 768, dtype=torch.bfloat16)

@@ -5,7 +5,8 @@ None spills a register on its architecture: ``python -m benchmarks.static_report
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -82,3 +83,16 @@ def row_config(arch: str, dtype: torch.dtype, precision: str, features: int, per
     if width <= 128:
         return RowConfig(64, 64, 64, width, True, 4, 2)
     return RowConfig(64, 64, 64, 256, False, 8, 2)
+
+
+def tile_candidates(config: TileConfig) -> list[TileConfig]:
+    """What tuning tries beside the table's, which comes first."""
+    grid = itertools.product((64, 128), (32, 64), (4, 8), (2, 3, 4))
+    return [config, *(other for other in (TileConfig(*cell) for cell in grid) if other != config)]
+
+
+def row_candidates(config: RowConfig) -> list[RowConfig]:
+    """As :func:`tile_candidates`; the width of a slice stays, because it decides how much work there is."""
+    grid = itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
+    others = (replace(config, block_m=m, block_n=n, num_warps=w, num_stages=s) for m, n, w, s in grid)
+    return [config, *(other for other in others if other != config)]

@@ -16,17 +16,20 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from dispersion_kernels.potentials import L2Repel, PerplexityEntropy, Potential
 from dispersion_kernels.segments import group_sizes, segment_of_token, within_segments
 from dispersion_kernels.sweep import log_mean_loss, mean_loss
-from dispersion_kernels.triton import kernels
+from dispersion_kernels.triton import kernels, tuning
 from dispersion_kernels.triton.configs import (
     RowConfig,
     TileConfig,
     architecture,
+    row_candidates,
     row_config,
+    tile_candidates,
     tile_config,
     tokens_of_a_program,
 )
@@ -53,9 +56,9 @@ class Losses(NamedTuple):
     """``[layers, B, L]`` fp32."""
 
 
-def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]) -> None:
-    """Launches a kernel on the current stream."""
-    kernel[grid](**arguments, **options, enable_fp_fusion=True)
+def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]) -> Any:
+    """Launches a kernel on the current stream; gives what Triton compiled."""
+    return kernel[grid](**arguments, **options, enable_fp_fusion=True)
 
 
 def dispersion(
@@ -67,7 +70,7 @@ def dispersion(
     *,
     arch: str | None = None,
     precision: str | None = None,
-    run: Callable[..., None] = run,
+    run: Callable[..., Any] = run,
 ) -> Losses:
     """Loss of each sequence of each layer and, if asked, its gradient.
 
@@ -137,7 +140,7 @@ class _Call:
         cu_seqlens: Tensor | None,
         arch: str,
         precision: str,
-        run: Callable[..., None],
+        run: Callable[..., Any],
     ) -> None:
         z = layers[0]
         self.layers, self.potential, self.cu_seqlens = layers, potential, cu_seqlens
@@ -224,7 +227,7 @@ class _Call:
         return log_mean_loss(potential, total.log() + shift, shift, count)
 
     def _loss_of_tiles(self) -> tuple[Tensor, Tensor | None]:
-        config = tile_config(self.arch, self.dtype, self.precision, self.groups is not None)
+        config = self._tile_config()
         tiles = _blocks(self.length, config.block)
         programs = _blocks(tiles, 2) * (tiles + 1)
         sums, maxima = self._partial_sums(programs)
@@ -238,17 +241,23 @@ class _Call:
         return self._sequence_sums(sums, maxima)
 
     def _resident(self, maximum: Tensor | None) -> Tensor:
-        config = self._row_config()
         sums = self._of_tokens()
         self.weight_sums = self._of_tokens() if self.epilogue.transform == "none" else None
         self.gradients = [self._empty_gradient() for _ in self.layers]
+        config = self._row_config()
+        if tuning.enabled(self.device):
+            config = tuning.best(
+                self._tuning_key("resident"),
+                row_candidates(config),
+                lambda candidate: self._row_sweep(candidate, "gradient", sums=sums),
+            )
         self._row_sweep(
             config, "gradient", sums=sums, shift=None if maximum is None else self._spread(maximum).contiguous()
         )
         return self._sequence_sums(sums, None)[0]
 
     def _swept(self, maximum: Tensor | None) -> Tensor:
-        config = tile_config(self.arch, self.dtype, self.precision, self.groups is not None)
+        config = self._tile_config()
         self.weight_sums = torch.zeros_like(self.statistics.norm) if self.epilogue.transform == "none" else None
         self.gradients = [self._empty_gradient() for _ in self.layers]
         stride = 8 * _blocks(self.length, 8)  # 16-byte stores, and what the library's products like
@@ -498,10 +507,10 @@ class _Call:
         first_sum: int = 0,
         weights: Tensor | None = None,
         mirror: Tensor | None = None,
-    ) -> None:
+    ) -> Any:
         statistics, groups = self.statistics, self.groups
         unused = statistics.norm
-        self._launch(
+        return self._launch(
             kernels.pair_tiles_kernel,
             (programs, rows),
             **self._epilogue_arguments(),
@@ -537,6 +546,34 @@ class _Call:
             num_stages=config.num_stages,
         )
 
+    def _tile_config(self) -> TileConfig:
+        config = tile_config(self.arch, self.dtype, self.precision, self.groups is not None)
+        if not tuning.enabled(self.device):
+            return config
+        # As many whole tiles of as many rows as the workspace holds.
+        tokens = min(self.length, math.isqrt(WORKSPACE_BYTES // self.dtype.itemsize)) // 128 * 128
+        if tokens == 0:
+            return config
+        rows = min(self.rows, WORKSPACE_BYTES // (tokens**2 * self.dtype.itemsize))
+        workspace = torch.empty(rows, tokens, tokens, dtype=self.dtype, device=self.device)
+
+        def launch(candidate: TileConfig) -> Any:
+            tiles = tokens // candidate.block
+            programs = _blocks(tiles, 2) * (tiles + 1)
+            sums, _ = self._partial_sums(programs)
+            return self._pair_tiles(
+                candidate, sums, None, rows, programs, tiles_i=tiles, weights=workspace, mirror=workspace
+            )
+
+        return tuning.best(self._tuning_key("swept"), tile_candidates(config), launch)
+
+    def _tuning_key(self, strategy: str) -> str:
+        device = torch.cuda.get_device_name(self.device)
+        groups = "groups" if self.groups is not None else "whole"
+        bucket = tuning.length_bucket(self.length)
+        what = (strategy, self.potential.name(), self.dtype, self.precision, self.features, bucket, groups)
+        return "; ".join(map(str, (device, f"Triton {triton.__version__}", *what)))
+
     def _row_config(self) -> RowConfig:
         perplexity = isinstance(self.potential, PerplexityEntropy)
         return row_config(self.arch, self.dtype, self.precision, self.features, perplexity)
@@ -554,7 +591,7 @@ class _Call:
         expected: Tensor | None = None,
         average: Tensor | None = None,
         eps: float | None = None,
-    ) -> None:
+    ) -> Any:
         statistics, groups = self.statistics, self.groups
         unused = statistics.norm
         with_grad = which in ("gradient", "entropy_gradient")
@@ -564,7 +601,7 @@ class _Call:
         arguments = self._epilogue_arguments()
         if eps is not None:
             arguments["p2"] = eps
-        self._launch(
+        return self._launch(
             kernels.row_sweep_kernel,
             (_blocks(self.length, config.block_m), self.rows, slices),
             **arguments,
@@ -607,7 +644,7 @@ class _Call:
             TRANSFORM=epilogue.transform,
         )
 
-    def _launch(self, kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: int = 3, **rest: Any) -> None:
+    def _launch(self, kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: int = 3, **rest: Any) -> Any:
         """A kernel that reads the tokens."""
         stride_b, stride_l, stride_f = self.layers[0].stride()
         arguments = dict(
@@ -621,7 +658,7 @@ class _Call:
             LAYERS=len(self.layers),
             **rest,
         )
-        self.run(kernel, grid, arguments, {"num_warps": num_warps, "num_stages": num_stages})
+        return self.run(kernel, grid, arguments, {"num_warps": num_warps, "num_stages": num_stages})
 
     def _partial_sums(self, columns: int) -> tuple[Tensor, Tensor | None]:
         sums = torch.empty(self.rows, columns, dtype=torch.float32, device=self.device)
