@@ -82,7 +82,7 @@ def _why_not_cpu(z: Tensor, potential: type[Potential]) -> str | None:
 
 
 def _why_not_triton(z: Tensor, potential: type[Potential]) -> str | None:
-    if _triton_version() is None:
+    if triton_version() is None:
         return "Triton is not installed (there is none for macOS; on Windows it is triton-windows): pip install triton"
     if z.device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
@@ -106,7 +106,7 @@ def _why_not_triton(z: Tensor, potential: type[Potential]) -> str | None:
 
 
 @functools.cache
-def _triton_version() -> str | None:
+def triton_version() -> str | None:
     """The installed Triton's, without importing it."""
     if importlib.util.find_spec("triton") is None:
         return None

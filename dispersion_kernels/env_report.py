@@ -9,6 +9,7 @@ import sys
 import torch
 
 from dispersion_kernels import __version__, native, supported
+from dispersion_kernels.backends import triton_version
 
 
 def report() -> str:
@@ -27,10 +28,11 @@ def report() -> str:
         f"torch: {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         f"processor: {platform.processor() or platform.machine()}, {os.cpu_count()} logical cores",
         f"CPU kernel: {built}",
-        f"CUDA: {torch.version.cuda}, {device}",
+        f"CUDA: {torch.version.cuda}, ROCm: {torch.version.hip}, {device}",
+        f"triton: {triton_version() or 'not installed'}",
     ]
-    for impl in ("cpu", "torch", "reference"):
-        support = supported(impl, z)
+    for impl in ("triton", "cpu", "torch", "reference"):
+        support = supported(impl, z.cuda() if impl == "triton" and torch.cuda.is_available() else z)
         lines.append(f'impl="{impl}": ' + ("yes" if support else f"no: {support.reason}"))
     return "\n".join(lines)
 

@@ -43,8 +43,6 @@ from dispersion_kernels import (
 pytest.importorskip("triton", reason="Triton is not installed")
 
 DEVICE = "cuda" if GPU else "cpu"
-runs_kernels = pytest.mark.skipif(not (GPU or INTERPRETED), reason="needs a GPU or TRITON_INTERPRET=1")
-kernels = [runs_kernels, pytest.mark.gpu] if GPU else [runs_kernels]
 
 # One token, one pair, around the tiles of 32 tokens that the interpreter uses, and F that no tile divides; F above 128
 # (on a GPU; 64 in the interpreter) is swept, and below it resident.
@@ -73,6 +71,41 @@ def test_in_the_interpreter() -> None:
     )
     print(result.stdout)
     assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-2_000:]
+
+
+def test_import_and_the_cpu_need_no_triton() -> None:
+    code = """if True:
+        import sys
+        import torch
+        sys.modules["triton"] = None  # an import of it fails
+        import dispersion_kernels
+        from dispersion_kernels.env_report import report
+        z = torch.randn(1, 4, 8, requires_grad=True)
+        dispersion_kernels.fused_dispersion_loss(z).backward()
+        print(dispersion_kernels.supported("triton", z).reason)
+        report()
+    """
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"}
+    )
+    assert "Triton is not installed" in output.stdout
+
+
+def test_why_not_triton() -> None:
+    reasons = {
+        "the tokens are on meta": (torch.zeros(1, 2, 2, device="meta"), "angular_spread"),
+        "float64": (torch.zeros(1, 2, 2, dtype=torch.float64, device="cuda" if GPU else "cpu"), "angular_spread"),
+    }
+    for reason, (z, potential) in reasons.items():
+        if INTERPRETED or GPU or z.device.type != "cpu":
+            assert reason in str(supported("triton", z, potential).reason)
+    if GPU or INTERPRETED:
+        assert "no Triton function" in str(supported("triton", tokens(1, 2, 2), WithoutTriton()).reason)
+        assert "more than four fields" in str(supported("triton", tokens(1, 2, 2), FiveFields()).reason)
+    else:
+        with pytest.raises(RuntimeError, match=r'impl="triton" cannot run here: the tokens are on the CPU'):
+            fused_dispersion_loss(tokens(1, 2, 2), impl="triton")
 
 
 def test_tuning_keeps_the_fastest_that_does_not_spill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +138,9 @@ def test_tuning_keeps_the_fastest_that_does_not_spill(tmp_path: Path, monkeypatc
 
 
 class TestKernels:
-    pytestmark = kernels
+    """Deselected (in conftest.py) where neither a GPU nor the interpreter runs them."""
+
+    pytestmark = [pytest.mark.gpu] if GPU else []
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
@@ -316,6 +351,18 @@ class Quartic(Potential):
 
     def slope(self, c: Tensor) -> Tensor:
         return 4 * self.strength * c**3
+
+
+class WithoutTriton(Quartic):
+    triton = None
+
+
+@dataclass(frozen=True)
+class FiveFields(Quartic):
+    a: float = 0.0
+    b: float = 0.0
+    c: float = 0.0
+    d: float = 0.0
 
 
 @pytest.mark.gpu

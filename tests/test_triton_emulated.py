@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -35,7 +35,10 @@ SEEDS = (1, 2, 3)
 
 
 class Emulator:
-    """Runs launches for one architecture; every kernel with each seed, which must give the same bits."""
+    """Runs launches for one architecture; every compiled kernel, the first time, with each seed, which must give the
+    same bits, and later with one."""
+
+    seen: ClassVar[set[str]] = set()
 
     def __init__(self, arch: str) -> None:
         self.arch = arch
@@ -55,7 +58,9 @@ class Emulator:
         storages = {t.untyped_storage().data_ptr(): _bytes_of(t) for t in flat if isinstance(t, Tensor)}
         before = {pointer: storage.clone() for pointer, storage in storages.items()}
         first: dict[int, Tensor] = {}
-        for seed in SEEDS:
+        seeds = SEEDS[:1] if compiled.asm["ptx"] in self.seen else SEEDS
+        self.seen.add(compiled.asm["ptx"])
+        for seed in seeds:
             for pointer, storage in storages.items():
                 storage.copy_(before[pointer])
             report = module.launch(
