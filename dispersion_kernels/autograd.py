@@ -139,9 +139,9 @@ def _triton_sweep(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     from dispersion_kernels.triton import launch  # imports Triton
 
-    loss, pairs, gradients, scale = launch.dispersion(
-        layers, Potential.from_params(potential, params), groups, cu_seqlens, any(with_grad)
-    )
+    chosen = Potential.from_params(potential, params)
+    with torch.cuda.device_of(layers[0]):  # Triton launches on the current device
+        loss, pairs, gradients, scale = launch.dispersion(layers, chosen, groups, cu_seqlens, any(with_grad))
     weight = _weight(len(layers), reduction, pairs)
     total = (loss.sum(0) if reduction == "none" else loss.sum()) * weight
     grads = [gradients[n] if need else total.new_empty(0, dtype=torch.float32) for n, need in enumerate(with_grad)]

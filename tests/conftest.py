@@ -37,6 +37,8 @@ POTENTIALS: dict[str, Potential] = {
 }
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETED
+# What use_deterministic_algorithms asks of matrix products on a GPU.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 IMPLS = ["cpu", "torch"]
 if GPU:
     IMPLS.append(pytest.param("triton", marks=pytest.mark.gpu))  # type: ignore[arg-type]

@@ -44,8 +44,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 DEVICE = "cuda" if GPU else "cpu"
 
-# One token, one pair, around the tiles of 32 tokens that the interpreter uses, and F that no tile divides; F above 128
-# (on a GPU; 64 in the interpreter) is swept, and below it resident.
+# One token, one pair, around the tiles of 32 tokens that the interpreter uses, and F that no tile divides; F above
+# 128 (64 in fp32) is swept, and below it resident.
 SHAPES = [(2, 1, 20), (3, 2, 64), (2, 3, 2), (1, 31, 150), (2, 33, 100), (1, 97, 64), (2, 70, 150)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -235,6 +235,18 @@ class TestKernels:
                 assert leaf.grad is not None
                 error = (leaf.grad.double() * 3 - exact.grad).abs().max() / exact.grad.abs().max()
                 assert error < 2e-5
+
+    def test_more_rows_than_a_grid_has(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from dispersion_kernels.triton import launch
+
+        layers = [tokens(3, 40, 24).requires_grad_() for _ in range(2)]
+        mask = torch.rand(3, 40, device=DEVICE) > 0.3
+        expected = torch.autograd.grad(fused_dispersion_loss(layers, mask=mask, impl="triton"), layers)
+        monkeypatch.setattr(launch, "_MAX_ROWS", 2)
+        for got, whole in zip(
+            torch.autograd.grad(fused_dispersion_loss(layers, mask=mask, impl="triton"), layers), expected, strict=True
+        ):
+            assert torch.equal(got, whole)
 
     def test_any_strides_and_layers_that_differ_in_them(self) -> None:
         z = tokens(70, 150, 2).permute(2, 0, 1)

@@ -37,8 +37,10 @@ from dispersion_kernels.triton.potentials import Epilogue, epilogue_of
 
 # Of the slopes in flight: it should stay in the last-level cache and yet fill the machine.
 WORKSPACE_BYTES = 32 << 20
-# Up to here the resident kernel's 4 L^2 F FLOPs cost less than the swept one's 3 and its traffic of slopes.
-RESIDENT_FEATURES = 128
+# Up to here the resident kernel's 4 L^2 F FLOPs should cost less than the swept one's 3 and its traffic of slopes.
+_RESIDENT_FEATURES = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
+# Of a grid's second dimension.
+_MAX_ROWS = 65_535
 _LN2 = math.log(2)
 _NO_GROUP = 2**31 - 1
 
@@ -85,6 +87,22 @@ def dispersion(
     batch, length, _ = layers[0].shape
     if batch == 0 or length < 2:
         return _nothing(layers, cu_seqlens, with_grad)
+    if batch > 1 and len(layers) * batch > _MAX_ROWS:
+        parts = [slice(0, batch // 2), slice(batch // 2, batch)]
+        options: dict[str, Any] = {"arch": arch, "precision": precision, "run": run}
+        return _joined(
+            [
+                dispersion(
+                    [z[part] for z in layers],
+                    potential,
+                    None if groups is None else groups[part],
+                    None,
+                    with_grad,
+                    **options,
+                )
+                for part in parts
+            ]
+        )
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(layers[0].device)
         groups = within_segments(groups, cu_seqlens, length)
@@ -107,6 +125,17 @@ def _nothing(layers: Sequence[Tensor], cu_seqlens: Tensor | None, with_grad: boo
         torch.zeros(sequences, dtype=torch.int64, device=z.device),
         [torch.zeros_like(z, dtype=torch.float32) for z in layers] if with_grad else [],
         torch.zeros(len(layers), *z.shape[:2], device=z.device) if with_grad else None,
+    )
+
+
+def _joined(parts: list[Losses]) -> Losses:
+    """Of the whole batch, from those of its parts."""
+    scales = [part.scale for part in parts if part.scale is not None]
+    return Losses(
+        torch.cat([part.loss for part in parts], 1),
+        torch.cat([part.pairs for part in parts]),
+        [torch.cat(of_layer) for of_layer in zip(*(part.gradients for part in parts), strict=True)],
+        torch.cat(scales, 1) if scales else None,
     )
 
 
@@ -212,7 +241,7 @@ class _Call:
         if epilogue.online or not with_grad:
             total, maximum = self._loss_of_rows() if packed else self._loss_of_tiles()
         if with_grad:
-            resident = packed or self.features <= RESIDENT_FEATURES
+            resident = packed or self.features <= _RESIDENT_FEATURES[self.dtype]
             sums = self._resident(maximum) if resident else self._swept(maximum)
             total = sums if total is None else total
         assert total is not None
