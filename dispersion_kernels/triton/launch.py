@@ -140,7 +140,9 @@ def _joined(parts: list[Losses]) -> Losses:
 
 
 def _same_strides(layers: Sequence[Tensor]) -> list[Tensor]:
-    if all(z.stride() == layers[0].stride() for z in layers):
+    """The layers with one set of strides, of which that of the features times F fits 32 bits; the others are 64."""
+    stride, features = layers[0].stride(), layers[0].shape[2]
+    if all(z.stride() == stride for z in layers) and stride[2] * features < 2**31:
         return list(layers)
     return [z.contiguous() for z in layers]
 
