@@ -286,8 +286,7 @@ def faults(row: Row) -> list[str]:
     """Why the kernel must not be shipped, in words."""
     variant, limit = row.variant, DEVICES[row.variant.arch].shared_cta
     found = []
-    # AMD's scalar registers are spilled to lanes of vector registers, not to memory.
-    if set(row.spills) - {"sgpr"}:
+    if row.spills:
         found.append(f"spills {_spills(row)}")
     if row.shared > 1024 * limit:
         found.append(f"{row.shared / 1024:.1f} KiB of shared memory, the device has {limit}")

@@ -143,8 +143,12 @@ def _weigh(
     inverse_j,
     extra_i,
     extra_j,
-    keep,
+    i,
+    j,
+    groups_i,
+    groups_j,
     masked,
+    diagonal,
     shift,
     p0,
     p1,
@@ -155,8 +159,9 @@ def _weigh(
     EXPONENTIAL: tl.constexpr,
     TRANSFORM: tl.constexpr,
 ):
-    """``(u, v)`` of a tile of products, an exponent less ``shift``. Where ``masked``, the pairs that are not ``keep``
-    get psi = slope = 0."""
+    """``(u, v)`` of a tile of products, an exponent less ``shift``; psi = slope = 0 for tokens of different groups, if
+    the tile is ``masked``, and for a token with itself, if it is on the ``diagonal``."""
+    # The two conditions one after the other: together they would hold a register of lanes for each element.
     if TRANSFORM == "standardize":
         c -= extra_i[:, None] * extra_j[None, :]
     if TRANSFORM != "none":
@@ -165,13 +170,15 @@ def _weigh(
         u, v = FUNCTION(c, p0, p1, p2, p3)
     else:
         u, v = FUNCTION(c, extra_i[:, None], extra_j[None, :], shift, p0, p1, p2, p3)
-    if EXPONENTIAL:
-        if masked:
-            u = tl.where(keep, u, float("-inf"))
-    else:
-        if masked:
-            u = tl.where(keep, u, 0.0)
-            v = tl.where(keep, v, 0.0)
+    nothing = float("-inf") if EXPONENTIAL else 0.0
+    if masked:
+        u = tl.where(groups_i[:, None] == groups_j[None, :], u, nothing)
+        if not EXPONENTIAL:
+            v = tl.where(groups_i[:, None] == groups_j[None, :], v, 0.0)
+    if diagonal:
+        u = tl.where(i[:, None] != j[None, :], u, nothing)
+        if not EXPONENTIAL:
+            v = tl.where(i[:, None] != j[None, :], v, 0.0)
     return u, v
 
 
@@ -289,12 +296,12 @@ def pair_tiles_kernel(
         # A negative group pairs with nobody, not even its like.
         groups_i = tl.where(groups_i < 0, -2, groups_i)
         groups_j = tl.load(groups_ptr + j, mask=valid_j, other=-1)
-        keep = (groups_i[:, None] == groups_j[None, :]) & (i[:, None] != j[None, :])
         masked = True
     else:
-        keep = (i[:, None] != j[None, :]) & valid_i[:, None] & valid_j[None, :]
-        # Tiles inside need no mask: J is never before I, so I reaches beyond the last token only if J does.
-        masked = diagonal | (first_j + tile_j * BLOCK + BLOCK > length)
+        groups_i = tl.where(valid_i, 0, -2)
+        groups_j = tl.where(valid_j, 0, -1)
+        # J is never before I, so I reaches beyond the last token only if J does.
+        masked = first_j + tile_j * BLOCK + BLOCK > length
     inverse_i = tl.load(inverse_ptr + statistics + i, mask=valid_i, other=0.0)
     inverse_j = tl.load(inverse_ptr + statistics + j, mask=valid_j, other=0.0)
     extra_i = tl.load(extra_ptr + statistics + i, mask=valid_i, other=0.0)
@@ -308,8 +315,12 @@ def pair_tiles_kernel(
         inverse_j,
         extra_i,
         extra_j,
-        keep,
+        i,
+        j,
+        groups_i,
+        groups_j,
         masked,
+        diagonal,
         shift,
         p0,
         p1,
@@ -420,6 +431,7 @@ def row_sweep_kernel(
         first_tile = tl.load(ranges)
         end_tile = tl.load(ranges + 1)
     else:
+        groups_i = tl.where(valid_i, 0, -2)
         first_tile = 0
         end_tile = tl.cdiv(length, BLOCK_N)
     if (PASS == "loss") or (PASS == "online"):
@@ -454,20 +466,23 @@ def row_sweep_kernel(
         extra_j = tl.load(extra_ptr + statistics + j, mask=valid_j, other=0.0)
         if HAS_GROUPS:
             groups_j = tl.load(groups_ptr + j, mask=valid_j, other=-1)
-            keep = (groups_i[:, None] == groups_j[None, :]) & (i[:, None] != j[None, :])
             masked = True
         else:
-            keep = (i[:, None] != j[None, :]) & valid_j[None, :]
-            meets = (tile_j * BLOCK_N < tile_i * BLOCK_M + BLOCK_M) & (tile_i * BLOCK_M < tile_j * BLOCK_N + BLOCK_N)
-            masked = meets | (tile_j * BLOCK_N + BLOCK_N > length)
+            groups_j = tl.where(valid_j, 0, -1)
+            masked = tile_j * BLOCK_N + BLOCK_N > length
+        diagonal = (tile_j * BLOCK_N < tile_i * BLOCK_M + BLOCK_M) & (tile_i * BLOCK_M < tile_j * BLOCK_N + BLOCK_N)
         u, v = _weigh(
             c,
             inverse_i,
             inverse_j,
             extra_i,
             extra_j,
-            keep,
+            i,
+            j,
+            groups_i,
+            groups_j,
             masked,
+            diagonal,
             shift,
             p0,
             p1,
@@ -486,14 +501,12 @@ def row_sweep_kernel(
             sums = sums * tl.exp2(maxima - now) + added
             maxima = now
         elif PASS == "entropy":
-            keep = keep & valid_i[:, None]
             p = tl.exp2(u - largest_i[:, None]) * inverse_total_i[:, None]
             h, g = _information(p, average_i[:, None], p2)
-            sums += tl.sum(tl.where(keep, p * h, 0.0), 1)
-            maxima = tl.where(maxima == -1e30, 0.0, maxima) + tl.sum(tl.where(keep, p * g, 0.0), 1)
+            sums += tl.sum(p * h, 1)
+            maxima = tl.where(maxima == -1e30, 0.0, maxima) + tl.sum(p * g, 1)
         else:
             if PASS == "entropy_gradient":
-                keep = keep & valid_i[:, None]
                 largest_j = tl.load(largest_ptr + statistics + j, mask=valid_j, other=0.0)
                 inverse_total_j = 1.0 / tl.load(total_ptr + statistics + j, mask=valid_j, other=1.0)
                 average_j = tl.load(average_ptr + statistics + j, mask=valid_j, other=1.0)
@@ -503,7 +516,7 @@ def row_sweep_kernel(
                 slope = p * (g - expected_i[:, None])
                 p = tl.exp2(u - largest_j[None, :]) * inverse_total_j[None, :]
                 h, g = _information(p, average_j[None, :], p2)
-                slope = tl.where(keep, slope + p * (g - expected_j[None, :]), 0.0)
+                slope += p * (g - expected_j[None, :])
             elif EXPONENTIAL:
                 psi = tl.exp2(u)
                 slope = psi * v
@@ -542,7 +555,8 @@ def row_sweep_kernel(
 
 @triton.jit
 def _information(p, average, eps):
-    """h = log2((P + eps) / (average + eps)) and g = d(P h) / dP = h + P / ((P + eps) ln 2)."""
+    """h = log2((P + eps) / (average + eps)) and g = d(P h) / dP = h + P / ((P + eps) ln 2); finite at P = 0, so what is
+    no pair adds 0."""
     x = (p - average) / (average + eps)
     # log2(1 + x) keeps its digits where P is near its average, as log1p does.
     y = 1.0 + x
