@@ -435,7 +435,8 @@ def row_sweep_kernel(
         first_tile = 0
         end_tile = tl.cdiv(length, BLOCK_N)
     if (PASS == "loss") or (PASS == "online"):
-        first_tile = tl.maximum(first_tile, tile_i)
+        tl.static_assert(BLOCK_M % BLOCK_N == 0)
+        first_tile = tl.maximum(first_tile, tile_i * (BLOCK_M // BLOCK_N))
     shift = 0.0
     if HAS_SHIFT:
         shift = tl.load(shift_ptr + statistics + i, mask=valid_i, other=0.0)[:, None]
@@ -497,7 +498,7 @@ def row_sweep_kernel(
             now = tl.maximum(maxima, tl.max(u, 1))
             added = tl.sum(tl.exp2(u - now[:, None]), 1)
             if PASS == "online":
-                added = tl.where(tile_j == tile_i, added, 2 * added)
+                added = tl.where(diagonal, added, 2 * added)
             sums = sums * tl.exp2(maxima - now) + added
             maxima = now
         elif PASS == "entropy":
@@ -525,7 +526,7 @@ def row_sweep_kernel(
                 slope = v
             if PASS == "loss":
                 added = tl.sum(psi, 1)
-                sums += tl.where(tile_j == tile_i, added, 2 * added)
+                sums += tl.where(diagonal, added, 2 * added)
             elif PASS == "gradient":
                 sums += tl.sum(psi, 1)
             if (PASS == "gradient") or (PASS == "entropy_gradient"):
