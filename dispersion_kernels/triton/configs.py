@@ -59,8 +59,8 @@ def tile_config(arch: str, dtype: torch.dtype, precision: str, groups: bool) -> 
     """For similarities over the upper triangle of tiles."""
     if arch == _INTERPRETER:
         return TileConfig(32, 32, 1, 1)
-    if groups:
-        # The mask of a 128 x 128 tile takes the registers that are left.
+    if groups or (arch == "gfx90a" and dtype != torch.float32):
+        # The mask of a 128 x 128 tile takes the registers that are left (on gfx90a, the scalar ones).
         if precision == "tf32x3":
             return TileConfig(64, 32, 8, 2)
         return TileConfig(64, 32 if dtype == torch.float32 else 64, 4, 3)
