@@ -224,6 +224,17 @@ def test_faults() -> None:
     assert [fault.split(": ")[2] for fault in shared] == ["128.0 KiB of shared memory, the device has 99"]
 
 
+def test_an_epilogue_beyond_its_share_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = Toy("pair tiles", "sm_80")
+    row = static_report.examine(toy, compiled(toy))
+    busiest = max(cycles for pipe, cycles in row.epilogue.items() if pipe != "issue") / (row.tensor + row.library)
+    monkeypatch.setattr(static_report, "TARGETS", {("sm_80", "pair tiles")})
+    monkeypatch.setattr(static_report, "EPILOGUE_SHARE", busiest * 0.99)
+    assert any("its epilogue takes" in fault for fault in static_report.faults(row))
+    monkeypatch.setattr(static_report, "EPILOGUE_SHARE", busiest * 1.01)
+    assert not static_report.faults(row)
+
+
 def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     shipped = {"sm_80": [Toy("pair tiles", "sm_80", library_flops=1e8), SPILLING], "sm_90": []}
 
