@@ -68,7 +68,7 @@ def tile_config(arch: str, dtype: torch.dtype, precision: str, groups: bool) -> 
         return TileConfig(128, 64, 8, 3)
     if precision == "tf32":
         return TileConfig(128, 32, 8, 3)
-    return TileConfig(64, 32, 8, 2)
+    return TileConfig(64, 32, 4, 2)
 
 
 def row_config(arch: str, dtype: torch.dtype, precision: str, features: int, perplexity: bool) -> RowConfig:
@@ -77,7 +77,9 @@ def row_config(arch: str, dtype: torch.dtype, precision: str, features: int, per
     if arch == _INTERPRETER:
         return RowConfig(32, 32, 32, min(width, 64), width <= 64, 1, 1)
     if dtype == torch.float32:
-        return RowConfig(64, 32, 32, min(width, 64), width <= 64 and precision != "tf32x3", 8, 2)
+        # More warps than a tile has rows for multiply the same numbers twice.
+        warps = 8 if precision == "tf32" else 4
+        return RowConfig(64, 32, 32, min(width, 64), width <= 64 and precision != "tf32x3", warps, 2)
     if perplexity:
         return RowConfig(64, 64, 64, min(width, 128), width <= 128, 8, 2)
     if width <= 128:
