@@ -7,7 +7,7 @@ Triton does at a call: what is compiled here is what runs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class Specialization:
 
     signature: dict[str, Any]
     constexprs: dict[str, Any]
-    divisible: tuple[tuple[int, ...], ...] = field(default=())
+    divisible: tuple[tuple[int, ...], ...]
     """Paths of the arguments that are divisible by 16."""
 
 
@@ -242,11 +242,11 @@ def _variant(recorded: Launch, potential: str, arch: str, z: Tensor) -> Variant:
         tensor_flops=flops[0],
         library_flops=flops[1],
         trips=trips,
-        tensor_kind=_tensor_kind(arch, z.dtype) if flops[0] else "",
+        tensor_kind=_tensor_kind(arch) if flops[0] else "",
     )
 
 
-def _tensor_kind(arch: str, dtype: torch.dtype) -> str:
+def _tensor_kind(arch: str) -> str:
     if arch.startswith("gfx"):
         return "v_mfma"
     if arch == "sm_90":

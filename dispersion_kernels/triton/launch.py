@@ -9,6 +9,7 @@ shapes alone, so a CUDA graph can hold it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -89,7 +90,6 @@ def dispersion(
         return _nothing(layers, cu_seqlens, with_grad)
     if batch > 1 and len(layers) * batch > _MAX_ROWS:
         parts = [slice(0, batch // 2), slice(batch // 2, batch)]
-        options: dict[str, Any] = {"arch": arch, "precision": precision, "run": run}
         return _joined(
             [
                 dispersion(
@@ -98,7 +98,9 @@ def dispersion(
                     None if groups is None else groups[part],
                     None,
                     with_grad,
-                    **options,
+                    arch=arch,
+                    precision=precision,
+                    run=run,
                 )
                 for part in parts
             ]
@@ -182,6 +184,7 @@ class _Call:
         self.arch, self.precision, self.run = arch, precision, run
         self.partners: Tensor | None = None
         self.groups: Tensor | None = None
+        self._group_ranges: dict[int, Tensor] = {}
         if groups is not None:
             self.partners = group_sizes(groups) - 1
             self.groups = _dense(groups)
@@ -247,22 +250,22 @@ class _Call:
             sums = self._resident(maximum) if resident else self._swept(maximum)
             total = sums if total is None else total
         assert total is not None
-        count = self._pairs().clamp(min=1).double()
+        count = self._pairs.clamp(min=1).double()
         if not epilogue.exponential:
             return mean_loss(potential, total, count)
         shift = torch.full_like(total, epilogue.shift)
         if maximum is not None:
             shift += maximum * _LN2
         if getattr(potential, "include_diagonal", False):
-            total = total + self._paired_tokens()
+            total = total + self._paired_tokens
         return log_mean_loss(potential, total.log() + shift, shift, count)
 
     def _loss_of_tiles(self) -> tuple[Tensor, Tensor | None]:
         config = self._tile_config()
         tiles = _blocks(self.length, config.block)
-        programs = _blocks(tiles, 2) * (tiles + 1)
+        programs = _triangle(tiles)
         sums, maxima = self._partial_sums(programs)
-        self._pair_tiles(config, sums, maxima, self.rows, programs, tiles_i=tiles, online=self.epilogue.online)
+        self._pair_tiles(config, sums, maxima, self.rows, programs, tiles_i=tiles)
         return self._sequence_sums(sums, maxima)
 
     def _loss_of_rows(self) -> tuple[Tensor, Tensor | None]:
@@ -300,7 +303,7 @@ class _Call:
     def _swept_rows(self, config: TileConfig, maximum: Tensor | None, stride: int, together: int) -> Tensor:
         """Several rows at once, all of a row's slopes in the workspace."""
         tiles = _blocks(self.length, config.block)
-        programs = _blocks(tiles, 2) * (tiles + 1)
+        programs = _triangle(tiles)
         sums, _ = self._partial_sums(programs)
         workspace = torch.empty(min(together, self.rows), self.length, stride, dtype=self.dtype, device=self.device)
         for first in range(0, self.rows, together):
@@ -333,7 +336,7 @@ class _Call:
         bounds = [(begin, min(begin + size, self.length)) for begin in range(0, self.length, size)]
         tiles = [_blocks(end - begin, config.block) for begin, end in bounds]
         programs = {
-            (i, j): _blocks(tiles[i], 2) * (tiles[i] + 1) if i == j else tiles[i] * tiles[j]
+            (i, j): _triangle(tiles[i]) if i == j else tiles[i] * tiles[j]
             for i in range(len(bounds))
             for j in range(i, len(bounds))
         }
@@ -384,7 +387,7 @@ class _Call:
             average = torch.full_like(total, 1 / (self.length - 1))
         else:
             average = (1 / self.partners.clamp(min=1).float()).repeat(len(self.layers), 1)
-        anchors = self._paired_tokens().clamp(min=1)
+        anchors = self._paired_tokens.clamp(min=1)
         self._row_sweep(
             config,
             "entropy",
@@ -416,13 +419,13 @@ class _Call:
 
     def finish(self, loss: Tensor, scale: Tensor, with_grad: bool) -> Losses:
         """The gradient through the row transform, and the factor of each token."""
-        pairs = self._pairs()
+        pairs = self._pairs
         empty = pairs == 0
         # Before it meets anything: where there is no pair it may be infinite.
         scale = (scale * self.epilogue.kappa).masked_fill(empty, 0.0).masked_fill(loss.isnan(), math.nan)
         penalty = None
         if isinstance(self.potential, L2Repel) and self.potential.norm_weight:
-            penalty = self.potential.norm_weight / (self._paired_tokens().clamp(min=1) * self.features)
+            penalty = self.potential.norm_weight / (self._paired_tokens.clamp(min=1) * self.features)
             loss = loss + penalty * self._sequence_sums(self.statistics.norm.square(), None)[0]
         # [rows, S] is [layers, batch] or [layers, S].
         loss = loss.masked_fill(empty, 0.0).view(len(self.layers), -1)
@@ -465,6 +468,7 @@ class _Call:
 
     # ---- sequences of a row: one, or the segments of cu_seqlens
 
+    @functools.cached_property
     def _pairs(self) -> Tensor:
         """``[rows, S]`` int64: the ordered pairs of each sequence, the diagonal counted if it counts."""
         with_itself = int(getattr(self.potential, "include_diagonal", False))
@@ -473,6 +477,7 @@ class _Call:
             return torch.full((self.rows, 1), count, dtype=torch.int64, device=self.device)
         return self._over_sequences((self.partners + with_itself).masked_fill(self.partners <= 0, 0))
 
+    @functools.cached_property
     def _paired_tokens(self) -> Tensor:
         """``[rows, S]`` fp64: the tokens with a partner."""
         if self.partners is None:
@@ -530,7 +535,6 @@ class _Call:
         tiles_i: int,
         tiles_j: int = 0,
         triangle: bool = True,
-        online: bool = False,
         shift: Tensor | None = None,
         first_row: int = 0,
         first_i: int = 0,
@@ -550,7 +554,7 @@ class _Call:
             extra_ptr=statistics.extra,
             shift_ptr=unused if shift is None else shift,
             groups_ptr=unused if groups is None else groups,
-            group_range_ptr=unused if groups is None else _group_ranges(groups, config.block),
+            group_range_ptr=unused if groups is None else self._ranges_of_groups(groups, config.block),
             weights_ptr=unused if weights is None else weights,
             mirror_ptr=unused if mirror is None else mirror,
             weights_row_stride=0 if weights is None else weights.stride(0),
@@ -564,7 +568,7 @@ class _Call:
             first_j=first_j,
             tiles_i=tiles_i,
             tiles_j=tiles_j,
-            ONLINE=online,
+            ONLINE=maxima is not None,
             HAS_SHIFT=shift is not None,
             HAS_GROUPS=groups is not None,
             WRITE=weights is not None,
@@ -577,6 +581,12 @@ class _Call:
             num_stages=config.num_stages,
         )
 
+    def _ranges_of_groups(self, groups: Tensor, block: int) -> Tensor:
+        """Kept, because a row in blocks is many launches."""
+        if block not in self._group_ranges:
+            self._group_ranges[block] = _group_ranges(groups, block)
+        return self._group_ranges[block]
+
     def _tile_config(self) -> TileConfig:
         config = tile_config(self.arch, self.dtype, self.precision, self.groups is not None)
         if not tuning.enabled(self.device):
@@ -586,11 +596,11 @@ class _Call:
         if tokens == 0:
             return config
         rows = min(self.rows, WORKSPACE_BYTES // (tokens**2 * self.dtype.itemsize))
-        workspace = torch.empty(rows, tokens, tokens, dtype=self.dtype, device=self.device)
 
         def launch(candidate: TileConfig) -> Any:
+            workspace = torch.empty(rows, tokens, tokens, dtype=self.dtype, device=self.device)
             tiles = tokens // candidate.block
-            programs = _blocks(tiles, 2) * (tiles + 1)
+            programs = _triangle(tiles)
             sums, _ = self._partial_sums(programs)
             return self._pair_tiles(
                 candidate, sums, None, rows, programs, tiles_i=tiles, weights=workspace, mirror=workspace
@@ -627,7 +637,6 @@ class _Call:
         unused = statistics.norm
         with_grad = which in ("gradient", "entropy_gradient")
         slices = _blocks(self.features, config.block_f) if with_grad else 1
-        resident = config.resident
         weight_sums = self.weight_sums if with_grad else None
         arguments = self._epilogue_arguments()
         if eps is not None:
@@ -658,7 +667,7 @@ class _Call:
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             BLOCK_F=config.block_f,
-            RESIDENT=resident,
+            RESIDENT=config.resident,
             EVEN_K=self.features % config.block_k == 0,
             PRECISION=self.precision,
             num_warps=config.num_warps,
@@ -757,6 +766,11 @@ def _tile_ranges(groups: Tensor, block_m: int, block_n: int) -> Tensor:
 
 def _blocks(size: int, block: int) -> int:
     return -(-size // block)
+
+
+def _triangle(tiles: int) -> int:
+    """The programs of ``pair_tiles_kernel`` for the upper triangle of so many tiles, folded to a rectangle."""
+    return _blocks(tiles, 2) * (tiles + 1)
 
 
 def _power_of_two(size: int) -> int:
