@@ -1,8 +1,14 @@
-"""Builds the CPU kernel (csrc/cpu) beside the Python package; everything else is in pyproject.toml.
+"""Builds the CPU kernel (csrc/cpu) and, where it can, the CUDA kernels (csrc/cuda); all else is in pyproject.toml.
 
-The kernel is a shared library with a plain C interface. It needs a C++17 compiler (``$CXX``, or c++, g++, clang++) and
-no PyTorch. Without a compiler, or with ``DISPERSION_KERNELS_SKIP_NATIVE=1``, the package installs without the kernel;
-the reason is printed and kept in ``_build_info.json``, which ``dispersion_kernels.native`` reports.
+The CPU kernel is a shared library with a plain C interface. It needs a C++17 compiler (``$CXX``, or c++, g++, clang++)
+and no PyTorch. Without a compiler, or with ``DISPERSION_KERNELS_SKIP_NATIVE=1``, the package installs without it.
+
+The CUDA kernels need nvcc and a CUDA build of PyTorch that setup.py can import: ``pip install --no-build-isolation``.
+``DISPERSION_KERNELS_BUILD_CUDA=1`` makes their absence an error, ``=0`` leaves them out; ``TORCH_CUDA_ARCH_LIST`` says
+for which architectures. They are compiled against PyTorch's stable ABI, so the wheel serves other versions, too.
+
+What was built, or the reason why not, is printed and kept in ``_build_info.json``, which
+``python -m dispersion_kernels.env_report`` shows.
 """
 
 import functools
@@ -14,15 +20,17 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from setuptools import Distribution, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc" / "cpu"
+CUDA_SOURCES = ROOT / "csrc" / "cuda"
 PACKAGE = "dispersion_kernels"
 INFO = "_build_info.json"
 LIBRARY = "_native_cpu" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -34,12 +42,26 @@ ARM: dict[str, list[str]] = {"neon": []}
 ISAS = {"x86_64": X86, "amd64": X86, "arm64": ARM, "aarch64": ARM}
 
 
+# The first PyTorch that the CUDA kernels run under: 2.10, as TORCH_TARGET_VERSION writes it.
+TORCH_TARGET_VERSION = 0x020A << 48
+
+
+@dataclass
+class CudaInfo:
+    built: bool
+    reason: str | None = None
+    compiler: str | None = None
+    torch: str | None = None
+    architectures: list[str] = field(default_factory=list)
+
+
 @dataclass
 class BuildInfo:
     native: bool
     reason: str | None = None
     compiler: str | None = None
     isas: list[str] = field(default_factory=list)
+    cuda: CudaInfo = field(default_factory=lambda: CudaInfo(built=False))
 
 
 @functools.cache
@@ -133,6 +155,103 @@ def ninja_file(compiler: list[str], clang: bool, isas: dict[str, list[str]]) -> 
     return "\n".join(lines)
 
 
+class SkipCuda(Exception):
+    """Why the package is installed without the CUDA kernels."""
+
+
+@functools.cache
+def cuda_extension() -> tuple[CudaInfo, Extension | None]:
+    """How to build the CUDA kernels; says why where they cannot be had."""
+    wanted = os.environ.get("DISPERSION_KERNELS_BUILD_CUDA", "")
+    try:
+        if wanted == "0":
+            raise SkipCuda("DISPERSION_KERNELS_BUILD_CUDA=0 was set")
+        return _cuda_extension()
+    except SkipCuda as skip:
+        if wanted not in ("", "0"):
+            raise SystemExit(
+                f"dispersion_kernels: DISPERSION_KERNELS_BUILD_CUDA={wanted} was set, but {skip}"
+            ) from None
+        print(f"dispersion_kernels: installing without the CUDA kernels: {skip}", file=sys.stderr)
+        return CudaInfo(built=False, reason=str(skip)), None
+
+
+def _cuda_extension() -> tuple[CudaInfo, Extension]:
+    if sys.platform != "linux":
+        raise SkipCuda("they are built on Linux alone")
+    root = find_toolkit()
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError:
+        raise SkipCuda(
+            "PyTorch cannot be imported while building: install a CUDA build of it and give pip --no-build-isolation"
+        ) from None
+    if torch.version.cuda is None:
+        raise SkipCuda(f"PyTorch {torch.__version__} is no CUDA build; install one (pytorch.org says how)")
+    if root is None:
+        raise SkipCuda(
+            f"there is no nvcc: install the CUDA toolkit {torch.version.cuda}, or set CUDA_HOME to where it is"
+        )
+    nvcc = nvcc_version(root)
+    check_versions(nvcc, torch.version.cuda, torch.__version__)
+    library = next(iter(sorted(root.glob("**/libcudart_static.a"))), None)
+    if library is None:
+        raise SkipCuda(f"{root} has no libcudart_static.a: install the toolkit's cudart development package")
+    # Before PyTorch reads it. A GPU runs what was compiled for an older one of its generation: 8.0 serves 8.6 and 8.9.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(nvcc))
+    defines = [f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET_VERSION:016x}ULL", "-DUSE_CUDA"]
+    extension = cpp_extension.CppExtension(
+        f"{PACKAGE}._cuda",
+        [str(source.relative_to(ROOT)) for source in sorted(CUDA_SOURCES.glob("*.c*")) if source.suffix != ".cuh"],
+        include_dirs=[str(root / "include")],
+        # The runtime is linked in, and of PyTorch nothing that only its CUDA builds have: the library loads anywhere.
+        extra_objects=[str(library)],
+        libraries=["dl", "rt", "pthread"],
+        extra_compile_args={
+            "cxx": ["-std=c++17", "-O2", "-fvisibility=hidden", *defines],
+            "nvcc": ["-std=c++17", "-O3", "--threads=2", *defines],
+        },
+        py_limited_api=True,
+    )
+    architectures = os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";").split(";")
+    return CudaInfo(True, None, f"nvcc {nvcc}", torch.__version__, architectures), extension
+
+
+def find_toolkit() -> Path | None:
+    """Where the CUDA toolkit is; PyTorch is told, too, which would guess by where nvcc is, and that may be a script."""
+    root = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if not root and (nvcc := shutil.which("nvcc")):
+        result = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-"], input="", capture_output=True, text=True)
+        found = re.search(r"^#\$ TOP=(.+)$", result.stderr, re.MULTILINE)
+        root = str(Path(found[1]).resolve()) if found else str(Path(nvcc).resolve().parent.parent)
+    if not root or not (Path(root) / "bin" / "nvcc").exists():
+        return None
+    os.environ["CUDA_HOME"] = root
+    return Path(root)
+
+
+def nvcc_version(root: Path) -> str:
+    result = subprocess.run([str(root / "bin" / "nvcc"), "--version"], capture_output=True, text=True)
+    found = re.search(r"release (\d+\.\d+)", result.stdout)
+    if found is None:
+        raise SkipCuda(f"{root / 'bin' / 'nvcc'} --version failed")
+    return found[1]
+
+
+def check_versions(nvcc: str, cuda: str, torch: str) -> None:
+    if nvcc.split(".")[0] != cuda.split(".")[0]:
+        raise SkipCuda(
+            f"nvcc is of CUDA {nvcc} and PyTorch {torch} of CUDA {cuda}: install a PyTorch built for CUDA "
+            f"{nvcc.split('.')[0]}, or set CUDA_HOME to a toolkit {cuda}"
+        )
+
+
+def default_architectures(nvcc: str) -> str:
+    major, minor = map(int, nvcc.split("."))
+    return "8.0;9.0;10.0;12.0+PTX" if (major, minor) >= (12, 8) else "8.0;9.0+PTX"
+
+
 class BuildPy(build_py):
     """Puts the library and ``_build_info.json`` into the package: the built one, or the source tree's if editable."""
 
@@ -144,6 +263,7 @@ class BuildPy(build_py):
         target.unlink(missing_ok=True)
         if info.native:
             shutil.copyfile(library, target)
+        info = replace(info, cuda=cuda_extension()[0])
         (package / INFO).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
@@ -152,7 +272,7 @@ class BuildPy(build_py):
 
 
 class BdistWheel(bdist_wheel):
-    """One wheel for every Python 3: the library uses no Python interface."""
+    """One wheel for every Python 3: the libraries use no Python interface."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", "any" if self.root_is_pure else super().get_tag()[2])
@@ -160,7 +280,22 @@ class BdistWheel(bdist_wheel):
 
 class BinaryDistribution(Distribution):
     def has_ext_modules(self) -> bool:
-        return native_library()[0].native
+        return native_library()[0].native or cuda_extension()[1] is not None
 
 
-setup(distclass=BinaryDistribution, cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel})
+def build_ext_command() -> Any:
+    from torch.utils.cpp_extension import BuildExtension
+
+    return BuildExtension.with_options(no_python_abi_suffix=True)
+
+
+def main() -> None:
+    commands: dict[str, Any] = {"build_py": BuildPy, "bdist_wheel": BdistWheel}
+    extension = cuda_extension()[1]
+    if extension is not None:
+        commands["build_ext"] = build_ext_command()
+    setup(distclass=BinaryDistribution, cmdclass=commands, ext_modules=[extension] if extension else [])
+
+
+if __name__ == "__main__":
+    main()

@@ -2,9 +2,9 @@
 //
 // A potential sees the product s = x_i . x_j of two transformed rows and gives psi and the part of dpsi/ds that varies
 // from pair to pair (the slope); the constant part is applied once, to the finished sum (see dispersion.cpp, kappa).
-// The scalar type V is float on a GPU and a pack of lanes on a CPU. V must provide, found by argument-dependent lookup
-// or as a plain overload: + - * with V and float, madd(a, b, c) = a b + c, minimum, maximum, absolute, rsqrt,
-// exponential, and select_less(x, bound, a, b) = x < bound ? a : b.
+// The scalar type V is float (scalar.h, included before) on a GPU and a pack of lanes on a CPU. V must provide: + - *
+// with V and float, madd(a, b, c) = a b + c, minimum, maximum, absolute, rsqrt, select_less(x, bound, a, b) = x < bound
+// ? a : b, and exponential, whose base is the one that the factors of an exponent are given for: e on a CPU, 2 on a GPU.
 #pragma once
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
@@ -46,6 +46,19 @@ DK_FUNCTION V arccos(V c) {
   return select_less(c, 0.0f, madd(angle, -1.0f, kPi), angle);
 }
 
+// asin(c) for |c| <= 3/4, absolute error below 1e-7: no root. A minimax fit of (asin(c) / c - 1) / c^2 in c^2.
+template <class V>
+DK_FUNCTION V arcsine_narrow(V c) {
+  const V y = c * c;
+  V r = madd(y, 0.17995834350585938f, -0.2181084156036377f);
+  r = madd(r, y, 0.1675553023815155f);
+  r = madd(r, y, -0.016236959025263786f);
+  r = madd(r, y, 0.05257529392838478f);
+  r = madd(r, y, 0.07434581965208054f);
+  r = madd(r, y, 0.16668610274791718f);
+  return madd(c * y, r, c);
+}
+
 // A polynomial fitted on the clamped band when the call starts; dispersion.cpp checks its error before it is used.
 struct Polynomial {
   static constexpr int kMaxDegree = 24;
@@ -60,19 +73,38 @@ struct Polynomial {
   }
 };
 
-// psi = exp(-arccos(clip(s)) / (pi tau)), slope psi / sqrt(1 - clip(s)^2), kappa 1 / (pi tau).
+// psi = exp(-arccos(clip(s)) / (pi tau)), slope psi / sqrt(1 - clip(s)^2), kappa 1 / (pi tau). The shift is taken off
+// before the large part of the exponent is rounded.
 struct AngularSpread {
   static constexpr bool kExponential = true;
   float low, high, inverse_pi_tau;
 
   template <class V>
-  DK_FUNCTION V exponent(V s, V, V) const {
-    return arccos(clip(s, low, high)) * -inverse_pi_tau;
+  DK_FUNCTION V exponent(V s, V, V, float shift) const {
+    return madd(arccos(clip(s, low, high)), -inverse_pi_tau, -shift);
   }
   template <class V>
   DK_FUNCTION Weights<V> weigh(V s, V q_i, V q_j, float shift) const {
     const V c = clip(s, low, high);
-    const V psi = exponential(exponent(s, q_i, q_j) - shift);
+    const V psi = exponential(exponent(s, q_i, q_j, shift));
+    return {psi, psi * rsqrt(madd(c * -1.0f, c, 1.0f))};
+  }
+};
+
+// The same for bands within [-3/4, 3/4], with exp(0.5 / tau) psi in place of psi: the exponent is asin(clip(s)) / (pi
+// tau).
+struct AngularSpreadNarrow {
+  static constexpr bool kExponential = true;
+  float low, high, inverse_pi_tau;
+
+  template <class V>
+  DK_FUNCTION V exponent(V s, V, V, float shift) const {
+    return madd(arcsine_narrow(clip(s, low, high)), inverse_pi_tau, -shift);
+  }
+  template <class V>
+  DK_FUNCTION Weights<V> weigh(V s, V q_i, V q_j, float shift) const {
+    const V c = clip(s, low, high);
+    const V psi = exponential(exponent(s, q_i, q_j, shift));
     return {psi, psi * rsqrt(madd(c * -1.0f, c, 1.0f))};
   }
 };
@@ -105,6 +137,19 @@ struct Orthogonalization {
   }
 };
 
+// The same for bands within [-3/4, 3/4].
+struct OrthogonalizationNarrow {
+  static constexpr bool kExponential = false;
+  float low, high, margin;
+
+  template <class V>
+  DK_FUNCTION Weights<V> weigh(V s, V, V, float) const {
+    const V c = clip(s, low, high);
+    const V excess = maximum(madd(arcsine_narrow(c), kInversePi, margin - 0.5f), 0.0f);
+    return {excess * excess, excess * rsqrt(madd(c * -1.0f, c, 1.0f))};
+  }
+};
+
 // The same with margin - D as a polynomial in s.
 struct OrthogonalizationFit {
   static constexpr bool kExponential = false;
@@ -130,20 +175,39 @@ struct Decorrelation {
 };
 
 // psi = exp(-a |x_i - x_j|^2) of uniformity (unit rows), l2_repel and dispersive_l2, slope psi, kappa 2 a.
-// q = a |x|^2 comes scaled by a; rounding must not make a distance negative.
+// q = a |x|^2 comes scaled by a; rounding must not make a distance negative, nor differ between (i, j) and (j, i).
 struct Gaussian {
   static constexpr bool kExponential = true;
   float twice_a;
 
   template <class V>
-  DK_FUNCTION V exponent(V s, V q_i, V q_j) const {
-    return minimum(madd(s, twice_a, q_i * -1.0f) - q_j, 0.0f);
+  DK_FUNCTION V exponent(V s, V q_i, V q_j, float shift) const {
+    return minimum(madd(s, twice_a, (q_i + q_j) * -1.0f), 0.0f) - shift;
   }
   template <class V>
   DK_FUNCTION Weights<V> weigh(V s, V q_i, V q_j, float shift) const {
-    const V psi = exponential(exponent(s, q_i, q_j) - shift);
+    const V psi = exponential(exponent(s, q_i, q_j, shift));
     return {psi, psi};
   }
 };
+
+// Of perplexity_entropy, with P a softmax of Gaussian's exponents: h = log2((P + eps) / (average + eps)) and g = d(P h)
+// / dP = h + P / ((P + eps) ln 2); finite at P = 0, so what is no pair adds 0. V must provide logarithm, of base 2, and
+// division.
+template <class V>
+struct Information {
+  V h, g;
+};
+
+template <class V>
+DK_FUNCTION Information<V> information(V p, V average, float eps) {
+  constexpr float kLog2E = 1.44269504088896f;
+  const V x = (p - average) / (average + eps);
+  // log2(1 + x) keeps its digits where P is near its average, as log1p does.
+  const V y = x + 1.0f;
+  const V rounded = y - 1.0f;
+  const V h = rounded == 0.0f ? x * kLog2E : logarithm(y) * (x / rounded);
+  return {h, madd(p / (p + eps), kLog2E, h)};
+}
 
 }  // namespace dk

@@ -7,7 +7,8 @@ tokens: what a GradScaler multiplies in is there before an fp16 gradient could u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from dispersion_kernels import native
 from dispersion_kernels.backends import choose
+from dispersion_kernels.cuda import CudaKernels
+from dispersion_kernels.gpu import launch
 from dispersion_kernels.potentials import Potential
 from dispersion_kernels.segments import check_cu_seqlens, host_segments, segment_of_token
 from dispersion_kernels.sweep import accumulation_dtype, in_blocks, sweep
@@ -122,13 +125,14 @@ def _forward(
     z = layers[0]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])
-    run = {"triton": _triton_sweep, "cpu": _native_sweep, "torch": _torch_sweep}[choose(impl, z, potential)]
+    run = _SWEEPS[choose(impl, z, potential)]
     # Products are fp32 inside an autocast region, too.
     with torch.autocast(z.device.type, enabled=False):
         return run(layers, groups, cu_seqlens, potential, params, reduction, with_grad)
 
 
-def _triton_sweep(
+def _gpu_sweep(
+    kernels_for: Callable[[Tensor], launch.Kernels],
     layers: list[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -137,15 +141,20 @@ def _triton_sweep(
     reduction: str,
     with_grad: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    from dispersion_kernels.triton import launch  # imports Triton
-
     chosen = Potential.from_params(potential, params)
     with torch.cuda.device_of(layers[0]):  # Triton launches on the current device
-        loss, pairs, gradients, scale = launch.dispersion(layers, chosen, groups, cu_seqlens, any(with_grad))
+        kernels = kernels_for(layers[0])
+        loss, pairs, gradients, scale = launch.dispersion(layers, chosen, groups, cu_seqlens, any(with_grad), kernels)
     weight = _weight(len(layers), reduction, pairs)
     total = (loss.sum(0) if reduction == "none" else loss.sum()) * weight
     grads = [gradients[n] if need else total.new_empty(0, dtype=torch.float32) for n, need in enumerate(with_grad)]
     return total.float(), grads, total.new_empty(0, dtype=torch.float32) if scale is None else scale * weight
+
+
+def _triton_kernels(z: Tensor) -> launch.Kernels:
+    from dispersion_kernels.triton.backend import TritonKernels  # imports Triton
+
+    return TritonKernels(z)
 
 
 def _native_sweep(
@@ -207,6 +216,14 @@ def _torch_sweep(
         grads.append(loss.new_empty(0) if grad is None else grad)
         scales.append(loss.new_empty(0) if scale is None else scale * weight)
     return torch.stack(losses).sum(0), *_joined(grads, scales, with_grad)
+
+
+_SWEEPS: dict[str, Callable[..., tuple[Tensor, list[Tensor], Tensor]]] = {
+    "triton": partial(_gpu_sweep, _triton_kernels),
+    "cuda": partial(_gpu_sweep, CudaKernels),
+    "cpu": _native_sweep,
+    "torch": _torch_sweep,
+}
 
 
 def _weight(layers: int, reduction: str, pairs: Tensor) -> Tensor | float:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dispersion_kernels import native
+from dispersion_kernels import cuda, native
 from dispersion_kernels.potentials import Potential, resolve_potential
 
-IMPLS = ("auto", "triton", "cpu", "torch", "reference")
+IMPLS = ("auto", "triton", "cuda", "cpu", "torch", "reference")
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ def supported(impl: str, z: Tensor, potential: str | Potential = "angular_spread
     """Whether ``impl`` can compute the loss of these tokens.
 
     Args:
-        impl: ``"triton"`` (the GPU kernels), ``"cpu"`` (the C++ kernel), ``"torch"`` (the sweep in PyTorch) or
-            ``"reference"`` (materialises); ``"auto"`` always can.
+        impl: ``"triton"`` or ``"cuda"`` (the GPU kernels), ``"cpu"`` (the C++ kernel), ``"torch"`` (PyTorch alone)
+            or ``"reference"`` (materialises); ``"auto"`` always can.
         z: hidden states; only their device and dtype matter.
         potential: as in :func:`fused_dispersion_loss`.
 
@@ -54,7 +54,7 @@ def check_impl(impl: str) -> None:
 
 
 def choose(impl: str, z: Tensor, potential: str) -> str:
-    """``"triton"``, ``"cpu"`` or ``"torch"``, for the potential of that name.
+    """``"triton"``, ``"cuda"``, ``"cpu"`` or ``"torch"``, for the potential of that name.
 
     An explicit request that cannot be met is an error, never another backend.
     """
@@ -67,8 +67,8 @@ def choose(impl: str, z: Tensor, potential: str) -> str:
             raise RuntimeError(f'impl="{impl}" cannot run here: {reason}. impl="auto" chooses what can')
         return impl
     # On the CPU Triton has its interpreter alone, which is for tests.
-    fastest = "cpu" if z.device.type == "cpu" else "triton"
-    return fastest if _WHY_NOT[fastest](z, cls) is None else "torch"
+    fastest = ("cpu",) if z.device.type == "cpu" else ("triton", "cuda")
+    return next((impl for impl in fastest if _WHY_NOT[impl](z, cls) is None), "torch")
 
 
 def _why_not_cpu(z: Tensor, potential: type[Potential]) -> str | None:
@@ -90,8 +90,7 @@ def _why_not_triton(z: Tensor, potential: type[Potential]) -> str | None:
     elif z.device.type != "cuda":
         return f"the tokens are on {z.device}, and the Triton kernels run on NVIDIA and AMD GPUs"
     elif not torch.version.hip and torch.cuda.get_device_capability(z.device) < (8, 0):
-        found = ".".join(map(str, torch.cuda.get_device_capability(z.device)))
-        return f"{z.device} has compute capability {found}, and the Triton kernels need 8.0 (Ampere) or newer"
+        return _too_old(z.device, "Triton")
     if z.dtype == torch.float64:
         return "the Triton kernels compute in fp32, and the tokens are float64"
     if potential.__module__ != Potential.__module__:
@@ -103,6 +102,28 @@ def _why_not_triton(z: Tensor, potential: type[Potential]) -> str | None:
         if len(dataclasses.fields(potential)) > 4:
             return f"potential {potential.name()!r} has more than four fields, and the Triton kernels pass on p0 to p3"
     return None
+
+
+def _why_not_cuda(z: Tensor, potential: type[Potential]) -> str | None:
+    reason = cuda.unavailable_reason()
+    if reason is not None:
+        return reason
+    if not torch.cuda.is_available() or torch.version.hip:
+        return "there is no CUDA device"
+    if z.device.type != "cuda":
+        return f"the tokens are on {z.device}, and the CUDA kernels take tensors on a CUDA device"
+    if torch.cuda.get_device_capability(z.device) < (8, 0):
+        return _too_old(z.device, "CUDA")
+    if z.dtype == torch.float64:
+        return "the CUDA kernels compute in fp32, and the tokens are float64"
+    if potential.__module__ != Potential.__module__:
+        return f"the CUDA kernels are compiled, and potential {potential.name()!r} is not among them; Triton's take it"
+    return None
+
+
+def _too_old(device: torch.device, kernels: str) -> str:
+    found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return f"{device} has compute capability {found}, and the {kernels} kernels need 8.0 (Ampere) or newer"
 
 
 @functools.cache
@@ -118,4 +139,4 @@ def triton_version() -> str | None:
     return "unknown"
 
 
-_WHY_NOT = {"triton": _why_not_triton, "cpu": _why_not_cpu}
+_WHY_NOT = {"triton": _why_not_triton, "cuda": _why_not_cuda, "cpu": _why_not_cpu}

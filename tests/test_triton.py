@@ -222,7 +222,7 @@ class TestKernels:
     @pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
     def test_more_than_the_workspace(self, potential: Potential, monkeypatch: pytest.MonkeyPatch) -> None:
         """Rows in rounds of fewer than all, across layers, and rows in pairs of blocks."""
-        from dispersion_kernels.triton import launch
+        from dispersion_kernels.gpu import launch
 
         layers = [tokens(2, 100, 150) for _ in range(3)]
         expected = [oracle(z, potential) for z in layers]
@@ -240,7 +240,7 @@ class TestKernels:
                 assert error < 2e-5
 
     def test_more_rows_than_a_grid_has(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from dispersion_kernels.triton import launch
+        from dispersion_kernels.gpu import launch
 
         layers = [tokens(3, 40, 24).requires_grad_() for _ in range(2)]
         mask = torch.rand(3, 40, device=DEVICE) > 0.3
@@ -316,13 +316,13 @@ class TestKernels:
         """Over the whole interval, close to 0 and to 1 included."""
         import triton
 
-        from dispersion_kernels.triton import potentials
+        from dispersion_kernels.triton import epilogues
 
         c = torch.cat([torch.linspace(0, 1, 2**20), torch.logspace(-30, 0, 2**16), 1 - torch.logspace(-7.2, -1, 2**16)])
         c = c[c <= 0.75] if name == "narrow" else c
         c = torch.cat([c, -c]).to(DEVICE)
         out = torch.empty_like(c)
-        function = potentials.arcsine_narrow if name == "narrow" else potentials.arcsine
+        function = epilogues.arcsine_narrow if name == "narrow" else epilogues.arcsine
         elementwise[(triton.cdiv(len(c), 2**16),)](c, out, len(c), function, 2**16)
         assert (out.double() - c.double().asin()).abs().max() < (1e-7 if name == "narrow" else 2e-7)
 
@@ -386,7 +386,7 @@ class TestOnAGpu:
     @pytest.mark.parametrize("features", [64, 768])
     def test_peak_memory(self, features: int) -> None:
         """Beyond z: the fp32 gradient, its 16-bit copy, statistics and the workspace, and nothing of L^2."""
-        from dispersion_kernels.triton import launch
+        from dispersion_kernels.gpu import launch
 
         z = tokens(1, 32_768, features, dtype=torch.bfloat16).requires_grad_()
         fused_dispersion_loss(z[:, :256], impl="triton").backward()  # compiled, and the libraries' handles made

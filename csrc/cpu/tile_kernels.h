@@ -314,7 +314,7 @@ float largest_exponent(const P& potential, const Region& region, const float* we
     const int begin = region.begin(i), end = region.end(i);
     const Pack q_i = splat_pack(q_row[i]);
     for (int j = begin / kPanel * kPanel; j < end; j += kPanel) {
-      Pack e = potential.exponent(load_pack(weights + i * kWeightStride + j), q_i, load_pack(q_column + j));
+      Pack e = potential.exponent(load_pack(weights + i * kWeightStride + j), q_i, load_pack(q_column + j), 0.0f);
       if (j < begin || j + kPanel > end) e = keep_columns(e, j, begin, end, -INFINITY);
       best = maximum(e, best);
     }

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dispersion_kernels.gpu import launch
 from dispersion_kernels.potentials import (
     AngularSpread,
     Decorrelation,
@@ -26,7 +27,7 @@ from dispersion_kernels.potentials import (
     Potential,
     Uniformity,
 )
-from dispersion_kernels.triton import launch
+from dispersion_kernels.triton.backend import TritonKernels
 
 _TYPES = {
     torch.float64: "fp64",
@@ -148,7 +149,8 @@ def record(
     def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]) -> None:
         launches.append(Launch(kernel, grid, arguments, options))
 
-    launch.dispersion(layers, potential, groups, cu_seqlens, with_grad, arch=arch, precision=precision, run=run)
+    kernels = TritonKernels(layers[0], arch, precision, run)
+    launch.dispersion(layers, potential, groups, cu_seqlens, with_grad, kernels)
     return launches
 
 

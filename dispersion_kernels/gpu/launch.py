@@ -1,10 +1,13 @@
-"""The launcher of the Triton backend: the strategy, the schedule and the order of the kernels.
+"""The launcher of the GPU backends: the strategy, the schedule and the order of the kernels.
 
 *Swept*: the similarities of the upper triangle of tiles, whose slopes go to a workspace of bounded size, and library
 matrix products of the workspace with the tokens; 3 L^2 F FLOPs a row. *Resident*: one kernel that keeps a tile's
 gradient in registers and no slope at all, for few features and for packed sequences; 2 (1 + n) L^2 F FLOPs, where n is
 the number of slices of the features. Nothing here reads a value back from the device, and every launch depends on
 shapes alone, so a CUDA graph can hold it.
+
+A *row* is one sequence of L tokens of one layer: row r is batch ``r % batch`` of layer ``r // batch``. What a backend
+brings is :class:`Kernels`.
 """
 
 from __future__ import annotations
@@ -13,28 +16,16 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-import triton
 from torch import Tensor
 
+from dispersion_kernels.gpu.epilogues import Epilogue, epilogue_of
 from dispersion_kernels.potentials import L2Repel, PerplexityEntropy, Potential
 from dispersion_kernels.segments import group_sizes, segment_of_token, within_segments
 from dispersion_kernels.sweep import log_mean_loss, mean_loss
-from dispersion_kernels.triton import kernels, tuning
-from dispersion_kernels.triton.configs import (
-    RowConfig,
-    TileConfig,
-    architecture,
-    row_candidates,
-    row_config,
-    tile_candidates,
-    tile_config,
-    tokens_of_a_program,
-)
-from dispersion_kernels.triton.potentials import Epilogue, epilogue_of
 
 # Of the slopes in flight: it should stay in the last-level cache and yet fill the machine.
 WORKSPACE_BYTES = 32 << 20
@@ -44,6 +35,177 @@ _RESIDENT_FEATURES = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64
 _MAX_ROWS = 65_535
 _LN2 = math.log(2)
 _NO_GROUP = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the kernels read: the layers, all alike."""
+
+    layers: list[Tensor]
+    """``[B, L, F]`` each, with the same strides."""
+
+    @property
+    def batch(self) -> int:
+        return self.layers[0].shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.layers[0].shape[1]
+
+    @property
+    def features(self) -> int:
+        return self.layers[0].shape[2]
+
+    @property
+    def rows(self) -> int:
+        return self.batch * len(self.layers)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the tokens, ``[rows, L]`` fp32.
+
+    ``normalize``: norm r = |z|, inverse 1 / (r + eps), or 0, extra q, or 0 for a zero token. ``standardize``: r = |z -
+    mean|, inverse 1 / r, or 0 for a constant token, extra mean sqrt(F). ``none``: r = |z|, inverse 1, extra q r^2.
+    """
+
+    norm: Tensor
+    inverse: Tensor
+    extra: Tensor
+    weight_inverse: Tensor
+    """``inverse`` times a power of two that keeps slopes times it in the range of fp16."""
+    weight_scale: Tensor | None
+    """``[rows, 1]``: that power; None for 1."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """The pairs of tiles of one launch of ``pair_tiles``."""
+
+    rows: int
+    programs: int
+    """A row's: the triangle of ``tiles_i`` folded to a rectangle, or ``tiles_i * tiles_j``."""
+    tiles_i: int
+    tiles_j: int = 0
+    triangle: bool = True
+    first_row: int = 0
+    first_i: int = 0
+    first_j: int = 0
+    first_sum: int = 0
+
+
+class TileShape(Protocol):
+    @property
+    def block(self) -> int: ...
+
+
+class RowShape(Protocol):
+    @property
+    def block_m(self) -> int: ...
+    @property
+    def block_n(self) -> int: ...
+    @property
+    def block_f(self) -> int: ...
+
+
+Config = TypeVar("Config")
+
+
+class Kernels(Protocol):
+    """What a backend brings for one dtype: five kernels and the sizes of their tiles.
+
+    Statistics and sums are fp32. Arguments that are None are left out.
+    """
+
+    max_layers: int
+    """Of one launch."""
+
+    def prepare(self, layers: Sequence[Tensor]) -> list[Tensor]:
+        """The layers as the kernels read them, with one set of strides."""
+
+    def tile_shape(self, groups: bool) -> TileShape: ...
+    def row_shape(self, features: int, perplexity: bool) -> RowShape: ...
+
+    def tuned(self, strategy: str, what: tuple[Any, ...], shape: Any, launch: Callable[[Any], Any]) -> Any:
+        """``shape``, or one that is faster on the device, found by timing ``launch``; ``what`` is what it depends
+        on."""
+
+    def row_statistics(
+        self, tokens: Tokens, epilogue: Epilogue, norm: Tensor, inverse: Tensor, extra: Tensor
+    ) -> None: ...
+
+    def pair_tiles(
+        self,
+        shape: Any,
+        region: Region,
+        tokens: Tokens,
+        epilogue: Epilogue,
+        statistics: Statistics,
+        sums: Tensor,
+        maxima: Tensor | None,
+        shift: Tensor | None,
+        groups: Tensor | None,
+        group_ranges: Tensor | None,
+        weights: Tensor | None,
+        mirror: Tensor | None,
+    ) -> Any:
+        """Partial sums of psi ``[rows, programs]``, relative to ``maxima`` where these are asked for, and slopes times
+        the inverse norm of the column to ``weights`` ``[rows, L, stride]``, those of (j, i) to ``mirror``."""
+
+    def row_sweep(
+        self,
+        shape: Any,
+        which: str,
+        tokens: Tokens,
+        epilogue: Epilogue,
+        statistics: Statistics,
+        *,
+        sums: Tensor | None = None,
+        maxima: Tensor | None = None,
+        shift: Tensor | None = None,
+        groups: Tensor | None = None,
+        tile_ranges: Tensor | None = None,
+        entropy: Entropy | None = None,
+        weight_sums: Tensor | None = None,
+        gradients: Sequence[Tensor] = (),
+    ) -> Any:
+        """Sums of each token over its pairs: ``loss``, ``online``, ``gradient``, or ``partition``, ``entropy`` and
+        ``entropy_gradient`` of perplexity_entropy."""
+
+    def sequence_sums(
+        self,
+        length: int,
+        norm: Tensor,
+        sums: Tensor,
+        maxima: Tensor | None,
+        bounds: Tensor | None,
+        total: Tensor,
+        shift: Tensor | None,
+    ) -> None: ...
+
+    def project(
+        self,
+        tokens: Tokens,
+        epilogue: Epilogue,
+        statistics: Statistics,
+        weight_sums: Tensor | None,
+        gradients: Sequence[Tensor],
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """Of each token's P, ``[rows, L]``: what the later passes of perplexity_entropy know of it."""
+
+    largest: Tensor
+    """The largest exponent, of base 2."""
+    total: Tensor
+    """The sum of the exponentials relative to it."""
+    average: Tensor
+    """1 / partners."""
+    eps: float
+    expected: Tensor | None
+    """sum_j P_ij g_ij, for the gradient."""
 
 
 class Losses(NamedTuple):
@@ -59,21 +221,13 @@ class Losses(NamedTuple):
     """``[layers, B, L]`` fp32."""
 
 
-def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]) -> Any:
-    """Launches a kernel on the current stream; gives what Triton compiled."""
-    return kernel[grid](**arguments, **options, enable_fp_fusion=True)
-
-
 def dispersion(
     layers: Sequence[Tensor],
     potential: Potential,
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
     with_grad: bool,
-    *,
-    arch: str | None = None,
-    precision: str | None = None,
-    run: Callable[..., Any] = run,
+    kernels: Kernels,
 ) -> Losses:
     """Loss of each sequence of each layer and, if asked, its gradient.
 
@@ -81,16 +235,17 @@ def dispersion(
         layers: ``[B, L, F]`` each, all alike.
         potential, groups, cu_seqlens: as in :mod:`dispersion_kernels.segments`.
         with_grad: whether to compute the gradient.
-        arch: the column of the table of configurations; None: that of the device.
-        precision: of fp32 matrix products, ``"tf32"``, ``"tf32x3"`` or ``"ieee"``; None: as PyTorch's.
-        run: what launches a kernel; :mod:`dispersion_kernels.triton.ahead_of_time` records the launches instead.
+        kernels: the backend's.
     """
     batch, length, _ = layers[0].shape
     if batch == 0 or length < 2:
         return _nothing(layers, cu_seqlens, with_grad)
+    if len(layers) > kernels.max_layers:
+        halves = layers[: len(layers) // 2], layers[len(layers) // 2 :]
+        return _of_all_layers([dispersion(half, potential, groups, cu_seqlens, with_grad, kernels) for half in halves])
     if batch > 1 and len(layers) * batch > _MAX_ROWS:
         parts = [slice(0, batch // 2), slice(batch // 2, batch)]
-        return _joined(
+        return _of_all_batches(
             [
                 dispersion(
                     [z[part] for z in layers],
@@ -98,9 +253,7 @@ def dispersion(
                     None if groups is None else groups[part],
                     None,
                     with_grad,
-                    arch=arch,
-                    precision=precision,
-                    run=run,
+                    kernels,
                 )
                 for part in parts
             ]
@@ -108,9 +261,7 @@ def dispersion(
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(layers[0].device)
         groups = within_segments(groups, cu_seqlens, length)
-    arch = architecture(layers[0].device) if arch is None else arch
-    precision = _precision(layers[0].dtype, arch) if precision is None else precision
-    call = _Call(_same_strides(layers), potential, groups, cu_seqlens, arch, precision, run)
+    call = _Call(kernels.prepare(layers), potential, groups, cu_seqlens, kernels)
     call.row_statistics()
     if isinstance(potential, PerplexityEntropy):
         loss, scale = call.perplexity_entropy(potential, with_grad)
@@ -130,8 +281,17 @@ def _nothing(layers: Sequence[Tensor], cu_seqlens: Tensor | None, with_grad: boo
     )
 
 
-def _joined(parts: list[Losses]) -> Losses:
-    """Of the whole batch, from those of its parts."""
+def _of_all_layers(parts: list[Losses]) -> Losses:
+    scales = [part.scale for part in parts if part.scale is not None]
+    return Losses(
+        torch.cat([part.loss for part in parts]),
+        parts[0].pairs,
+        [gradient for part in parts for gradient in part.gradients],
+        torch.cat(scales) if scales else None,
+    )
+
+
+def _of_all_batches(parts: list[Losses]) -> Losses:
     scales = [part.scale for part in parts if part.scale is not None]
     return Losses(
         torch.cat([part.loss for part in parts], 1),
@@ -139,27 +299,6 @@ def _joined(parts: list[Losses]) -> Losses:
         [torch.cat(of_layer) for of_layer in zip(*(part.gradients for part in parts), strict=True)],
         torch.cat(scales, 1) if scales else None,
     )
-
-
-def _same_strides(layers: Sequence[Tensor]) -> list[Tensor]:
-    """The layers with one set of strides, of which that of the features times F fits 32 bits; the others are 64."""
-    stride, features = layers[0].stride(), layers[0].shape[2]
-    if all(z.stride() == stride for z in layers) and stride[2] * features < 2**31:
-        return list(layers)
-    return [z.contiguous() for z in layers]
-
-
-@dataclass(frozen=True)
-class _Statistics:
-    """Of the tokens, ``[rows, L]`` fp32; see ``row_statistics_kernel``."""
-
-    norm: Tensor
-    inverse: Tensor
-    extra: Tensor
-    weight_inverse: Tensor
-    """``inverse`` times a power of two that keeps slopes times it in the range of fp16."""
-    weight_scale: Tensor | None
-    """``[rows, 1]``: that power; None for 1."""
 
 
 class _Call:
@@ -171,17 +310,14 @@ class _Call:
         potential: Potential,
         groups: Tensor | None,
         cu_seqlens: Tensor | None,
-        arch: str,
-        precision: str,
-        run: Callable[..., Any],
+        kernels: Kernels,
     ) -> None:
         z = layers[0]
-        self.layers, self.potential, self.cu_seqlens = layers, potential, cu_seqlens
+        self.layers, self.potential, self.cu_seqlens, self.kernels = layers, potential, cu_seqlens, kernels
         self.batch, self.length, self.features = z.shape
         self.rows = self.batch * len(layers)
         self.device, self.dtype = z.device, z.dtype
         self.epilogue: Epilogue = epilogue_of(potential, self.features, narrow_range=z.dtype == torch.float16)
-        self.arch, self.precision, self.run = arch, precision, run
         self.partners: Tensor | None = None
         self.groups: Tensor | None = None
         self._group_ranges: dict[int, Tensor] = {}
@@ -204,35 +340,23 @@ class _Call:
             left_out = ~norm.isfinite().view(-1, self.batch, self.length) | alone
             inverse.view(left_out.shape).masked_fill_(left_out, 0.0)
             extra.view(left_out.shape).masked_fill_(left_out, 0.0)
-            self.layers = [z.masked_fill(out.unsqueeze(-1), 0.0) for z, out in zip(self.layers, left_out, strict=True)]
+            masked = [z.masked_fill(out.unsqueeze(-1), 0.0) for z, out in zip(self.layers, left_out, strict=True)]
+            self.layers = self.kernels.prepare(masked)
         self.tokens = self.layers
         if self.epilogue.transform == "none" and self.dtype == torch.float32:
             # Distances do not change when the mean is subtracted, and cancel less. 16 bits would round the difference.
-            self.layers = [z - z.mean(1, keepdim=True) for z in self.layers]
+            self.layers = self.kernels.prepare([z - z.mean(1, keepdim=True) for z in self.layers])
             _, _, extra = self._row_statistics()
         weight_inverse, weight_scale = inverse, None
         if self.dtype == torch.float16 and self.epilogue.transform != "none":
             largest = inverse.amax(1, keepdim=True)
             weight_scale = torch.exp2(8 - torch.where(largest > 0, largest, 1.0).log2().floor())
             weight_inverse = inverse * weight_scale
-        self.statistics = _Statistics(norm, inverse, extra, weight_inverse, weight_scale)
+        self.statistics = Statistics(norm, inverse, extra, weight_inverse, weight_scale)
 
     def _row_statistics(self) -> tuple[Tensor, Tensor, Tensor]:
-        block = tokens_of_a_program(self.arch)
         norm, inverse, extra = (self._of_tokens() for _ in range(3))
-        self._launch(
-            kernels.row_statistics_kernel,
-            (_blocks(self.length, block), self.rows),
-            norm_ptr=norm,
-            inverse_ptr=inverse,
-            extra_ptr=extra,
-            eps=self.epilogue.eps,
-            q=self.epilogue.q,
-            TRANSFORM=self.epilogue.transform,
-            BLOCK_M=block,
-            BLOCK_F=min(512, _power_of_two(self.features)),
-            num_warps=4,
-        )
+        self.kernels.row_statistics(Tokens(self.layers), self.epilogue, norm, inverse, extra)
         return norm, inverse, extra
 
     # ---- potentials that are a sum over pairs
@@ -261,65 +385,49 @@ class _Call:
         return log_mean_loss(potential, total.log() + shift, shift, count)
 
     def _loss_of_tiles(self) -> tuple[Tensor, Tensor | None]:
-        config = self._tile_config()
-        tiles = _blocks(self.length, config.block)
-        programs = _triangle(tiles)
-        sums, maxima = self._partial_sums(programs)
-        self._pair_tiles(config, sums, maxima, self.rows, programs, tiles_i=tiles)
+        shape = self._tile_shape()
+        region = self._triangle(shape, self.rows)
+        sums, maxima = self._partial_sums(region.programs)
+        self._pair_tiles(shape, region, sums, maxima)
         return self._sequence_sums(sums, maxima)
 
     def _loss_of_rows(self) -> tuple[Tensor, Tensor | None]:
-        config = self._row_config()
         sums, maxima = self._partial_sums(self.length)
-        self._row_sweep(config, "online" if self.epilogue.online else "loss", sums=sums, maxima=maxima)
+        self._row_sweep(self._row_shape(), "online" if self.epilogue.online else "loss", sums=sums, maxima=maxima)
         return self._sequence_sums(sums, maxima)
 
     def _resident(self, maximum: Tensor | None) -> Tensor:
         sums = self._of_tokens()
         self.weight_sums = self._of_tokens() if self.epilogue.transform == "none" else None
         self.gradients = [self._empty_gradient() for _ in self.layers]
-        config = self._row_config()
-        if tuning.enabled(self.device):
-            config = tuning.best(
-                self._tuning_key("resident"),
-                row_candidates(config),
-                lambda candidate: self._row_sweep(candidate, "gradient", sums=sums),
-            )
-        self._row_sweep(
-            config, "gradient", sums=sums, shift=None if maximum is None else self._spread(maximum).contiguous()
+        shape = self.kernels.tuned(
+            "resident",
+            self._tuned_for(),
+            self._row_shape(),
+            lambda candidate: self._row_sweep(candidate, "gradient", sums=sums),
         )
+        shift = None if maximum is None else self._spread(maximum).contiguous()
+        self._row_sweep(shape, "gradient", sums=sums, shift=shift)
         return self._sequence_sums(sums, None)[0]
 
     def _swept(self, maximum: Tensor | None) -> Tensor:
-        config = self._tile_config()
+        shape = self._tile_shape()
         self.weight_sums = torch.zeros_like(self.statistics.norm) if self.epilogue.transform == "none" else None
         self.gradients = [self._empty_gradient() for _ in self.layers]
         stride = 8 * _blocks(self.length, 8)  # 16-byte stores, and what the library's products like
         matrix = self.length * stride * self.dtype.itemsize
         if matrix <= WORKSPACE_BYTES:
-            return self._swept_rows(config, maximum, stride, WORKSPACE_BYTES // matrix)
-        return self._swept_blocks(config, maximum)
+            return self._swept_rows(shape, maximum, stride, WORKSPACE_BYTES // matrix)
+        return self._swept_blocks(shape, maximum)
 
-    def _swept_rows(self, config: TileConfig, maximum: Tensor | None, stride: int, together: int) -> Tensor:
+    def _swept_rows(self, shape: TileShape, maximum: Tensor | None, stride: int, together: int) -> Tensor:
         """Several rows at once, all of a row's slopes in the workspace."""
-        tiles = _blocks(self.length, config.block)
-        programs = _triangle(tiles)
-        sums, _ = self._partial_sums(programs)
+        sums, _ = self._partial_sums(self._triangle(shape, 1).programs)
         workspace = torch.empty(min(together, self.rows), self.length, stride, dtype=self.dtype, device=self.device)
         for first in range(0, self.rows, together):
             rows = min(together, self.rows - first)
-            self._pair_tiles(
-                config,
-                sums,
-                None,
-                rows,
-                programs,
-                tiles_i=tiles,
-                shift=maximum,
-                first_row=first,
-                weights=workspace,
-                mirror=workspace,
-            )
+            region = self._triangle(shape, rows, first)
+            self._pair_tiles(shape, region, sums, None, maximum, weights=workspace, mirror=workspace)
             for begin, end in _runs_of_layers(first, first + rows, self.batch):
                 weights = workspace[begin - first : end - first, :, : self.length]
                 layer, b = divmod(begin, self.batch)
@@ -329,14 +437,14 @@ class _Call:
                     torch.sum(weights, 2, dtype=torch.float32, out=self.weight_sums[begin:end])
         return self._sequence_sums(sums, None)[0]
 
-    def _swept_blocks(self, config: TileConfig, maximum: Tensor | None) -> Tensor:
+    def _swept_blocks(self, shape: TileShape, maximum: Tensor | None) -> Tensor:
         """One row at a time, in pairs of blocks whose slopes fill the workspace."""
-        size = math.isqrt(WORKSPACE_BYTES // (2 * self.dtype.itemsize)) // config.block * config.block
-        size = max(size, config.block)
+        size = math.isqrt(WORKSPACE_BYTES // (2 * self.dtype.itemsize)) // shape.block * shape.block
+        size = max(size, shape.block)
         bounds = [(begin, min(begin + size, self.length)) for begin in range(0, self.length, size)]
-        tiles = [_blocks(end - begin, config.block) for begin, end in bounds]
+        tiles = [_blocks(end - begin, shape.block) for begin, end in bounds]
         programs = {
-            (i, j): _triangle(tiles[i]) if i == j else tiles[i] * tiles[j]
+            (i, j): _programs_of_triangle(tiles[i]) if i == j else tiles[i] * tiles[j]
             for i in range(len(bounds))
             for j in range(i, len(bounds))
         }
@@ -347,23 +455,19 @@ class _Call:
             z, gradient = self.layers[layer][b : b + 1], self.gradients[layer][b : b + 1]
             first_sum = 0
             for (i, j), count in programs.items():
-                self._pair_tiles(
-                    config,
-                    sums,
-                    None,
-                    1,
-                    count,
+                region = Region(
+                    rows=1,
+                    programs=count,
                     tiles_i=tiles[i],
                     tiles_j=tiles[j],
                     triangle=i == j,
-                    shift=maximum,
                     first_row=row,
                     first_i=bounds[i][0],
                     first_j=bounds[j][0],
                     first_sum=first_sum,
-                    weights=workspace[:1],
-                    mirror=workspace[0 if i == j else 1 :][:1],
                 )
+                mirror = workspace[0 if i == j else 1 :][:1]
+                self._pair_tiles(shape, region, sums, None, maximum, weights=workspace[:1], mirror=mirror)
                 first_sum += count
                 for number, (side, other) in enumerate([(i, j), (j, i)] if i != j else [(i, i)]):
                     of_side, of_other = slice(*bounds[side]), slice(*bounds[other])
@@ -379,40 +483,24 @@ class _Call:
 
     def perplexity_entropy(self, potential: PerplexityEntropy, with_grad: bool) -> tuple[Tensor, Tensor]:
         """As :meth:`pair_sums`: three passes, of which the last two know each token's largest exponent and sum."""
-        config = self._row_config()
+        shape = self._row_shape()
         total, largest, entropy, expected = (self._of_tokens() for _ in range(4))
-        self._row_sweep(config, "partition", sums=total, maxima=largest)
+        self._row_sweep(shape, "partition", sums=total, maxima=largest)
         total.masked_fill_(total == 0, 1.0)  # a token without a partner has no P
         if self.partners is None:
             average = torch.full_like(total, 1 / (self.length - 1))
         else:
             average = (1 / self.partners.clamp(min=1).float()).repeat(len(self.layers), 1)
         anchors = self._paired_tokens.clamp(min=1)
-        self._row_sweep(
-            config,
-            "entropy",
-            sums=entropy,
-            maxima=expected,
-            largest=largest,
-            total=total,
-            average=average,
-            eps=potential.eps,
-        )
+        known = Entropy(largest, total, average, potential.eps, None)
+        self._row_sweep(shape, "entropy", sums=entropy, maxima=expected, entropy=known)
         entropy += (average + potential.eps).log2()
         if self.partners is not None:
             entropy.view(-1, self.batch, self.length).masked_fill_(self.partners <= 0, 0.0)
         if with_grad:
             self.weight_sums = self._of_tokens()
             self.gradients = [self._empty_gradient() for _ in self.layers]
-            self._row_sweep(
-                config,
-                "entropy_gradient",
-                largest=largest,
-                total=total,
-                expected=expected,
-                average=average,
-                eps=potential.eps,
-            )
+            self._row_sweep(shape, "entropy_gradient", entropy=replace(known, expected=expected))
         return self._sequence_sums(entropy, None)[0] / anchors, 1 / anchors
 
     # ---- from the sums to the loss and its gradient
@@ -451,20 +539,7 @@ class _Call:
         return of_tokens if self.partners is None else of_tokens.masked_fill(self.partners <= 0, 0.0)
 
     def _project(self) -> None:
-        block = tokens_of_a_program(self.arch)
-        self._launch(
-            kernels.project_kernel,
-            (_blocks(self.length, block), self.rows),
-            norm_ptr=self.statistics.norm,
-            inverse_ptr=self.statistics.inverse,
-            extra_ptr=self.statistics.extra,
-            weight_sums_ptr=self.statistics.norm if self.weight_sums is None else self.weight_sums,
-            gradients=tuple(self.gradients),
-            TRANSFORM=self.epilogue.transform,
-            BLOCK_M=block,
-            BLOCK_F=min(512, _power_of_two(self.features)),
-            num_warps=4,
-        )
+        self.kernels.project(Tokens(self.layers), self.epilogue, self.statistics, self.weight_sums, self.gradients)
 
     # ---- sequences of a row: one, or the segments of cu_seqlens
 
@@ -508,197 +583,98 @@ class _Call:
         shift = None if maxima is None else torch.empty(self.rows, sequences, dtype=torch.float32, device=self.device)
         if sequences == 0:
             return total, shift
-        arguments = {
-            "norm_ptr": self.statistics.norm,
-            "sums_ptr": sums,
-            "maxima_ptr": sums if maxima is None else maxima,
-            "bounds_ptr": self.statistics.norm if self.cu_seqlens is None else self.cu_seqlens,
-            "total_ptr": total,
-            "shift_ptr": total if shift is None else shift,
-            "length": self.length,
-            "sums_stride": sums.shape[1],
-            "ONLINE": maxima is not None,
-            "HAS_BOUNDS": self.cu_seqlens is not None,
-            "BLOCK": 1024,
-        }
-        self.run(kernels.sequence_sums_kernel, (sequences, self.rows), arguments, {"num_warps": 4})
+        self.kernels.sequence_sums(self.length, self.statistics.norm, sums, maxima, self.cu_seqlens, total, shift)
         return total, shift
 
     def _pair_tiles(
         self,
-        config: TileConfig,
+        shape: TileShape,
+        region: Region,
         sums: Tensor,
         maxima: Tensor | None,
-        rows: int,
-        programs: int,
-        *,
-        tiles_i: int,
-        tiles_j: int = 0,
-        triangle: bool = True,
         shift: Tensor | None = None,
-        first_row: int = 0,
-        first_i: int = 0,
-        first_j: int = 0,
-        first_sum: int = 0,
         weights: Tensor | None = None,
         mirror: Tensor | None = None,
     ) -> Any:
-        statistics, groups = self.statistics, self.groups
-        unused = statistics.norm
-        return self._launch(
-            kernels.pair_tiles_kernel,
-            (programs, rows),
-            **self._epilogue_arguments(),
-            inverse_ptr=statistics.inverse,
-            weight_inverse_ptr=statistics.weight_inverse,
-            extra_ptr=statistics.extra,
-            shift_ptr=unused if shift is None else shift,
-            groups_ptr=unused if groups is None else groups,
-            group_range_ptr=unused if groups is None else self._ranges_of_groups(groups, config.block),
-            weights_ptr=unused if weights is None else weights,
-            mirror_ptr=unused if mirror is None else mirror,
-            weights_row_stride=0 if weights is None else weights.stride(0),
-            weights_stride=0 if weights is None else weights.stride(1),
-            sums_ptr=sums,
-            maxima_ptr=sums if maxima is None else maxima,
-            sums_stride=sums.shape[1],
-            first_sum=first_sum,
-            first_row=first_row,
-            first_i=first_i,
-            first_j=first_j,
-            tiles_i=tiles_i,
-            tiles_j=tiles_j,
-            ONLINE=maxima is not None,
-            HAS_SHIFT=shift is not None,
-            HAS_GROUPS=groups is not None,
-            WRITE=weights is not None,
-            TRIANGLE=triangle,
-            BLOCK=config.block,
-            BLOCK_K=config.block_k,
-            EVEN_K=self.features % config.block_k == 0,
-            PRECISION=self.precision,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+        return self.kernels.pair_tiles(
+            shape,
+            region,
+            Tokens(self.layers),
+            self.epilogue,
+            self.statistics,
+            sums,
+            maxima,
+            shift,
+            self.groups,
+            self._ranges_of_groups(shape.block),
+            weights,
+            mirror,
         )
 
-    def _ranges_of_groups(self, groups: Tensor, block: int) -> Tensor:
+    def _ranges_of_groups(self, block: int) -> Tensor | None:
         """Kept, because a row in blocks is many launches."""
+        if self.groups is None:
+            return None
         if block not in self._group_ranges:
-            self._group_ranges[block] = _group_ranges(groups, block)
+            self._group_ranges[block] = _group_ranges(self.groups, block)
         return self._group_ranges[block]
 
-    def _tile_config(self) -> TileConfig:
-        config = tile_config(self.arch, self.dtype, self.precision, self.groups is not None)
-        if not tuning.enabled(self.device):
-            return config
-        # As many whole tiles of as many rows as the workspace holds.
-        tokens = min(self.length, math.isqrt(WORKSPACE_BYTES // self.dtype.itemsize)) // 128 * 128
-        if tokens == 0:
-            return config
-        rows = min(self.rows, WORKSPACE_BYTES // (tokens**2 * self.dtype.itemsize))
+    def _triangle(self, shape: TileShape, rows: int, first_row: int = 0) -> Region:
+        """All pairs of tiles of some rows."""
+        tiles = _blocks(self.length, shape.block)
+        return Region(rows, _programs_of_triangle(tiles), tiles, first_row=first_row)
 
-        def launch(candidate: TileConfig) -> Any:
+    def _tile_shape(self) -> TileShape:
+        # To be tuned: as many whole tiles of as many rows as the workspace holds.
+        tokens = min(self.length, math.isqrt(WORKSPACE_BYTES // self.dtype.itemsize)) // 128 * 128
+
+        def launch(candidate: TileShape) -> Any:
+            rows = min(self.rows, WORKSPACE_BYTES // (tokens**2 * self.dtype.itemsize))
             workspace = torch.empty(rows, tokens, tokens, dtype=self.dtype, device=self.device)
             tiles = tokens // candidate.block
-            programs = _triangle(tiles)
-            sums, _ = self._partial_sums(programs)
-            return self._pair_tiles(
-                candidate, sums, None, rows, programs, tiles_i=tiles, weights=workspace, mirror=workspace
-            )
+            region = Region(rows, _programs_of_triangle(tiles), tiles)
+            sums, _ = self._partial_sums(region.programs)
+            return self._pair_tiles(candidate, region, sums, None, weights=workspace, mirror=workspace)
 
-        return tuning.best(self._tuning_key("swept"), tile_candidates(config), launch)
+        shape = self.kernels.tile_shape(self.groups is not None)
+        if tokens == 0:
+            return shape
+        tuned: TileShape = self.kernels.tuned("swept", self._tuned_for(), shape, launch)
+        return tuned
 
-    def _tuning_key(self, strategy: str) -> str:
-        device = torch.cuda.get_device_name(self.device)
+    def _tuned_for(self) -> tuple[Any, ...]:
         groups = "groups" if self.groups is not None else "whole"
-        bucket = tuning.length_bucket(self.length)
-        what = (strategy, self.potential.name(), self.dtype, self.precision, self.features, bucket, groups)
-        return "; ".join(map(str, (device, f"Triton {triton.__version__}", *what)))
+        return self.potential.name(), self.dtype, self.features, self.length, groups
 
-    def _row_config(self) -> RowConfig:
-        perplexity = isinstance(self.potential, PerplexityEntropy)
-        return row_config(self.arch, self.dtype, self.precision, self.features, perplexity)
+    def _row_shape(self) -> RowShape:
+        return self.kernels.row_shape(self.features, isinstance(self.potential, PerplexityEntropy))
 
     def _row_sweep(
         self,
-        config: RowConfig,
+        shape: RowShape,
         which: str,
         *,
         sums: Tensor | None = None,
         maxima: Tensor | None = None,
         shift: Tensor | None = None,
-        largest: Tensor | None = None,
-        total: Tensor | None = None,
-        expected: Tensor | None = None,
-        average: Tensor | None = None,
-        eps: float | None = None,
+        entropy: Entropy | None = None,
     ) -> Any:
-        statistics, groups = self.statistics, self.groups
-        unused = statistics.norm
         with_grad = which in ("gradient", "entropy_gradient")
-        slices = _blocks(self.features, config.block_f) if with_grad else 1
-        weight_sums = self.weight_sums if with_grad else None
-        arguments = self._epilogue_arguments()
-        if eps is not None:
-            arguments["p2"] = eps
-        return self._launch(
-            kernels.row_sweep_kernel,
-            (_blocks(self.length, config.block_m), self.rows, slices),
-            **arguments,
-            inverse_ptr=statistics.inverse,
-            weight_inverse_ptr=statistics.weight_inverse,
-            extra_ptr=statistics.extra,
-            shift_ptr=unused if shift is None else shift,
-            groups_ptr=unused if groups is None else groups,
-            tile_range_ptr=unused if groups is None else _tile_ranges(groups, config.block_m, config.block_n),
-            largest_ptr=unused if largest is None else largest,
-            total_ptr=unused if total is None else total,
-            expected_ptr=unused if expected is None else expected,
-            average_ptr=unused if average is None else average,
-            sums_ptr=unused if sums is None else sums,
-            maxima_ptr=unused if maxima is None else maxima,
-            weight_sums_ptr=unused if weight_sums is None else weight_sums,
-            gradients=tuple(self.gradients) if with_grad else (unused,) * len(self.layers),
-            PASS=which,
-            HAS_SHIFT=shift is not None,
-            HAS_GROUPS=groups is not None,
-            SUM_WEIGHTS=weight_sums is not None,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            BLOCK_F=config.block_f,
-            RESIDENT=config.resident,
-            EVEN_K=self.features % config.block_k == 0,
-            PRECISION=self.precision,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+        return self.kernels.row_sweep(
+            shape,
+            which,
+            Tokens(self.layers),
+            self.epilogue,
+            self.statistics,
+            sums=sums,
+            maxima=maxima,
+            shift=shift,
+            groups=self.groups,
+            tile_ranges=None if self.groups is None else _tile_ranges(self.groups, shape.block_m, shape.block_n),
+            entropy=entropy,
+            weight_sums=self.weight_sums if with_grad else None,
+            gradients=self.gradients if with_grad else (),
         )
-
-    def _epilogue_arguments(self) -> dict[str, Any]:
-        epilogue = self.epilogue
-        return dict(
-            **{f"p{n}": value for n, value in enumerate(epilogue.p)},
-            FUNCTION=epilogue.function,
-            OWN=epilogue.own,
-            EXPONENTIAL=epilogue.exponential,
-            TRANSFORM=epilogue.transform,
-        )
-
-    def _launch(self, kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: int = 3, **rest: Any) -> Any:
-        """A kernel that reads the tokens."""
-        stride_b, stride_l, stride_f = self.layers[0].stride()
-        arguments = dict(
-            layers=tuple(self.layers),
-            stride_b=stride_b,
-            stride_l=stride_l,
-            stride_f=stride_f,
-            batch=self.batch,
-            length=self.length,
-            features=self.features,
-            LAYERS=len(self.layers),
-            **rest,
-        )
-        return self.run(kernel, grid, arguments, {"num_warps": num_warps, "num_stages": num_stages})
 
     def _partial_sums(self, columns: int) -> tuple[Tensor, Tensor | None]:
         sums = torch.empty(self.rows, columns, dtype=torch.float32, device=self.device)
@@ -709,13 +685,6 @@ class _Call:
 
     def _empty_gradient(self) -> Tensor:
         return torch.empty(self.batch, self.length, self.features, dtype=torch.float32, device=self.device)
-
-
-def _precision(dtype: torch.dtype, arch: str) -> str:
-    """How the kernels multiply fp32: as PyTorch's matrix products do. 16-bit products are exact anyway."""
-    if dtype != torch.float32 or arch.startswith("gfx"):
-        return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _product_(out: Tensor, weights: Tensor, z: Tensor, add: bool) -> None:
@@ -768,10 +737,6 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _triangle(tiles: int) -> int:
-    """The programs of ``pair_tiles_kernel`` for the upper triangle of so many tiles, folded to a rectangle."""
+def _programs_of_triangle(tiles: int) -> int:
+    """The programs of ``pair_tiles`` for the upper triangle of so many tiles, folded to a rectangle."""
     return _blocks(tiles, 2) * (tiles + 1)
-
-
-def _power_of_two(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())

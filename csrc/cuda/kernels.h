@@ -1,0 +1,35 @@
+// The compiled kernels, by name, for the host.
+#pragma once
+
+#include <stdint.h>
+
+namespace dk {
+
+constexpr int kMaxLayers = 64;
+
+// Of each layer from the first, in bytes.
+struct LayerOffsets {
+  int64_t of_layer[kMaxLayers];
+};
+
+struct Kernel {
+  const char* name;
+  const void* function;
+  int threads;
+  int shared_bytes;
+};
+
+struct Kernels {
+  const Kernel* kernels;
+  int count;
+};
+
+// Of each element type: pair_tiles and row_sweep.
+Kernels bfloat16_kernels();
+Kernels float16_kernels();
+Kernels tf32_kernels();
+Kernels tf32x3_kernels();
+// Of single tokens.
+Kernels token_kernels();
+
+}  // namespace dk

@@ -1,0 +1,237 @@
+// The kernels as PyTorch operators, through its stable ABI: one build serves every PyTorch from TORCH_TARGET_VERSION on
+// and every Python. dispersion_kernels/cuda.py calls them. An operator queues its kernel on the stream it is given, on
+// the device of its tensors, and waits for nothing.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace dk {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int kTokensOfProgram = 4;
+
+// ---- launches
+
+// What a test sees of a launch in place of the device, on tensors anywhere; see dispersion_kernels_watch_launches.
+using Watcher = void (*)(const char* kernel, const unsigned* grid, int threads, int shared_bytes, void* const* arguments,
+                         int count);
+std::atomic<Watcher> watcher{nullptr};
+
+const Kernel& kernel_named(const std::string& name) {
+  for (const Kernels& table :
+       {token_kernels(), bfloat16_kernels(), float16_kernels(), tf32_kernels(), tf32x3_kernels()})
+    for (int n = 0; n < table.count; ++n)
+      if (name == table.kernels[n].name) return table.kernels[n];
+  STD_TORCH_CHECK(false, "there is no CUDA kernel ", name);
+}
+
+// Back to the device that was current, whatever happens.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    cudaGetDevice(&before_);
+    if (before_ != device) cudaSetDevice(device);
+  }
+  ~DeviceGuard() { cudaSetDevice(before_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+void check(cudaError_t status, const std::string& kernel) {
+  if (status == cudaSuccess) return;
+  const char* remedy = "";
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction)
+    remedy = "; the extension was not built for this GPU: build it again with TORCH_CUDA_ARCH_LIST naming it";
+  if (status == cudaErrorInsufficientDriver)
+    remedy = "; the driver is older than the CUDA that the extension was built with: update the driver";
+  STD_TORCH_CHECK(false, "CUDA kernel ", kernel, ": ", cudaGetErrorString(status), remedy);
+}
+
+// `arguments` are exactly the kernel's parameters, in their order and of their types.
+template <class... Arguments>
+void launch(const std::string& name, const Tensor& on, int64_t stream, int64_t grid_x, int64_t grid_y, int64_t grid_z,
+            Arguments... arguments) {
+  const Kernel& kernel = kernel_named(name);
+  void* pointers[] = {&arguments...};
+  const unsigned grid[] = {unsigned(grid_x), unsigned(grid_y), unsigned(grid_z)};
+  if (const Watcher watch = watcher.load()) {
+    watch(kernel.name, grid, kernel.threads, kernel.shared_bytes, pointers, int(sizeof...(arguments)));
+    return;
+  }
+  STD_TORCH_CHECK(on.is_cuda(), "CUDA kernel ", name, ": its tensors are not on a CUDA device");
+  const DeviceGuard guard(on.get_device_index());
+  if (kernel.shared_bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes), name);
+  check(cudaLaunchKernel(kernel.function, dim3(grid[0], grid[1], grid[2]), dim3(unsigned(kernel.threads)), pointers,
+                         size_t(kernel.shared_bytes), reinterpret_cast<cudaStream_t>(stream)),
+        name);
+}
+
+// ---- arguments
+
+template <class T>
+const T* pointer(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.data_ptr());
+}
+template <class T>
+T* output(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+template <class T>
+const T* pointer(const std::optional<Tensor>& tensor) {
+  return tensor ? pointer<T>(*tensor) : nullptr;
+}
+template <class T>
+T* output(const std::optional<Tensor>& tensor) {
+  return tensor ? output<T>(*tensor) : nullptr;
+}
+
+LayerOffsets offsets(const std::vector<Tensor>& layers) {
+  STD_TORCH_CHECK(layers.size() <= kMaxLayers, "at most ", kMaxLayers, " layers in a launch, got ", layers.size());
+  LayerOffsets result = {};
+  for (size_t n = 0; n < layers.size(); ++n)
+    result.of_layer[n] = intptr_t(layers[n].data_ptr()) - intptr_t(layers[0].data_ptr());
+  return result;
+}
+
+// The layers, [B, L, F] each.
+struct Tokens {
+  const char* z;
+  LayerOffsets layers;
+  int64_t stride_b, stride_l;
+  int batch, length, features, rows;
+
+  explicit Tokens(const std::vector<Tensor>& tensors) : layers(offsets(tensors)) {
+    STD_TORCH_CHECK(!tensors.empty() && tensors[0].dim() == 3, "layers must be [B, L, F] each");
+    const Tensor& first = tensors[0];
+    for (const Tensor& tensor : tensors) {
+      STD_TORCH_CHECK(tensor.stride(2) == 1 && intptr_t(tensor.data_ptr()) % 16 == 0,
+                      "features must be next to each other, and tokens begin at multiples of 16 bytes");
+      for (int64_t n = 0; n < 3; ++n)
+        STD_TORCH_CHECK(tensor.size(n) == first.size(n) && tensor.stride(n) == first.stride(n),
+                        "layers must have the same sizes and strides");
+    }
+    z = pointer<char>(first);
+    stride_b = first.stride(0);
+    stride_l = first.stride(1);
+    batch = int(first.size(0));
+    length = int(first.size(1));
+    features = int(first.size(2));
+    rows = batch * int(tensors.size());
+  }
+};
+
+int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+// ---- operators
+
+void row_statistics(std::string kernel, std::vector<Tensor> layers, Tensor norm, Tensor inverse, Tensor extra,
+                    double eps, double q, int64_t transform, int64_t stream) {
+  const Tokens tokens(layers);
+  launch(kernel, norm, stream, blocks(tokens.length, kTokensOfProgram), tokens.rows, 1, tokens.z, tokens.layers,
+         tokens.stride_b, tokens.stride_l, output<float>(norm), output<float>(inverse), output<float>(extra),
+         tokens.batch, tokens.length, tokens.features, float(eps), float(q), int(transform));
+}
+
+void pair_tiles(std::string kernel, std::vector<Tensor> layers, Tensor inverse, Tensor weight_inverse, Tensor extra,
+                std::optional<Tensor> shift, std::optional<Tensor> groups, std::optional<Tensor> group_ranges,
+                std::optional<Tensor> weights, std::optional<Tensor> mirror, Tensor sums, std::optional<Tensor> maxima,
+                int64_t rows, int64_t programs, int64_t tiles_i, int64_t tiles_j, bool triangle, int64_t first_row,
+                int64_t first_i, int64_t first_j, int64_t first_sum, double p0, double p1, double p2, double p3,
+                int64_t stream) {
+  const Tokens tokens(layers);
+  launch(kernel, sums, stream, programs, rows, 1, tokens.z, tokens.layers, tokens.stride_b, tokens.stride_l,
+         pointer<float>(inverse), pointer<float>(weight_inverse), pointer<float>(extra), pointer<float>(shift),
+         pointer<int>(groups), pointer<int>(group_ranges), output<void>(weights), output<void>(mirror),
+         weights ? weights->stride(0) : int64_t(0), weights ? weights->stride(1) : int64_t(0), output<float>(sums),
+         output<float>(maxima), sums.stride(0), int(first_sum), int(first_row), tokens.batch, tokens.length,
+         tokens.features, int(first_i), int(first_j), int(tiles_i), int(tiles_j), int(triangle), float(p0), float(p1),
+         float(p2), float(p3));
+}
+
+void row_sweep(std::string kernel, std::vector<Tensor> layers, Tensor inverse, Tensor weight_inverse, Tensor extra,
+               std::optional<Tensor> shift, std::optional<Tensor> groups, std::optional<Tensor> tile_ranges,
+               std::optional<Tensor> largest, std::optional<Tensor> total, std::optional<Tensor> expected,
+               std::optional<Tensor> average, std::optional<Tensor> sums, std::optional<Tensor> maxima,
+               std::optional<Tensor> weight_sums, std::vector<Tensor> gradients, int64_t tile_rows, int64_t slices,
+               double p0, double p1, double p2, double p3, int64_t stream) {
+  const Tokens tokens(layers);
+  launch(kernel, inverse, stream, blocks(tokens.length, tile_rows), tokens.rows, slices, tokens.z, tokens.layers,
+         tokens.stride_b, tokens.stride_l, pointer<float>(inverse), pointer<float>(weight_inverse),
+         pointer<float>(extra), pointer<float>(shift), pointer<int>(groups), pointer<int>(tile_ranges),
+         pointer<float>(largest), pointer<float>(total), pointer<float>(expected), pointer<float>(average),
+         output<float>(sums), output<float>(maxima), output<float>(weight_sums),
+         gradients.empty() ? nullptr : output<float>(gradients[0]), offsets(gradients), tokens.batch, tokens.length,
+         tokens.features, float(p0), float(p1), float(p2), float(p3));
+}
+
+void sequence_sums(Tensor norm, Tensor sums, std::optional<Tensor> maxima, std::optional<Tensor> bounds, Tensor total,
+                   std::optional<Tensor> shift, int64_t length, int64_t stream) {
+  launch("dk_sequence_sums", total, stream, total.size(1), total.size(0), 1, pointer<float>(norm),
+         pointer<float>(sums), pointer<float>(maxima), pointer<int>(bounds), output<double>(total),
+         output<float>(shift), int(length), sums.size(1));
+}
+
+void project(std::string kernel, std::vector<Tensor> layers, Tensor norm, Tensor inverse, Tensor extra,
+             std::optional<Tensor> weight_sums, std::vector<Tensor> gradients, int64_t transform, int64_t stream) {
+  const Tokens tokens(layers);
+  launch(kernel, norm, stream, blocks(tokens.length, kTokensOfProgram), tokens.rows, 1, tokens.z, tokens.layers,
+         tokens.stride_b, tokens.stride_l, pointer<float>(norm), pointer<float>(inverse), pointer<float>(extra),
+         pointer<float>(weight_sums), output<float>(gradients[0]), offsets(gradients), tokens.batch, tokens.length,
+         tokens.features, int(transform));
+}
+
+}  // namespace
+}  // namespace dk
+
+// From now on launches go to `watch`, which gets the kernel's name, its grid and the addresses of its arguments, and not
+// to the device; null ends that. It is how the tests run the kernels on a machine without a GPU.
+extern "C" __attribute__((visibility("default"))) void dispersion_kernels_watch_launches(dk::Watcher watch) {
+  dk::watcher.store(watch);
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dispersion_kernels, m) {
+  m.def(
+      "cuda_row_statistics(str kernel, Tensor[] layers, Tensor(a!) norm, Tensor(b!) inverse, Tensor(c!) extra, "
+      "float eps, float q, int transform, int stream) -> ()");
+  m.def(
+      "cuda_pair_tiles(str kernel, Tensor[] layers, Tensor inverse, Tensor weight_inverse, Tensor extra, "
+      "Tensor? shift, Tensor? groups, Tensor? group_ranges, Tensor(a!)? weights, Tensor(b!)? mirror, Tensor(c!) sums, "
+      "Tensor(d!)? maxima, int rows, int programs, int tiles_i, int tiles_j, bool triangle, int first_row, "
+      "int first_i, int first_j, int first_sum, float p0, float p1, float p2, float p3, int stream) -> ()");
+  m.def(
+      "cuda_row_sweep(str kernel, Tensor[] layers, Tensor inverse, Tensor weight_inverse, Tensor extra, "
+      "Tensor? shift, Tensor? groups, Tensor? tile_ranges, Tensor? largest, Tensor? total, Tensor? expected, "
+      "Tensor? average, Tensor(a!)? sums, Tensor(b!)? maxima, Tensor(c!)? weight_sums, Tensor(d!)[] gradients, "
+      "int tile_rows, int slices, float p0, float p1, float p2, float p3, int stream) -> ()");
+  m.def(
+      "cuda_sequence_sums(Tensor norm, Tensor sums, Tensor? maxima, Tensor? bounds, Tensor(a!) total, "
+      "Tensor(b!)? shift, int length, int stream) -> ()");
+  m.def(
+      "cuda_project(str kernel, Tensor[] layers, Tensor norm, Tensor inverse, Tensor extra, Tensor? weight_sums, "
+      "Tensor(a!)[] gradients, int transform, int stream) -> ()");
+}
+
+// For every device, because of the tests; launch() says what is wrong with another.
+STABLE_TORCH_LIBRARY_IMPL(dispersion_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cuda_row_statistics", TORCH_BOX(&dk::row_statistics));
+  m.impl("cuda_pair_tiles", TORCH_BOX(&dk::pair_tiles));
+  m.impl("cuda_row_sweep", TORCH_BOX(&dk::row_sweep));
+  m.impl("cuda_sequence_sums", TORCH_BOX(&dk::sequence_sums));
+  m.impl("cuda_project", TORCH_BOX(&dk::project));
+}

@@ -1,0 +1,4 @@
+#define DK_ELEMENT BFloat16
+#define DK_NAME bf16
+#define DK_TABLE bfloat16_kernels
+#include "instantiate.cuh"

@@ -1,0 +1,151 @@
+// What the two kernels over pairs of tokens share: the call's arguments, tiles of tokens on their way to the tensor
+// cores, and a potential made from its four numbers.
+//
+// A *row* is one sequence of L tokens of one layer: row r is batch r % batch of layer r / batch. Similarities are
+// products of the raw tokens; the inverse norms are multiplied in by the epilogue, in fp32. Tokens of a tile beyond L
+// are read as token L - 1 and masked in the epilogue.
+#pragma once
+
+#include "../scalar.h"
+// after it
+#include "../potentials.h"
+#include "kernels.h"
+#include "ptx.cuh"
+
+namespace dk {
+
+// No pair: smaller than any exponent, and finite.
+constexpr float kNoExponent = -1e30f;
+
+// ---- potentials
+
+enum class Transform { kNormalize, kStandardize, kNone };
+
+template <class Potential>
+struct Epilogue;
+
+// The offset is what the exponent lacks: see p3 (p1) in epilogues.py.
+template <>
+struct Epilogue<AngularSpreadNarrow> {
+  static constexpr bool kUsesExtra = false, kCentred = false;
+  static DK_DEVICE AngularSpreadNarrow potential(float p0, float p1, float p2, float) { return {p0, p1, p2}; }
+  static DK_DEVICE float offset(float, float, float, float p3) { return p3; }
+};
+template <>
+struct Epilogue<AngularSpread> {
+  static constexpr bool kUsesExtra = false, kCentred = false;
+  static DK_DEVICE AngularSpread potential(float p0, float p1, float p2, float) {
+    // With clamp = 0 the slope is infinite at |c| = 1, and held at the largest c below it.
+    return {fmaxf(p0, -0.99999994f), fminf(p1, 0.99999994f), p2};
+  }
+  // Its exponent is that of pi / 2 - asin.
+  static DK_DEVICE float offset(float, float, float p2, float p3) { return fmaf(0.5f * kPi, p2, p3); }
+};
+template <>
+struct Epilogue<OrthogonalizationNarrow> {
+  static constexpr bool kUsesExtra = false, kCentred = false;
+  static DK_DEVICE OrthogonalizationNarrow potential(float p0, float p1, float p2, float) {
+    return {p0, p1, p2 + 0.5f};
+  }
+  static DK_DEVICE float offset(float, float, float, float) { return 0.0f; }
+};
+template <>
+struct Epilogue<Orthogonalization> {
+  static constexpr bool kUsesExtra = false, kCentred = false;
+  static DK_DEVICE Orthogonalization potential(float p0, float p1, float p2, float) {
+    return {fmaxf(p0, -0.99999994f), fminf(p1, 0.99999994f), p2 + 0.5f};
+  }
+  static DK_DEVICE float offset(float, float, float, float) { return 0.0f; }
+};
+template <>
+struct Epilogue<Decorrelation> {
+  static constexpr bool kUsesExtra = true, kCentred = true;
+  static DK_DEVICE Decorrelation potential(float, float, float, float) { return {}; }
+  static DK_DEVICE float offset(float, float, float, float) { return 0.0f; }
+};
+template <>
+struct Epilogue<Gaussian> {
+  static constexpr bool kUsesExtra = true, kCentred = false;
+  static DK_DEVICE Gaussian potential(float p0, float, float, float) { return {p0}; }
+  static DK_DEVICE float offset(float, float p1, float, float) { return p1; }
+};
+
+// The similarity of two tokens from the product of their features.
+template <class Potential>
+DK_DEVICE float similarity(float product, float inverse_i, float inverse_j, float extra_i, float extra_j) {
+  if (Epilogue<Potential>::kCentred) product = fmaf(-extra_i, extra_j, product);
+  return product * inverse_i * inverse_j;
+}
+
+// ---- groups: tokens pair where theirs are equal; what is not a token, or pairs with nobody, has another on either side
+
+DK_DEVICE int group_of_row(const int* groups, int token, int length) {
+  if (token >= length) return -2;
+  if (groups == nullptr) return 0;
+  const int group = groups[token];
+  return group < 0 ? -2 : group;
+}
+
+DK_DEVICE int group_of_column(const int* groups, int token, int length) {
+  if (token >= length) return -1;
+  if (groups == nullptr) return 0;
+  const int group = groups[token];
+  return group < 0 ? -1 : group;
+}
+
+// ---- tiles of tokens
+
+// kTokens tokens' features from `first_byte` on, kRowBytes of each, to a panel; zeros beyond the last feature.
+template <int kTokens, int kRowBytes, int kThreads>
+DK_DEVICE void copy_panel(uint32_t panel, const char* row, int64_t stride_bytes, int first_token, int length,
+                          int first_byte, int feature_bytes) {
+  constexpr int kChunks = kRowBytes / 16;
+  static_assert(kTokens * kChunks % kThreads == 0, "every thread copies as many chunks");
+#pragma unroll
+  for (int n = 0; n < kTokens * kChunks / kThreads; ++n) {
+    const int place = n * kThreads + int(threadIdx.x);
+    const int token = place / kChunks, chunk = place % kChunks;
+    const int byte = first_byte + chunk * 16;
+    const int left = min(max(feature_bytes - byte, 0), 16);
+    const char* from = row + min(first_token + token, length - 1) * stride_bytes + (left > 0 ? byte : 0);
+    copy_async_16(panel + panel_offset<kRowBytes>(token, chunk), from, left);
+  }
+}
+
+// C += A B^T over the width of two panels: kM blocks of 16 rows of A from `row_a`, kN blocks of 8 rows of B from `row_b`.
+template <class T, int kRowBytes, int kM, int kN>
+DK_DEVICE void multiply_panels(float (&c)[kM][kN][4], uint32_t panel_a, int row_a, uint32_t panel_b, int row_b) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int slab = 0; slab < kRowBytes / 32; ++slab) {
+    uint32_t a[kM][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+      load_matrices(a[m], panel_a + panel_offset<kRowBytes>(row_a + 16 * m + lane % 16, 2 * slab + lane / 16));
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      uint32_t b[4];
+      load_matrices(b, panel_b + panel_offset<kRowBytes>(row_b + 8 * n + lane % 8 + lane / 16 * 8,
+                                                         2 * slab + lane / 8 % 2));
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        T::multiply(c[m][n], a[m], b[0], b[1]);
+        T::multiply(c[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+DK_DEVICE float sum_of_warp(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
+  return x;
+}
+
+DK_DEVICE float largest_of_warp(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lanes));
+  return x;
+}
+
+}  // namespace dk

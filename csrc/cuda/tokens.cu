@@ -1,0 +1,179 @@
+// The kernels that read each token by itself, whatever its element type: a warp a token.
+#include "kernels.h"
+#include "tiles.cuh"
+
+namespace dk {
+
+constexpr int kTokensOfProgram = 4;
+
+template <class T>
+struct Token {
+  const typename T::Stored* z;
+  int features;
+
+  DK_DEVICE float operator[](int feature) const { return T::to_float(z[feature]); }
+};
+
+template <class T>
+DK_DEVICE Token<T> token_at(const char* z, const LayerOffsets& layers, int64_t stride_b, int64_t stride_l, int row,
+                            int batch, int token, int features) {
+  const char* of_layer = z + layers.of_layer[row / batch];
+  return {reinterpret_cast<const typename T::Stored*>(of_layer) + row % batch * stride_b + token * stride_l, features};
+}
+
+// What the epilogue needs of each token: its norm r, what it is divided by, and a second number.
+// kNormalize: r = |z|, inverse 1 / (r + eps) or 0, extra q, or 0 for a zero token. kStandardize: r = |z - mean|, inverse
+// 1 / r, or 0 for a constant token, extra mean sqrt(F). kNone: r = |z|, inverse 1, extra q r^2.
+template <class T>
+DK_DEVICE void row_statistics(const char* z, const LayerOffsets& layers, int64_t stride_b, int64_t stride_l,
+                              float* norms, float* inverses, float* extras, int batch, int length, int features,
+                              float eps, float q, int transform) {
+  const int lane = threadIdx.x % 32, row = blockIdx.y;
+  const int token = blockIdx.x * kTokensOfProgram + int(threadIdx.x) / 32;
+  if (token >= length) return;
+  const Token<T> x = token_at<T>(z, layers, stride_b, stride_l, row, batch, token, features);
+  const bool standardize = Transform(transform) == Transform::kStandardize;
+  float mean = 0.0f;
+  bool constant = true;
+  if (standardize) {
+    float total = 0.0f;
+    for (int f = lane; f < features; f += 32) {
+      total += x[f];
+      // The rounded mean of a constant token may differ from its features; it must not be blown up to length 1.
+      constant = constant && x[f] == x[0];
+    }
+    mean = sum_of_warp(total) / float(features);
+    constant = __all_sync(0xffffffffu, constant);
+  }
+  float squares = 0.0f;
+  for (int f = lane; f < features; f += 32) squares = fmaf(x[f] - mean, x[f] - mean, squares);
+  squares = sum_of_warp(squares);
+  if (lane != 0) return;
+  float norm = sqrtf(squares), inverse = 1.0f, extra = squares * q;
+  if (Transform(transform) == Transform::kNormalize) {
+    inverse = norm + eps > 0.0f ? 1.0f / (norm + eps) : 0.0f;
+    extra = norm > 0.0f ? q : 0.0f;
+  } else if (standardize) {
+    norm = constant ? 0.0f : norm;
+    inverse = norm > 0.0f ? 1.0f / norm : 0.0f;
+    extra = mean * sqrtf(float(features));
+  }
+  const int64_t at = int64_t(row) * length + token;
+  norms[at] = norm;
+  inverses[at] = inverse;
+  extras[at] = extra;
+}
+
+// The gradient through the row transform, in place of G and but for its scale. kNormalize: u - x (x . u) / (r inverse),
+// kStandardize: the same of u less its mean, kNone: w z - G with w the token's sum of weights.
+template <class T>
+DK_DEVICE void project(const char* z, const LayerOffsets& layers, int64_t stride_b, int64_t stride_l,
+                       const float* norms, const float* inverses, const float* extras, const float* weight_sums,
+                       float* gradient, const LayerOffsets& gradients, int batch, int length, int features,
+                       int transform) {
+  const int lane = threadIdx.x % 32, row = blockIdx.y;
+  const int token = blockIdx.x * kTokensOfProgram + int(threadIdx.x) / 32;
+  if (token >= length) return;
+  const Token<T> x = token_at<T>(z, layers, stride_b, stride_l, row, batch, token, features);
+  float* u = gradient + gradients.of_layer[row / batch] / int64_t(sizeof(float)) +
+             (int64_t(row % batch) * length + token) * features;
+  const int64_t at = int64_t(row) * length + token;
+  if (Transform(transform) == Transform::kNone) {
+    const float weight_sum = weight_sums[at];
+    for (int f = lane; f < features; f += 32) u[f] = weight_sum * x[f] - u[f];
+    return;
+  }
+  const bool standardize = Transform(transform) == Transform::kStandardize;
+  const float norm = norms[at], inverse = inverses[at];
+  const float mean_x = standardize ? extras[at] / sqrtf(float(features)) : 0.0f;
+  float product = 0.0f, total = 0.0f;
+  for (int f = lane; f < features; f += 32) {
+    product = fmaf(u[f], x[f] - mean_x, product);
+    total += u[f];
+  }
+  // x - mean sums to 0, so its product with u is that with u less its mean.
+  const float per_length = norm * inverse > 0.0f ? 1.0f / (norm * inverse) : 0.0f;
+  product = sum_of_warp(product) * inverse * inverse * per_length;
+  const float mean_u = standardize ? sum_of_warp(total) / float(features) : 0.0f;
+  for (int f = lane; f < features; f += 32) u[f] = (u[f] - mean_u) - (x[f] - mean_x) * product;
+}
+
+// Of one sequence (blockIdx.x) of one row (blockIdx.y): the sum of its partial sums, in fp64, relative to the largest
+// maximum, which goes to `shifts`; NaN where a norm is not finite. Always in the same order. `maxima` (and with it
+// `shifts`) and `bounds` may be null.
+constexpr int kSumThreads = 256;
+
+DK_DEVICE double sum_of_threads(double x, double* shared) {
+  shared[threadIdx.x] = x;
+  __syncthreads();
+  for (int half = kSumThreads / 2; half > 0; half /= 2) {
+    if (int(threadIdx.x) < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+    __syncthreads();
+  }
+  return shared[0];
+}
+
+}  // namespace dk
+
+extern "C" __global__ void __launch_bounds__(dk::kSumThreads)
+    dk_sequence_sums(const float* norms, const float* sums, const float* maxima, const int* bounds, double* totals,
+                     float* shifts, int length, int64_t sums_stride) {
+  __shared__ double of_threads[dk::kSumThreads];
+  const int64_t row = blockIdx.y;
+  const int begin = bounds == nullptr ? 0 : bounds[blockIdx.x];
+  const int end_token = bounds == nullptr ? length : bounds[blockIdx.x + 1];
+  const int end = bounds == nullptr ? int(sums_stride) : end_token;
+  float poison = 0.0f, largest = dk::kNoExponent;
+  for (int n = begin + int(threadIdx.x); n < end_token; n += dk::kSumThreads)
+    poison += norms[row * length + n] * 0.0f;
+  if (maxima != nullptr) {
+    __shared__ float of_warps[dk::kSumThreads / 32];
+    for (int n = begin + int(threadIdx.x); n < end; n += dk::kSumThreads)
+      largest = fmaxf(largest, maxima[row * sums_stride + n]);
+    largest = dk::largest_of_warp(largest);
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = largest;
+    __syncthreads();
+    for (int w = 0; w < dk::kSumThreads / 32; ++w) largest = fmaxf(largest, of_warps[w]);
+  }
+  double total = poison;
+  for (int n = begin + int(threadIdx.x); n < end; n += dk::kSumThreads) {
+    const float scale = maxima == nullptr ? 1.0f : dk::exponential(maxima[row * sums_stride + n] - largest);
+    total += double(sums[row * sums_stride + n] * scale);
+  }
+  total = dk::sum_of_threads(total, of_threads);
+  if (threadIdx.x != 0) return;
+  totals[row * gridDim.x + blockIdx.x] = total;
+  if (maxima != nullptr) shifts[row * gridDim.x + blockIdx.x] = largest;
+}
+
+#define DK_DEFINE(T, name)                                                                                            \
+  extern "C" __global__ void __launch_bounds__(32 * dk::kTokensOfProgram) dk_row_statistics_##name(                   \
+      const char* z, const __grid_constant__ dk::LayerOffsets layers, int64_t stride_b, int64_t stride_l,             \
+      float* norms, float* inverses, float* extras, int batch, int length, int features, float eps, float q,          \
+      int transform) {                                                                                                \
+    dk::row_statistics<dk::T>(z, layers, stride_b, stride_l, norms, inverses, extras, batch, length, features, eps,   \
+                              q, transform);                                                                          \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(32 * dk::kTokensOfProgram) dk_project_##name(                          \
+      const char* z, const __grid_constant__ dk::LayerOffsets layers, int64_t stride_b, int64_t stride_l,             \
+      const float* norms, const float* inverses, const float* extras, const float* weight_sums, float* gradient,      \
+      const __grid_constant__ dk::LayerOffsets gradients, int batch, int length, int features, int transform) {       \
+    dk::project<dk::T>(z, layers, stride_b, stride_l, norms, inverses, extras, weight_sums, gradient, gradients,      \
+                       batch, length, features, transform);                                                           \
+  }
+DK_DEFINE(BFloat16, bf16)
+DK_DEFINE(Float16, fp16)
+DK_DEFINE(TF32, fp32)
+
+#define DK_LIST(name) {#name, (const void*)name, 32 * dk::kTokensOfProgram, 0}
+
+dk::Kernels dk::token_kernels() {
+  static const Kernel kernels[] = {DK_LIST(dk_row_statistics_bf16),
+                                   DK_LIST(dk_row_statistics_fp16),
+                                   DK_LIST(dk_row_statistics_fp32),
+                                   DK_LIST(dk_project_bf16),
+                                   DK_LIST(dk_project_fp16),
+                                   DK_LIST(dk_project_fp32),
+                                   {"dk_sequence_sums", (const void*)dk_sequence_sums, kSumThreads, 0}};
+  return {kernels, int(sizeof kernels / sizeof *kernels)};
+}

@@ -1,0 +1,250 @@
+"""The CUDA C++ kernels (csrc/cuda) as the launcher runs them. Importing this module loads nothing.
+
+They need no Triton and no compiler at run time: all are compiled when the package is built, for the architectures of
+``TORCH_CUDA_ARCH_LIST``. The extension uses PyTorch's stable ABI alone, so one build serves several versions of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dispersion_kernels.gpu.epilogues import Epilogue
+from dispersion_kernels.gpu.launch import Entropy, Region, Statistics, Tokens
+from dispersion_kernels.native import build_info
+
+_TRANSFORMS = {"normalize": 0, "standardize": 1, "none": 2}
+_ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def unavailable_reason() -> str | None:
+    """Why there is no extension; None if it is loaded."""
+    reason: str | None = _load()
+    return reason
+
+
+@functools.cache
+def _load() -> str | None:
+    info = build_info().get("cuda") or {}
+    path = Path(__file__).with_name("_cuda.abi3.so")
+    if not path.exists():
+        return f"the package was built without the CUDA kernels ({info.get('reason', 'no build information')})"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path} cannot be loaded: {error}"
+    for name in ("row_statistics", "pair_tiles", "row_sweep", "sequence_sums", "project"):
+        # They write to their arguments and give nothing back.
+        torch.library.register_fake(f"dispersion_kernels::cuda_{name}", lambda *args, **kwargs: None)
+    return None
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """Of pair_tiles; ``PairTilesShape`` of csrc/cuda/pair_tiles.cuh."""
+
+    block: int
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """Of row_sweep; ``RowSweepShape`` of csrc/cuda/row_sweep.cuh."""
+
+    block_m: int
+    block_n: int
+    block_f: int
+    resident: bool
+
+
+class CudaKernels:
+    """:class:`dispersion_kernels.gpu.launch.Kernels` in CUDA C++.
+
+    Args:
+        z: one of the layers, for their device and dtype.
+    """
+
+    max_layers = 64  # kMaxLayers of csrc/cuda/kernels.h
+
+    def __init__(self, z: Tensor) -> None:
+        reason = unavailable_reason()
+        if reason is not None:
+            raise RuntimeError(f"the CUDA kernels are unavailable: {reason}")
+        self.dtype = z.dtype
+        self.wide = z.dtype == torch.float32
+        exact = torch.get_float32_matmul_precision() == "highest"
+        self.element = _ELEMENTS.get(z.dtype, "tf32x3" if exact else "tf32")
+        # Launches join what runs on the current stream.
+        self.stream = torch.cuda.current_stream(z.device).cuda_stream if z.is_cuda else 0
+
+    def prepare(self, layers: Sequence[Tensor]) -> list[Tensor]:
+        """With one set of strides, features next to each other and tokens that begin at multiples of 16 bytes."""
+        first = layers[0]
+        if all(z.stride() == first.stride() and _aligned(z) for z in layers):
+            return list(layers)
+        features = first.shape[2]
+        padded = -(-features * first.itemsize // 16) * 16 // first.itemsize
+        copies = []
+        for z in layers:
+            copy = torch.empty(*z.shape[:2], padded, dtype=z.dtype, device=z.device)[:, :, :features]
+            copies.append(copy.copy_(z))
+        return copies
+
+    def tile_shape(self, groups: bool) -> TileShape:
+        return TileShape(64 if self.wide else 128)
+
+    def row_shape(self, features: int, perplexity: bool) -> RowShape:
+        if self.wide:
+            return RowShape(64, 32, 64, features <= 64)
+        resident = features <= 128
+        return RowShape(64, 64, 128 if resident else 256, resident)
+
+    def tuned(self, strategy: str, what: tuple[Any, ...], shape: Any, launch: Callable[[Any], Any]) -> Any:
+        """The shapes are compiled in."""
+        return shape
+
+    def row_statistics(self, tokens: Tokens, epilogue: Epilogue, norm: Tensor, inverse: Tensor, extra: Tensor) -> None:
+        torch.ops.dispersion_kernels.cuda_row_statistics(
+            f"dk_row_statistics_{self._storage}",
+            tokens.layers,
+            norm,
+            inverse,
+            extra,
+            epilogue.eps,
+            epilogue.q,
+            _TRANSFORMS[epilogue.transform],
+            self.stream,
+        )
+
+    def pair_tiles(
+        self,
+        shape: TileShape,
+        region: Region,
+        tokens: Tokens,
+        epilogue: Epilogue,
+        statistics: Statistics,
+        sums: Tensor,
+        maxima: Tensor | None,
+        shift: Tensor | None,
+        groups: Tensor | None,
+        group_ranges: Tensor | None,
+        weights: Tensor | None,
+        mirror: Tensor | None,
+    ) -> None:
+        mode = "write" if weights is not None else "online" if maxima is not None else "loss"
+        torch.ops.dispersion_kernels.cuda_pair_tiles(
+            f"dk_pair_tiles_{self.element}_{epilogue.function}_{mode}",
+            tokens.layers,
+            statistics.inverse,
+            statistics.weight_inverse,
+            statistics.extra,
+            shift,
+            groups,
+            group_ranges,
+            weights,
+            mirror,
+            sums,
+            maxima,
+            region.rows,
+            region.programs,
+            region.tiles_i,
+            region.tiles_j,
+            region.triangle,
+            region.first_row,
+            region.first_i,
+            region.first_j,
+            region.first_sum,
+            *epilogue.p,
+            self.stream,
+        )
+
+    def row_sweep(
+        self,
+        shape: RowShape,
+        which: str,
+        tokens: Tokens,
+        epilogue: Epilogue,
+        statistics: Statistics,
+        *,
+        sums: Tensor | None = None,
+        maxima: Tensor | None = None,
+        shift: Tensor | None = None,
+        groups: Tensor | None = None,
+        tile_ranges: Tensor | None = None,
+        entropy: Entropy | None = None,
+        weight_sums: Tensor | None = None,
+        gradients: Sequence[Tensor] = (),
+    ) -> None:
+        resident = "_resident" if gradients and shape.resident else ""
+        p0, p1, p2, p3 = epilogue.p
+        torch.ops.dispersion_kernels.cuda_row_sweep(
+            f"dk_row_sweep_{self.element}_{epilogue.function}_{which}{resident}",
+            tokens.layers,
+            statistics.inverse,
+            statistics.weight_inverse,
+            statistics.extra,
+            shift,
+            groups,
+            tile_ranges,
+            None if entropy is None else entropy.largest,
+            None if entropy is None else entropy.total,
+            None if entropy is None else entropy.expected,
+            None if entropy is None else entropy.average,
+            sums,
+            maxima,
+            weight_sums,
+            list(gradients),
+            shape.block_m,
+            -(-tokens.features // shape.block_f) if gradients else 1,
+            p0,
+            p1,
+            p2 if entropy is None else entropy.eps,
+            p3,
+            self.stream,
+        )
+
+    def sequence_sums(
+        self,
+        length: int,
+        norm: Tensor,
+        sums: Tensor,
+        maxima: Tensor | None,
+        bounds: Tensor | None,
+        total: Tensor,
+        shift: Tensor | None,
+    ) -> None:
+        torch.ops.dispersion_kernels.cuda_sequence_sums(norm, sums, maxima, bounds, total, shift, length, self.stream)
+
+    def project(
+        self,
+        tokens: Tokens,
+        epilogue: Epilogue,
+        statistics: Statistics,
+        weight_sums: Tensor | None,
+        gradients: Sequence[Tensor],
+    ) -> None:
+        torch.ops.dispersion_kernels.cuda_project(
+            f"dk_project_{self._storage}",
+            tokens.layers,
+            statistics.norm,
+            statistics.inverse,
+            statistics.extra,
+            weight_sums,
+            list(gradients),
+            _TRANSFORMS[epilogue.transform],
+            self.stream,
+        )
+
+    @property
+    def _storage(self) -> str:
+        return "fp32" if self.wide else self.element
+
+
+def _aligned(z: Tensor) -> bool:
+    steps = (z.stride(0) * (z.shape[0] > 1), z.stride(1) * (z.shape[1] > 1))
+    return z.stride(2) == 1 and z.data_ptr() % 16 == 0 and all(step * z.itemsize % 16 == 0 for step in steps)

@@ -1,0 +1,1 @@
+"""What the GPU backends share: the launcher, and the potentials as their kernels take them."""

@@ -1,0 +1,321 @@
+"""The compiled PTX of the GPU kernels, run on the CPU by an emulator that finds races, missing waits and wild accesses.
+
+The launcher runs as on a GPU. Each Triton launch is specialised and compiled as Triton would; the CUDA kernels come
+through their operators, whose launches go to the emulator. The emulator is not part of this repository: without it,
+beside the repository, these tests are skipped, and those of a backend that is not installed, too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from conftest import INTERPRETED, POTENTIALS, Answer, assert_as_accurate_as_naive, oracle
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dispersion_kernels import AngularSpread, L2Repel, Potential, cuda
+from dispersion_kernels.gpu import launch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+if not (SHARED / "ptx_emulator").is_dir():
+    pytest.skip("the PTX emulator is not beside this repository", allow_module_level=True)
+if INTERPRETED:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+sys.path.append(str(SHARED))
+
+import ptx_emulator  # noqa: E402
+
+SEEDS = (1, 2, 3)
+# Of kernels that have run with all of them: later launches take one.
+_SEEN: set[tuple[str, str]] = set()
+
+
+def emulate(
+    ptx: str,
+    name: str,
+    grid: tuple[int, ...],
+    threads: int,
+    shared: int,
+    arguments: Callable[[dict[int, Tensor]], list[Any]],
+    tensors: Iterable[Tensor],
+) -> None:
+    """Runs a launch on ``tensors``; a kernel, the first time, with each seed, which must give the same bits.
+
+    ``arguments`` makes the emulator's arguments from the storages of ``tensors``, by their addresses. Arguments that
+    share memory share it in the emulator, too: they are whole storages and an offset.
+    """
+    storages = {t.untyped_storage().data_ptr(): _bytes_of(t) for t in tensors if t.numel()}
+    before = {pointer: storage.clone() for pointer, storage in storages.items()}
+    first: dict[int, Tensor] = {}
+    seeds = SEEDS[:1] if (ptx, name) in _SEEN else SEEDS
+    _SEEN.add((ptx, name))
+    for seed in seeds:
+        for pointer, storage in storages.items():
+            storage.copy_(before[pointer])
+        report = _load(ptx).launch(name, grid, threads, arguments(storages), dynamic_shared=shared, seed=seed)
+        assert report.ok, report.summary()
+        for pointer, storage in storages.items():
+            same = torch.equal(first.setdefault(pointer, storage.clone()), storage)
+            assert same, f"{name}: other bits with seed {seed}"
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage())
+
+
+def _pointer(address: int, storages: dict[int, Tensor]) -> Any:
+    """The argument for an address in one of the storages; None for another."""
+    for begin, storage in storages.items():
+        if begin <= address < begin + storage.numel():
+            return ptx_emulator.Buffer(storage.numpy(), "inout", 256, address - begin)
+    return None
+
+
+@functools.cache
+def _load(ptx: str) -> Any:
+    return ptx_emulator.load(ptx)
+
+
+# ---- Triton
+
+
+@contextmanager
+def triton_kernels(z: Tensor, arch: str) -> Iterator[launch.Kernels]:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from dispersion_kernels.triton import ahead_of_time
+    from dispersion_kernels.triton.backend import TritonKernels
+
+    def run(kernel: Any, grid: tuple[int, ...], values: dict[str, Any], options: dict[str, int]) -> None:
+        specialization = ahead_of_time.specialize(kernel, values)
+        compiled = ahead_of_time.compile_for(kernel, specialization, arch, options)
+        # A specialised integer is no parameter; a tuple is one for each of its tensors.
+        names = [name for name, kind in specialization.signature.items() if kind != "constexpr"]
+        parts = [values[name] if isinstance(values[name], tuple) else (values[name],) for name in names]
+        flat = [value for part in parts for value in part]
+
+        def arguments(storages: dict[int, Tensor]) -> list[Any]:
+            return [_pointer(value.data_ptr(), storages) if isinstance(value, Tensor) else value for value in flat]
+
+        tensors = [value for value in flat if isinstance(value, Tensor)]
+        threads, shared = 32 * options["num_warps"], compiled.metadata.shared
+        emulate(compiled.asm["ptx"], kernel.__name__, grid, threads, shared, arguments, tensors)
+
+    yield TritonKernels(z, arch, run=run)
+
+
+# ---- CUDA
+
+
+class _Tensors(TorchDispatchMode):
+    """The tensors of the operator of a CUDA kernel that runs now."""
+
+    now: ClassVar[list[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().startswith("dispersion_kernels::cuda_"):
+            flat = [value for arg in args for value in (arg if isinstance(arg, list) else [arg])]
+            _Tensors.now = [value for value in flat if isinstance(value, Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+_Watcher = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_int,
+)
+
+
+@contextmanager
+def cuda_kernels(z: Tensor, arch: str) -> Iterator[launch.Kernels]:
+    if cuda.unavailable_reason() is not None:
+        pytest.skip(f"no CUDA kernels: {cuda.unavailable_reason()}")
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc to compile PTX with")
+    failures: list[BaseException] = []
+
+    def watch(name: bytes, grid: Any, threads: int, shared: int, values: Any, count: int) -> None:
+        try:
+            kernel = name.decode()
+            ptx = _cuda_ptx(kernel, arch)
+            parameters = _load(ptx).kernels[kernel].params
+            assert len(parameters) == count
+            raw = [ctypes.string_at(values[n], size) for n, (_, _, size) in enumerate(parameters)]
+
+            def arguments(storages: dict[int, Tensor]) -> list[Any]:
+                # Eight bytes are an address of a tensor, or a number that is none.
+                addresses = [_pointer(int.from_bytes(p, "little"), storages) if len(p) == 8 else None for p in raw]
+                return [p if address is None else address for p, address in zip(raw, addresses, strict=True)]
+
+            emulate(ptx, kernel, tuple(grid[:3]), threads, shared, arguments, _Tensors.now)
+        except BaseException as failure:  # which would be lost on its way through C++
+            failures.append(failure)
+
+    library = ctypes.CDLL(str(Path(cuda.__file__).with_name("_cuda.abi3.so")))
+    watcher = _Watcher(watch)
+    library.dispersion_kernels_watch_launches(watcher)
+    try:
+        with _Tensors():
+            yield cuda.CudaKernels(z)
+    finally:
+        library.dispersion_kernels_watch_launches(None)
+    if failures:
+        raise failures[0]
+
+
+@functools.cache
+def _cuda_ptx(kernel: str, arch: str) -> str:
+    """The PTX of ``kernel`` alone."""
+    pairs = kernel.startswith(("dk_pair_tiles", "dk_row_sweep"))
+    text = _compile(f"pairs_{kernel.split('_')[3]}" if pairs else "tokens", arch)
+    head, *entries = text.split(".visible .entry ")
+    return head + ".visible .entry " + next(entry for entry in entries if entry.startswith(f"{kernel}("))
+
+
+@functools.cache
+def _compile(source: str, arch: str) -> str:
+    command = ["nvcc", "-std=c++17", "-O3", "-ptx", f"-arch={arch}", str(ROOT / "csrc" / "cuda" / f"{source}.cu")]
+    return subprocess.run([*command, "-o", "/dev/stdout"], check=True, capture_output=True, text=True).stdout
+
+
+KERNELS = {"triton": triton_kernels, "cuda": cuda_kernels}
+
+
+def dispersion(
+    layers: list[Tensor],
+    potential: Potential,
+    backend: str,
+    groups: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    with_grad: bool = True,
+) -> launch.Losses:
+    name, arch = backend.split("-")
+    with KERNELS[name](layers[0], arch) as kernels:
+        return launch.dispersion(layers, potential, groups, cu_seqlens, with_grad, kernels)
+
+
+def evaluate(
+    z: Tensor, potential: Potential, backend: str, groups: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Answer:
+    losses = dispersion([z], potential, backend, groups, cu_seqlens)
+    assert losses.scale is not None
+    gradient = losses.gradients[0] * losses.scale[0].unsqueeze(-1)
+    return Answer(losses.loss[0].float(), gradient.to(z.dtype).reshape(z.shape))
+
+
+def check(z: Tensor, potential: Potential, backend: str) -> None:
+    assert_as_accurate_as_naive(z, potential, evaluate(z, potential, backend), oracle(z, potential))
+
+
+def tokens(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return (torch.randn(shape) * 0.7 + 0.4 * torch.randn(shape[-1])).to(dtype)
+
+
+BACKENDS = ["triton-sm_80", "triton-sm_90", "cuda-sm_80"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("features", [36, 200], ids=["resident", "swept"])
+@pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
+def test_every_potential(potential: Potential, features: int, backend: str) -> None:
+    """More than one tile of tokens, and the last ones ragged: the tiles have 64 (resident) and 128 (swept)."""
+    z = tokens(1, 67 if features < 128 else 133, features)
+    answer = evaluate(z, potential, backend)
+    assert_as_accurate_as_naive(z, potential, answer, oracle(z, potential))
+    alone = dispersion([z], potential, backend, with_grad=False)
+    torch.testing.assert_close(alone.loss[0].float(), answer.loss, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("features", [36, 200], ids=["resident", "swept"])
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float16, "highest"), (torch.float32, "highest"), (torch.float32, "high")],
+    ids=["fp16", "fp32", "tf32"],
+)
+def test_every_dtype(dtype: torch.dtype, precision: str, features: int, backend: str) -> None:
+    z = tokens(1, 67, features, dtype=dtype)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        answer = evaluate(z, AngularSpread(), backend)
+        bounds = torch.tensor([0, 67], dtype=torch.int32)
+        for potential in (AngularSpread(), AngularSpread(tau=0.005)):
+            alone = dispersion([z], potential, backend, cu_seqlens=bounds, with_grad=False)
+            exact_loss = oracle(z[0], potential, cu_seqlens=bounds).loss
+            torch.testing.assert_close(alone.loss[0], exact_loss, rtol=1e-3 if precision == "high" else 2e-6, atol=0)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    exact = oracle(z, AngularSpread())
+    if precision == "highest":
+        assert_as_accurate_as_naive(z, AngularSpread(), answer, exact)
+    else:
+        # tf32 keeps ten bits of each factor.
+        assert (answer.loss - exact.loss).abs().max() < 1e-3
+        assert (answer.grad - exact.grad).abs().max() < 5e-3 * exact.grad.abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("features", [36, 200], ids=["resident", "swept"])
+@pytest.mark.parametrize("name", ["angular_spread", "l2_repel_diagonal_out", "perplexity_entropy", "decorrelation"])
+def test_masks_and_packed_sequences(name: str, features: int, backend: str) -> None:
+    potential, z = POTENTIALS[name], tokens(1, 133, features)
+    groups = (torch.arange(133) // 50 - (torch.rand(133) > 0.8).long() * 9).clamp(min=-1)[None]
+    answer = evaluate(z, potential, backend, groups=groups)
+    assert_as_accurate_as_naive(z, potential, answer, oracle(z, potential, document_ids=groups), document_ids=groups)
+    bounds = torch.tensor([0, 1, 70, 70, 133], dtype=torch.int32)
+    packed = z[0]
+    exact = oracle(packed, potential, cu_seqlens=bounds)
+    alone = dispersion([z], potential, backend, cu_seqlens=bounds, with_grad=False)
+    torch.testing.assert_close(alone.loss[0].float(), exact.loss.float(), rtol=1e-5, atol=1e-5)
+    answer = evaluate(z, potential, backend, cu_seqlens=bounds)
+    answer = Answer(answer.loss, answer.grad[0])
+    assert_as_accurate_as_naive(packed, potential, answer, exact, cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "potential",
+    [AngularSpread(tau=0.005), AngularSpread(clamp=0.0), L2Repel(tau=1.0, include_diagonal=False)],
+    ids=repr,
+)
+def test_a_maximum_first_and_the_wide_band(potential: Potential, backend: str) -> None:
+    check(tokens(1, 133, 200), potential, backend)
+    check(tokens(1, 67, 36), potential, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("features", [36, 200], ids=["resident", "swept"])
+def test_layers_and_batches_in_one_launch(features: int, backend: str) -> None:
+    layers = [tokens(2, 67, features) for _ in range(2)]
+    losses = dispersion(layers, AngularSpread(), backend)
+    assert losses.scale is not None
+    for z, loss, gradient, scale in zip(layers, losses.loss, losses.gradients, losses.scale, strict=True):
+        answer = Answer(loss.float(), (gradient * scale.unsqueeze(-1)).to(z.dtype))
+        assert_as_accurate_as_naive(z, AngularSpread(), answer, oracle(z, AngularSpread()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_of_a_row(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "WORKSPACE_BYTES", 1)
+    check(tokens(1, 261, 136), AngularSpread(), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend: str) -> None:
+    """Features that are not next to each other, and rows that begin at odd addresses."""
+    check(tokens(67, 200, 2).permute(2, 0, 1)[:1], AngularSpread(), backend)
+    check(tokens(1, 67, 205)[:, :, 3:202], AngularSpread(), backend)
