@@ -171,9 +171,19 @@ def main(arguments: list[str] | None = None) -> None:
         action="store_true",
         help="fail on spills, too much shared memory, missing tensor instructions, or an epilogue beyond its share",
     )
+    parser.add_argument(
+        "--every",
+        action="store_true",
+        help="compile the kernels of every potential in every dtype, too, some 3,000, an hour on two cores; the tables "
+        "stay those of angular_spread in every dtype and of every potential in bf16 at F=768",
+    )
     args = parser.parse_args(arguments)
     rows = examine_shipped(args.arch)
     text = render(rows)
+    if args.every:
+        everything = examine_shipped(args.arch, every=True)
+        text += "\n" + render_every(everything)
+        rows += everything
     print(text)
     if args.out is not None:
         temporary = args.out.with_suffix(".tmp")
@@ -184,12 +194,14 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-def examine_shipped(arches: list[str]) -> list[Row]:
+def examine_shipped(arches: list[str], every: bool = False) -> list[Row]:
     """The figures of every kernel shipped for these architectures, compiled on all cores."""
     workers = os.cpu_count() or 1
     # Not forked: PyTorch's threads do not survive it.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        shares = {arch: [pool.submit(_examine_share, arch, n, workers) for n in range(workers)] for arch in arches}
+        shares = {
+            arch: [pool.submit(_examine_share, arch, every, n, workers) for n in range(workers)] for arch in arches
+        }
         rows = {arch: [share.result() for share in of_arch] for arch, of_arch in shares.items()}
     # Dealt out one by one, and put back in order.
     return [
@@ -197,12 +209,12 @@ def examine_shipped(arches: list[str]) -> list[Row]:
     ]
 
 
-def _examine_share(arch: str, share: int, shares: int) -> list[Row]:
+def _examine_share(arch: str, every: bool, share: int, shares: int) -> list[Row]:
     # Not at the top: it needs Triton, which this module's users may lack.
     from dispersion_kernels.triton.ahead_of_time import compile_variant, shipped
 
     rows = []
-    for variant in shipped(arch)[share::shares]:
+    for variant in shipped(arch, every)[share::shares]:
         try:
             row = examine(variant, compile_variant(variant))
         except Exception as error:
@@ -313,6 +325,26 @@ def render(rows: Iterable[Row]) -> str:
     for row in rows:
         by_arch.setdefault(row.variant.arch, []).append(row)
     return "\n".join([HEAD, *(_section(arch, of_arch) for arch, of_arch in by_arch.items())])
+
+
+def render_every(rows: Iterable[Row]) -> str:
+    """What the kernels of every potential in every dtype come to."""
+    by_arch: dict[str, list[Row]] = {}
+    for row in rows:
+        by_arch.setdefault(row.variant.arch, []).append(row)
+    lines = [
+        "## Every potential in every dtype",
+        "",
+        "With F of 64, 128 and 768, with and without groups.",
+        "",
+        "| architecture | kernels | that spill | most registers | most shared memory, KiB |",
+        "|---|---|---|---|---|",
+    ]
+    for arch, of_arch in by_arch.items():
+        spilling = sum(bool(row.spills) for row in of_arch)
+        registers, shared = max(row.registers for row in of_arch), max(row.shared for row in of_arch) / 1024
+        lines.append(f"| {arch} | {len(of_arch)} | {spilling} | {registers} | {shared:.1f} |")
+    return "\n".join([*lines, ""])
 
 
 def _section(arch: str, rows: list[Row]) -> str:

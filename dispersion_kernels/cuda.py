@@ -98,7 +98,7 @@ class CudaKernels:
     def tile_shape(self, groups: bool) -> TileShape:
         return TileShape(64 if self.wide else 128)
 
-    def row_shape(self, features: int, perplexity: bool) -> RowShape:
+    def row_shape(self, features: int, perplexity: bool, gradient: bool) -> RowShape:
         if self.wide:
             return RowShape(64, 32, 64, features <= 64)
         resident = features <= 128

@@ -124,7 +124,7 @@ class Kernels(Protocol):
         """The layers as the kernels read them, with one set of strides."""
 
     def tile_shape(self, groups: bool) -> TileShape: ...
-    def row_shape(self, features: int, perplexity: bool) -> RowShape: ...
+    def row_shape(self, features: int, perplexity: bool, gradient: bool) -> RowShape: ...
 
     def tuned(self, strategy: str, what: tuple[Any, ...], shape: Any, launch: Callable[[Any], Any]) -> Any:
         """``shape``, or one that is faster on the device, found by timing ``launch``; ``what`` is what it depends
@@ -393,7 +393,7 @@ class _Call:
 
     def _loss_of_rows(self) -> tuple[Tensor, Tensor | None]:
         sums, maxima = self._partial_sums(self.length)
-        self._row_sweep(self._row_shape(), "online" if self.epilogue.online else "loss", sums=sums, maxima=maxima)
+        self._row_sweep(self._row_shape(False), "online" if self.epilogue.online else "loss", sums=sums, maxima=maxima)
         return self._sequence_sums(sums, maxima)
 
     def _resident(self, maximum: Tensor | None) -> Tensor:
@@ -403,7 +403,7 @@ class _Call:
         shape = self.kernels.tuned(
             "resident",
             self._tuned_for(),
-            self._row_shape(),
+            self._row_shape(True),
             lambda candidate: self._row_sweep(candidate, "gradient", sums=sums),
         )
         shift = None if maximum is None else self._spread(maximum).contiguous()
@@ -483,7 +483,7 @@ class _Call:
 
     def perplexity_entropy(self, potential: PerplexityEntropy, with_grad: bool) -> tuple[Tensor, Tensor]:
         """As :meth:`pair_sums`: three passes, of which the last two know each token's largest exponent and sum."""
-        shape = self._row_shape()
+        shape = self._row_shape(True)
         total, largest, entropy, expected = (self._of_tokens() for _ in range(4))
         self._row_sweep(shape, "partition", sums=total, maxima=largest)
         total.masked_fill_(total == 0, 1.0)  # a token without a partner has no P
@@ -646,8 +646,8 @@ class _Call:
         groups = "groups" if self.groups is not None else "whole"
         return self.potential.name(), self.dtype, self.features, self.length, groups
 
-    def _row_shape(self) -> RowShape:
-        return self.kernels.row_shape(self.features, isinstance(self.potential, PerplexityEntropy))
+    def _row_shape(self, gradient: bool) -> RowShape:
+        return self.kernels.row_shape(self.features, isinstance(self.potential, PerplexityEntropy), gradient)
 
     def _row_sweep(
         self,

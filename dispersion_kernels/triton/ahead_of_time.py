@@ -154,12 +154,14 @@ def record(
     return launches
 
 
-def shipped(arch: str) -> list[Variant]:
+def shipped(arch: str, every: bool = False) -> list[Variant]:
     """The kernels of every potential in bf16, and of angular_spread in every dtype, for few and for many features, with
-    and without groups."""
-    variants: dict[str, Variant] = {}
-    for variant in _all_variants(arch):
-        variants.setdefault(variant.label, variant)
+    and without groups; with ``every``, those of every potential in every dtype, each once."""
+    variants: dict[tuple[Any, ...], Variant] = {}
+    for variant in _all_variants(arch, every):
+        constexprs = {name: str(value) for name, value in variant.constexprs.items()}
+        same = (variant.kernel, str(variant.signature), str(constexprs), variant.divisible, str(variant.options))
+        variants.setdefault(same if every else (variant.label,), variant)
     return list(variants.values())
 
 
@@ -179,12 +181,12 @@ _POTENTIALS: list[tuple[str, Potential]] = [
 ]
 
 
-def _all_variants(arch: str) -> Iterator[Variant]:
+def _all_variants(arch: str, every: bool) -> Iterator[Variant]:
     length = 256
     cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
     mask = torch.zeros(1, length, dtype=torch.int64)
     for name, potential in _POTENTIALS:
-        default = name == "angular_spread"
+        default = every or name == "angular_spread"
         for dtype, precision in _DTYPES if default else _DTYPES[:1]:
             if precision == "tf32" and arch.startswith("gfx"):
                 continue

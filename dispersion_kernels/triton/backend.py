@@ -59,8 +59,8 @@ class TritonKernels:
     def tile_shape(self, groups: bool) -> TileConfig:
         return tile_config(self.arch, self.dtype, self.precision, groups)
 
-    def row_shape(self, features: int, perplexity: bool) -> RowConfig:
-        return row_config(self.arch, self.dtype, self.precision, features, perplexity)
+    def row_shape(self, features: int, perplexity: bool, gradient: bool) -> RowConfig:
+        return row_config(self.arch, self.dtype, self.precision, features, perplexity, gradient)
 
     def tuned(self, strategy: str, what: tuple[Any, ...], shape: Any, launch: Callable[[Any], Any]) -> Any:
         if not tuning.enabled(self.device):

@@ -1,7 +1,7 @@
 """The tile sizes of the kernels by architecture, dtype and number of features.
 
-None may spill a register on its architecture: ``python -m benchmarks.static_report --check`` compiles the kernels of
-angular_spread in every dtype and, at F=768 in bf16, those of every potential.
+None may spill a register on its architecture: ``python -m benchmarks.static_report --every --check`` compiles all of
+them.
 """
 
 from __future__ import annotations
@@ -72,20 +72,28 @@ def tile_config(arch: str, dtype: torch.dtype, precision: str, groups: bool) -> 
     return TileConfig(64, 32, 4, 2)
 
 
-def row_config(arch: str, dtype: torch.dtype, precision: str, features: int, perplexity: bool) -> RowConfig:
-    """For a tile of tokens against all others."""
+def row_config(
+    arch: str, dtype: torch.dtype, precision: str, features: int, perplexity: bool, gradient: bool
+) -> RowConfig:
+    """For a tile of tokens against all others, with a gradient or for the loss alone."""
     width = max(16, 1 << (features - 1).bit_length())
+    amd = arch.startswith("gfx")
     if arch == _INTERPRETER:
         return RowConfig(32, 32, 32, min(width, 64), width <= 64, 1, 1)
     if dtype == torch.float32:
-        # More warps than a tile has rows for multiply the same numbers twice.
-        warps = 8 if precision == "tf32" else 4
-        return RowConfig(64, 32, 32, min(width, 64), width <= 64 and precision != "tf32x3", warps, 2)
+        # More warps than a tile has rows for multiply the same numbers twice. One stage where two leave too few
+        # registers.
+        warps = 8 if precision == "tf32" and gradient else 4
+        stages = 1 if amd or (arch == "sm_100" and precision == "tf32x3") else 2
+        resident = width <= 64 and precision != "tf32x3" and (gradient or precision != "tf32")
+        return RowConfig(64, 32, 32, min(width, 64), resident, warps, stages)
     if perplexity:
         # Resident tokens leave too few registers to its two probabilities a pair.
         return RowConfig(64, 64, 64, min(width, 128), False, 8, 2)
-    if width <= 128:
-        return RowConfig(64, 64, 64, width, True, 4, 2)
+    if width <= 128 and gradient:
+        if amd:
+            return RowConfig(64, 32, 64, width, True, 4, 1)
+        return RowConfig(64, 32 if arch == "sm_100" else 64, 64, width, True, 4, 2)
     return RowConfig(64, 64, 64, 256, False, 8, 2)
 
 
