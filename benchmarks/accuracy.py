@@ -90,11 +90,11 @@ def _case(z: Tensor, potential: str, cosine: float, names: list[str]) -> list[di
                 raise
             rows.append(row | {"status": "out of memory"})
             continue
-        error = grad - exact[1]
+        difference = grad - exact[1]
         row |= {"status": "computed", "loss": loss.item(), "grad_norm": exact[1].norm().item()}
         row["loss_error"] = ((loss - exact[0]).abs() / exact[0].abs()).item()
-        row["grad_error"] = (error.norm() / exact[1].norm()).item()
-        row["grad_error_largest"] = (error.abs().max() / exact[1].abs().max()).item()
+        row["grad_error"] = (difference.norm() / exact[1].norm()).item()
+        row["grad_error_largest"] = (difference.abs().max() / exact[1].abs().max()).item()
         rows.append(row)
     return rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -26,7 +26,7 @@ class Quartiles(NamedTuple):
 
 
 def interleaved(
-    variants: dict[Name, Callable[[], object]],
+    variants: Mapping[Name, Callable[[], object]],
     rounds: int,
     seconds: float = SECONDS,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
@@ -59,7 +59,8 @@ def _batch(call: Callable[[], object], count: int, seconds: float, device: torch
             call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / count
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / 1e3 / count
     calls, began = 0, time.perf_counter()
     while calls < count or time.perf_counter() - began < seconds:
         call()
