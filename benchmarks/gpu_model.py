@@ -388,8 +388,9 @@ def record_naive(length: int, features: int, dtype: torch.dtype) -> list[Operati
     """What the naive version asks for, forward and backward of one sequence."""
     z = torch.empty(1, length, features, dtype=dtype, device="meta", requires_grad=True)
     with Recorder() as recorder:
-        variants.naive(z).backward()  # type: ignore[no-untyped-call]
-    return recorder.operations
+        variants.naive(z).backward()
+    operations: list[Operation] = recorder.operations
+    return operations
 
 
 class Recorder(TorchDispatchMode):
