@@ -94,22 +94,26 @@ def page(results: dict[str, list[Row]]) -> str:
 def filled(text: str, results: dict[str, list[Row]]) -> str:
     """``text`` with the parts between ``<!-- NAME -->`` and ``<!-- end -->`` made anew.
 
-    Raises ValueError for a name that is not known, and where its CSV file is missing.
+    Where its file is missing, a part says how to make it.
+
+    Raises ValueError for a name that is not known.
     """
 
     def part(match: re.Match[str]) -> str:
         name = match[1]
         kind = name.split("-")[0]
+        if kind not in SHORT:
+            raise ValueError(f"<!-- {name} --> begins with none of {', '.join(SHORT)}")
         source = name.replace("headline", "loss", 1)
-        if kind not in SHORT or source not in results:
-            raise ValueError(
-                f"<!-- {name} --> is not one of {', '.join(SHORT)} and a machine whose file is in docs/results, which "
-                f"has {', '.join(results)}"
-            )
+        rows = results.get(source)
+        if rows is None:
+            command = f"python -m benchmarks --suite {source.split('-')[0]} --out docs/results/{source}.csv"
+            made = f"*not measured yet: `{command}`*"
+        else:
+            made = SHORT[kind](rows)
         if kind == "headline":
-            return f"<!-- {name} -->{headline(results[source])}<!-- end -->"
-        rows = results[source]
-        return f"<!-- {name} -->\n{SHORT[kind](rows)}\n\n{machine(rows)}\n<!-- end -->"
+            return f"<!-- {name} -->{made}<!-- end -->"
+        return "\n".join([f"<!-- {name} -->", made, *(["", machine(rows)] if rows else []), "<!-- end -->"])
 
     return re.sub(r"<!-- ([\w-]+) -->.*?<!-- end -->", part, text, flags=re.DOTALL)
 
