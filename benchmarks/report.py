@@ -330,7 +330,8 @@ def plot_scaling(rows: list[Row], path: Path) -> Path:
     if limits:
         time.plot(list(limits), list(limits.values()), "--", color="0.35", linewidth=1.4, label="limit: 3 L²F FLOPs")
     sizes = {int(row["L"]): float(row["input_bytes"]) / 2**20 for row in rows}
-    memory.plot(list(sizes), list(sizes.values()), "--", color="0.35", linewidth=1.4, label="the input itself")
+    memory.plot(list(sizes), list(sizes.values()), "--", color="0.35", linewidth=1.4)
+    memory.annotate("the input itself", list(sizes.items())[-1], (0, -12), textcoords="offset points", ha="right")
     time.set_ylabel("forward + backward, ms")
     memory.set_ylabel("peak memory beyond the input, MiB")
     ticks = sorted(sizes)
