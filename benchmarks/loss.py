@@ -6,8 +6,13 @@ matrices in the same rounds. A variant is timed only after its loss and gradient
 
 from __future__ import annotations
 
+import json
+import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -41,6 +46,8 @@ VARIANTS = {
     ],
 }
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# With the OpenMP threads of KeOps in the process, PyTorch's own loops were seen to take up to twelve times as long.
+ALONE = "KeOps"
 # A longer call is not repeated some dozens of times.
 LONGEST_CALL = 10.0
 
@@ -71,34 +78,26 @@ def _cell(rows: list[dict[str, Any]], name: str, dtype: str) -> str:
     return f"{first['ratio']:.2f} ({of_variant['forward']['ratio']:.2f}; {of_variant['loss']['ratio']:.2f})"
 
 
+@dataclass
+class Measured:
+    """Of a variant in one case; ``peaks`` and ``times`` by mode, empty where it was not timed."""
+
+    status: str
+    errors: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int | None] = field(default_factory=dict)
+    times: dict[str, list[float]] = field(default_factory=dict)
+
+
 def _case(
     shape: tuple[int, int, int], names: list[tuple[str, torch.dtype]], device: torch.device, quick: bool
 ) -> list[dict[str, Any]]:
     """A row for every variant and mode of one shape, timed or with the reason why not."""
     batch, length, features = shape
-    tokens = condensed_tokens(shape, device)
-    calls: dict[tuple[str, str, torch.dtype], Callable[[], object]] = {}
-    product_flops = {}
-    for dtype in dict.fromkeys(rate_dtype(device, dtype) for _, dtype in names):
-        calls["torch.mm", "product", dtype], product_flops[dtype] = matrix_product(device, dtype)
-    errors, peaks, status = {}, {}, {}
-    for name, dtype in names:
-        z, loss = tokens.to(dtype, copy=True).requires_grad_(), variants.build(name)
-        try:
-            status[name, dtype], errors[name, dtype] = _checked(name, z, loss, 2.0 if quick else LONGEST_CALL)
-        except NotRun as reason:
-            status[name, dtype] = str(reason)
-            continue
-        if status[name, dtype] == "timed":
-            for mode, call in modes(z, loss).items():
-                peaks[name, mode, dtype] = peak_memory(call, device)
-                z.grad = None
-                calls[name, mode, dtype] = call
-    times = interleaved(calls, rounds=2 if quick else 7, seconds=0.05 if quick else SECONDS, device=device)
+    rates, measured = _measure(shape, [name for name in names if name[0] != ALONE], device, quick)
     rows = []
     for name, dtype in names:
-        of_product = rate_dtype(device, dtype)
-        rate = product_flops[of_product] / quartiles(times["torch.mm", "product", of_product]).median
+        one = measured[name, dtype] if name != ALONE else _measure_alone(shape, dtype, quick)
+        rate = rates[rate_dtype(device, dtype)]
         limit = 3 * batch * length**2 * features / rate
         for mode, flops in MODES.items():
             row: dict[str, Any] = {
@@ -108,52 +107,84 @@ def _case(
                 "dtype": SHORT[dtype],
                 "variant": name,
                 "mode": mode,
-                "status": status[name, dtype],
+                "status": one.status,
                 "limit_ms": 1e3 * limit,
                 "mm_gflops": rate / 1e9,
+                **one.errors,
             }
-            if (name, dtype) in errors:
-                row |= dict(zip(("loss_error", "grad_error"), errors[name, dtype], strict=True))
-            if (name, mode, dtype) in times:
-                row |= {"peak_bytes": peaks[name, mode, dtype], "input_bytes": tokens.numel() * dtype.itemsize}
-                first, middle, third = quartiles(times[name, mode, dtype])
+            if mode in one.times:
+                first, middle, third = quartiles(one.times[mode])
                 achieved = flops * batch * length**2 * features / middle
                 row |= {"ms": 1e3 * middle, "ms_q1": 1e3 * first, "ms_q3": 1e3 * third, "ratio": middle / limit}
                 row |= {"gflops": achieved / 1e9, "of_limit": achieved / rate}
+                row |= {"peak_bytes": one.peaks[mode], "input_bytes": math.prod(shape) * dtype.itemsize}
             rows.append(row)
     return rows
 
 
-class NotRun(Exception):
-    """Why a variant has no figures in a case, in words."""
+def _measure(
+    shape: tuple[int, int, int], names: list[tuple[str, torch.dtype]], device: torch.device, quick: bool
+) -> tuple[dict[torch.dtype, float], dict[tuple[str, torch.dtype], Measured]]:
+    """FLOP/s of ``torch.mm`` by dtype, and the variants, interleaved with it."""
+    tokens = condensed_tokens(shape, device)
+    calls: dict[tuple[str, str, torch.dtype], Callable[[], object]] = {}
+    product_flops = {}
+    for dtype in dict.fromkeys(rate_dtype(device, dtype) for _, dtype in names):
+        calls["torch.mm", "product", dtype], product_flops[dtype] = matrix_product(device, dtype)
+    measured = {}
+    for name, dtype in names:
+        z, loss = tokens.to(dtype, copy=True).requires_grad_(), variants.build(name)
+        one = measured[name, dtype] = _checked(name, z, loss, 2.0 if quick else LONGEST_CALL)
+        if one.status == "timed":
+            for mode, call in modes(z, loss).items():
+                one.peaks[mode] = peak_memory(call, device)
+                z.grad = None
+                calls[name, mode, dtype] = call
+    times = interleaved(calls, rounds=2 if quick else 7, seconds=0.05 if quick else SECONDS, device=device)
+    for name, dtype in names:
+        measured[name, dtype].times = {mode: times[name, mode, dtype] for mode in measured[name, dtype].peaks}
+    rates = {
+        dtype: flops / quartiles(times["torch.mm", "product", dtype]).median for dtype, flops in product_flops.items()
+    }
+    return rates, measured
 
 
-def _checked(name: str, z: Tensor, loss: variants.Loss, longest: float) -> tuple[str, tuple[float, float]]:
-    """``"timed"``, or why a variant is not, after a look at its numbers; and their errors.
+def _measure_alone(shape: tuple[int, int, int], dtype: torch.dtype, quick: bool) -> Measured:
+    """ALONE, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.loss", ",".join(map(str, shape)), SHORT[dtype], str(quick)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    if child.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{child.stderr}")
+    return Measured(**json.loads(child.stdout.splitlines()[-1]))
 
-    Raises NotRun where it cannot run, and RuntimeError where it is wrong.
+
+def _checked(name: str, z: Tensor, loss: variants.Loss, longest: float) -> Measured:
+    """The errors of a variant, and whether it is to be timed: ``"timed"``, or why not.
+
+    Raises RuntimeError where its numbers are wrong.
     """
     if reason := variants.why_not(name, z):
-        raise NotRun(f"skipped: {reason}")
+        return Measured(f"skipped: {reason}")
     try:
-        small = torch.randn(1, 32, z.shape[2], device=z.device, dtype=z.dtype, requires_grad=True)
-        forward_backward(small, loss)  # compiles, where it compiles
-        for _ in range(2):
+        for length in (32, 48):  # compiles, where it compiles, for any length
+            small = torch.randn(len(z), length, z.shape[2], device=z.device, dtype=z.dtype, requires_grad=True)
+            forward_backward(small, loss)
+        for _ in range(2):  # of which the second counts
             synchronize(z.device)
             start = time.perf_counter()
             value, grad = forward_backward(z, loss)
             synchronize(z.device)
-            if (seconds := time.perf_counter() - start) > longest:
-                break
+            seconds = time.perf_counter() - start
     except torch._dynamo.exc.TorchDynamoException as error:
-        raise NotRun(f"skipped: torch.compile: {str(error).splitlines()[0]}") from error
+        return Measured(f"skipped: torch.compile: {str(error).splitlines()[0]}")
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        raise NotRun("out of memory") from error
+        return Measured("out of memory")
     errors = check(name, (value, grad), float64(z))
     z.grad = None
-    return "timed" if seconds <= longest else f"not timed: a call takes {seconds:.0f} s", errors
+    status = "timed" if seconds <= longest else f"not timed: a call takes {seconds:.0f} s"
+    return Measured(status, dict(zip(("loss_error", "grad_error"), errors, strict=True)))
 
 
 def condensed_tokens(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -214,3 +245,13 @@ def check(name: str, got: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -
 def out_of_memory(error: BaseException) -> bool:
     """Of a GPU, or of the CPU allocator, which has no exception of its own."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
+if __name__ == "__main__":
+    shape, short, quick = sys.argv[1:]
+    dtype = next(dtype for dtype, name in SHORT.items() if name == short)
+    batch, length, features = map(int, shape.split(","))
+    names = [(ALONE, dtype)]
+    print(
+        json.dumps(asdict(_measure((batch, length, features), names, pick_device(), quick == "True")[1][ALONE, dtype]))
+    )

@@ -89,12 +89,12 @@ def _in_a_process(name: str, length: int, device: torch.device) -> dict[str, flo
 def _measure(name: str, length: int, limit: int) -> dict[str, float]:
     device = pick_device()
     features, dtype = FEATURES[device.type], DTYPE[device.type]
+    rate = _product_rate(device, dtype)
     loss = variants.build(name)
     torch.manual_seed(0)
     # Short, so that nothing of this length is kept; two lengths, so that what is compiled takes any.
     for warm in (256, 320):
         forward_backward(torch.randn(1, warm, features, device=device, dtype=dtype, requires_grad=True), loss)
-    rate = _product_rate(device, dtype)
     z = torch.randn(1, length, features, device=device, dtype=dtype, requires_grad=True)
     if device.type == "cpu":
         import resource

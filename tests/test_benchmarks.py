@@ -46,8 +46,8 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# What torch.compile makes of the naive one takes a minute to compile, and is checked before it is timed.
-@pytest.mark.parametrize("name", [name for name in variants.NAMES if name != "naive compiled"])
+# What torch.compile makes of the naive one takes a minute to compile, and is checked before it is timed; KeOps below.
+@pytest.mark.parametrize("name", [name for name in variants.NAMES if name not in ("naive compiled", "KeOps")])
 def test_variants_agree_with_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Several chunks, the last of them shorter.
     monkeypatch.setattr(variants, "CHUNK_BYTES", {"cpu": 4 * 300 * 64})
@@ -59,6 +59,14 @@ def test_variants_agree_with_float64(name: str, monkeypatch: pytest.MonkeyPatch)
     loss.check(name, loss.forward_backward(z, function), exact)
     with torch.no_grad():
         assert function(z).item() == pytest.approx(exact[0].item(), rel=1e-5)
+
+
+def test_keops_agrees_with_float64_in_a_process_of_its_own() -> None:
+    pytest.importorskip("pykeops")
+    measured = loss._measure_alone((2, 100, 16), torch.float32, True)
+    assert measured.status == "timed"
+    assert measured.errors["grad_error"] < 1e-5
+    assert set(measured.times) == set(loss.MODES)
 
 
 def test_a_missing_peer_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +107,7 @@ def test_loss_suite(
     ]
     monkeypatch.setattr(loss, "VARIANTS", {"cpu": names})
     monkeypatch.setattr(loss, "CASES", {"cpu": [(2, 100, 32), (1, 64, 16)]})
+    monkeypatch.setattr(loss, "ALONE", "nothing")
     monkeypatch.setattr(variants, "why_not", lambda name, z: "not here" if name == "KeOps" else None)
     command.main(["--suite", "loss", "--quick", "--out", str(tmp_path / "loss.csv")])
     rows = read(tmp_path / "loss.csv")
