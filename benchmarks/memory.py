@@ -2,7 +2,8 @@
 own.
 
 What is counted is the growth over what is in use with the tokens in memory: gradient, workspace and whatever is kept in
-between. The process may take what memory the machine has free; the naive version ends there.
+between. The process may take what memory the machine has free; the naive version ends there. Its numbers are checked
+first, on shorter sequences.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import variants
-from benchmarks.loss import SHORT, forward_backward, out_of_memory, rate_dtype
+from benchmarks.loss import SHORT, check, float64, forward_backward, out_of_memory, rate_dtype
 from benchmarks.machine import describe, free_memory, peak_memory, pick_device, process_memory, synchronize
 from benchmarks.timing import interleaved, matrix_product, quartiles
 
@@ -93,8 +94,9 @@ def _measure(name: str, length: int, limit: int) -> dict[str, float]:
     loss = variants.build(name)
     torch.manual_seed(0)
     # Short, so that nothing of this length is kept; two lengths, so that what is compiled takes any.
-    for warm in (256, 320):
-        forward_backward(torch.randn(1, warm, features, device=device, dtype=dtype, requires_grad=True), loss)
+    for short in (256, 320):
+        warm = torch.randn(1, short, features, device=device, dtype=dtype, requires_grad=True)
+        check(name, forward_backward(warm, loss), float64(warm))
     z = torch.randn(1, length, features, device=device, dtype=dtype, requires_grad=True)
     if device.type == "cpu":
         import resource

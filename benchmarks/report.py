@@ -38,8 +38,8 @@ Errors are relative to float64.""",
 Forward and backward of one sequence of L tokens, each measurement in a process of its own: peak memory beyond the
 input, in multiples of the input's bytes (MiB), and milliseconds.""",
     "train": """\
-A step of the trainer; the four runs take batches of steps in turn. Peak memory is what a step takes beyond weights,
-gradients and the optimiser's state.""",
+A step of the trainer; the four runs take batches of steps in turn. Peak memory is what a step takes beyond weights and
+the optimiser's state; an activation is the fp32 hidden states of one layer.""",
     "accuracy": """\
 Relative error of the gradient (of the loss), against float64 on the same numbers.""",
     "scale": """\
@@ -241,13 +241,19 @@ def memory_table(rows: list[Row]) -> str:
 
 
 def train_table(rows: list[Row]) -> str:
+    header = [f"`{rows[0]['recipe']}`", "tokens per second", "x the step without", "step, ms [quartiles]"]
+    header += ["peak memory of a step, MiB", "more, in activations a layer"]
     lines = []
     for row in rows:
-        peak = f"{float(row['peak_bytes']) / 2**20:,.1f}" if row["peak_bytes"] else "-"
+        peak = more = "-"
+        if row["peak_bytes"]:
+            peak = f"{float(row['peak_bytes']) / 2**20:,.1f}"
+            activations = int(row["layers"]) * float(row["activation_bytes"])
+            more = f"{(float(row['peak_bytes']) - float(rows[0]['peak_bytes'])) / activations:.2f}"
         of_time = f"{float(row['of_time_without']):.3f}"
-        lines.append([row["variant"], f"{float(row['tokens_per_second']):,.0f}", of_time, _spread(row), peak])
-    header = ["", "tokens per second", "x the step without", "step, ms [quartiles]", "peak memory of a step, MiB"]
-    return table([f"`{rows[0]['recipe']}`", *header[1:]], lines)
+        speed = f"{float(row['tokens_per_second']):,.0f}"
+        lines.append([row["variant"], speed, of_time, _spread(row), peak, more])
+    return table(header, lines)
 
 
 def accuracy_short(rows: list[Row]) -> str:

@@ -89,6 +89,15 @@ def test_rows_are_chunked_in_less_memory() -> None:
     assert peaks["row-chunked"] < peaks["naive eager"] / 2
 
 
+def test_the_naive_version_in_bf16_is_compared_with_its_errors() -> None:
+    """As it is on a GPU: off by more than ours may be, but the same computation."""
+    z = loss.condensed_tokens((2, 300, 64), CPU).to(torch.bfloat16).requires_grad_()
+    got, exact = loss.forward_backward(z, variants.naive), loss.float64(z)
+    assert loss.check("naive eager", got, exact)[1] > 5e-3
+    with pytest.raises(RuntimeError, match="torch is wrong"):
+        loss.check("torch", got, exact)
+
+
 def test_wrong_numbers_are_not_timed(monkeypatch: pytest.MonkeyPatch, quick_clock: None) -> None:
     right = variants.build("torch")
     monkeypatch.setattr(variants, "build", lambda name: right if name == "torch" else lambda z: 1.001 * right(z))
