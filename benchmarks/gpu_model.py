@@ -49,6 +49,7 @@ class Card:
 CARDS = [
     Card(replace(DEVICES["sm_80"], name="A100"), "sm_80", 1.0, 2.04e12, 5.0e12),
     Card(replace(DEVICES["sm_90"], name="H100"), "sm_90", 1.0, 3.35e12, 5.7e12),
+    Card(replace(DEVICES["sm_90"], name="H200"), "sm_90", 1.0, 4.8e12, 5.7e12),
     Card(replace(DEVICES["sm_89"], name="RTX 4090", sms=128, gigahertz=2.52), "sm_89", 0.5, 1.01e12, 5.0e12),
     Card(replace(DEVICES["sm_100"], name="B200"), "sm_100", 1.0, 8.0e12, 10.0e12),
 ]
@@ -79,8 +80,8 @@ that is longer; `angular_spread`.
 
 - *Rates*: SMs, clocks and rates of the static report's table, at boost clock. The RTX 4090 has 128 SMs at 2.52 GHz and
   sums in fp32 at half the rate of its architecture's professional cards. Device memory, TB/s: A100 (80 GB) 2.04, H100
-  SXM 3.35, RTX 4090 1.01, B200 8.0, from the data sheets. L2 cache, TB/s: 5.0, 5.7, 5.0, about what microbenchmarks
-  report, and 10 for B200, a guess.
+  SXM 3.35, H200 4.8, RTX 4090 1.01, B200 8.0, from the data sheets. L2 cache, TB/s: A100 5.0, H100 and H200 5.7, RTX
+  4090 5.0, about what microbenchmarks report, and B200 10, a guess.
 - *tensor, fma, xu (special functions), alu, lsu*: milliseconds that each pipe is busy: instructions a tile from the
   compiled kernel ([static-report.md](static-report.md)) times tiles, with the library's products under tensor, at the
   data sheet's rates and on all SMs.

@@ -331,7 +331,16 @@ def h100(**changes: Any) -> gpu_model.Card:
 
 def test_rates_are_those_of_the_data_sheets() -> None:
     rates = {card.device.name: card.rate("16-bit") / 1e12 for card in gpu_model.CARDS}
-    assert rates == pytest.approx({"A100": 312, "H100": 989, "RTX 4090": 165, "B200": 2250}, rel=0.01)
+    assert rates == pytest.approx({"A100": 312, "H100": 989, "H200": 989, "RTX 4090": 165, "B200": 2250}, rel=0.01)
+
+
+def test_the_card_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    assert gpu_model.card_of_this_machine().device.name == "A100"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with pytest.raises(SystemExit, match="this machine has Tesla T4"):
+        gpu_model.card_of_this_machine()
 
 
 def test_a_product_on_paper() -> None:
