@@ -1,25 +1,46 @@
-"""``python -m benchmarks --suite loss|memory [--out results.csv]``."""
+"""``python -m benchmarks --suite loss|memory|train|accuracy|static|scale [--quick] [--out results.csv]``.
+
+On a CUDA device where there is one, else on the CPU.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from benchmarks import loss, memory
+from benchmarks import accuracy, loss, memory, scale, static_report, train
 from benchmarks.machine import write_csv
 
-SUITES = {"loss": loss.run, "memory": memory.run}
+SUITES: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
+    "loss": loss.run,
+    "memory": memory.run,
+    "train": train.run,
+    "accuracy": accuracy.run,
+    "scale": scale.run,
+}
+WHAT = (
+    "loss: time, memory and error against the naive version and its peers; memory: peak and time against L; train: "
+    "the cost of a training step; accuracy: errors by dtype and condensation; static: the compiled GPU kernels; "
+    "scale: one very long sequence under a memory ceiling"
+)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "--suite", choices=SUITES, default="loss", help="loss: time and accuracy; memory: peak against L"
-    )
+    parser.add_argument("--suite", choices=(*SUITES, "static"), default="loss", help=WHAT)
     parser.add_argument("--quick", action="store_true", help="few and short runs: to try it out, not for figures")
     parser.add_argument("--out", type=Path, help="a CSV file for the rows, with the machine, versions and commit")
-    args = parser.parse_args()
-    rows = SUITES[args.suite](args.quick)
+    parser.add_argument("--potential", nargs="+", help="of the accuracy suite (default: angular_spread)")
+    args = parser.parse_args(arguments)
+    if args.potential and args.suite != "accuracy":
+        parser.error(f"--potential is for --suite accuracy; {args.suite} has angular_spread alone")
+    if args.suite == "static":
+        out = [] if args.out is None else ["--out", str(args.out)]
+        static_report.main([*(["--arch", "sm_90"] if args.quick else []), *out])
+        return
+    rows = accuracy.run(args.quick, tuple(args.potential)) if args.potential else SUITES[args.suite](args.quick)
     if args.out is not None:
         write_csv(args.out, rows)
         print(f"\nrows: {args.out}")

@@ -1,97 +1,138 @@
-"""Peak memory of forward + backward against the length of one sequence, each measurement in a process of its own.
+"""Peak memory and time of forward + backward against the length of one sequence, each measurement in a process of its
+own.
 
-What is counted is the growth of the resident set over what it was with the tokens in memory: gradient, workspace and
-whatever is kept in between. The process may take what memory the machine has free; the naive version ends there.
+What is counted is the growth over what is in use with the tokens in memory: gradient, workspace and whatever is kept in
+between. The process may take what memory the machine has free; the naive version ends there. Its numbers are checked
+first, on shorter sequences.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.machine import describe
-from dispersion_kernels import fused_dispersion_loss, supported
+from benchmarks import variants
+from benchmarks.loss import SHORT, check, float64, forward_backward, out_of_memory, rate_dtype
+from benchmarks.machine import describe, free_memory, peak_memory, pick_device, process_memory, synchronize
+from benchmarks.timing import interleaved, matrix_product, quartiles
 
-LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
-FEATURES = 64
-VARIANTS = {"naive eager": "reference", "torch": "torch", "cpu": "cpu"}
+LENGTHS = {
+    "cpu": [1024, 2048, 4096, 8192, 16384, 32768, 65536],
+    "cuda": [1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072],
+}
+FEATURES = {"cpu": 64, "cuda": 768}
+DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
+# A measurement expected to take longer is left out.
+LONGEST = 120.0
+_NO_MEMORY = 3
 
 
-def run(quick: bool) -> list[dict[str, Any]]:
-    if not Path("/proc/self/clear_refs").exists():
+def run(quick: bool, lengths: list[int] | None = None) -> list[dict[str, Any]]:
+    device = pick_device()
+    if device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
         raise SystemExit("the memory suite reads /proc, which only Linux has")
-    print(f"machine: {describe()}, {_available() / 2**30:.1f} GiB free")
-    print(
-        f"peak memory of forward + backward beyond the input, in multiples of the input's bytes; F = {FEATURES}, fp32\n"
-    )
-    print("| L | input, MiB | " + " | ".join(f"{name}, multiple (MiB), s" for name in VARIANTS) + " |")
-    print("|---" * (2 + len(VARIANTS)) + "|")
+    features, dtype = FEATURES[device.type], DTYPE[device.type]
+    free = free_memory(device)
+    print(f"machine: {describe()}, {free / 2**30:.1f} GiB free")
+    print(f"forward + backward of one sequence; F = {features}, {SHORT[dtype]}")
+    print("peak memory beyond the input, in multiples of the input's bytes (MiB), and milliseconds\n")
+    z = torch.zeros(1, 2, features, device=device, dtype=dtype)
+    reasons = {name: variants.why_not(name, z) for name in variants.NAMES}
+    names = [name for name in variants.NAMES if not (name in variants.OURS and reasons[name])]
+    print("| L | input, MiB | " + " | ".join(names) + " |")
+    print("|---" * (2 + len(names)) + "|")
     rows = []
-    names = [name for name in VARIANTS if name != "cpu" or supported("cpu", torch.zeros(1, 2, 2))]
-    ended: set[str] = set()
-    for length in LENGTHS[:4] if quick else LENGTHS:
-        size = length * FEATURES * 4
+    ended = {name: f"skipped: {reason}" for name, reason in reasons.items() if reason}
+    last: dict[str, tuple[int, float]] = {}
+    for length in lengths or (LENGTHS[device.type][:3] if quick else LENGTHS[device.type]):
+        size = length * features * dtype.itemsize
         cells = []
         for name in names:
-            row: dict[str, Any] = {"variant": name, "L": length, "F": FEATURES, "input_bytes": size}
-            measured = None if name in ended else _in_a_process(VARIANTS[name], length)
+            row: dict[str, Any] = {"variant": name, "L": length, "F": features, "dtype": SHORT[dtype]}
+            row |= {"input_bytes": size, "free_bytes": free}
+            if name in last and name not in ended:
+                expected = last[name][1] * (length / last[name][0]) ** 2
+                if expected > (2 if quick else LONGEST):
+                    ended[name] = f"not timed: a call takes {expected:.0f} s"
+            measured = None if name in ended else _in_a_process(name, length, device)
             if measured is None:
-                ended.add(name)
-                cells.append("out of memory")
+                cells.append(ended.setdefault(name, "out of memory"))
+                row["status"] = ended[name]
             else:
-                row |= measured | {"multiple": measured["peak_bytes"] / size}
-                cells.append(f"{row['multiple']:.1f} ({row['peak_bytes'] / 2**20:.1f}), {row['seconds']:.2f}")
+                last[name] = length, measured["ms"] / 1e3
+                row |= {"status": "timed", **measured, "multiple": measured["peak_bytes"] / size}
+                cells.append(f"{row['multiple']:.1f} ({row['peak_bytes'] / 2**20:.1f}), {row['ms']:.1f}")
             rows.append(row)
         print(f"| {length:,} | {size / 2**20:.2f} | " + " | ".join(cells) + " |", flush=True)
     return rows
 
 
-def _in_a_process(impl: str, length: int) -> dict[str, float] | None:
+def _in_a_process(name: str, length: int, device: torch.device) -> dict[str, float] | None:
     """Peak and time of one case; None where memory ran out."""
-    command = [sys.executable, "-m", "benchmarks.memory", impl, str(length), str(_available())]
+    command = [sys.executable, "-m", "benchmarks.memory", name, str(length), str(free_memory(device))]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     if child.returncode == 0:
-        result: dict[str, float] = json.loads(child.stdout)
+        result: dict[str, float] = json.loads(child.stdout.splitlines()[-1])
         return result
-    if "alloc" in child.stderr or "memory" in child.stderr or child.returncode == -9:
+    if child.returncode in (_NO_MEMORY, -9):  # the kernel's out-of-memory killer sends the latter
         return None
     raise RuntimeError(f"{' '.join(command)} failed:\n{child.stderr}")
 
 
-def _available() -> int:
-    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024
+def _measure(name: str, length: int, limit: int) -> dict[str, float]:
+    device = pick_device()
+    features, dtype = FEATURES[device.type], DTYPE[device.type]
+    rate = _product_rate(device, dtype)
+    loss = variants.build(name)
+    torch.manual_seed(0)
+    # Short, so that nothing of this length is kept; two lengths, so that what is compiled takes any.
+    for short in (256, 320):
+        warm = torch.randn(1, short, features, device=device, dtype=dtype, requires_grad=True)
+        check(name, forward_backward(warm, loss), float64(warm))
+    z = torch.randn(1, length, features, device=device, dtype=dtype, requires_grad=True)
+    if device.type == "cpu":
+        import resource
 
-
-def _measure(impl: str, length: int, limit: int) -> dict[str, float]:
-    warm = torch.randn(1, 256, FEATURES, requires_grad=True)
-    fused_dispersion_loss(warm, impl=impl).backward()
-    z = torch.randn(1, length, FEATURES, requires_grad=True)
-    # An allocation beyond what is free fails, rather than wake the kernel's out-of-memory killer.
-    resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + limit, resource.RLIM_INFINITY))
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-    before = _status("VmRSS")
+        # An allocation beyond what is free fails, rather than wake the kernel's out-of-memory killer.
+        resource.setrlimit(resource.RLIMIT_AS, (process_memory("VmSize") + limit, resource.RLIM_INFINITY))
+    call = partial(forward_backward, z, loss)
+    if name == "naive compiled":
+        call()  # which may compile once more; that is neither memory nor time of the loss
     start = time.perf_counter()
-    fused_dispersion_loss(z, impl=impl).backward()
-    return {"seconds": time.perf_counter() - start, "peak_bytes": _status("VmHWM") - before}
+    peak = peak_memory(call, device)
+    synchronize(device)
+    values = [time.perf_counter() - start]
+    if values[0] < 10:
+        values = interleaved({"f+b": call}, rounds=5, device=device)["f+b"]
+    first, middle, third = quartiles(values)
+    times = {"ms": 1e3 * middle, "ms_q1": 1e3 * first, "ms_q3": 1e3 * third, "batches": len(values)}
+    assert peak is not None
+    return {"peak_bytes": peak, **times, "limit_ms": 1e3 * 3 * length**2 * features / rate, "mm_gflops": rate / 1e9}
 
 
-def _status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
+def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of ``torch.mm`` just before."""
+    product, flops = matrix_product(device, rate_dtype(device, dtype))
+    times = interleaved({"mm": product}, rounds=3, seconds=0.2, device=device)["mm"]
+    return flops / quartiles(times).median
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("impl")
+    parser.add_argument("name")
     parser.add_argument("length", type=int)
     parser.add_argument("limit", type=int)
-    print(json.dumps(_measure(**vars(parser.parse_args()))))
+    try:
+        print(json.dumps(_measure(**vars(parser.parse_args()))))
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit(_NO_MEMORY)

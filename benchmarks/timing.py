@@ -1,14 +1,16 @@
 """Timing that holds on a machine whose speed drifts: variants interleaved, batches of at least a quarter second,
-medians."""
+medians with quartiles."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Hashable
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
+
+from benchmarks.machine import synchronize
 
 # Short parallel regions after idling can take milliseconds, so a single call is never timed.
 SECONDS = 0.25
@@ -17,32 +19,64 @@ SECONDS = 0.25
 Name = TypeVar("Name", bound=Hashable)
 
 
+class Quartiles(NamedTuple):
+    first: float
+    median: float
+    third: float
+
+
 def interleaved(
-    variants: dict[Name, Callable[[], object]], rounds: int, seconds: float = SECONDS
+    variants: Mapping[Name, Callable[[], object]],
+    rounds: int,
+    seconds: float = SECONDS,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
 ) -> dict[Name, list[float]]:
-    """Seconds a call of each variant, once a round, each figure the mean of a batch of at least ``seconds``."""
+    """Seconds a call of each variant, once a round, each figure the mean of a batch of at least ``seconds``.
+
+    Each round begins with another variant, so that none is always the one after the heaviest.
+    """
     counts = {}
     for name, call in variants.items():
         call()
-        start = time.perf_counter()
-        call()
-        counts[name] = max(1, round(seconds / (time.perf_counter() - start)))
+        counts[name] = max(1, round(seconds / _batch(call, 1, 0.0, device)))
     times: dict[Name, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, call in variants.items():
-            calls, start = 0, time.perf_counter()
-            while calls < counts[name] or time.perf_counter() - start < seconds:
-                call()
-                calls += 1
-            times[name].append((time.perf_counter() - start) / calls)
+    names = list(variants)
+    for turn in range(rounds):
+        first = turn * len(names) // rounds
+        for name in names[first:] + names[:first]:
+            times[name].append(_batch(variants[name], counts[name], seconds, device))
     return times
 
 
-def matrix_product() -> tuple[Callable[[], object], float]:
-    """``torch.mm`` of two 2048 x 2048 fp32 matrices, and its FLOPs: the rate that limits are taken at."""
-    a, b, out = torch.randn(2048, 2048), torch.randn(2048, 2048), torch.empty(2048, 2048)
-    return lambda: torch.mm(a, b, out=out), 2.0 * 2048**3
+def _batch(call: Callable[[], object], count: int, seconds: float, device: torch.device) -> float:
+    """Seconds a call, the mean over ``count`` calls, and on a CPU over at least ``seconds``."""
+    synchronize(device)
+    if device.type == "cuda":
+        # By the device's own clock: the host runs ahead of it, so what it costs to launch shows only where it is more.
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(count):
+            call()
+        end.record()
+        end.synchronize()
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / 1e3 / count
+    calls, began = 0, time.perf_counter()
+    while calls < count or time.perf_counter() - began < seconds:
+        call()
+        calls += 1
+    return (time.perf_counter() - began) / calls
 
 
-def median(values: list[float]) -> float:
-    return statistics.median(values)
+def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
+    """``torch.mm`` of two square matrices, and its FLOPs: the rate that limits are taken at."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out), 2.0 * size**3
+
+
+def quartiles(values: list[float]) -> Quartiles:
+    if len(values) == 1:
+        return Quartiles(values[0], values[0], values[0])
+    return Quartiles(*statistics.quantiles(values, n=4, method="inclusive"))

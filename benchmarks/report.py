@@ -1,0 +1,376 @@
+"""Tables and plots from the CSV files of the suites: ``python -m benchmarks.report [--check]``.
+
+Writes docs/benchmarks.md, docs/scaling-*.png and, in README.md, what stands between ``<!-- NAME -->`` and
+``<!-- end -->``. ``--check`` writes nothing, and fails where the texts are not what the CSV files make.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.machine import write_text
+from dispersion_kernels.condensation import COLOURS, MARKERS
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+
+Row = dict[str, str]
+
+HEAD = """\
+# Benchmarks
+
+Made by `python -m benchmarks.report` from the files in [results](results), which `python -m benchmarks --suite ...`
+wrote. Times are medians of interleaved batches; where quartiles are given they stand in brackets. Cases in which we are
+behind are in the tables like all others. Before a case is timed its loss and gradient are compared with float64.
+"""
+ABOUT = {
+    "loss": """\
+Loss and gradient by shape. *f+b* is forward and backward, *forward* keeps what backward wants, *loss* runs under
+`no_grad`. The limit is 3 B L^2 F FLOPs at the rate of `torch.mm` in the same rounds. GFLOP/s and their share of that
+rate count the FLOPs that a mode needs: 3 B L^2 F, for forward and loss 1. Peak memory is beyond the tokens, of f+b.
+Errors are relative to float64.""",
+    "memory": """\
+Forward and backward of one sequence of L tokens, each measurement in a process of its own: peak memory beyond the
+input, in multiples of the input's bytes (MiB), and milliseconds.""",
+    "train": """\
+A step of the trainer; the four runs take batches of steps in turn. Peak memory is what a step takes beyond weights and
+the optimiser's state; an activation is the fp32 hidden states of one layer.""",
+    "accuracy": """\
+Relative error of the gradient (of the loss), against float64 on the same numbers.""",
+    "scale": """\
+Loss and gradient of one sequence, in a process whose memory beyond the input has a ceiling.""",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail where a text is not what the CSV files make")
+    args = parser.parse_args(arguments)
+    results = read_results(RESULTS)
+    texts = {ROOT / "docs" / "benchmarks.md": page(results)}
+    readme = ROOT / "README.md"
+    texts[readme] = filled(readme.read_text(encoding="utf-8"), results)
+    if args.check:
+        stale = [str(path) for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
+        if stale:
+            print(f"not what docs/results makes, run python -m benchmarks.report: {', '.join(stale)}", file=sys.stderr)
+            raise SystemExit(1)
+        return
+    for path, text in texts.items():
+        write_text(path, text)
+        print(path)
+    for name in results:
+        if name.startswith("memory-"):
+            print(plot_scaling(results[name], ROOT / "docs" / f"{name.replace('memory', 'scaling')}.png"))
+
+
+def read_results(folder: Path) -> dict[str, list[Row]]:
+    """The rows of each file, by its name: the suite, and the machine's kind."""
+    results = {}
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            results[path.stem] = list(csv.DictReader(file))
+    return results
+
+
+def page(results: dict[str, list[Row]]) -> str:
+    """docs/benchmarks.md."""
+    parts = [HEAD]
+    for name, rows in results.items():
+        suite = name.split("-")[0]
+        if suite not in TABLES:
+            continue
+        parts += [f"## {name}", "", ABOUT[suite], "", TABLES[suite](rows), "", machine(rows), ""]
+        if suite == "memory":
+            parts += [f"![Time and peak memory against L]({name.replace('memory', 'scaling')}.png)", ""]
+    return "\n".join(parts)
+
+
+def filled(text: str, results: dict[str, list[Row]]) -> str:
+    """``text`` with the parts between ``<!-- NAME -->`` and ``<!-- end -->`` made anew.
+
+    Where its file is missing, a part says how to make it.
+
+    Raises ValueError for a name that is not known.
+    """
+
+    def part(match: re.Match[str]) -> str:
+        name = match[1]
+        kind = name.split("-")[0]
+        if kind not in SHORT:
+            raise ValueError(f"<!-- {name} --> begins with none of {', '.join(SHORT)}")
+        source = name.replace("headline", "loss", 1)
+        rows = results.get(source)
+        if rows is None:
+            command = f"python -m benchmarks --suite {source.split('-')[0]} --out docs/results/{source}.csv"
+            made = f"*not measured yet: `{command}`*"
+        else:
+            made = SHORT[kind](rows)
+        if kind == "headline":
+            return f"<!-- {name} -->{made}<!-- end -->"
+        return "\n".join([f"<!-- {name} -->", made, *(["", machine(rows)] if rows else []), "<!-- end -->"])
+
+    return re.sub(r"<!-- ([\w-]+) -->.*?<!-- end -->", part, text, flags=re.DOTALL)
+
+
+def machine(rows: list[Row]) -> str:
+    row = rows[0]
+    rates = [float(each["mm_gflops"]) for each in rows if each.get("mm_gflops")]
+    what = [
+        row["processor"] if row.get("device", "cpu") == "cpu" else row["device"],
+        f"{row['threads']} threads",
+        f"PyTorch {row['torch']}",
+        *([f"Triton {row['triton']}"] if row.get("device", "cpu") != "cpu" else [row["native_isa"]]),
+        *([f"`torch.mm` {min(rates):,.0f} to {max(rates):,.0f} GFLOP/s"] if rates else []),
+        f"commit {row['commit']}",
+    ]
+    return f"*{', '.join(what)}*"
+
+
+def headline(rows: list[Row]) -> str:
+    """README's sentence on speed: ranges over all shapes of forward and backward in fp32."""
+    ratio: dict[tuple[str, ...], float] = {
+        (row["variant"], row["B"], row["L"], row["F"]): float(row["ratio"])
+        for row in rows
+        if row["mode"] == "f+b" and row["dtype"] == "fp32" and row["ratio"]
+    }
+    shapes = [shape for name, *shape in ratio if name == "cpu"]
+
+    def times(name: str) -> str:
+        found = [ratio[(name, *shape)] / ratio[("cpu", *shape)] for shape in shapes if (name, *shape) in ratio]
+        return f"{min(found):.2g} to {max(found):.2g}"
+
+    long = [ratio[("cpu", *shape)] for shape in shapes if int(shape[1]) >= 1024 and int(shape[2]) >= 256]
+    return (
+        f"on a CPU {times('naive compiled')} times faster than the naive version under `torch.compile`, "
+        f"{times('naive eager')} times than in\n  eager mode; where L >= 1,024 and F >= 256, at {min(long):.2g} to "
+        f"{max(long):.2g} times the time of the matrix products it cannot do without"
+    )
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def loss_short(rows: list[Row]) -> str:
+    """Multiples of the limit by shape and variant: forward and backward, and the loss alone."""
+    columns = list(dict.fromkeys((row["variant"], row["dtype"]) for row in rows))
+    shapes = list(dict.fromkeys((row["B"], row["L"], row["F"]) for row in rows))
+    found = {tuple(row[key] for key in ("variant", "dtype", "B", "L", "F", "mode")): row for row in rows}
+    lines = []
+    for shape in shapes:
+        limit = next(
+            row["limit_ms"] for row in rows if (row["B"], row["L"], row["F"]) == shape and row["dtype"] == "fp32"
+        )
+        cells = []
+        for column in columns:
+            both, alone = found[(*column, *shape, "f+b")], found[(*column, *shape, "loss")]
+            cells.append(
+                f"{float(both['ratio']):.2f} ({float(alone['ratio']):.2f})" if both["ratio"] else _status(both)
+            )
+        lines.append([", ".join(shape), f"{float(limit):.2f}", *cells])
+    return table(["B, L, F", "limit, ms", *(f"{name}, {dtype}" for name, dtype in columns)], lines)
+
+
+def _status(row: Row) -> str:
+    """In a word or two."""
+    return re.sub(r"^not timed: a call takes ", "", row["status"]) if not row["status"].startswith("skipped") else "-"
+
+
+def loss_full(rows: list[Row]) -> str:
+    header = ["B, L, F", "variant", "f+b, ms", "forward, ms", "loss, ms", "f+b / limit", "GFLOP/s: f+b, forward, loss"]
+    header += ["of `torch.mm`", "peak, MiB (x input)", "error of the loss", "of the gradient"]
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        key = (", ".join((row["B"], row["L"], row["F"])), f"{row['variant']}, {row['dtype']}")
+        groups.setdefault(key, {})[row["mode"]] = row
+    lines = []
+    for of_case, modes in groups.items():
+        both = modes["f+b"]
+        present = [modes[mode] for mode in ("f+b", "forward", "loss") if mode in modes]
+        times = [_spread(modes[mode]) if mode in modes else "-" for mode in ("f+b", "forward", "loss")]
+        if not both["ratio"]:
+            times = [both["status"], "-", "-"]
+        peak = "-"
+        if both.get("peak_bytes"):
+            peak = (
+                f"{float(both['peak_bytes']) / 2**20:,.1f} ({int(both['peak_bytes']) / int(both['input_bytes']):.1f})"
+            )
+        errors = [f"{float(both[name]):.1e}" if both.get(name) else "-" for name in ("loss_error", "grad_error")]
+        lines.append(
+            [
+                *of_case,
+                *times,
+                f"{float(both['ratio']):.2f}" if both["ratio"] else "-",
+                ", ".join(f"{float(row['gflops']):,.0f}" if row.get("gflops") else "-" for row in present),
+                ", ".join(f"{float(row['of_limit']):.0%}" if row.get("of_limit") else "-" for row in present),
+                peak,
+                *errors,
+            ]
+        )
+    return table(header, lines)
+
+
+def _spread(row: Row) -> str:
+    quartiles = f" [{float(row['ms_q1']):.3g}, {float(row['ms_q3']):.3g}]" if row.get("ms_q1") else ""
+    return f"{float(row['ms']):.4g}{quartiles}" if row.get("ms") else "-"
+
+
+def memory_table(rows: list[Row]) -> str:
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    found = {(row["variant"], row["L"]): row for row in rows}
+    lines = []
+    for length in dict.fromkeys(row["L"] for row in rows):
+        size = float(found[names[0], length]["input_bytes"])
+        cells = []
+        for name in names:
+            row = found[name, length]
+            if row["peak_bytes"]:
+                peak = float(row["peak_bytes"])
+                cells.append(f"{peak / size:,.1f} ({peak / 2**20:,.1f}), {float(row['ms']):,.1f}")
+            else:
+                cells.append(_status(row))
+        lines.append([f"{int(length):,}", f"{size / 2**20:.2f}", *cells])
+    return table(["L", "input, MiB", *(f"{name}, x input (MiB), ms" for name in names)], lines)
+
+
+def train_table(rows: list[Row]) -> str:
+    header = [f"`{rows[0]['recipe']}`", "tokens per second", "x the step without", "step, ms [quartiles]"]
+    header += ["peak memory of a step, MiB", "more, in activations a layer"]
+    lines = []
+    for row in rows:
+        peak = more = "-"
+        if row["peak_bytes"]:
+            peak = f"{float(row['peak_bytes']) / 2**20:,.1f}"
+            activations = int(row["layers"]) * float(row["activation_bytes"])
+            more = f"{(float(row['peak_bytes']) - float(rows[0]['peak_bytes'])) / activations:.2f}"
+        of_time = f"{float(row['of_time_without']):.3f}"
+        speed = f"{float(row['tokens_per_second']):,.0f}"
+        lines.append([row["variant"], speed, of_time, _spread(row), peak, more])
+    return table(header, lines)
+
+
+def accuracy_short(rows: list[Row]) -> str:
+    return _accuracy(rows, ("bf16", "fp16"), lambda row: f"{float(row['grad_error']):.2%}")
+
+
+def accuracy_full(rows: list[Row]) -> str:
+    dtypes = tuple(dict.fromkeys(row["dtype"] for row in rows))
+    return _accuracy(rows, dtypes, lambda row: f"{float(row['grad_error']):.1e} ({float(row['loss_error']):.1e})")
+
+
+def _accuracy(rows: list[Row], dtypes: tuple[str, ...], cell: Callable[[Row], str]) -> str:
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    found = {tuple(row[key] for key in ("potential", "mean_cosine", "dtype", "variant")): row for row in rows}
+    columns = [(dtype, name) for dtype in dtypes for name in names]
+    several = len({row["potential"] for row in rows}) > 1
+    lines = []
+    for potential, cosine in dict.fromkeys((row["potential"], row["mean_cosine"]) for row in rows):
+        of_row = [found[(potential, cosine, *column)] for column in columns]
+        cells = [cell(row) if row["status"] == "computed" else _status(row) for row in of_row]
+        lines.append([f"{potential}, {cosine}" if several else cosine, *cells])
+    return table(["mean cosine", *(f"{name}, {dtype}" for dtype, name in columns)], lines)
+
+
+def scale_table(rows: list[Row]) -> str:
+    header = ["L", "seconds", "x the last", "peak beyond the input, MiB (x input)", "ceiling, MiB"]
+    header += ["an L x L matrix, MiB", "error of gradient rows"]
+    lines, last = [], ""
+    for row in rows:
+        peak, size = float(row["peak_bytes"]), float(row["input_bytes"])
+        lines.append(
+            [
+                f"{int(row['L']):,}",
+                f"{float(row['seconds']):.2f}",
+                f"{float(row['seconds']) / float(last):.1f}" if last else "",
+                f"{peak / 2**20:,.1f} ({peak / size:.1f})",
+                f"{float(row['ceiling_bytes']) / 2**20:,.0f}",
+                f"{float(row['matrix_bytes']) / 2**20:,.0f}",
+                f"{float(row['row_error']):.1e}",
+            ]
+        )
+        last = row["seconds"]
+    return table(header, lines)
+
+
+def plot_scaling(rows: list[Row], path: Path) -> Path:
+    """Time and peak memory against L, log-log, with the limit, and where a variant ran out of memory.
+
+    Raises ModuleNotFoundError where matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'drawing needs matplotlib: pip install "dispersion-kernels[bench]"', name=error.name
+        ) from error
+
+    # Without pyplot: no display, no global state, no figure left open.
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    for name, colour, marker in zip(names, COLOURS, MARKERS, strict=False):
+        own = [row for row in rows if row["variant"] == name]
+        measured = [row for row in own if row["peak_bytes"]]
+        if not measured:
+            continue
+        lengths = [int(row["L"]) for row in measured]
+        style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 2, "label": name}
+        time.plot(lengths, [float(row["ms"]) for row in measured], **style)
+        memory.plot(lengths, [float(row["peak_bytes"]) / 2**20 for row in measured], **style)
+        ended = [row for row in own if row.get("status") == "out of memory"]
+        if ended:
+            for axes, last in ((time, float(measured[-1]["ms"])), (memory, float(measured[-1]["peak_bytes"]) / 2**20)):
+                next_length = int(ended[0]["L"])
+                expected = last * (next_length / lengths[-1]) ** 2
+                axes.plot([lengths[-1], next_length], [last, expected], ":", color=colour)
+                axes.plot([next_length], [expected], "x", color=colour, markersize=10, markeredgewidth=2.5)
+                axes.annotate("out of memory", (next_length, expected), (-8, 0), textcoords="offset points", ha="right")
+    limits = {int(row["L"]): float(row["limit_ms"]) for row in rows if row.get("limit_ms")}
+    if limits:
+        time.plot(list(limits), list(limits.values()), "--", color="0.35", linewidth=1.4, label="limit: 3 L²F FLOPs")
+    sizes = {int(row["L"]): float(row["input_bytes"]) / 2**20 for row in rows}
+    memory.plot(list(sizes), list(sizes.values()), "--", color="0.35", linewidth=1.4)
+    memory.annotate("the input itself", list(sizes.items())[-1], (0, -12), textcoords="offset points", ha="right")
+    time.set_ylabel("forward + backward, ms")
+    memory.set_ylabel("peak memory beyond the input, MiB")
+    ticks = sorted(sizes)
+    for axes in (time, memory):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
+        axes.set_xlabel("tokens of the sequence, L")
+        axes.grid(color="0.92")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    time.legend(frameon=False)
+    time.set_title(f"One sequence, F = {rows[0]['F']}, {rows[0]['dtype']}", loc="left", fontsize=11)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, dpi=130, format="png")
+    temporary.replace(path)
+    return path
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "loss": loss_full,
+    "memory": memory_table,
+    "train": train_table,
+    "accuracy": accuracy_full,
+    "scale": scale_table,
+}
+SHORT: dict[str, Callable[[list[Row]], str]] = {
+    **TABLES,
+    "headline": headline,
+    "loss": loss_short,
+    "accuracy": accuracy_short,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What the loss costs in training: tokens per second and peak memory of the GPT-2 trainer with no loss, with the naive
+one on 256 tokens and on all of them, and with ours on all.
+
+The four runs live in one process and take a batch of steps in turn, so that a machine that slows down slows all of
+them. Before that, the naive loss on all tokens and ours must give the same cross-entropy, dispersion and gradient norm
+in the first step.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe, peak_memory, pick_device
+from benchmarks.timing import interleaved, quartiles
+from dispersion_kernels.gpt2.options import parse_options
+from dispersion_kernels.gpt2.train import Run
+
+# Windows of 1,024 tokens on both: nano's own 256 would make 256 random tokens all of them.
+RECIPE = {
+    "cpu": ["--preset", "nano", "--context", "1024", "--batch-size", "2"],
+    "cuda": [
+        *["--preset", "gpt2", "--batch-size", "8", "--accumulate", "1", "--dtype", "bfloat16"],
+        *["--tokenizer", "bpe", "--vocab-size", "50257"],
+    ],
+}
+QUICK = ["--layers", "2", "--width", "32", "--heads", "2", "--context", "512", "--tokenizer", "bytes"]
+VARIANTS: dict[str, list[str]] = {
+    "no loss": ["--dispersion-weight", "0"],
+    "naive, 256 tokens": ["--impl", "reference", "--dispersion-tokens", "256"],
+    "naive, all tokens": ["--impl", "reference"],
+    "ours, all tokens": ["--impl", "auto"],
+}
+
+
+def run(quick: bool, options: list[str] | None = None) -> list[dict[str, Any]]:
+    device = pick_device()
+    recipe = [*RECIPE[device.type], *(QUICK if quick else []), *(options or [])]
+    print(f"machine: {describe()}")
+    print(f"a step of dispersion-gpt2 {' '.join(recipe)}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {name: _run(Path(folder, str(n)), [*recipe, *VARIANTS[name]]) for n, name in enumerate(VARIANTS)}
+        _check({name: one.train_step(True) for name, one in runs.items()})
+        for one in runs.values():
+            _step(one)  # the optimiser's state is there from now on
+        steps = {name: partial(_step, one) for name, one in runs.items()}
+        peaks = {name: peak_memory(step, device) for name, step in steps.items()}
+        times = interleaved(steps, rounds=2 if quick else 9, seconds=0.05 if quick else 1.0, device=device)
+    baseline = quartiles(times["no loss"]).median
+    print("| | tokens per second | of the time without | peak memory of a step, MiB |")
+    print("|---" * 4 + "|")
+    rows = []
+    for name, values in times.items():
+        one, (first, middle, third) = runs[name], quartiles(values)
+        row: dict[str, Any] = {
+            "variant": name,
+            "recipe": " ".join(recipe),
+            "parameters": one.parameters,
+            "layers": len(one.layers),
+            "context": one.context,
+            "step_tokens": one.step_tokens,
+            "ms": 1e3 * middle,
+            "ms_q1": 1e3 * first,
+            "ms_q3": 1e3 * third,
+            "tokens_per_second": one.step_tokens / middle,
+            "of_time_without": middle / baseline,
+            "peak_bytes": peaks[name],
+            # Of one layer's hidden states, in fp32, as the residual stream is under autocast, too.
+            "activation_bytes": 4 * one.options.batch_size * one.context * one.model.config.width,
+        }
+        rows.append(row)
+        peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.1f}"
+        print(f"| {name} | {row['tokens_per_second']:,.0f} | {row['of_time_without']:.3f} | {peak} |", flush=True)
+    return rows
+
+
+def _run(out: Path, arguments: list[str]) -> Run:
+    # So many steps that the learning rate stays where the warm-up has brought it.
+    options = parse_options([*arguments, "--steps", "1000000", "--warmup", "0", "--out", str(out)])
+    return Run(options, out, options.dispersion_weight)
+
+
+def _step(run: Run) -> None:
+    run.train_step(False)
+    run.step += 1
+
+
+def _check(first_steps: dict[str, dict[str, Any]]) -> None:
+    naive, ours = (first_steps[name] for name in ("naive, all tokens", "ours, all tokens"))
+    for name in ("cross_entropy", "dispersion", "grad_norm"):
+        if not abs(ours[name] - naive[name]) <= 1e-3 * abs(naive[name]):
+            raise RuntimeError(
+                f"the first step differs: {name} is {ours[name]} with ours, {naive[name]} with the naive"
+            )
