@@ -32,7 +32,7 @@ def unavailable_reason() -> str | None:
 @functools.cache
 def _load() -> str | None:
     info = build_info().get("cuda") or {}
-    path = Path(__file__).with_name("_cuda.abi3.so")
+    path = Path(__file__).with_name("_cuda.so")
     if not path.exists():
         return f"the package was built without the CUDA kernels ({info.get('reason', 'no build information')})"
     try:

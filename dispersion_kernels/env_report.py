@@ -21,6 +21,11 @@ def report() -> str:
         built = (
             f"built by {build.get('compiler')} for {', '.join(build.get('isas', []))}, using {native.isa() or 'none'}"
         )
+    cuda = build.get("cuda") or {}
+    cuda_built = f"not built: {cuda.get('reason', 'no build information')}"
+    if cuda.get("built"):
+        architectures = ", ".join(cuda.get("architectures", []))
+        cuda_built = f"built by {cuda.get('compiler')} against PyTorch {cuda.get('torch')} for {architectures}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
     lines = [
         f"dispersion-kernels: {__version__}",
@@ -28,11 +33,12 @@ def report() -> str:
         f"torch: {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         f"processor: {platform.processor() or platform.machine()}, {os.cpu_count()} logical cores",
         f"CPU kernel: {built}",
+        f"CUDA kernels: {cuda_built}",
         f"CUDA: {torch.version.cuda}, ROCm: {torch.version.hip}, {device}",
         f"triton: {triton_version() or 'not installed'}",
     ]
-    for impl in ("triton", "cpu", "torch", "reference"):
-        support = supported(impl, z.cuda() if impl == "triton" and torch.cuda.is_available() else z)
+    for impl in ("triton", "cuda", "cpu", "torch", "reference"):
+        support = supported(impl, z.cuda() if impl in ("triton", "cuda") and torch.cuda.is_available() else z)
         lines.append(f'impl="{impl}": ' + ("yes" if support else f"no: {support.reason}"))
     return "\n".join(lines)
 

@@ -129,6 +129,33 @@ class _Tensors(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def _joined(tensors: list[Tensor], join: bool) -> Iterator[tuple[list[Tensor], Callable[[int], Any]]]:
+    """The tensors, and where an address in one of them is; with ``join`` they lie in one piece of memory meanwhile, so
+    that the emulator keeps their distances. None for an address in none of them."""
+    storages = {t.untyped_storage().data_ptr(): _bytes_of(t) for t in tensors if t.numel()}
+    places = dict.fromkeys(storages, 0)
+    memory = torch.empty(
+        sum(-(-storage.numel() // 256) * 256 for storage in storages.values()) if join else 0, dtype=torch.uint8
+    )
+    end = 0
+    for begin, storage in storages.items():
+        places[begin] = memory.data_ptr() + end if join else begin
+        if join:
+            memory[end : end + storage.numel()] = storage
+            end += -(-storage.numel() // 256) * 256
+
+    def moved(address: int) -> Any:
+        of = next((begin for begin, storage in storages.items() if begin <= address < begin + storage.numel()), None)
+        return None if of is None else places[of] + address - of
+
+    yield ([memory] if join else tensors), moved
+    if join:
+        for begin, storage in storages.items():
+            at = places[begin] - memory.data_ptr()
+            storage.copy_(memory[at : at + storage.numel()])
+
+
 _Watcher = ctypes.CFUNCTYPE(
     None,
     ctypes.c_char_p,
@@ -155,17 +182,30 @@ def cuda_kernels(z: Tensor, arch: str) -> Iterator[launch.Kernels]:
             parameters = _load(ptx).kernels[kernel].params
             assert len(parameters) == count
             raw = [ctypes.string_at(values[n], size) for n, (_, _, size) in enumerate(parameters)]
+            # Of the parameters of more than eight bytes, which are the distances of the layers from the first.
+            distances = {
+                n: torch.frombuffer(bytearray(part), dtype=torch.int64) for n, part in enumerate(raw) if len(part) > 8
+            }
+            several = any(part.any() for part in distances.values())
+            with _joined(_Tensors.now, several) as (tensors, moved):
 
-            def arguments(storages: dict[int, Tensor]) -> list[Any]:
-                # Eight bytes are an address of a tensor, or a number that is none.
-                addresses = [_pointer(int.from_bytes(p, "little"), storages) if len(p) == 8 else None for p in raw]
-                return [p if address is None else address for p, address in zip(raw, addresses, strict=True)]
+                def arguments(storages: dict[int, Tensor]) -> list[Any]:
+                    flat: list[Any] = []
+                    for n, part in enumerate(raw):
+                        # Eight bytes are an address of a tensor, or a number that is none.
+                        address = moved(int.from_bytes(part, "little")) if len(part) == 8 else None
+                        if n in distances:
+                            first = int.from_bytes(raw[n - 1], "little")
+                            there = [moved(first + d) - moved(first) if d else 0 for d in distances[n].tolist()]
+                            part = torch.tensor(there).numpy().tobytes()
+                        flat.append(part if address is None else _pointer(address, storages))
+                    return flat
 
-            emulate(ptx, kernel, tuple(grid[:3]), threads, shared, arguments, _Tensors.now)
+                emulate(ptx, kernel, tuple(grid[:3]), threads, shared, arguments, tensors)
         except BaseException as failure:  # which would be lost on its way through C++
             failures.append(failure)
 
-    library = ctypes.CDLL(str(Path(cuda.__file__).with_name("_cuda.abi3.so")))
+    library = ctypes.CDLL(str(Path(cuda.__file__).with_name("_cuda.so")))
     watcher = _Watcher(watch)
     library.dispersion_kernels_watch_launches(watcher)
     try:
@@ -312,6 +352,16 @@ def test_layers_and_batches_in_one_launch(features: int, backend: str) -> None:
 def test_blocks_of_a_row(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "WORKSPACE_BYTES", 1)
     check(tokens(1, 261, 136), AngularSpread(), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_slices_of_the_gradient(backend: str) -> None:
+    """More features than a program's registers hold of it."""
+    z, bounds = tokens(1, 67, 300), torch.tensor([0, 67], dtype=torch.int32)
+    answer = evaluate(z, AngularSpread(), backend, cu_seqlens=bounds)
+    exact = oracle(z[0], AngularSpread(), cu_seqlens=bounds)
+    packed = Answer(answer.loss, answer.grad[0])
+    assert_as_accurate_as_naive(z[0], AngularSpread(), packed, exact, cu_seqlens=bounds)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -26,7 +26,7 @@ def test_wheel(environment: dict[str, str], reason: str | None, tmp_path: Path) 
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(tmp_path)]
     source = tmp_path / "source"
     # The sources alone: what a build left in the tree must not help this one.
-    left_by_builds = shutil.ignore_patterns("__pycache__", "_native_cpu*", "_build_info.json")
+    left_by_builds = shutil.ignore_patterns("__pycache__", "*.so", "*.dylib", "_build_info.json")
     for folder in ("csrc", "dispersion_kernels"):
         shutil.copytree(ROOT / folder, source / folder, ignore=left_by_builds)
     for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):

@@ -1,0 +1,142 @@
+"""The CUDA extension without a GPU: how it is built, its operators, and what it says; its numbers are in
+test_emulated.py."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import GPU
+from torch import Tensor
+
+from dispersion_kernels import Potential, cuda, fused_dispersion_loss, supported
+from dispersion_kernels.env_report import report
+
+ROOT = Path(__file__).resolve().parents[1]
+built = pytest.mark.skipif(cuda.unavailable_reason() is not None, reason=str(cuda.unavailable_reason()))
+
+
+@pytest.fixture(scope="module")
+def setup_py() -> Any:
+    spec = importlib.util.spec_from_file_location("setup_py", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_versions_that_disagree(setup_py: Any) -> None:
+    setup_py.check_versions("13.0", "13.1", "2.14.1")
+    with pytest.raises(setup_py.SkipCuda, match=r"nvcc is of CUDA 12.4 and PyTorch 2.14.1 of CUDA 13.0: install a"):
+        setup_py.check_versions("12.4", "13.0", "2.14.1")
+    assert setup_py.default_architectures("13.0") == "8.0;9.0;10.0;12.0+PTX"
+    assert setup_py.default_architectures("12.4") == "8.0;9.0+PTX"
+
+
+def test_what_is_asked_for(setup_py: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISPERSION_KERNELS_BUILD_CUDA", "0")
+    info, extension = setup_py.cuda_extension()
+    assert (info.built, info.reason, extension) == (False, "DISPERSION_KERNELS_BUILD_CUDA=0 was set", None)
+    if torch.version.cuda is None:
+        setup_py.cuda_extension.cache_clear()
+        monkeypatch.setenv("DISPERSION_KERNELS_BUILD_CUDA", "1")
+        with pytest.raises(SystemExit, match=r"BUILD_CUDA=1 was set, but PyTorch .* is no CUDA build"):
+            setup_py.cuda_extension()
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU")
+def test_why_not() -> None:
+    z = torch.zeros(1, 4, 8)
+    reason = cuda.unavailable_reason() or "there is no CUDA device"
+    assert supported("cuda", z).reason == reason
+    with pytest.raises(RuntimeError, match='impl="cuda" cannot run here: '):
+        fused_dispersion_loss(z, impl="cuda")
+    assert f'impl="cuda": no: {reason}' in report()
+
+
+def test_users_potentials_are_not_among_the_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    class Own(Potential):
+        reduction = "mean"
+
+    class OnAGpu:
+        device, dtype = torch.device("cuda"), torch.float32
+
+    tokens: Any = OnAGpu()
+    assert "potential 'Own' is not among them" in str(supported("cuda", tokens, Own()).reason)
+    tokens.dtype = torch.float64
+    assert "the tokens are float64" in str(supported("cuda", tokens).reason)
+
+
+@pytest.fixture
+def launches() -> Iterator[list[str]]:
+    """The names of the kernels that are launched, none of which runs."""
+    names: list[str] = []
+    kind = ctypes.CFUNCTYPE(
+        None, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int
+    )
+    watcher = kind(lambda name, *rest: names.append(name.decode()))
+    library = ctypes.CDLL(str(Path(cuda.__file__).with_name("_cuda.so")))
+    library.dispersion_kernels_watch_launches(watcher)
+    yield names
+    library.dispersion_kernels_watch_launches(None)
+
+
+def _statistics() -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    return [torch.randn(2, 5, 8), torch.randn(2, 5, 8)], *(torch.zeros(4, 5) for _ in range(3))
+
+
+@built
+def test_operators(launches: list[str]) -> None:
+    layers, *statistics = _statistics()
+    arguments = ("dk_row_statistics_fp32", layers, *statistics, 0.01, 0.0, 0, 0)
+    torch.library.opcheck(
+        torch.ops.dispersion_kernels.cuda_row_statistics.default,
+        arguments,
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    total = torch.zeros(4, 1, dtype=torch.float64)
+    torch.library.opcheck(
+        torch.ops.dispersion_kernels.cuda_sequence_sums.default,
+        (statistics[0], statistics[1], None, None, total, None, 5, 0),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    gradients = [torch.zeros(2, 5, 8), torch.zeros(2, 5, 8)]
+    torch.library.opcheck(
+        torch.ops.dispersion_kernels.cuda_project.default,
+        ("dk_project_fp32", layers, *statistics, None, gradients, 0, 0),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    assert set(launches) == {"dk_row_statistics_fp32", "dk_sequence_sums", "dk_project_fp32"}
+
+
+@built
+def test_operators_refuse_what_they_cannot_run(launches: list[str]) -> None:
+    run = torch.ops.dispersion_kernels.cuda_row_statistics
+    layers, *statistics = _statistics()
+    with pytest.raises(RuntimeError, match="there is no CUDA kernel dk_nothing"):
+        run("dk_nothing", layers, *statistics, 0.0, 0.0, 0, 0)
+    with pytest.raises(RuntimeError, match="same sizes and strides"):
+        run("dk_row_statistics_fp32", [layers[0], layers[1][:1]], *statistics, 0.0, 0.0, 0, 0)
+    with pytest.raises(RuntimeError, match="next to each other"):
+        run("dk_row_statistics_fp32", [layers[0].mT], *statistics, 0.0, 0.0, 0, 0)
+    with pytest.raises(RuntimeError, match="at most 64 layers"):
+        run("dk_row_statistics_fp32", layers * 40, *statistics, 0.0, 0.0, 0, 0)
+    assert not launches
+
+
+@built
+@pytest.mark.skipif(GPU, reason="there is a GPU")
+def test_a_launch_needs_a_gpu() -> None:
+    layers, *statistics = _statistics()
+    with pytest.raises(RuntimeError, match="dk_row_statistics_fp32: its tensors are not on a CUDA device"):
+        torch.ops.dispersion_kernels.cuda_row_statistics("dk_row_statistics_fp32", layers, *statistics, 0.0, 0.0, 0, 0)
