@@ -74,8 +74,8 @@ def fused_dispersion_loss(
             ``[B]``, ``[S]`` or ``[]``, 0 for those without a pair.
         recompute: keep the tokens alone between forward and backward, and sweep again there: 4 instead of 3 B L^2 F
             FLOPs.
-        impl: ``"auto"``; ``"triton"``, the GPU kernels; ``"cpu"``, the C++ kernel; ``"torch"``, the same sweep in
-            PyTorch, on any device; ``"reference"``, which materialises. See :func:`supported`.
+        impl: ``"auto"``; ``"triton"`` or ``"cuda"``, the GPU kernels; ``"cpu"``, the C++ kernel; ``"torch"``, the same
+            sweep in PyTorch, on any device; ``"reference"``, which materialises. See :func:`supported`.
 
     Returns:
         The loss in fp32 (fp64 for fp64 tokens). 0 with a zero gradient where no sequence has two tokens that pair. A

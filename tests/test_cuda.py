@@ -72,7 +72,7 @@ def test_users_potentials_are_not_among_the_compiled(monkeypatch: pytest.MonkeyP
         device, dtype = torch.device("cuda"), torch.float32
 
     tokens: Any = OnAGpu()
-    assert "potential 'Own' is not among them" in str(supported("cuda", tokens, Own()).reason)
+    assert "Own' is not among them" in str(supported("cuda", tokens, Own()).reason)
     tokens.dtype = torch.float64
     assert "the tokens are float64" in str(supported("cuda", tokens).reason)
 

@@ -119,7 +119,9 @@ def test_unknown_impl() -> None:
         lambda: supported("gpu", Z),
         lambda: DispersionLoss(impl="gpu"),
     ):
-        with pytest.raises(ValueError, match="unknown impl 'gpu'; available: auto, triton, cuda, cpu, torch, reference"):
+        with pytest.raises(
+            ValueError, match="unknown impl 'gpu'; available: auto, triton, cuda, cpu, torch, reference"
+        ):
             call()
 
 
