@@ -30,7 +30,7 @@ LENGTHS = {
 }
 FEATURES = {"cpu": 64, "cuda": 768}
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
-# A measurement expected to take longer is left out.
+# Seconds: a call expected to take longer is not waited for.
 LONGEST = 120.0
 _NO_MEMORY = 3
 
@@ -58,14 +58,16 @@ def run(quick: bool, lengths: list[int] | None = None) -> list[dict[str, Any]]:
         for name in names:
             row: dict[str, Any] = {"variant": name, "L": length, "F": features, "dtype": SHORT[dtype]}
             row |= {"input_bytes": size, "free_bytes": free}
-            if name in last and name not in ended:
-                expected = last[name][1] * (length / last[name][0]) ** 2
-                if expected > (2 if quick else LONGEST):
-                    ended[name] = f"not timed: a call takes {expected:.0f} s"
-            measured = None if name in ended else _in_a_process(name, length, device)
-            if measured is None:
-                cells.append(ended.setdefault(name, "out of memory"))
-                row["status"] = ended[name]
+            expected = None
+            if name in last:
+                seconds = last[name][1] * (length / last[name][0]) ** 2
+                if quick and seconds > 2:
+                    ended.setdefault(name, f"not timed: a call takes {seconds:.0f} s")
+                expected = seconds if seconds > LONGEST else None
+            measured = ended.get(name) or _in_a_process(name, length, device, expected)
+            if isinstance(measured, str):
+                ended[name] = row["status"] = measured
+                cells.append(measured)
             else:
                 last[name] = length, measured["ms"] / 1e3
                 row |= {"status": "timed", **measured, "multiple": measured["peak_bytes"] / size}
@@ -75,15 +77,21 @@ def run(quick: bool, lengths: list[int] | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def _in_a_process(name: str, length: int, device: torch.device) -> dict[str, float] | None:
-    """Peak and time of one case; None where memory ran out."""
+def _in_a_process(name: str, length: int, device: torch.device, expected: float | None) -> dict[str, float] | str:
+    """Peak and time of one case, or why it has none. One expected to take so many seconds, too many, is given LONGEST
+    of them, in which it may yet run out of memory."""
     command = [sys.executable, "-m", "benchmarks.memory", name, str(length), str(free_memory(device))]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        child = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=None if expected is None else LONGEST
+        )
+    except subprocess.TimeoutExpired:
+        return f"not timed: a call takes {expected:.0f} s"
     if child.returncode == 0:
         result: dict[str, float] = json.loads(child.stdout.splitlines()[-1])
         return result
     if child.returncode in (_NO_MEMORY, -9):  # the kernel's out-of-memory killer sends the latter
-        return None
+        return "out of memory"
     raise RuntimeError(f"{' '.join(command)} failed:\n{child.stderr}")
 
 

@@ -36,7 +36,8 @@ rate count the FLOPs that a mode needs: 3 B L^2 F, for forward and loss 1. Peak 
 Errors are relative to float64.""",
     "memory": """\
 Forward and backward of one sequence of L tokens, each measurement in a process of its own: peak memory beyond the
-input, in multiples of the input's bytes (MiB), and milliseconds.""",
+input, in multiples of the input's bytes (MiB), and milliseconds. On a CPU, row-chunked keeps what glibc's allocator
+does not give back, far more than its tensors.""",
     "train": """\
 A step of the trainer; the four runs take batches of steps in turn. Peak memory is what a step takes beyond weights and
 the optimiser's state; an activation is the fp32 hidden states of one layer.""",

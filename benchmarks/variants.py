@@ -51,7 +51,11 @@ def naive(z: Tensor) -> Tensor:
 
 def row_chunked(z: Tensor) -> Tensor:
     """What one would write in plain PyTorch to bound the memory: some rows of the similarity matrix at a time, computed
-    again in backward (``torch.utils.checkpoint``). 8 B L^2 F FLOPs."""
+    again in backward (``torch.utils.checkpoint``). 8 B L^2 F FLOPs.
+
+    The tensors alive at once are bounded; what glibc's allocator keeps of them is not. With 16,384 tokens, F = 64, the
+    process grows by 2.8 GiB, and by 46 MiB where ``MALLOC_MMAP_THRESHOLD_=65536`` gives each tensor its own mapping.
+    """
     length = z.shape[1]
     rows = max(1, CHUNK_BYTES[z.device.type] // (length * z.element_size()))
     losses = []

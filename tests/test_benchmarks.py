@@ -171,6 +171,24 @@ def test_running_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> N
     assert [row["status"] for row in rows] == ["out of memory"] * 2
 
 
+@needs_proc
+def test_a_call_that_would_take_too_long_may_yet_run_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.variants, "NAMES", ("naive eager",))
+    monkeypatch.setattr(memory, "LENGTHS", {"cpu": [256, 512, 1024]})
+    asked: list[float | None] = []
+
+    def in_a_process(name: str, length: int, device: torch.device, expected: float | None) -> dict[str, float] | str:
+        asked.append(expected)
+        return "out of memory" if length == 512 else {"ms": 1e3 * memory.LONGEST, "peak_bytes": 1.0}
+
+    monkeypatch.setattr(memory, "_in_a_process", in_a_process)
+    assert [row["status"] for row in memory.run(False)] == ["timed", "out of memory", "out of memory"]
+    assert asked == [None, 4 * memory.LONGEST]
+    asked.clear()
+    assert memory.run(True)[1]["status"] == f"not timed: a call takes {4 * memory.LONGEST:.0f} s"
+    assert asked == [None]
+
+
 def test_train_suite(quick_clock: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for library in ("tokenizers", "tqdm", "matplotlib", "safetensors"):
         pytest.importorskip(library)
