@@ -252,27 +252,32 @@ def _training(cards: list[Card]) -> str:
         "",
         f"A step of GPT-2 ({weights / 1e6:.0f} M parameters) on {batch} x {config.context:,} tokens takes "
         f"{flops / 1e12:.1f} TFLOP, here at {UTILISATION:.0%} of the 16-bit rate. Beside it the loss on all "
-        f"{config.layers} layers, in one call with a list of them, and in a call a layer, as the trainer has it. Under "
-        "autocast the residual stream is fp32, and so are the loss's products, as `torch.set_float32_matmul_precision` "
-        "says: in true fp32 (`highest`, PyTorch's default), or in tf32 (`high`). The goal is 5% of the step. What "
-        "forward keeps for backward is an fp32 activation a layer, the size of the residual stream under autocast. "
-        "Milliseconds, and the share of the step, at best and estimate:",
+        f"{config.layers} layers, in one call with a list of them. Under autocast the residual stream is fp32; the "
+        "trainer rounds what the loss takes of it to bf16, and the first column has the time of that, in forward and "
+        "backward. The others: the loss of the fp32 hidden states, its products in tf32 or in true fp32, as "
+        "`torch.set_float32_matmul_precision` says (`high`; `highest`, PyTorch's default), and of bf16 ones in a call "
+        "a layer. The goal is 5% of the step. What forward keeps for backward is an fp32 activation a layer, the size of "
+        "the residual stream under autocast. Milliseconds, and the share of the step, at best and estimate:",
         "",
-        "| | step | bf16, one call | fp32 `high`, one call | fp32 `highest`, one call | ... a call a layer |",
+        "| | step | the trainer: rounded to bf16 | fp32, `high` | fp32, `highest` | bf16, a call a layer |",
         "|---|---|---|---|---|---|",
     ]
     for card in cards:
         step = flops / (UTILISATION * card.rate("16-bit"))
         cells = [card.device.name, _ms(step)]
-        ways = [
-            (torch.bfloat16, None, config.layers),
-            (torch.float32, "tf32", config.layers),
-            (torch.float32, "tf32x3", config.layers),
-            (torch.float32, "tf32x3", 1),
+        rounding = Time()
+        for _ in range(2 * config.layers):  # of the hidden states, and of the gradient back to fp32
+            _add_moved(rounding, card, (4 + 2) * tokens * config.width)
+        ways: list[tuple[torch.dtype, str | None, int, Time]] = [
+            (torch.bfloat16, None, config.layers, rounding),
+            (torch.float32, "tf32", config.layers, Time()),
+            (torch.float32, "tf32x3", config.layers, Time()),
+            (torch.bfloat16, None, 1, Time()),
         ]
-        for dtype, precision, together in ways:
+        for dtype, precision, together, around in ways:
             one = time_of_ours(card, batch, config.context, config.width, dtype, precision, together)
-            best, estimate = (config.layers // together * seconds for seconds in (one.best, one.estimate))
+            calls = config.layers // together
+            best, estimate = around.best + calls * one.best, around.estimate + calls * one.estimate
             cells.append(f"{_ms(best)} to {_ms(estimate)}, {best / step:.1%} to {estimate / step:.1%}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
