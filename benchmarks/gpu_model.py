@@ -256,8 +256,8 @@ def _training(cards: list[Card]) -> str:
         "trainer rounds what the loss takes of it to bf16, and the first column has the time of that, in forward and "
         "backward. The others: the loss of the fp32 hidden states, its products in tf32 or in true fp32, as "
         "`torch.set_float32_matmul_precision` says (`high`; `highest`, PyTorch's default), and of bf16 ones in a call "
-        "a layer. The goal is 5% of the step. What forward keeps for backward is an fp32 activation a layer, the size of "
-        "the residual stream under autocast. Milliseconds, and the share of the step, at best and estimate:",
+        "a layer. The goal is 5% of the step. What forward keeps for backward is an fp32 activation a layer, the size "
+        "of the residual stream under autocast. Milliseconds, and the share of the step, at best and estimate:",
         "",
         "| | step | the trainer: rounded to bf16 | fp32, `high` | fp32, `highest` | bf16, a call a layer |",
         "|---|---|---|---|---|---|",
