@@ -22,7 +22,7 @@ from dispersion_kernels.condensation import mean_pairwise_cosine
 COSINES = (0.0, 0.5, 0.9, 0.99, 0.999)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPE = (2, 512, 768)
-VARIANTS = {"naive": "reference", "torch": "torch", "cpu": "cpu", "triton": "triton"}
+VARIANTS = {"naive": "reference", "torch": "torch", "cpu": "cpu", "triton": "triton", "cuda": "cuda"}
 SCALE = {torch.float16: 4096.0}
 
 
@@ -43,13 +43,8 @@ def run(
             for dtype in DTYPES:
                 of_case = _case(tokens.to(dtype), potential, cosine, names)
                 rows += of_case
-                cells = [
-                    f"{row['grad_error']:.1e} ({row['loss_error']:.1e})"
-                    if row["status"] == "computed"
-                    else row["status"]
-                    for row in of_case
-                ]
-                print(f"| {potential}, {cosine:g}, {SHORT[dtype]} | {' | '.join(cells)} |", flush=True)
+                cells = " | ".join(map(_cell, of_case))
+                print(f"| {potential}, {cosine:g}, {SHORT[dtype]} | {cells} |", flush=True)
     return rows
 
 

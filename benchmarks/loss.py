@@ -41,8 +41,8 @@ VARIANTS = {
     ],
     "cuda": [
         *[(name, torch.float32) for name in ("naive eager", "naive compiled", "row-chunked", "KeOps")],
-        *[(name, torch.float32) for name in ("torch", "triton")],
-        *[(name, torch.bfloat16) for name in ("naive eager", "naive compiled", "torch", "triton")],
+        *[(name, torch.float32) for name in ("torch", "triton", "cuda")],
+        *[(name, torch.bfloat16) for name in ("naive eager", "naive compiled", "torch", "triton", "cuda")],
     ],
 }
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

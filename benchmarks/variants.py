@@ -17,7 +17,7 @@ from dispersion_kernels import AngularSpread, fused_dispersion_loss, reference, 
 Loss = Callable[[Tensor], Tensor]
 
 POTENTIAL = AngularSpread()
-OURS = ("torch", "cpu", "triton")
+OURS = ("torch", "cpu", "triton", "cuda")
 NAMES = ("naive eager", "naive compiled", "row-chunked", "KeOps", *OURS)
 # Of one chunk of rows of the similarity matrix; a dozen such tensors are alive at once.
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}

@@ -29,9 +29,9 @@ def arcsine_narrow(c):
 
 @triton.jit
 def arcsine(c):
-    """asin(c) on [-1, 1]: absolute error below 2e-7, an ulp and a half of pi/2, and so below 1e-7 of D = angle / pi; the
-    approximation's own is below 1e-8. Above 1/2 it is pi/2 - 2 asin(sqrt((1 - |c|) / 2)); the root is the hardware's
-    reciprocal one and a Newton step."""
+    """asin(c) on [-1, 1]: absolute error below 2e-7, an ulp and a half of pi/2, and so below 1e-7 of D = angle / pi;
+    that of the approximation itself is below 1e-8. Above 1/2 it is pi/2 - 2 asin(sqrt((1 - |c|) / 2)); the root is the
+    hardware's reciprocal one and a Newton step."""
     a = tl.abs(c)
     half = 0.5 - 0.5 * a
     inverse_root = tl.rsqrt(tl.maximum(half, 1e-30))
