@@ -61,6 +61,7 @@ def check(z: Tensor, potential: str | Potential, **options: Any) -> None:
 
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests of this file run in this process")
+@pytest.mark.timeout(1800)  # more than a hundred tests
 def test_in_the_interpreter() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", __file__],
