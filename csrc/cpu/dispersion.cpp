@@ -18,6 +18,7 @@
 #include <limits>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -512,6 +513,16 @@ class Call {
       zero_unpaired();
     }
 
+    if (const int32_t status = sweep_groups()) return status;
+    if (args_.total) *args_.total = float(std::accumulate(args_.loss, args_.loss + args_.sequences, 0.0));
+    return DK_OK;
+  }
+
+ private:
+  // Packs of all the sequences in flight, unless one alone is larger.
+  static constexpr int64_t kGroupBytes = int64_t(32) << 20;
+
+  int32_t sweep_groups() {
     Group group;
     for (int64_t k = 0; k < args_.segments;) {
       int64_t next = k + 1;
@@ -527,10 +538,6 @@ class Call {
     }
     return group.tiles.empty() ? DK_OK : sweep(group);
   }
-
- private:
-  // Packs of all the sequences in flight, unless one alone is larger.
-  static constexpr int64_t kGroupBytes = int64_t(32) << 20;
 
   int64_t pack_bytes(int64_t tokens) const {
     return tokens * (args_.features + (job_.gradient ? job_.padded_features : 0)) * int64_t(sizeof(float));
@@ -731,4 +738,18 @@ DK_EXPORT int32_t dk_dispersion(const dk_args* args) {
   } catch (const std::bad_alloc&) {
     return DK_OUT_OF_MEMORY;
   }
+}
+
+DK_EXPORT int32_t dk_scale(const dk_scale_args* args) {
+  if (args->abi_version != DK_ABI_VERSION || args->rows_per_factor < 1) return DK_INVALID;
+  const int32_t isa = dk::resolve_isa(args->isa);
+  if (!isa) return DK_UNSUPPORTED;
+  constexpr int64_t kWorth = 16384;  // elements that are worth waking a thread for
+  const dk::Threads threads = {args->parallel_for, std::max(1, int(args->threads))};
+  const int64_t rows = args->rows;
+  const int64_t workers = std::clamp<int64_t>(rows * args->features / kWorth, 1, threads.count);
+  threads.run(workers, [&](int64_t worker) {
+    dk::kernels_of(isa).scale(*args, rows * worker / workers, rows * (worker + 1) / workers);
+  });
+  return DK_OK;
 }

@@ -516,7 +516,34 @@ void finish(const Job& job, const Tile& tile, const Finish& result, Scratch& scr
   }
 }
 
-constexpr TileKernels kTileKernels = {kPanel, add_rows, pack, within, between, project, finish};
+// ---- rows out
+
+template <class T, class Narrow>
+void scale_rows(const dk_scale_args& args, int64_t begin, int64_t end, const Narrow& narrow) {
+  const int64_t features = args.features, whole = features / kLanes * kLanes;
+  for (int64_t row = begin; row < end; ++row) {
+    const float factor = args.scale[row] * args.factor[row / args.rows_per_factor];
+    const float* grad = args.grad + row * features;
+    T* out = (T*)args.out + row * features;
+    for (int64_t k = 0; k < whole; k += kLanes) narrow(out + k, load(grad + k) * factor);
+    if (whole == features) continue;
+    float last[kLanes] = {};
+    T narrowed[kLanes];
+    memcpy(last, grad + whole, size_t(features - whole) * sizeof(float));
+    narrow(narrowed, load(last) * factor);
+    memcpy(out + whole, narrowed, size_t(features - whole) * sizeof(T));
+  }
+}
+
+void scale(const dk_scale_args& args, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case DK_FLOAT32: return scale_rows<float>(args, begin, end, [](float* p, vec v) { store(p, v); });
+    case DK_BFLOAT16: return scale_rows<uint16_t>(args, begin, end, [](uint16_t* p, vec v) { store_bfloat16(p, v); });
+    default: return scale_rows<uint16_t>(args, begin, end, [](uint16_t* p, vec v) { store_float16(p, v); });
+  }
+}
+
+constexpr TileKernels kTileKernels = {kPanel, add_rows, pack, within, between, project, finish, scale};
 
 }  // namespace
 }  // namespace dk
