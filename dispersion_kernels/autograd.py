@@ -57,7 +57,7 @@ class _Dispersion(torch.autograd.Function):
         now = [False] * len(layers) if recompute else needed
         loss, grads, scale = _run(layers, groups, cu_seqlens, *options, now)
         ctx.save_for_backward(cu_seqlens, *((groups, *layers) if recompute else (*grads, scale)))
-        ctx.options, ctx.recompute, ctx.needed = options, recompute, needed
+        ctx.options, ctx.recompute, ctx.needed, ctx.hooked = options, recompute, needed, _hooks_see_what_is_saved()
         ctx.dtypes = [z.dtype for z in layers]
         return loss
 
@@ -79,9 +79,12 @@ class _Dispersion(torch.autograd.Function):
         if factor.dim() > 0 and cu_seqlens is not None:  # of each sequence, to each token
             tokens = next(grad for grad, need in zip(grads, ctx.needed, strict=True) if need)
             factor = factor[segment_of_token(cu_seqlens.to(tokens.device), tokens.shape[1])]
-        if _native_can_scale(*grads, scale, factor):
-            in_place, factor = ctx.recompute or _graph_is_freed(), factor.contiguous()
-            of_layers = zip(grads, scale, ctx.dtypes, ctx.needed, strict=True)
+        fp32_on_cpu = scale.is_cpu and scale.dtype == torch.float32
+        if fp32_on_cpu and _unobserved(*grads, scale, factor) and native.unavailable_reason() is None:
+            # Nobody will want the saved gradient again, so that it can become the one that is returned.
+            in_place = ctx.recompute or (not ctx.hooked and _graph_is_freed())
+            factor = factor.contiguous()
+            of_layers = zip(grads, scale.unbind(), ctx.dtypes, ctx.needed, strict=True)
             dz = [
                 native.scaled(g, s, factor, dtype, in_place=in_place) if need else None
                 for g, s, dtype, need in of_layers
@@ -106,32 +109,35 @@ def _run(
     return result
 
 
-_ORDINARY = (Tensor, torch.nn.Parameter)
-
-
 def _unobserved(*tensors: Tensor | None) -> bool:
     """Whether these are memory and nothing else, and no compiler, tracer, mode or transform sees what is done to it."""
-    return not (
+    if (
         torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
-        or any(t is not None and (type(t) not in _ORDINARY or t.is_neg() or t._is_zerotensor()) for t in tensors)
-    )
+    ):
+        return False
+    return all(tensor is None or _is_memory(tensor) for tensor in tensors)
 
 
-def _native_can_scale(*tensors: Tensor) -> bool:
-    """Whether :func:`native.scaled` can take these."""
+def _is_memory(tensor: Tensor) -> bool:
+    # Without a storage: a batch that vmap hides. A subclass, a pending minus sign or a symbolic zero has one.
     return (
-        _unobserved(*tensors)
-        and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
-        and native.unavailable_reason() is None
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and torch._C._has_storage(tensor)
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
     )
+
+
+def _hooks_see_what_is_saved() -> bool:
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or (not torch.compiler.is_compiling() and top(True) is not None)
 
 
 def _graph_is_freed() -> bool:
-    """Whether what the running backward saved is dropped after it, so that nobody will want the saved gradient again
-    and it can become the one that is returned. PyTorch has no public name for it; without this one it is copied."""
+    """Whether what the running backward saved is dropped after it. PyTorch has no public name for that."""
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keeps is not None and not keeps()
 
@@ -228,7 +234,7 @@ def _native_sweep(
     scales: list[Tensor] = []
     for z, need_grad in zip(layers, with_grad, strict=True):
         loss, grad, scale = native.dispersion(
-            z if z.is_contiguous() else _rows(z),
+            z.contiguous() if native.row_stride(z) is None else z,
             potential_name=potential,
             params=params,
             index=runs.rows,
@@ -241,16 +247,10 @@ def _native_sweep(
             total=reduction != "none",
         )
         losses.append(loss)
-        grads.append(loss.new_empty(0, dtype=torch.float32) if grad is None else grad.view(z.shape))
-        scales.append(loss.new_empty(0, dtype=torch.float32) if scale is None else scale.view(batch, length))
+        grads.append(loss.new_empty(0, dtype=torch.float32) if grad is None else grad)
+        scales.append(loss.new_empty(0, dtype=torch.float32) if scale is None else scale)
     total = losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
     return total.float(), *_joined(grads, scales, with_grad)
-
-
-def _rows(z: Tensor) -> Tensor:
-    """``[B * L, F]`` with contiguous features, a view where it can be one."""
-    tokens = z.reshape(-1, z.shape[2])
-    return tokens if tokens.stride(1) == 1 else tokens.contiguous()
 
 
 def _torch_sweep(

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["PARAMETERS", "build_info", "dispersion", "isa", "scaled", "unavailable_reason"]
+__all__ = ["PARAMETERS", "build_info", "dispersion", "isa", "row_stride", "scaled", "unavailable_reason"]
 
 #: The parameters each potential takes, in the order of the C interface (``params`` of ``dk_args``).
 PARAMETERS: dict[str, tuple[str, ...]] = {
@@ -109,8 +109,7 @@ def dispersion(
     enter ``l2_repel``'s mean of squares.
 
     Args:
-        z: ``[..., F]``, CPU, float32, bfloat16 or float16, contiguous; or ``[rows, F]`` with contiguous features and
-            any row stride.
+        z: ``[..., F]``, CPU, float32, bfloat16 or float16, with a :func:`row_stride`.
         potential_name: a key of :data:`PARAMETERS`.
         params: the values of that potential's parameters, in their order there.
         begins: ``[segments]`` int64, CPU, ascending; segments must not overlap.
@@ -139,11 +138,11 @@ def dispersion(
         raise ValueError(f"potential_name must be one of {', '.join(PARAMETERS)}, got {potential_name!r}")
     if len(params) != len(PARAMETERS[potential_name]):
         raise ValueError(f"{potential_name} takes the parameters {PARAMETERS[potential_name]}, got {tuple(params)}")
-    in_rows = z.is_contiguous() or (z.dim() == 2 and (z.size(1) < 2 or z.stride(1) == 1))
-    if z.dim() < 2 or not in_rows or z.device.type != "cpu" or z.dtype not in _DTYPES:
+    stride = row_stride(z) if z.dim() >= 2 else None
+    if stride is None or not z.is_cpu or z.dtype not in _DTYPES:
         raise ValueError(
-            "z must be a float32, bfloat16 or float16 CPU tensor [..., F], contiguous, or [rows, F] with contiguous "
-            "features, "
+            "z must be a float32, bfloat16 or float16 CPU tensor [..., F] with contiguous features and evenly spaced "
+            "rows, "
             f"got {z.dtype} {tuple(z.shape)} with strides {z.stride()} on {z.device}"
         )
     begins, ends, sequence = (
@@ -158,8 +157,10 @@ def dispersion(
         index = _int64_list("index", index)
     tokens = rows if index is None else index.numel()
 
-    loss = torch.empty(num_sequences, dtype=torch.float64, device="cpu")
-    sum_of_losses = torch.empty((), dtype=torch.float32, device="cpu") if total else None
+    if total:
+        loss = torch.empty((), dtype=torch.float32, device="cpu")
+    else:
+        loss = torch.empty(num_sequences, dtype=torch.float64, device="cpu")
     grad = scale = None
     if need_grad:
         # The kernel writes the gradient of every indexed row, so only a gather leaves rows to be zeroed here.
@@ -175,7 +176,7 @@ def dispersion(
         threads=torch.get_num_threads(),
         dtype=_DTYPES[z.dtype],
         z=z.data_ptr(),
-        row_stride=z.stride(-2),
+        row_stride=stride,
         rows=rows,
         index=None if index is None else index.data_ptr(),
         tokens=tokens,
@@ -190,13 +191,25 @@ def dispersion(
         weight=weight,
         grad=None if grad is None else grad.data_ptr(),
         scale=None if scale is None else scale.data_ptr(),
-        loss=loss.data_ptr(),
-        total=None if sum_of_losses is None else sum_of_losses.data_ptr(),
+        loss=None if total else loss.data_ptr(),
+        total=loss.data_ptr() if total else None,
     )
     status = _library().dk_dispersion(ctypes.byref(args))
     if status:
         raise RuntimeError(f"the CPU kernel failed: {_STATUS.get(status, f'status {status}')}")
-    return loss if sum_of_losses is None else sum_of_losses, grad, scale
+    return loss, grad, scale
+
+
+def row_stride(z: torch.Tensor) -> int | None:
+    """How many elements one row of the flattened ``z`` ``[..., F]`` lies after the last; None where that differs or
+    the features are not contiguous."""
+    if z.is_contiguous():
+        return z.shape[-1]
+    sizes, strides = z.shape, z.stride()
+    if sizes[-1] > 1 and strides[-1] != 1:
+        return None
+    evenly = all(strides[d] == strides[d + 1] * sizes[d + 1] for d in range(z.dim() - 2))
+    return strides[-2] if evenly else None
 
 
 def scaled(
@@ -220,7 +233,7 @@ def scaled(
     if reason is not None:
         raise RuntimeError(f"the CPU kernel is unavailable: {reason}")
     for name, tensor in (("grad", grad), ("scale", scale), ("factor", factor)):
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        if tensor.dtype != torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
             raise ValueError(
                 f"{name} must be a contiguous float32 CPU tensor, "
                 f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
@@ -303,7 +316,7 @@ class _ScaleArgs(ctypes.Structure):
 
 
 def _int64_list(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype != torch.int64 or tensor.dim() != 1 or tensor.device.type != "cpu":
+    if tensor.dtype != torch.int64 or tensor.dim() != 1 or not tensor.is_cpu:
         raise ValueError(
             f"{name} must be a one-dimensional int64 CPU tensor, "
             f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"

@@ -507,14 +507,15 @@ class Call {
     job_.args = &args_;
     job_.gradient = args_.grad != nullptr;
     job_.padded_features = (args_.features + kernels_.panel - 1) / kernels_.panel * kernels_.panel;
-    std::fill(args_.loss, args_.loss + args_.sequences, 0.0);
+    losses_.assign(size_t(args_.sequences), 0.0);
     if (job_.gradient) {
       advise_huge_pages(args_.grad, size_t(args_.rows) * size_t(args_.features) * sizeof(float));
       zero_unpaired();
     }
 
     if (const int32_t status = sweep_groups()) return status;
-    if (args_.total) *args_.total = float(std::accumulate(args_.loss, args_.loss + args_.sequences, 0.0));
+    if (args_.loss) std::copy(losses_.begin(), losses_.end(), args_.loss);
+    if (args_.total) *args_.total = float(std::accumulate(losses_.begin(), losses_.end(), 0.0));
     return DK_OK;
   }
 
@@ -665,7 +666,7 @@ class Call {
 
   // The loss of a sequence from its tiles, and the factors of its gradient: with P = sum of psi over n pairs,
   // dloss/dx_i = f'(P) 2 kappa sum_j slope_ij x_j.
-  void reduce(const Group& group, const Sequence& sequence, Finish* finishes) const {
+  void reduce(const Group& group, const Sequence& sequence, Finish* finishes) {
     double shift = reduction_.include_diagonal ? 0.0 : -std::numeric_limits<double>::infinity();
     double squares = 0.0;
     bool finite = true;
@@ -691,7 +692,7 @@ class Call {
       loss += reduction_.norm_weight * squares / elements;
       square_scale = float(2.0 * reduction_.norm_weight / elements * args_.weight);
     }
-    args_.loss[sequence.id] = finite ? loss * args_.weight : std::numeric_limits<double>::quiet_NaN();
+    losses_[size_t(sequence.id)] = finite ? loss * args_.weight : std::numeric_limits<double>::quiet_NaN();
     for (int32_t t = sequence.first_tile; t < sequence.last_tile; ++t) {
       const double scale = 2.0 * reduction_.kappa * args_.weight * exp(group.tiles[t].shift + log_slope);
       finishes[t] = {finite ? float(scale) : std::numeric_limits<float>::quiet_NaN(), square_scale};
@@ -704,6 +705,7 @@ class Call {
   Threads threads_;
   Job job_ = {};
   Reduction reduction_ = {};
+  std::vector<double> losses_;
   float* tile_sums_ = nullptr;
   float* unit_means_ = nullptr;
 };

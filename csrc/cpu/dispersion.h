@@ -56,8 +56,8 @@ typedef struct {
   // once saves reading and writing all of it. Rows that are not in `index` are left untouched. NULL: no gradient.
   float* grad;   // [rows, features]: 0 without a partner
   float* scale;  // [rows]: 0 without a partner, NaN in a sequence that is not finite
-  double* loss;  // [sequences]: 0 without a pair, NaN if a paired token is not finite
-  float* total;  // the sum of loss; or NULL
+  double* loss;  // [sequences]: 0 without a pair, NaN if a paired token is not finite; or NULL
+  float* total;  // their sum; or NULL
 } dk_args;
 
 // out = grad * scale * factor of each row, rounded once. out may be grad where dtype is DK_FLOAT32.
