@@ -28,10 +28,12 @@ POTENTIALS = [
     (*DISPERSIVE, 1),
 ]
 VARIANTS = [
-    ("angular_spread", {"tau": 0.1, "clamp": 0.25, "eps": 0.0}, 4),  # a polynomial of higher degree, or none
-    ("angular_spread", {"tau": 0.05, "clamp": 1e-3, "eps": 0.01}, 10),  # no polynomial: arccos and exp
+    ("angular_spread", {"tau": 2.0, "clamp": 1e-3, "eps": 0.01}, 2),  # polynomials of higher degree
+    ("angular_spread", {"tau": 0.1, "clamp": 0.25, "eps": 0.0}, 4),  # no polynomials: arccos and exp
+    ("angular_spread", {"tau": 0.05, "clamp": 1e-3, "eps": 0.01}, 10),
     ("angular_spread", {"tau": 1e-3, "clamp": 0.25, "eps": 0.0}, 300),  # rescaled online
-    ("orthogonalization", {"margin": 0.9, "clamp": 1e-3, "eps": 0.01}, 10),  # no polynomial
+    ("orthogonalization", {"margin": 0.9, "clamp": 1e-3, "eps": 0.01}, 10),  # a polynomial of higher degree
+    ("orthogonalization", {"margin": 0.9, "clamp": 0.0, "eps": 0.01}, 10),  # no polynomial
     ("uniformity", {"t": 100.0}, 100),  # rescaled online
     ("l2_repel", {"tau": 50.0, "eps": 0.01, "norm_weight": 0.0, "include_diagonal": 1.0}, 10),
     ("dispersive_l2", {"tau": 0.01, "include_diagonal": 0.0}, 100),
