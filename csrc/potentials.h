@@ -59,9 +59,9 @@ DK_FUNCTION V arcsine_narrow(V c) {
   return madd(c * y, r, c);
 }
 
-// A polynomial fitted on the clamped band when the call starts; dispersion.cpp checks its error before it is used.
+// A polynomial fitted when the call starts.
 struct Polynomial {
-  static constexpr int kMaxDegree = 24;
+  static constexpr int kMaxDegree = 12;
   int degree;
   float coefficient[kMaxDegree + 1];
 
@@ -109,17 +109,22 @@ struct AngularSpreadNarrow {
   }
 };
 
-// The same with exp(0.5 / tau) psi as a polynomial in s: the fixed shift is -0.5 / tau.
+// The same with exp(0.5 / tau) psi = exp(a / (pi tau)), a = asin(clip(s)), as cosh + sinh: two polynomials in cos a,
+// in which both are smooth far beyond the band, and whose root the slope takes anyway. The fixed shift is -0.5 / tau.
 struct AngularSpreadFit {
   static constexpr bool kExponential = false;
   float low, high;
-  Polynomial scaled_psi;
+  Polynomial even;  // cosh(a / (pi tau))
+  Polynomial odd;   // sinh(a / (pi tau)) / sin a
 
   template <class V>
   DK_FUNCTION Weights<V> weigh(V s, V, V, float) const {
     const V c = clip(s, low, high);
-    const V psi = scaled_psi(c);
-    return {psi, psi * rsqrt(madd(c * -1.0f, c, 1.0f))};
+    const V square = madd(c * -1.0f, c, 1.0f);
+    const V inverse = rsqrt(square);
+    const V cosine = square * inverse;
+    const V psi = madd(odd(cosine), c, even(cosine));
+    return {psi, psi * inverse};
   }
 };
 
@@ -150,17 +155,19 @@ struct OrthogonalizationNarrow {
   }
 };
 
-// The same with margin - D as a polynomial in s.
+// The same with margin - D = margin - 1/2 + a / pi, a = asin(clip(s)), by a polynomial in cos a.
 struct OrthogonalizationFit {
   static constexpr bool kExponential = false;
-  float low, high;
-  Polynomial excess_angle;
+  float low, high, margin;
+  Polynomial turns;  // a / (pi sin a)
 
   template <class V>
   DK_FUNCTION Weights<V> weigh(V s, V, V, float) const {
     const V c = clip(s, low, high);
-    const V excess = maximum(excess_angle(c), 0.0f);
-    return {excess * excess, excess * rsqrt(madd(c * -1.0f, c, 1.0f))};
+    const V square = madd(c * -1.0f, c, 1.0f);
+    const V inverse = rsqrt(square);
+    const V excess = maximum(madd(turns(square * inverse), c, margin - 0.5f), 0.0f);
+    return {excess * excess, excess * inverse};
   }
 };
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dispersion_kernels import native
 from dispersion_kernels.backends import choose
@@ -38,7 +39,7 @@ def dispersion_loss(
     if torch.is_grad_enabled() and any(z.requires_grad for z in layers):
         loss: Tensor = _Dispersion.apply(groups, cu_seqlens, options, recompute, *layers)
         return loss
-    loss, _, _ = torch.ops.dispersion_kernels.forward(layers, groups, cu_seqlens, *options, [False] * len(layers))
+    loss, _, _ = _run(layers, groups, cu_seqlens, *options, [False] * len(layers))
     return loss
 
 
@@ -54,11 +55,11 @@ class _Dispersion(torch.autograd.Function):
     ) -> Tensor:
         needed: list[bool] = list(ctx.needs_input_grad[4:])
         now = [False] * len(layers) if recompute else needed
-        loss, grads, scale = torch.ops.dispersion_kernels.forward(layers, groups, cu_seqlens, *options, now)
+        loss, grads, scale = _run(layers, groups, cu_seqlens, *options, now)
         ctx.save_for_backward(cu_seqlens, *((groups, *layers) if recompute else (*grads, scale)))
-        ctx.options, ctx.recompute, ctx.needed = options, recompute, needed
+        ctx.options, ctx.recompute, ctx.needed, ctx.hooked = options, recompute, needed, _hooks_see_what_is_saved()
         ctx.dtypes = [z.dtype for z in layers]
-        return loss  # type: ignore[no-any-return]
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -71,19 +72,74 @@ class _Dispersion(torch.autograd.Function):
         cu_seqlens, *saved = ctx.saved_tensors
         if ctx.recompute:
             groups, *layers = saved
-            _, grads, scale = torch.ops.dispersion_kernels.forward(layers, groups, cu_seqlens, *ctx.options, ctx.needed)
+            _, grads, scale = _run(layers, groups, cu_seqlens, *ctx.options, ctx.needed)
         else:
             *grads, scale = saved
         factor = upstream[0]
-        if factor.dim() > 0:  # one for each sequence
-            if cu_seqlens is None:
+        if factor.dim() > 0 and cu_seqlens is not None:  # of each sequence, to each token
+            tokens = next(grad for grad, need in zip(grads, ctx.needed, strict=True) if need)
+            factor = factor[segment_of_token(cu_seqlens.to(tokens.device), tokens.shape[1])]
+        fp32_on_cpu = scale.is_cpu and scale.dtype == torch.float32
+        if fp32_on_cpu and _unobserved(*grads, scale, factor) and native.unavailable_reason() is None:
+            # Nobody will want the saved gradient again, so that it can become the one that is returned.
+            in_place = ctx.recompute or (not ctx.hooked and _graph_is_freed())
+            factor = factor.contiguous()
+            of_layers = zip(grads, scale.unbind(), ctx.dtypes, ctx.needed, strict=True)
+            dz = [
+                native.scaled(g, s, factor, dtype, in_place=in_place) if need else None
+                for g, s, dtype, need in of_layers
+            ]
+        else:
+            if factor.dim() > 0 and cu_seqlens is None:
                 factor = factor.unsqueeze(1)
-            else:
-                tokens = next(grad for grad, need in zip(grads, ctx.needed, strict=True) if need)
-                factor = factor[segment_of_token(cu_seqlens.to(tokens.device), tokens.shape[1])]
-        of_layers = zip(grads, (scale * factor).unsqueeze(3), ctx.dtypes, ctx.needed, strict=True)
-        dz = [_scaled(g, s, dtype) if need else None for g, s, dtype, need in of_layers]
+            of_layers = zip(grads, (scale * factor).unsqueeze(3), ctx.dtypes, ctx.needed, strict=True)
+            dz = [_scaled(g, s, dtype) if need else None for g, s, dtype, need in of_layers]
         return None, None, None, None, *dz
+
+
+def _run(
+    layers: Sequence[Tensor], groups: Tensor | None, cu_seqlens: Tensor | None, *options: Any
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The operator; past the dispatcher, which takes 20 us or more, where nobody watches it."""
+    if _unobserved(*layers, groups, cu_seqlens):
+        return _forward(layers, groups, cu_seqlens, *options)
+    result: tuple[Tensor, list[Tensor], Tensor] = torch.ops.dispersion_kernels.forward(
+        layers, groups, cu_seqlens, *options
+    )
+    return result
+
+
+def _unobserved(*tensors: Tensor | None) -> bool:
+    """Whether these are memory and nothing else, and no compiler, tracer, mode or transform sees what is done to it."""
+    if (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    ):
+        return False
+    return all(tensor is None or _is_memory(tensor) for tensor in tensors)
+
+
+def _is_memory(tensor: Tensor) -> bool:
+    # Without a storage: a batch that vmap hides. A subclass, a pending minus sign or a symbolic zero has one.
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and torch._C._has_storage(tensor)
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+    )
+
+
+def _hooks_see_what_is_saved() -> bool:
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or (not torch.compiler.is_compiling() and top(True) is not None)
+
+
+def _graph_is_freed() -> bool:
+    """Whether what the running backward saved is dropped after it. PyTorch has no public name for that."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is not None and not keeps()
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -111,7 +167,7 @@ _library.define(
 
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
 def _forward(
-    layers: list[Tensor],
+    layers: Sequence[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
     potential: str,
@@ -126,14 +182,15 @@ def _forward(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])
     run = _SWEEPS[choose(impl, z, potential)]
-    # Products are fp32 inside an autocast region, too.
-    with torch.autocast(z.device.type, enabled=False):
+    if not torch.is_autocast_enabled(z.device.type):
+        return run(layers, groups, cu_seqlens, potential, params, reduction, with_grad)
+    with torch.autocast(z.device.type, enabled=False):  # products are fp32 inside of it, too
         return run(layers, groups, cu_seqlens, potential, params, reduction, with_grad)
 
 
 def _gpu_sweep(
     kernels_for: Callable[[Tensor], launch.Kernels],
-    layers: list[Tensor],
+    layers: Sequence[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
     potential: str,
@@ -158,7 +215,7 @@ def _triton_kernels(z: Tensor) -> launch.Kernels:
 
 
 def _native_sweep(
-    layers: list[Tensor],
+    layers: Sequence[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
     potential: str,
@@ -176,9 +233,8 @@ def _native_sweep(
     grads: list[Tensor] = []
     scales: list[Tensor] = []
     for z, need_grad in zip(layers, with_grad, strict=True):
-        tokens = z.reshape(-1, z.shape[2])
         loss, grad, scale = native.dispersion(
-            tokens if tokens.stride(1) == 1 else tokens.contiguous(),
+            z.contiguous() if native.row_stride(z) is None else z,
             potential_name=potential,
             params=params,
             index=runs.rows,
@@ -188,16 +244,17 @@ def _native_sweep(
             num_sequences=sequences,
             weight=weight,
             need_grad=need_grad,
+            total=reduction != "none",
         )
         losses.append(loss)
-        grads.append(loss.new_empty(0, dtype=torch.float32) if grad is None else grad.view(z.shape))
-        scales.append(loss.new_empty(0, dtype=torch.float32) if scale is None else scale.view(batch, length))
+        grads.append(loss.new_empty(0, dtype=torch.float32) if grad is None else grad)
+        scales.append(loss.new_empty(0, dtype=torch.float32) if scale is None else scale)
     total = losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
-    return (total if reduction == "none" else total.sum()).float(), *_joined(grads, scales, with_grad)
+    return total.float(), *_joined(grads, scales, with_grad)
 
 
 def _torch_sweep(
-    layers: list[Tensor],
+    layers: Sequence[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
     potential: str,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["PARAMETERS", "build_info", "dispersion", "isa", "unavailable_reason"]
+__all__ = ["PARAMETERS", "build_info", "dispersion", "isa", "row_stride", "scaled", "unavailable_reason"]
 
 #: The parameters each potential takes, in the order of the C interface (``params`` of ``dk_args``).
 PARAMETERS: dict[str, tuple[str, ...]] = {
@@ -32,7 +33,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "dispersive_l2": ("tau", "include_diagonal"),
 }
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 _POTENTIALS = {name: number for number, name in enumerate(PARAMETERS)}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ISAS = {"": 0, "avx2": 1, "avx512": 2, "neon": 3}
@@ -45,16 +46,7 @@ _STATUS = {
 
 def unavailable_reason() -> str | None:
     """Why the CPU kernel cannot be used here, in words; None if it can."""
-    library = _library()
-    if isinstance(library, str):
-        return library
-    requested = os.environ.get("DISPERSION_KERNELS_CPU_ISA", "")
-    if requested not in _ISAS:
-        return f"DISPERSION_KERNELS_CPU_ISA={requested!r} is not one of avx2, avx512, neon"
-    if not library.dk_resolve_isa(_ISAS[requested]):
-        wanted = requested or "AVX2 with FMA, AVX-512 or NEON"
-        return f"this processor, or this build of the library, lacks {wanted}"
-    return None
+    return _unavailable_reason(_requested_isa())
 
 
 def isa() -> str:
@@ -64,8 +56,25 @@ def isa() -> str:
     """
     if unavailable_reason() is not None:
         return ""
-    resolved = _library().dk_resolve_isa(_ISAS[os.environ.get("DISPERSION_KERNELS_CPU_ISA", "")])
+    resolved = _library().dk_resolve_isa(_ISAS[_requested_isa()])
     return next(name for name, number in _ISAS.items() if number == resolved)
+
+
+def _requested_isa() -> str:
+    return os.environ.get("DISPERSION_KERNELS_CPU_ISA", "")
+
+
+@functools.cache
+def _unavailable_reason(requested: str) -> str | None:
+    library = _library()
+    if isinstance(library, str):
+        return library
+    if requested not in _ISAS:
+        return f"DISPERSION_KERNELS_CPU_ISA={requested!r} is not one of avx2, avx512, neon"
+    if not library.dk_resolve_isa(_ISAS[requested]):
+        wanted = requested or "AVX2 with FMA, AVX-512 or NEON"
+        return f"this processor, or this build of the library, lacks {wanted}"
+    return None
 
 
 @functools.cache
@@ -90,16 +99,17 @@ def dispersion(
     index: torch.Tensor | None = None,
     weight: float = 1.0,
     need_grad: bool,
+    total: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     r"""Loss of each sequence and, if asked, its gradient :math:`\partial\ell_s / \partial z`.
 
-    The sweep's token ``i`` is row ``index[i]`` of ``z`` (row ``i`` without an index). Segment ``k`` is the range
-    ``begins[k] <= i < ends[k]``; tokens pair only within a segment, and its pairs count towards sequence
+    The sweep's token ``i`` is row ``index[i]`` of the flattened ``z`` (row ``i`` without an index). Segment ``k`` is
+    the range ``begins[k] <= i < ends[k]``; tokens pair only within a segment, and its pairs count towards sequence
     ``sequence[k]``. Segments of fewer than two tokens have no pair: their tokens get a zero gradient and do not
     enter ``l2_repel``'s mean of squares.
 
     Args:
-        z: ``[rows, F]``, CPU, float32, bfloat16 or float16, features contiguous, any row stride.
+        z: ``[..., F]``, CPU, float32, bfloat16 or float16, with a :func:`row_stride`.
         potential_name: a key of :data:`PARAMETERS`.
         params: the values of that potential's parameters, in their order there.
         begins: ``[segments]`` int64, CPU, ascending; segments must not overlap.
@@ -109,26 +119,30 @@ def dispersion(
         index: ``[tokens]`` int64, CPU, without repetitions, or None for all rows in their order.
         weight: a factor of every loss, and so of its gradient.
         need_grad: whether to compute the gradient (three times the arithmetic of the loss alone).
+        total: whether to return the sum of the losses in their place, float32 ``[]``.
 
     Returns:
         The losses, float64 ``[num_sequences]``, 0 for a sequence without a pair, NaN where a paired token holds a
-        NaN or an infinity; and, or None, float32 ``grad`` ``[rows, F]`` and ``scale`` ``[rows]``, whose product, row by
-        row, is the gradient of every sequence's own loss.
+        NaN or an infinity; and, or None, float32 ``grad`` of the shape of ``z`` and ``scale``, of that shape without
+        F, whose product, row by row, is the gradient of every sequence's own loss.
 
     Raises:
         RuntimeError: if the kernel is unavailable (:func:`unavailable_reason`) or the call fails.
         ValueError: if an argument has the wrong type, shape or layout.
     """
-    reason = unavailable_reason()
+    requested = _requested_isa()
+    reason = _unavailable_reason(requested)
     if reason is not None:
         raise RuntimeError(f"the CPU kernel is unavailable: {reason}")
     if potential_name not in PARAMETERS:
         raise ValueError(f"potential_name must be one of {', '.join(PARAMETERS)}, got {potential_name!r}")
     if len(params) != len(PARAMETERS[potential_name]):
         raise ValueError(f"{potential_name} takes the parameters {PARAMETERS[potential_name]}, got {tuple(params)}")
-    if z.dim() != 2 or z.device.type != "cpu" or z.dtype not in _DTYPES or (z.size(1) > 1 and z.stride(1) != 1):
+    stride = row_stride(z) if z.dim() >= 2 else None
+    if stride is None or not z.is_cpu or z.dtype not in _DTYPES:
         raise ValueError(
-            "z must be a float32, bfloat16 or float16 CPU tensor [rows, F] with contiguous features, "
+            "z must be a float32, bfloat16 or float16 CPU tensor [..., F] with contiguous features and evenly spaced "
+            "rows, "
             f"got {z.dtype} {tuple(z.shape)} with strides {z.stride()} on {z.device}"
         )
     begins, ends, sequence = (
@@ -136,28 +150,33 @@ def dispersion(
     )
     if not begins.numel() == ends.numel() == sequence.numel():
         raise ValueError("begins, ends and sequence must have one entry per segment")
-    rows, features = z.shape
+    shape = z.shape
+    features = shape[-1]
+    rows = math.prod(shape[:-1])
     if index is not None:
         index = _int64_list("index", index)
     tokens = rows if index is None else index.numel()
 
-    loss = torch.empty(num_sequences, dtype=torch.float64, device="cpu")
+    if total:
+        loss = torch.empty((), dtype=torch.float32, device="cpu")
+    else:
+        loss = torch.empty(num_sequences, dtype=torch.float64, device="cpu")
     grad = scale = None
     if need_grad:
         # The kernel writes the gradient of every indexed row, so only a gather leaves rows to be zeroed here.
         allocate = torch.empty if index is None else torch.zeros
-        grad = allocate(rows, features, dtype=torch.float32, device="cpu")
-        scale = allocate(rows, dtype=torch.float32, device="cpu")
+        grad = allocate(shape, dtype=torch.float32, device="cpu")
+        scale = allocate(shape[:-1], dtype=torch.float32, device="cpu")
 
     values = (ctypes.c_double * max(len(params), 1))(*params)
     args = _Args(
         abi_version=_ABI_VERSION,
-        isa=_ISAS[os.environ.get("DISPERSION_KERNELS_CPU_ISA", "")],
+        isa=_ISAS[requested],
         parallel_for=_torch_parallel_for(),
         threads=torch.get_num_threads(),
         dtype=_DTYPES[z.dtype],
         z=z.data_ptr(),
-        row_stride=z.stride(0),
+        row_stride=stride,
         rows=rows,
         index=None if index is None else index.data_ptr(),
         tokens=tokens,
@@ -172,12 +191,78 @@ def dispersion(
         weight=weight,
         grad=None if grad is None else grad.data_ptr(),
         scale=None if scale is None else scale.data_ptr(),
-        loss=loss.data_ptr(),
+        loss=None if total else loss.data_ptr(),
+        total=loss.data_ptr() if total else None,
     )
     status = _library().dk_dispersion(ctypes.byref(args))
     if status:
         raise RuntimeError(f"the CPU kernel failed: {_STATUS.get(status, f'status {status}')}")
     return loss, grad, scale
+
+
+def row_stride(z: torch.Tensor) -> int | None:
+    """How many elements one row of the flattened ``z`` ``[..., F]`` lies after the last; None where that differs or
+    the features are not contiguous."""
+    if z.is_contiguous():
+        return z.shape[-1]
+    sizes, strides = z.shape, z.stride()
+    if sizes[-1] > 1 and strides[-1] != 1:
+        return None
+    evenly = all(strides[d] == strides[d + 1] * sizes[d + 1] for d in range(z.dim() - 2))
+    return strides[-2] if evenly else None
+
+
+def scaled(
+    grad: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, *, in_place: bool = False
+) -> torch.Tensor:
+    """``grad * (scale * factor)`` row by row, rounded once, to ``dtype``.
+
+    Args:
+        grad: float32 ``[..., F]``, CPU, contiguous.
+        scale: float32, of the shape of ``grad`` without F, CPU, contiguous.
+        factor: float32 ``[]``; or ``[n]``, one for each n-th of the rows. CPU, contiguous.
+        dtype: float32, bfloat16 or float16.
+        in_place: whether ``grad`` may be written to, which is done where ``dtype`` is float32.
+
+    Raises:
+        RuntimeError: if the kernel is unavailable (:func:`unavailable_reason`).
+        ValueError: if an argument has the wrong type, shape or layout.
+    """
+    requested = _requested_isa()
+    reason = _unavailable_reason(requested)
+    if reason is not None:
+        raise RuntimeError(f"the CPU kernel is unavailable: {reason}")
+    for name, tensor in (("grad", grad), ("scale", scale), ("factor", factor)):
+        if tensor.dtype != torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be a contiguous float32 CPU tensor, "
+                f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+            )
+    rows, factors = scale.numel(), factor.numel()
+    if grad.shape[:-1] != scale.shape or dtype not in _DTYPES or factors == 0 or rows % factors:
+        raise ValueError(
+            "grad must be [..., F], scale [...], factor [] or [n] with n a divisor of the rows and dtype float32, "
+            f"bfloat16 or float16, got {tuple(grad.shape)}, {tuple(scale.shape)}, {tuple(factor.shape)} and {dtype}"
+        )
+    out = grad if in_place and dtype == torch.float32 else torch.empty_like(grad, dtype=dtype)
+    args = _ScaleArgs(
+        abi_version=_ABI_VERSION,
+        isa=_ISAS[requested],
+        parallel_for=_torch_parallel_for(),
+        threads=torch.get_num_threads(),
+        dtype=_DTYPES[dtype],
+        grad=grad.data_ptr(),
+        scale=scale.data_ptr(),
+        factor=factor.data_ptr(),
+        rows=rows,
+        features=grad.shape[-1],
+        rows_per_factor=max(1, rows // factors),
+        out=out.data_ptr(),
+    )
+    status = _library().dk_scale(ctypes.byref(args))
+    if status:
+        raise RuntimeError(f"the CPU kernel failed: {_STATUS.get(status, f'status {status}')}")
+    return out
 
 
 class _Args(ctypes.Structure):
@@ -207,11 +292,31 @@ class _Args(ctypes.Structure):
         ("grad", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
         ("loss", ctypes.c_void_p),
+        ("total", ctypes.c_void_p),
+    ]
+
+
+class _ScaleArgs(ctypes.Structure):
+    """``dk_scale_args`` of csrc/cpu/dispersion.h, field by field."""
+
+    _fields_ = [
+        ("abi_version", ctypes.c_int32),
+        ("isa", ctypes.c_int32),
+        ("parallel_for", ctypes.c_void_p),
+        ("threads", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("grad", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("factor", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("features", ctypes.c_int64),
+        ("rows_per_factor", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
     ]
 
 
 def _int64_list(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype != torch.int64 or tensor.dim() != 1 or tensor.device.type != "cpu":
+    if tensor.dtype != torch.int64 or tensor.dim() != 1 or not tensor.is_cpu:
         raise ValueError(
             f"{name} must be a one-dimensional int64 CPU tensor, "
             f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
@@ -239,6 +344,8 @@ def _library() -> Any:
     library.dk_resolve_isa.argtypes = [ctypes.c_int32]
     library.dk_dispersion.restype = ctypes.c_int32
     library.dk_dispersion.argtypes = [ctypes.POINTER(_Args)]
+    library.dk_scale.restype = ctypes.c_int32
+    library.dk_scale.argtypes = [ctypes.POINTER(_ScaleArgs)]
     return library
 
 

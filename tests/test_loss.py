@@ -480,6 +480,82 @@ def test_the_gradient_is_rounded_once_after_the_upstream_gradient(dtype: torch.d
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_graph_that_is_kept_gives_the_gradient_again(reduction: Literal["mean", "none"], impl: str) -> None:
+    """The last backward may return the saved gradient itself; one before it may not."""
+    z = [torch.randn(2, 40, 24, requires_grad=True) for _ in range(2)]
+    skip_unless_supported(impl, z[0])
+    losses = fused_dispersion_loss(z, reduction=reduction, impl=impl)
+    upstream = torch.tensor([3.0, -0.5])[: losses.numel()].reshape(losses.shape)
+    expected = torch.autograd.grad(fused_dispersion_loss(z, reduction=reduction, impl=impl), z, upstream)
+    for retain in (True, True, False):
+        for grad, right in zip(torch.autograd.grad(losses, z, upstream, retain_graph=retain), expected, strict=True):
+            assert torch.equal(grad, right)
+            grad.zero_()
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(losses, z, upstream)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_a_hook_keeps_is_left_alone(impl: str) -> None:
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def pack(saved: Tensor) -> Tensor:
+        kept.append((saved, saved.clone()))
+        return saved
+
+    z = torch.randn(2, 40, 24, requires_grad=True)
+    skip_unless_supported(impl, z)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        loss = fused_dispersion_loss(z, impl=impl)
+    (3 * loss).backward()
+    assert any(saved.shape == z.shape for saved, _ in kept)
+    for saved, before in kept:
+        assert torch.equal(saved, before)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_batched_upstream_gradients(impl: str) -> None:
+    z = torch.randn(3, 20, 24, requires_grad=True)
+    skip_unless_supported(impl, z)
+    losses = fused_dispersion_loss(z, reduction="none", impl=impl)
+    (rows,) = torch.autograd.grad(losses, z, torch.eye(3), retain_graph=True, is_grads_batched=True)
+    for of_row, upstream in zip(rows, torch.eye(3), strict=True):
+        torch.testing.assert_close(of_row, torch.autograd.grad(losses, z, upstream, retain_graph=True)[0])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_tensors_that_are_not_their_memory(impl: str) -> None:
+    """A view whose sign is a flag, and an upstream gradient without memory."""
+    z = torch.complex(torch.randn(2, 20, 24), torch.randn(2, 20, 24)).conj().imag
+    skip_unless_supported(impl, z)
+    assert z.is_neg()
+    torch.testing.assert_close(evaluate(z, "l2_repel", impl=impl), evaluate(z.clone(), "l2_repel", impl=impl))
+    leaf = torch.randn(2, 20, 24, requires_grad=True)
+    (grad,) = torch.autograd.grad(fused_dispersion_loss(leaf, impl=impl), leaf, torch._efficientzerotensor(()))
+    assert torch.equal(grad, torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_dispatch_mode_sees_the_operator(impl: str) -> None:
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    z = torch.randn(2, 20, 24, requires_grad=True)
+    skip_unless_supported(impl, z)
+    expected = evaluate(z.detach(), "angular_spread", impl=impl)
+    seen: list[str] = []
+    with Names():
+        loss = fused_dispersion_loss(z, impl=impl, reduction="sum")
+        loss.backward()
+    assert seen.count("dispersion_kernels.forward.default") == 1
+    assert z.grad is not None
+    torch.testing.assert_close(z.grad, expected.grad)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_second_derivative_is_refused(impl: str) -> None:
     z = torch.randn(1, 8, 8, requires_grad=True)
     skip_unless_supported(impl, z)

@@ -28,10 +28,12 @@ POTENTIALS = [
     (*DISPERSIVE, 1),
 ]
 VARIANTS = [
-    ("angular_spread", {"tau": 0.1, "clamp": 0.25, "eps": 0.0}, 4),  # a polynomial of higher degree, or none
-    ("angular_spread", {"tau": 0.05, "clamp": 1e-3, "eps": 0.01}, 10),  # no polynomial: arccos and exp
+    ("angular_spread", {"tau": 2.0, "clamp": 1e-3, "eps": 0.01}, 2),  # polynomials of higher degree
+    ("angular_spread", {"tau": 0.1, "clamp": 0.25, "eps": 0.0}, 4),  # no polynomials: arccos and exp
+    ("angular_spread", {"tau": 0.05, "clamp": 1e-3, "eps": 0.01}, 10),
     ("angular_spread", {"tau": 1e-3, "clamp": 0.25, "eps": 0.0}, 300),  # rescaled online
-    ("orthogonalization", {"margin": 0.9, "clamp": 1e-3, "eps": 0.01}, 10),  # no polynomial
+    ("orthogonalization", {"margin": 0.9, "clamp": 1e-3, "eps": 0.01}, 10),  # a polynomial of higher degree
+    ("orthogonalization", {"margin": 0.9, "clamp": 0.0, "eps": 0.01}, 10),  # no polynomial
     ("uniformity", {"t": 100.0}, 100),  # rescaled online
     ("l2_repel", {"tau": 50.0, "eps": 0.01, "norm_weight": 0.0, "include_diagonal": 1.0}, 10),
     ("dispersive_l2", {"tau": 0.01, "include_diagonal": 0.0}, 100),
@@ -425,6 +427,76 @@ def test_wrong_arguments(arguments: dict[str, object], message: str) -> None:
 def test_segments_out_of_range(begins: list[int], ends: list[int]) -> None:
     with pytest.raises(RuntimeError, match="out of range"):
         run(torch.zeros(8, 8), *ANGULAR, begins=begins, ends=ends, sequence=[0] * len(begins))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scaled_is_rounded_once(dtype: torch.dtype, isa: str) -> None:
+    grad = torch.randn(4, 50, 300) * 2.0 ** torch.randint(-40, 40, (4, 50, 300))
+    grad[0, 0, :5] = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0])
+    grad[1, 0, :2] = torch.finfo(torch.float32).max
+    scale, factor = torch.randn(4, 50), torch.randn(4)
+    scale[1, 0] = factor[1] = 1.0
+    for grad_of, factors in (
+        (grad, factor),
+        (grad, factor[0]),
+        (grad[:, :, :37].contiguous(), torch.randn(200)),  # features that are no whole vectors
+        (grad[:0], factor),
+    ):
+        scale_of = scale[: len(grad_of)]
+        rows = factors.repeat_interleave(scale_of.numel() // factors.numel()).view(scale_of.shape)
+        expected = (grad_of * (scale_of * rows).unsqueeze(2)).to(dtype)
+        before = grad_of.clone()
+        scaled = native.scaled(grad_of, scale_of, factors, dtype)
+        torch.testing.assert_close(scaled, expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(grad_of, before, rtol=0, atol=0, equal_nan=True)
+        in_place = native.scaled(before, scale_of, factors, dtype, in_place=True)
+        torch.testing.assert_close(in_place, expected, rtol=0, atol=0, equal_nan=True)
+        assert (in_place.data_ptr() == before.data_ptr()) == (dtype == torch.float32 or before.numel() == 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"grad": torch.zeros(2, 3, 4, dtype=torch.float64)}, "grad must be a contiguous float32"),
+        ({"grad": torch.zeros(2, 4, 3).transpose(1, 2)}, "grad must be a contiguous float32"),
+        ({"scale": torch.zeros(3, 2)}, "grad must be .*, scale"),
+        ({"factor": torch.zeros(4)}, "divisor of the rows"),
+        ({"factor": torch.zeros(0)}, "divisor of the rows"),
+        ({"dtype": torch.int32}, "dtype float32"),
+    ],
+)
+def test_scaled_refuses_wrong_arguments(arguments: dict[str, object], message: str) -> None:
+    valid = {"grad": torch.zeros(2, 3, 4), "scale": torch.zeros(2, 3), "factor": torch.zeros(2), "dtype": torch.float32}
+    call: Callable[..., object] = native.scaled
+    with pytest.raises(ValueError, match=message):
+        call(**(valid | arguments))
+
+
+def test_rows_of_every_even_spacing() -> None:
+    z = torch.randn(6, 5, 40)
+    one_token = z[:, 0].clone().view(1, 6, 40).transpose(0, 1)  # contiguous; its strides are (40, 240, 1)
+    spacings = [(z, 40), (z[..., :32], 40), (z[:, 0], 200), (z[:, 0, :1], 200), (one_token, 40)]
+    for tokens, stride in spacings:
+        assert native.row_stride(tokens) == stride
+        rows = tokens.reshape(-1, tokens.shape[-1])
+        for strided, packed in zip(_both_calls(tokens), _both_calls(rows.clone()), strict=True):
+            torch.testing.assert_close(strided.flatten(), packed.flatten(), rtol=0, atol=0)
+    for tokens in (z[:, :3], z.transpose(0, 1), z.mT, z[:1].expand(6, -1, -1)):
+        assert native.row_stride(tokens) is None
+
+
+def _both_calls(z: torch.Tensor) -> list[torch.Tensor]:
+    """The losses and their gradient of tokens that all pair, and the total loss."""
+    whole = torch.zeros(1, dtype=torch.int64), torch.tensor([z.shape[:-1].numel()])
+    options = {"potential_name": ANGULAR[0], "params": list(ANGULAR[1].values()), "num_sequences": 2}
+    call: Callable[..., tuple[torch.Tensor, ...]] = native.dispersion
+    segments = dict(zip(("begins", "ends", "sequence"), (*whole, torch.ones(1, dtype=torch.int64)), strict=True))
+    loss, grad, scale = call(z, **options, **segments, need_grad=True)
+    total, _, _ = call(z, **options, **segments, need_grad=True, total=True)
+    assert total.dtype == torch.float32
+    assert total == loss.sum().float()
+    assert grad.shape == z.shape
+    return [loss, grad, scale]
 
 
 def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@
 // have finished their earlier pairs, so the order of additions, and every bit of the result, is the same for any
 // number of threads.
 
+#include "../scalar.h"  // before potentials.h
+
 #include "dispersion.h"
 
 #include <math.h>
@@ -18,6 +20,7 @@
 #include <limits>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -63,11 +66,10 @@ struct Reduction {
   double norm_weight;
 };
 
-// Chebyshev interpolation of f on [low, high], of the lowest degree that stays within kTruncation of f in exact
-// arithmetic and within kEvaluation in fp32, both relative to |f| + floor. False if there is none.
-bool fit(const std::function<double(double)>& f, double low, double high, double floor, Polynomial& result) {
+// Chebyshev interpolation of f on [low, high], of the lowest degree that stays within `tolerance` of f in exact
+// arithmetic. False if there is none.
+bool fit(const std::function<double(double)>& f, double low, double high, double tolerance, Polynomial& result) {
   constexpr int kNodes = 64, kChecks = 101;
-  constexpr double kTruncation = 4e-8, kEvaluation = 3e-7;
   const double pi = acos(-1.0), middle = 0.5 * (low + high), half = 0.5 * (high - low);
   double value[kNodes], chebyshev[Polynomial::kMaxDegree + 1];
   for (int i = 0; i < kNodes; ++i) value[i] = f(middle + half * cos(pi * (i + 0.5) / kNodes));
@@ -76,8 +78,8 @@ bool fit(const std::function<double(double)>& f, double low, double high, double
     for (int i = 0; i < kNodes; ++i) chebyshev[k] += value[i] * cos(pi * k * (i + 0.5) / kNodes);
     chebyshev[k] *= (k ? 2.0 : 1.0) / kNodes;
   }
-  // Powers of s from Chebyshev polynomials of (s - middle) / half, by Clenshaw's recurrence on coefficient vectors.
-  for (int degree = 4; degree <= Polynomial::kMaxDegree; ++degree) {
+  // Powers of x from Chebyshev polynomials of (x - middle) / half, by Clenshaw's recurrence on coefficient vectors.
+  for (int degree = 1; degree <= Polynomial::kMaxDegree; ++degree) {
     std::vector<double> current(degree + 2, 0.0), next(degree + 2, 0.0);
     for (int k = degree; k >= 0; --k) {
       std::vector<double> step(degree + 2, 0.0);
@@ -94,40 +96,80 @@ bool fit(const std::function<double(double)>& f, double low, double high, double
     for (int n = 0; n <= degree; ++n) result.coefficient[n] = float(current[n]);
     bool good = true;
     for (int i = 0; i < kChecks && good; ++i) {
-      const double s = float(low + (high - low) * i / (kChecks - 1));
-      const double expected = f(s), scale = fabs(expected) + floor;
+      const double x = low + (high - low) * i / (kChecks - 1);
       double exact = 0.0;
-      float rounded = 0.0f;
-      for (int n = degree; n >= 0; --n) {
-        exact = exact * s + current[n];
-        rounded = fmaf(rounded, float(s), result.coefficient[n]);
-      }
-      good = fabs(exact - expected) <= kTruncation * scale && fabs(rounded - expected) <= kEvaluation * scale;
+      for (int n = degree; n >= 0; --n) exact = exact * x + current[n];
+      good = fabs(exact - f(x)) <= tolerance;
     }
     if (good) return true;
   }
   return false;
 }
 
-// The fit of the last potential; training calls with one and the same.
-bool cached_fit(int32_t potential, double parameter, double clamp, const std::function<double(double)>& f, double floor,
-                Polynomial& result) {
+// A fit is held to psi over the band: relative to |psi| + floor, its polynomials to kTruncation in exact arithmetic,
+// and what fp32 makes of them to kEvaluation.
+constexpr double kTruncation = 2e-8, kEvaluation = 3e-7;
+
+template <class Fit>
+bool holds(const Fit& fitted, double floor, const std::function<double(double)>& psi) {
+  constexpr int kChecks = 101;
+  for (int i = 0; i < kChecks; ++i) {
+    const float s = fitted.low + (fitted.high - fitted.low) * float(i) / float(kChecks - 1);
+    const double expected = psi(s);
+    if (!(fabs(fitted.weigh(s, 0.0f, 0.0f, 0.0f).psi - expected) <= kEvaluation * (fabs(expected) + floor))) return false;
+  }
+  return true;
+}
+
+double angle_of(double cosine) { return acos(std::min(cosine, 1.0)); }
+
+bool make_fit(double tau, AngularSpreadFit& fitted) {
+  const double rate = 1.0 / (acos(-1.0) * tau), high = fitted.high, narrowest = sqrt(1.0 - high * high);
+  const double tolerance = kTruncation * exp(-rate * asin(high));
+  const auto even = [&](double cosine) { return cosh(rate * angle_of(cosine)); };
+  const auto odd = [&](double cosine) {
+    const double angle = angle_of(cosine);
+    return angle > 1e-6 ? sinh(rate * angle) / sin(angle) : rate;
+  };
+  return fit(even, narrowest, 1.0, tolerance, fitted.even) && fit(odd, narrowest, 1.0, tolerance, fitted.odd) &&
+         holds(fitted, 0.0, [&](double s) { return exp(rate * asin(s)); });
+}
+
+bool make_fit(double margin, OrthogonalizationFit& fitted) {
+  const double pi = acos(-1.0), high = fitted.high;
+  const auto turns = [&](double cosine) {
+    const double angle = angle_of(cosine);
+    return angle > 1e-6 ? angle / (pi * sin(angle)) : 1.0 / pi;
+  };
+  fitted.margin = float(margin);
+  return fit(turns, sqrt(1.0 - high * high), 1.0, 0.1 * kTruncation, fitted.turns) &&
+         holds(fitted, 0.1, [&](double s) {
+           const double excess = std::max(margin - acos(s) / pi, 0.0);
+           return excess * excess;
+         });
+}
+
+// The fit for the band [low, high], if there is a good one; the last is kept, because training calls with one and the
+// same. A cosine of 0, which a band up to 1 has, has no inverse.
+template <class Fit>
+bool cached_fit(double parameter, float low, float high, Fit& result) {
   struct Entry {
-    int32_t potential = -1;
-    double parameter = 0.0, clamp = 0.0;
-    bool good = false;
-    Polynomial polynomial = {};
+    double parameter;
+    bool known = false, good = false;
+    Fit fit = {};
   };
   static std::mutex mutex;
   static Entry entry;
+  if (!(high < 1.0f)) return false;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (entry.potential != potential || entry.parameter != parameter || entry.clamp != clamp) {
-    entry.potential = potential;
+  if (!entry.known || entry.parameter != parameter || entry.fit.high != high) {
     entry.parameter = parameter;
-    entry.clamp = clamp;
-    entry.good = fit(f, clamp - 1.0, 1.0 - clamp, floor, entry.polynomial);
+    entry.fit.low = low;
+    entry.fit.high = high;
+    entry.good = make_fit(parameter, entry.fit);
+    entry.known = true;
   }
-  result = entry.polynomial;
+  result = entry.fit;
   return entry.good;
 }
 
@@ -152,15 +194,11 @@ bool describe(const dk_args& args, Job& job, Reduction& reduction) {
       reduction.kappa = 1.0 / (pi * tau);
       const float low = float(clamp - 1.0), high = float(1.0 - clamp);
       p.angular_spread = {low, high, float(1.0 / (pi * tau))};
-      p.angular_spread_fit = {low, high, {}};
       p.kind = Potential::Kind::kAngularSpread;
       p.online = asin(1.0 - clamp) / (pi * tau) > kSafeExponent;
       if (!p.online) {
         p.shift = float(-0.5 / tau);
-        if (cached_fit(
-                args.potential, tau, clamp, [&](double s) { return exp(asin(s) / (pi * tau)); }, 0.0,
-                p.angular_spread_fit.scaled_psi))
-          p.kind = Potential::Kind::kAngularSpreadFit;
+        if (cached_fit(tau, low, high, p.angular_spread_fit)) p.kind = Potential::Kind::kAngularSpreadFit;
       }
       return true;
     }
@@ -173,12 +211,8 @@ bool describe(const dk_args& args, Job& job, Reduction& reduction) {
       reduction.kappa = 2.0 / pi;
       const float low = float(clamp - 1.0), high = float(1.0 - clamp);
       p.orthogonalization = {low, high, float(margin)};
-      p.orthogonalization_fit = {low, high, {}};
-      p.kind = cached_fit(
-                   args.potential, margin, clamp, [&](double s) { return margin - acos(s) / pi; }, 0.1,
-                   p.orthogonalization_fit.excess_angle)
-                   ? Potential::Kind::kOrthogonalizationFit
-                   : Potential::Kind::kOrthogonalization;
+      p.kind = cached_fit(margin, low, high, p.orthogonalization_fit) ? Potential::Kind::kOrthogonalizationFit
+                                                                      : Potential::Kind::kOrthogonalization;
       return true;
     }
     case DK_DECORRELATION:
@@ -506,12 +540,23 @@ class Call {
     job_.args = &args_;
     job_.gradient = args_.grad != nullptr;
     job_.padded_features = (args_.features + kernels_.panel - 1) / kernels_.panel * kernels_.panel;
-    std::fill(args_.loss, args_.loss + args_.sequences, 0.0);
+    losses_.assign(size_t(args_.sequences), 0.0);
     if (job_.gradient) {
       advise_huge_pages(args_.grad, size_t(args_.rows) * size_t(args_.features) * sizeof(float));
       zero_unpaired();
     }
 
+    if (const int32_t status = sweep_groups()) return status;
+    if (args_.loss) std::copy(losses_.begin(), losses_.end(), args_.loss);
+    if (args_.total) *args_.total = float(std::accumulate(losses_.begin(), losses_.end(), 0.0));
+    return DK_OK;
+  }
+
+ private:
+  // Packs of all the sequences in flight, unless one alone is larger.
+  static constexpr int64_t kGroupBytes = int64_t(32) << 20;
+
+  int32_t sweep_groups() {
     Group group;
     for (int64_t k = 0; k < args_.segments;) {
       int64_t next = k + 1;
@@ -527,10 +572,6 @@ class Call {
     }
     return group.tiles.empty() ? DK_OK : sweep(group);
   }
-
- private:
-  // Packs of all the sequences in flight, unless one alone is larger.
-  static constexpr int64_t kGroupBytes = int64_t(32) << 20;
 
   int64_t pack_bytes(int64_t tokens) const {
     return tokens * (args_.features + (job_.gradient ? job_.padded_features : 0)) * int64_t(sizeof(float));
@@ -658,7 +699,7 @@ class Call {
 
   // The loss of a sequence from its tiles, and the factors of its gradient: with P = sum of psi over n pairs,
   // dloss/dx_i = f'(P) 2 kappa sum_j slope_ij x_j.
-  void reduce(const Group& group, const Sequence& sequence, Finish* finishes) const {
+  void reduce(const Group& group, const Sequence& sequence, Finish* finishes) {
     double shift = reduction_.include_diagonal ? 0.0 : -std::numeric_limits<double>::infinity();
     double squares = 0.0;
     bool finite = true;
@@ -684,7 +725,7 @@ class Call {
       loss += reduction_.norm_weight * squares / elements;
       square_scale = float(2.0 * reduction_.norm_weight / elements * args_.weight);
     }
-    args_.loss[sequence.id] = finite ? loss * args_.weight : std::numeric_limits<double>::quiet_NaN();
+    losses_[size_t(sequence.id)] = finite ? loss * args_.weight : std::numeric_limits<double>::quiet_NaN();
     for (int32_t t = sequence.first_tile; t < sequence.last_tile; ++t) {
       const double scale = 2.0 * reduction_.kappa * args_.weight * exp(group.tiles[t].shift + log_slope);
       finishes[t] = {finite ? float(scale) : std::numeric_limits<float>::quiet_NaN(), square_scale};
@@ -697,6 +738,7 @@ class Call {
   Threads threads_;
   Job job_ = {};
   Reduction reduction_ = {};
+  std::vector<double> losses_;
   float* tile_sums_ = nullptr;
   float* unit_means_ = nullptr;
 };
@@ -731,4 +773,18 @@ DK_EXPORT int32_t dk_dispersion(const dk_args* args) {
   } catch (const std::bad_alloc&) {
     return DK_OUT_OF_MEMORY;
   }
+}
+
+DK_EXPORT int32_t dk_scale(const dk_scale_args* args) {
+  if (args->abi_version != DK_ABI_VERSION || args->rows_per_factor < 1) return DK_INVALID;
+  const int32_t isa = dk::resolve_isa(args->isa);
+  if (!isa) return DK_UNSUPPORTED;
+  constexpr int64_t kWorth = 16384;  // elements that are worth waking a thread for
+  const dk::Threads threads = {args->parallel_for, std::max(1, int(args->threads))};
+  const int64_t rows = args->rows;
+  const int64_t workers = std::clamp<int64_t>(rows * args->features / kWorth, 1, threads.count);
+  threads.run(workers, [&](int64_t worker) {
+    dk::kernels_of(isa).scale(*args, rows * worker / workers, rows * (worker + 1) / workers);
+  });
+  return DK_OK;
 }

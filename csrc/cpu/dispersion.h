@@ -11,7 +11,7 @@
 #define DK_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-#define DK_ABI_VERSION 3
+#define DK_ABI_VERSION 4
 
 extern "C" {
 
@@ -56,12 +56,28 @@ typedef struct {
   // once saves reading and writing all of it. Rows that are not in `index` are left untouched. NULL: no gradient.
   float* grad;   // [rows, features]: 0 without a partner
   float* scale;  // [rows]: 0 without a partner, NaN in a sequence that is not finite
-  double* loss;  // [sequences]: 0 without a pair, NaN if a paired token is not finite
+  double* loss;  // [sequences]: 0 without a pair, NaN if a paired token is not finite; or NULL
+  float* total;  // their sum; or NULL
 } dk_args;
+
+// out = grad * scale * factor of each row, rounded once. out may be grad where dtype is DK_FLOAT32.
+typedef struct {
+  int32_t abi_version;           // DK_ABI_VERSION
+  int32_t isa;                   // dk_isa
+  dk_parallel_for parallel_for;  // NULL: one thread
+  int32_t threads;
+  int32_t dtype;       // dk_dtype of out
+  const float* grad;   // [rows, features]
+  const float* scale;  // [rows]
+  const float* factor;
+  int64_t rows, features, rows_per_factor;
+  void* out;  // [rows, features]
+} dk_scale_args;
 
 DK_EXPORT int32_t dk_abi_version(void);
 DK_EXPORT int32_t dk_resolve_isa(int32_t requested);   // the dk_isa a call would use; 0: this processor has none
 DK_EXPORT int32_t dk_dispersion(const dk_args* args);  // dk_status
+DK_EXPORT int32_t dk_scale(const dk_scale_args* args); // dk_status
 
 }  // extern "C"
 
@@ -150,6 +166,7 @@ struct TileKernels {
   void (*between)(const Job&, Tile&, Tile&, Scratch&);  // pairs of two tiles
   void (*project)(const Job&, const Tile&, Scratch&);   // the gradient through the row transform, but for its scale
   void (*finish)(const Job&, const Tile&, const Finish&, Scratch&);
+  void (*scale)(const dk_scale_args&, int64_t begin, int64_t end);  // of these rows
 };
 
 #if defined(__aarch64__)

@@ -32,6 +32,7 @@ constexpr int kPanel = kLanes * kVectors;
 typedef float vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t ivec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t uvec __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t half_uvec __attribute__((vector_size(2 * kLanes)));
 typedef float quad __attribute__((vector_size(16)));
 
 DK_INLINE vec load(const float* p) {
@@ -104,6 +105,23 @@ DK_INLINE vec load_float16(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
   return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+#endif
+}
+
+// Narrowing, to the nearest, ties to even; a NaN stays one.
+DK_INLINE void store_bfloat16(uint16_t* p, vec v) {
+  const uvec bits = (uvec)as_bits(v), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const uvec kept = v == v ? rounded : (bits >> 16) | 0x40;
+  const half_uvec narrow = __builtin_convertvector(kept, half_uvec);
+  memcpy(p, &narrow, sizeof narrow);
+}
+DK_INLINE void store_float16(uint16_t* p, vec v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v)));
 #endif
 }
 

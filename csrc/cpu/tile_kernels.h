@@ -83,71 +83,96 @@ DK_INLINE void centre_row(const float* z, float* x, int64_t features, int64_t pa
   for (int64_t k = features; k < padded_features; ++k) x[k] = 0.0f;
 }
 
-void pack(const Job& job, Tile& tile, Scratch& scratch) {
+// A row of the tile as `factor` times `row`.
+struct ScaledRow {
+  const float* row;
+  float factor;
+};
+
+// Token t as it is packed, and what is known of it; `out` has room for a padded row.
+DK_INLINE ScaledRow transform_row(const Job& job, Tile& tile, int t, float* out) {
   const int64_t features = job.args->features, padded_features = job.padded_features;
-  const int64_t row_stride = padded_features + 16;
+  tile.row_sum[t] = 0.0f;
+  if (t >= tile.tokens) {
+    memset(out, 0, size_t(padded_features) * sizeof(float));
+    tile.norm[t] = tile.inverse[t] = tile.square[t] = 0.0f;
+    return {out, 1.0f};
+  }
+  const float* z = read_row(job, tile.rows[t], out);
+  if (job.transform == Transform::kCentre) {
+    const double raw = square_sum(z, padded_features);
+    const float* mean = job.unit_means + tile.unit * padded_features;
+    for (int64_t k = 0; k < padded_features; k += kLanes) store(out + k, load(z + k) - load(mean + k));
+    const double centred = square_sum(out, padded_features);
+    tile.square_sum += raw;
+    tile.square[t] = float(job.square_factor * centred);
+    // Beyond fp32's range a distance is lost: report NaN rather than a wrong number.
+    tile.finite = tile.finite && isfinite(raw) && centred < 1e37 && isfinite(tile.square[t]);
+    return {out, 1.0f};
+  }
+  if (job.transform == Transform::kCentredNormalise) {
+    centre_row(z, out, features, padded_features);
+    z = out;
+  }
+  const double norm = sqrt(square_sum(z, padded_features));
+  const double inverse = norm + job.eps > 0.0 ? 1.0 / (norm + job.eps) : 0.0;
+  tile.finite = tile.finite && isfinite(norm);
+  tile.norm[t] = float(norm);
+  tile.inverse[t] = float(inverse);
+  tile.square[t] = 0.0f;
+  if (inverse < 1e30) {
+    const float factor = float(inverse);
+    if (!job.square_factor) return {z, factor};
+    for (int64_t k = 0; k < padded_features; k += kLanes) store(out + k, load(z + k) * factor);
+  } else {
+    for (int64_t k = 0; k < padded_features; ++k) out[k] = float(z[k] * inverse);
+  }
+  tile.square[t] = float(job.square_factor * square_sum(out, padded_features));
+  return {out, 1.0f};
+}
+
+void pack(const Job& job, Tile& tile, Scratch& scratch) {
+  // Of a panel so many features at a time that they stay in the first-level cache until they are transposed.
+  constexpr int64_t kFeatures = 2 * kPanel, kStride = kFeatures + 16;
+  const int64_t features = job.args->features, padded_features = job.padded_features;
+  alignas(64) float block[kPanel * kStride];
+  ScaledRow rows[kPanel];
   tile.finite = true;
   tile.square_sum = 0.0;
   for (int first = 0; first < tile.padded; first += kPanel) {
-    for (int t = first; t < first + kPanel; ++t) {
-      float* row = scratch.rows + (t - first) * row_stride;
-      tile.row_sum[t] = 0.0f;
-      if (t >= tile.tokens) {
-        memset(row, 0, size_t(padded_features) * sizeof(float));
-        tile.norm[t] = tile.inverse[t] = tile.square[t] = 0.0f;
-      } else {
-        const float* z = read_row(job, tile.rows[t], row);
-        if (job.transform == Transform::kCentre) {
-          const double raw = square_sum(z, padded_features);
-          const float* mean = job.unit_means + tile.unit * padded_features;
-          for (int64_t k = 0; k < padded_features; k += kLanes) store(row + k, load(z + k) - load(mean + k));
-          const double centred = square_sum(row, padded_features);
-          tile.square_sum += raw;
-          tile.square[t] = float(job.square_factor * centred);
-          // Beyond fp32's range a distance is lost: report NaN rather than a wrong number.
-          tile.finite = tile.finite && isfinite(raw) && centred < 1e37 && isfinite(tile.square[t]);
-        } else {
-          if (job.transform == Transform::kCentredNormalise) {
-            centre_row(z, row, features, padded_features);
-            z = row;
-          }
-          const double norm = sqrt(square_sum(z, padded_features));
-          const double inverse = norm + job.eps > 0.0 ? 1.0 / (norm + job.eps) : 0.0;
-          tile.finite = tile.finite && isfinite(norm);
-          tile.norm[t] = float(norm);
-          tile.inverse[t] = float(inverse);
-          if (inverse < 1e30) {
-            const float factor = float(inverse);
-            for (int64_t k = 0; k < padded_features; k += kLanes) store(row + k, load(z + k) * factor);
-          } else {
-            for (int64_t k = 0; k < padded_features; ++k) row[k] = float(z[k] * inverse);
-          }
-          tile.square[t] = job.square_factor ? float(job.square_factor * square_sum(row, padded_features)) : 0.0f;
+    for (int t = 0; t < kPanel; ++t)
+      rows[t] = transform_row(job, tile, first + t, scratch.rows + t * (padded_features + 16));
+    float* out = tile.feature_major + first * features;
+    for (int64_t begin = 0; begin < padded_features; begin += kFeatures) {
+      const int64_t width = padded_features - begin < kFeatures ? padded_features - begin : kFeatures;
+      for (int t = 0; t < kPanel; ++t) {
+        float* in_block = block + t * kStride;
+        for (int64_t k = 0; k < width; k += kPanel) {
+          const Pack x = load_pack(rows[t].row + begin + k) * rows[t].factor;
+          store_pack(in_block + k, x);
+          if (job.gradient) store_pack(tile.token_major + (begin + k) * tile.padded + (first + t) * kPanel, x);
         }
       }
-      if (job.gradient)
-        for (int64_t k = 0; k < padded_features; k += kPanel)
-          store_pack(tile.token_major + k * tile.padded + t * kPanel, load_pack(row + k));
-    }
-    float* out = tile.feature_major + first * features;
-    const int64_t whole = features / 4 * 4;
-    for (int64_t k = 0; k < whole; k += 4) {
-      for (int t = 0; t < kPanel; t += 4) {
-        const float* in = scratch.rows + t * row_stride + k;
-        quad a, b, c, d;
-        memcpy(&a, in, sizeof a);
-        memcpy(&b, in + row_stride, sizeof b);
-        memcpy(&c, in + 2 * row_stride, sizeof c);
-        memcpy(&d, in + 3 * row_stride, sizeof d);
-        transpose(a, b, c, d);
-        memcpy(out + k * kPanel + t, &a, sizeof a);
-        memcpy(out + (k + 1) * kPanel + t, &b, sizeof b);
-        memcpy(out + (k + 2) * kPanel + t, &c, sizeof c);
-        memcpy(out + (k + 3) * kPanel + t, &d, sizeof d);
+      const int64_t left = features - begin < width ? features - begin : width, whole = left / 4 * 4;
+      for (int64_t k = 0; k < whole; k += 4) {
+        for (int t = 0; t < kPanel; t += 4) {
+          const float* in = block + t * kStride + k;
+          quad a, b, c, d;
+          memcpy(&a, in, sizeof a);
+          memcpy(&b, in + kStride, sizeof b);
+          memcpy(&c, in + 2 * kStride, sizeof c);
+          memcpy(&d, in + 3 * kStride, sizeof d);
+          transpose(a, b, c, d);
+          float* to = out + (begin + k) * kPanel + t;
+          memcpy(to, &a, sizeof a);
+          memcpy(to + kPanel, &b, sizeof b);
+          memcpy(to + 2 * kPanel, &c, sizeof c);
+          memcpy(to + 3 * kPanel, &d, sizeof d);
+        }
       }
+      for (int64_t k = whole; k < left; ++k)
+        for (int t = 0; t < kPanel; ++t) out[(begin + k) * kPanel + t] = block[t * kStride + k];
     }
-    for (int64_t k = whole; k < features; ++k)
-      for (int t = 0; t < kPanel; ++t) out[k * kPanel + t] = scratch.rows[t * row_stride + k];
   }
 }
 
@@ -165,33 +190,34 @@ DK_INLINE void prefetch_far(const float* p) {
 }
 
 // C[0:kRows, column:column+kPanel] = beta C + alpha A B; c holds the rows of C, which is not read where beta is 0.
-// kPlain: alpha is 1, beta 0 or 1, and C is near.
+// kNear: C need not be fetched ahead, and alpha is 1. kSkip: vectors of C left out at the left.
 // Tiles come from the last-level cache, whose latency no reordering hides: ahead(n), called every kBlock steps, fetches
 // what the next calls will need.
 constexpr int kBlock = 8;
 
-template <int64_t kARow, int64_t kAStep, bool kPlain, class Ahead>
+template <int64_t kARow, int64_t kAStep, bool kNear, int kSkip = 0, class Ahead>
 DK_INLINE void micro_kernel(int64_t depth, const float* a, const float* b, float* const* c, int64_t column, float alpha,
                             float beta, const Ahead& ahead) {
   vec acc[kRows][kVectors];
+  const bool scaled = alpha != 1.0f || beta != 1.0f;
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
-    if (!kPlain) {
+    if (!kNear) {
       prefetch_near(c[i] + column);
       prefetch_near(c[i] + column + kPanel - 1);
     }
 #pragma GCC unroll 8
-    DK_FOR_VECTORS acc[i][n] = vec{};
+    for (int n = kSkip; n < kVectors; ++n) acc[i][n] = vec{};
   }
   const auto step = [&]() __attribute__((always_inline)) {
     vec operand[kVectors];
 #pragma GCC unroll 8
-    DK_FOR_VECTORS operand[n] = keep_in_register(load(b + n * kLanes));
+    for (int n = kSkip; n < kVectors; ++n) operand[n] = keep_in_register(load(b + n * kLanes));
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const vec factor = splat(a[i * kARow]);
 #pragma GCC unroll 8
-      DK_FOR_VECTORS acc[i][n] += factor * operand[n];
+      for (int n = kSkip; n < kVectors; ++n) acc[i][n] += factor * operand[n];
     }
     a += kAStep;
     b += kPanel;
@@ -207,9 +233,14 @@ DK_INLINE void micro_kernel(int64_t depth, const float* a, const float* b, float
   for (int i = 0; i < kRows; ++i) {
     float* out = c[i] + column;
 #pragma GCC unroll 8
-    DK_FOR_VECTORS {
-      vec result = kPlain ? acc[i][n] : alpha * acc[i][n];
-      if (beta != 0.0f) result += kPlain ? load(out + n * kLanes) : beta * load(out + n * kLanes);
+    for (int n = kSkip; n < kVectors; ++n) {
+      vec result = acc[i][n];
+      if (!scaled)
+        result += load(out + n * kLanes);
+      else if (beta != 0.0f)
+        result = alpha * result + beta * load(out + n * kLanes);
+      else if (!kNear)
+        result *= alpha;
       store(out + n * kLanes, result);
     }
   }
@@ -233,6 +264,7 @@ void edge_kernel(int64_t depth, const float* a, const float* b, float* const* c,
 void similarities(const Job& job, const Tile& tile, const Tile& other, bool upper, float* weights) {
   // A slice of B this deep and its part of A fit the first-level cache.
   constexpr int64_t kDepth = 192;
+  constexpr int kHalf = kVectors / 2;  // that a row of the upper triangle leaves out of its last panel
   const int64_t features = job.args->features;
   const int64_t slices = (features + kDepth - 1) / kDepth;
   float* rows[kLargestTile + kRows];
@@ -249,7 +281,10 @@ void similarities(const Job& job, const Tile& tile, const Tile& other, bool uppe
         // Each of the kernels on this panel of A fetches its part of the next slice of B and, the first time through
         // A, of A's next panel.
         const float* next_b = b + depth * kPanel + i * depth * kPanel / last_row;
-        if (column == 0 && !upper) {
+        if (upper && i >= column + kHalf * kLanes) {
+          micro_kernel<1, kPanel, true, kHalf>(depth, panel_slice + within_panel, b, rows + i, column, 1.0f, beta,
+                                               [&](int block) { prefetch_far(next_b + block * kLine); });
+        } else if (column == 0 && !upper) {
           const float* next_a = panel_slice + kPanel * features + within_panel * depth;
           micro_kernel<1, kPanel, true>(depth, panel_slice + within_panel, b, rows + i, column, 1.0f, beta,
                                         [&](int block) {
@@ -516,7 +551,34 @@ void finish(const Job& job, const Tile& tile, const Finish& result, Scratch& scr
   }
 }
 
-constexpr TileKernels kTileKernels = {kPanel, add_rows, pack, within, between, project, finish};
+// ---- rows out
+
+template <class T, class Narrow>
+void scale_rows(const dk_scale_args& args, int64_t begin, int64_t end, const Narrow& narrow) {
+  const int64_t features = args.features, whole = features / kLanes * kLanes;
+  for (int64_t row = begin; row < end; ++row) {
+    const float factor = args.scale[row] * args.factor[row / args.rows_per_factor];
+    const float* grad = args.grad + row * features;
+    T* out = (T*)args.out + row * features;
+    for (int64_t k = 0; k < whole; k += kLanes) narrow(out + k, load(grad + k) * factor);
+    if (whole == features) continue;
+    float last[kLanes] = {};
+    T narrowed[kLanes];
+    memcpy(last, grad + whole, size_t(features - whole) * sizeof(float));
+    narrow(narrowed, load(last) * factor);
+    memcpy(out + whole, narrowed, size_t(features - whole) * sizeof(T));
+  }
+}
+
+void scale(const dk_scale_args& args, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case DK_FLOAT32: return scale_rows<float>(args, begin, end, [](float* p, vec v) { store(p, v); });
+    case DK_BFLOAT16: return scale_rows<uint16_t>(args, begin, end, [](uint16_t* p, vec v) { store_bfloat16(p, v); });
+    default: return scale_rows<uint16_t>(args, begin, end, [](uint16_t* p, vec v) { store_float16(p, v); });
+  }
+}
+
+constexpr TileKernels kTileKernels = {kPanel, add_rows, pack, within, between, project, finish, scale};
 
 }  // namespace
 }  // namespace dk
