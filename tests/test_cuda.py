@@ -86,9 +86,9 @@ def launches() -> Iterator[list[str]]:
     )
     watcher = kind(lambda name, *rest: names.append(name.decode()))
     library = ctypes.CDLL(str(Path(cuda.__file__).with_name("_cuda.so")))
-    library.dispersion_kernels_watch_launches(watcher)
+    library.dispersion_kernels_watch_launches(watcher, 0)
     yield names
-    library.dispersion_kernels_watch_launches(None)
+    library.dispersion_kernels_watch_launches(None, 0)
 
 
 def _statistics() -> tuple[list[Tensor], Tensor, Tensor, Tensor]:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import shutil
+import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,9 +184,12 @@ def cuda_kernels(z: Tensor, arch: str) -> Iterator[launch.Kernels]:
             parameters = _load(ptx).kernels[kernel].params
             assert len(parameters) == count
             raw = [ctypes.string_at(values[n], size) for n, (_, _, size) in enumerate(parameters)]
-            # Of the parameters of more than eight bytes, which are the distances of the layers from the first.
+            maps = len(raw) - 1 if kernel.endswith("_wgmma") else None
+            # Of the other parameters of more than eight bytes, which are the distances of the layers from the first.
             distances = {
-                n: torch.frombuffer(bytearray(part), dtype=torch.int64) for n, part in enumerate(raw) if len(part) > 8
+                n: torch.frombuffer(bytearray(part), dtype=torch.int64)
+                for n, part in enumerate(raw)
+                if len(part) > 8 and n != maps
             }
             several = any(part.any() for part in distances.values())
             with _joined(_Tensors.now, several) as (tensors, moved):
@@ -198,6 +203,8 @@ def cuda_kernels(z: Tensor, arch: str) -> Iterator[launch.Kernels]:
                             first = int.from_bytes(raw[n - 1], "little")
                             there = [moved(first + d) - moved(first) if d else 0 for d in distances[n].tolist()]
                             part = torch.tensor(there).numpy().tobytes()
+                        if n == maps:
+                            part = _tensor_maps(part, flat[0], moved, _load(ptx))
                         flat.append(part if address is None else _pointer(address, storages))
                     return flat
 
@@ -207,14 +214,33 @@ def cuda_kernels(z: Tensor, arch: str) -> Iterator[launch.Kernels]:
 
     library = ctypes.CDLL(str(Path(cuda.__file__).with_name("_cuda.so")))
     watcher = _Watcher(watch)
-    library.dispersion_kernels_watch_launches(watcher)
+    library.dispersion_kernels_watch_launches(watcher, arch == "sm_90a")
     try:
         with _Tensors():
             yield cuda.CudaKernels(z)
     finally:
-        library.dispersion_kernels_watch_launches(None)
+        library.dispersion_kernels_watch_launches(None, 0)
     if failures:
         raise failures[0]
+
+
+def _tensor_maps(sources: bytes, z: Any, moved: Callable[[int], Any], module: Any) -> bytes:
+    """The emulator's tensor maps in place of what they are made of, ``TensorMapSource`` of operators.cpp; ``z`` is the
+    first argument, and what the maps are of lies in its memory."""
+    # As the emulator will place its first argument.
+    begin = ptx_emulator.memory.GLOBAL_BASE + module._arena().reserve(z.array.nbytes, "z", z.align)
+    maps = []
+    for n in range(0, len(sources), 128):
+        address, *sizes_and_strides, x, y, z_box, swizzle = struct.unpack_from("<6Q4I", sources, n)
+        if address == 0:
+            maps.append(bytes(128))
+            continue
+        place = moved(address) - z.array.__array_interface__["data"][0]
+        sizes, strides = sizes_and_strides[2::-1], sizes_and_strides[:2:-1]
+        elements = torch.empty(0, dtype=torch.int16).numpy()
+        tensor_map = ptx_emulator.TensorMap(elements, (z_box, y, x), swizzle, tuple(sizes), (*strides, 2))
+        maps.append(tensor_map.encode(begin + place))
+    return b"".join(maps)
 
 
 @functools.cache
@@ -228,8 +254,11 @@ def _cuda_ptx(kernel: str, arch: str) -> str:
 
 @functools.cache
 def _compile(source: str, arch: str) -> str:
-    command = ["nvcc", "-std=c++17", "-O3", "-ptx", f"-arch={arch}", str(ROOT / "csrc" / "cuda" / f"{source}.cu")]
-    return subprocess.run([*command, "-o", "/dev/stdout"], check=True, capture_output=True, text=True).stdout
+    with tempfile.TemporaryDirectory() as directory:
+        ptx = Path(directory, "kernels.ptx")
+        command = ["nvcc", "-std=c++17", "-O3", "-ptx", f"-arch={arch}", str(ROOT / "csrc" / "cuda" / f"{source}.cu")]
+        subprocess.run([*command, "-o", str(ptx)], check=True, capture_output=True)
+        return ptx.read_text()
 
 
 KERNELS = {"triton": triton_kernels, "cuda": cuda_kernels}
@@ -265,7 +294,7 @@ def tokens(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return (torch.randn(shape) * 0.7 + 0.4 * torch.randn(shape[-1])).to(dtype)
 
 
-BACKENDS = ["triton-sm_80", "triton-sm_90", "cuda-sm_80"]
+BACKENDS = ["triton-sm_80", "triton-sm_90", "cuda-sm_80", "cuda-sm_90a"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
