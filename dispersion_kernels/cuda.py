@@ -58,7 +58,6 @@ class RowShape:
 
     block_m: int
     block_n: int
-    block_f: int
     resident: bool
 
 
@@ -100,9 +99,8 @@ class CudaKernels:
 
     def row_shape(self, features: int, perplexity: bool, gradient: bool) -> RowShape:
         if self.wide:
-            return RowShape(64, 32, 64, features <= 64)
-        resident = features <= 128
-        return RowShape(64, 64, 128 if resident else 256, resident)
+            return RowShape(64, 32, features <= 64)
+        return RowShape(64, 64, features <= 128)
 
     def tuned(self, strategy: str, what: tuple[Any, ...], shape: Any, launch: Callable[[Any], Any]) -> Any:
         """The shapes are compiled in."""
@@ -200,7 +198,6 @@ class CudaKernels:
             weight_sums,
             list(gradients),
             shape.block_m,
-            -(-tokens.features // shape.block_f) if gradients else 1,
             p0,
             p1,
             p2 if entropy is None else entropy.eps,

@@ -51,10 +51,12 @@ def emulate(
     shared: int,
     arguments: Callable[[dict[int, Tensor]], list[Any]],
     tensors: Iterable[Tensor],
+    conflicts: bool,
 ) -> None:
     """Runs a launch on ``tensors``; a kernel, the first time, with each seed, which must give the same bits.
 
-    ``arguments`` makes the emulator's arguments from the storages of ``tensors``, by their addresses. Arguments that
+    ``conflicts``: whether its accesses to shared memory (ldmatrix, loads and stores; the emulator does not count those
+    of wgmma and of copies) may meet in a bank. ``arguments`` makes the emulator's arguments from the storages of ``tensors``, by their addresses. Arguments that
     share memory share it in the emulator, too: they are whole storages and an offset.
     """
     storages = {t.untyped_storage().data_ptr(): _bytes_of(t) for t in tensors if t.numel()}
@@ -67,6 +69,7 @@ def emulate(
             storage.copy_(before[pointer])
         report = _load(ptx).launch(name, grid, threads, arguments(storages), dynamic_shared=shared, seed=seed)
         assert report.ok, report.summary()
+        assert conflicts or not report.bank_conflicts, report.summary()
         for pointer, storage in storages.items():
             same = torch.equal(first.setdefault(pointer, storage.clone()), storage)
             assert same, f"{name}: other bits with seed {seed}"
@@ -111,7 +114,7 @@ def triton_kernels(z: Tensor, arch: str) -> Iterator[launch.Kernels]:
 
         tensors = [value for value in flat if isinstance(value, Tensor)]
         threads, shared = 32 * options["num_warps"], compiled.metadata.shared
-        emulate(compiled.asm["ptx"], kernel.__name__, grid, threads, shared, arguments, tensors)
+        emulate(compiled.asm["ptx"], kernel.__name__, grid, threads, shared, arguments, tensors, conflicts=True)
 
     yield TritonKernels(z, arch, run=run)
 
@@ -208,7 +211,7 @@ def cuda_kernels(z: Tensor, arch: str) -> Iterator[launch.Kernels]:
                         flat.append(part if address is None else _pointer(address, storages))
                     return flat
 
-                emulate(ptx, kernel, tuple(grid[:3]), threads, shared, arguments, tensors)
+                emulate(ptx, kernel, tuple(grid[:3]), threads, shared, arguments, tensors, conflicts=False)
         except BaseException as failure:  # which would be lost on its way through C++
             failures.append(failure)
 

@@ -64,7 +64,7 @@
     dk::pair_tiles<dk::DK_ELEMENT, dk::Potential, dk::PairTiles::kMode>({DK_PAIR_TILES_ARGUMENTS});     \
   }
 #define DK_DEFINE_ROW_SWEEP(name, Potential, mode, kMode, kResident)                                    \
-  extern "C" __global__ void __launch_bounds__(dk::RowSweepShape<dk::DK_ELEMENT, kResident>::kThreads, 1)\
+  extern "C" __global__ void __launch_bounds__(dk::RowSweepShape<dk::DK_ELEMENT, dk::Potential, kResident>::kThreads, 1)\
       DK_JOIN(dk_row_sweep, DK_NAME, name, mode)(DK_ROW_SWEEP_PARAMETERS) {                             \
     dk::row_sweep<dk::DK_ELEMENT, dk::Potential, dk::RowSweep::kMode, kResident>(DK_ROW_SWEEP_ARGUMENTS); \
   }
@@ -93,16 +93,17 @@ DK_EVERY_PAIR_TILES(DK_DEFINE_PAIR_TILES_WGMMA)
 #define DK_LIST_PAIR_TILES(name, Potential, mode, kMode)                              \
   {DK_STRING(DK_JOIN(dk_pair_tiles, DK_NAME, name, mode)),                            \
    (const void*)DK_JOIN(dk_pair_tiles, DK_NAME, name, mode),                          \
-   dk::PairTilesShape<dk::DK_ELEMENT>::kThreads, dk::PairTilesShape<dk::DK_ELEMENT>::kShared},
+   dk::PairTilesShape<dk::DK_ELEMENT>::kThreads, dk::PairTilesShape<dk::DK_ELEMENT>::kShared, 0},
 #define DK_LIST_PAIR_TILES_WGMMA(name, Potential, mode, kMode)                        \
   {DK_STRING(DK_JOIN(dk_pair_tiles, DK_NAME, name, mode##_wgmma)),                    \
    (const void*)DK_JOIN(dk_pair_tiles, DK_NAME, name, mode##_wgmma),                  \
-   dk::PairTilesWgmmaShape<dk::DK_ELEMENT>::kBlockThreads, dk::PairTilesWgmmaShape<dk::DK_ELEMENT>::kShared},
+   dk::PairTilesWgmmaShape<dk::DK_ELEMENT>::kBlockThreads, dk::PairTilesWgmmaShape<dk::DK_ELEMENT>::kShared, 0},
 #define DK_LIST_ROW_SWEEP(name, Potential, mode, kMode, kResident)                    \
   {DK_STRING(DK_JOIN(dk_row_sweep, DK_NAME, name, mode)),                             \
    (const void*)DK_JOIN(dk_row_sweep, DK_NAME, name, mode),                           \
-   dk::RowSweepShape<dk::DK_ELEMENT, kResident>::kThreads,                            \
-   dk::RowSweepShape<dk::DK_ELEMENT, kResident>::kShared},
+   dk::RowSweepShape<dk::DK_ELEMENT, dk::Potential, kResident>::kThreads,              \
+   dk::RowSweepShape<dk::DK_ELEMENT, dk::Potential, kResident>::kShared,               \
+   dk::RowSweepShape<dk::DK_ELEMENT, dk::Potential, kResident>::kFeatures},
 
 dk::Kernels dk::DK_TABLE() {
   static const Kernel kernels[] = {

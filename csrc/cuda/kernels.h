@@ -28,6 +28,7 @@ struct Kernel {
   const void* function;
   int threads;
   int shared_bytes;
+  int slice;  // the features of the gradient that a block has; 0 for kernels without
 };
 
 struct Kernels {

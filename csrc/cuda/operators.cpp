@@ -263,9 +263,11 @@ void row_sweep(std::string kernel, std::vector<Tensor> layers, Tensor inverse, T
                std::optional<Tensor> shift, std::optional<Tensor> groups, std::optional<Tensor> tile_ranges,
                std::optional<Tensor> largest, std::optional<Tensor> total, std::optional<Tensor> expected,
                std::optional<Tensor> average, std::optional<Tensor> sums, std::optional<Tensor> maxima,
-               std::optional<Tensor> weight_sums, std::vector<Tensor> gradients, int64_t tile_rows, int64_t slices,
-               double p0, double p1, double p2, double p3, int64_t stream) {
+               std::optional<Tensor> weight_sums, std::vector<Tensor> gradients, int64_t tile_rows, double p0, double p1,
+               double p2, double p3, int64_t stream) {
   const Tokens tokens(layers);
+  const int slice = kernel_named(kernel).slice;
+  const int64_t slices = slice == 0 ? 1 : blocks(tokens.features, slice);
   launch(kernel, inverse, stream, blocks(tokens.length, tile_rows), tokens.rows, slices, tokens.z, tokens.layers,
          tokens.stride_b, tokens.stride_l, pointer<float>(inverse), pointer<float>(weight_inverse),
          pointer<float>(extra), pointer<float>(shift), pointer<int>(groups), pointer<int>(tile_ranges),
@@ -315,7 +317,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dispersion_kernels, m) {
       "cuda_row_sweep(str kernel, Tensor[] layers, Tensor inverse, Tensor weight_inverse, Tensor extra, "
       "Tensor? shift, Tensor? groups, Tensor? tile_ranges, Tensor? largest, Tensor? total, Tensor? expected, "
       "Tensor? average, Tensor(a!)? sums, Tensor(b!)? maxima, Tensor(c!)? weight_sums, Tensor(d!)[] gradients, "
-      "int tile_rows, int slices, float p0, float p1, float p2, float p3, int stream) -> ()");
+      "int tile_rows, float p0, float p1, float p2, float p3, int stream) -> ()");
   m.def(
       "cuda_sequence_sums(Tensor norm, Tensor sums, Tensor? maxima, Tensor? bounds, Tensor(a!) total, "
       "Tensor(b!)? shift, int length, int stream) -> ()");

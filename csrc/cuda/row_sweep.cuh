@@ -7,14 +7,14 @@ namespace dk {
 
 enum class RowSweep { kLoss, kOnline, kGradient, kPartition, kEntropy, kEntropyGradient };
 
-template <class T, bool kResident>
+template <class T, class Potential, bool kResident>
 struct RowSweepShape {
   static constexpr int kBytes = int(sizeof(typename T::Stored));
   static constexpr int kRows = 64, kColumns = kBytes == 2 ? 64 : 32;
   static constexpr int kWarps = kRows / 16, kThreads = 32 * kWarps, kStages = 3;
   static constexpr int kRowBytes = 128, kPanelFeatures = kRowBytes / kBytes;
   // Of the gradient, in registers.
-  static constexpr int kPanels = kBytes == 2 && !kResident ? 4 : 2;
+  static constexpr int kPanels = kBytes == 4 || kResident ? 2 : Epilogue<Potential>::kLong ? 3 : 4;
   static constexpr int kFeatures = kPanels * kPanelFeatures;
   static constexpr int kPanelI = kRows * kRowBytes, kPanelJ = kColumns * kRowBytes;
   // Of the tokens J in a stage: all features, or a panel of them beside that of the tokens I.
@@ -86,7 +86,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
                          const float* expected, const float* average, float* sums, float* maxima, float* weight_sums,
                          float* gradient, const LayerOffsets& gradients, int batch, int length, int features, float p0,
                          float p1, float p2, float p3) {
-  using Shape = RowSweepShape<T, kResident>;
+  using Shape = RowSweepShape<T, Potential, kResident>;
   using Stored = typename T::Stored;
   constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns, kThreads = Shape::kThreads;
   constexpr int kStages = Shape::kStages, kRowBytes = Shape::kRowBytes, kPanels = Shape::kPanels;
@@ -322,10 +322,12 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
   }
   wait_for_copies<0>();
 
-  // Four threads have a token's columns.
+  // Four threads have a token's columns. The compiler is not to keep the addresses from the beginning.
+  int end_row = begin_i + row_i;
+  asm volatile("" : "+r"(end_row));
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int token = begin_i + row_i + 8 * half + lane / 4;
+    const int token = end_row + 8 * half + lane / 4;
     const bool writes = token < length && lane % 4 == 0 && blockIdx.z == 0;
     if constexpr (kPass == RowSweep::kOnline || kPass == RowSweep::kPartition) {
       float largest_of_four = fmaxf(maximum[half], __shfl_xor_sync(0xffffffffu, maximum[half], 1));
