@@ -3,7 +3,6 @@ test_emulated.py."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,14 +80,8 @@ def test_users_potentials_are_not_among_the_compiled(monkeypatch: pytest.MonkeyP
 def launches() -> Iterator[list[str]]:
     """The names of the kernels that are launched, none of which runs."""
     names: list[str] = []
-    kind = ctypes.CFUNCTYPE(
-        None, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int
-    )
-    watcher = kind(lambda name, *rest: names.append(name.decode()))
-    library = ctypes.CDLL(str(Path(cuda.__file__).with_name("_cuda.so")))
-    library.dispersion_kernels_watch_launches(watcher, 0)
-    yield names
-    library.dispersion_kernels_watch_launches(None, 0)
+    with cuda.watch_launches(lambda launch: names.append(launch.kernel), "sm_80"):
+        yield names
 
 
 def _statistics() -> tuple[list[Tensor], Tensor, Tensor, Tensor]:

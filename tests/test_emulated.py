@@ -56,8 +56,9 @@ def emulate(
     """Runs a launch on ``tensors``; a kernel, the first time, with each seed, which must give the same bits.
 
     ``conflicts``: whether its accesses to shared memory (ldmatrix, loads and stores; the emulator does not count those
-    of wgmma and of copies) may meet in a bank. ``arguments`` makes the emulator's arguments from the storages of ``tensors``, by their addresses. Arguments that
-    share memory share it in the emulator, too: they are whole storages and an offset.
+    of wgmma and of copies) may meet in a bank. ``arguments`` makes the emulator's arguments from the storages of
+    ``tensors``, by their addresses. Arguments that share memory share it in the emulator, too: they are whole storages
+    and an offset.
     """
     storages = {t.untyped_storage().data_ptr(): _bytes_of(t) for t in tensors if t.numel()}
     before = {pointer: storage.clone() for pointer, storage in storages.items()}
@@ -161,70 +162,55 @@ def _joined(tensors: list[Tensor], join: bool) -> Iterator[tuple[list[Tensor], C
             storage.copy_(memory[at : at + storage.numel()])
 
 
-_Watcher = ctypes.CFUNCTYPE(
-    None,
-    ctypes.c_char_p,
-    ctypes.POINTER(ctypes.c_uint),
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.POINTER(ctypes.c_void_p),
-    ctypes.c_int,
-)
-
-
 @contextmanager
 def cuda_kernels(z: Tensor, arch: str) -> Iterator[launch.Kernels]:
     if cuda.unavailable_reason() is not None:
         pytest.skip(f"no CUDA kernels: {cuda.unavailable_reason()}")
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc to compile PTX with")
-    failures: list[BaseException] = []
 
-    def watch(name: bytes, grid: Any, threads: int, shared: int, values: Any, count: int) -> None:
-        try:
-            kernel = name.decode()
-            ptx = _cuda_ptx(kernel, arch)
-            parameters = _load(ptx).kernels[kernel].params
-            assert len(parameters) == count
-            raw = [ctypes.string_at(values[n], size) for n, (_, _, size) in enumerate(parameters)]
-            maps = len(raw) - 1 if kernel.endswith("_wgmma") else None
-            # Of the other parameters of more than eight bytes, which are the distances of the layers from the first.
-            distances = {
-                n: torch.frombuffer(bytearray(part), dtype=torch.int64)
-                for n, part in enumerate(raw)
-                if len(part) > 8 and n != maps
-            }
-            several = any(part.any() for part in distances.values())
-            with _joined(_Tensors.now, several) as (tensors, moved):
+    def watch(launched: cuda.Launch) -> None:
+        ptx = _cuda_ptx(launched.kernel, arch)
+        parameters = _load(ptx).kernels[launched.kernel].params
+        pieces = zip(launched.arguments, parameters, strict=True)
+        raw = [ctypes.string_at(address, size) for address, (_, _, size) in pieces]
+        maps = len(raw) - 1 if launched.kernel.endswith("_wgmma") else None
+        # Of the other parameters of more than eight bytes, which are the distances of the layers from the first.
+        distances = {
+            n: torch.frombuffer(bytearray(part), dtype=torch.int64)
+            for n, part in enumerate(raw)
+            if len(part) > 8 and n != maps
+        }
+        several = any(part.any() for part in distances.values())
+        with _joined(_Tensors.now, several) as (tensors, moved):
 
-                def arguments(storages: dict[int, Tensor]) -> list[Any]:
-                    flat: list[Any] = []
-                    for n, part in enumerate(raw):
-                        # Eight bytes are an address of a tensor, or a number that is none.
-                        address = moved(int.from_bytes(part, "little")) if len(part) == 8 else None
-                        if n in distances:
-                            first = int.from_bytes(raw[n - 1], "little")
-                            there = [moved(first + d) - moved(first) if d else 0 for d in distances[n].tolist()]
-                            part = torch.tensor(there).numpy().tobytes()
-                        if n == maps:
-                            part = _tensor_maps(part, flat[0], moved, _load(ptx))
-                        flat.append(part if address is None else _pointer(address, storages))
-                    return flat
+            def arguments(storages: dict[int, Tensor]) -> list[Any]:
+                flat: list[Any] = []
+                for n, part in enumerate(raw):
+                    # Eight bytes are an address of a tensor, or a number that is none.
+                    address = moved(int.from_bytes(part, "little")) if len(part) == 8 else None
+                    if n in distances:
+                        first = int.from_bytes(raw[n - 1], "little")
+                        there = [moved(first + d) - moved(first) if d else 0 for d in distances[n].tolist()]
+                        part = torch.tensor(there).numpy().tobytes()
+                    if n == maps:
+                        part = _tensor_maps(part, flat[0], moved, _load(ptx))
+                    flat.append(part if address is None else _pointer(address, storages))
+                return flat
 
-                emulate(ptx, kernel, tuple(grid[:3]), threads, shared, arguments, tensors, conflicts=False)
-        except BaseException as failure:  # which would be lost on its way through C++
-            failures.append(failure)
+            emulate(
+                ptx,
+                launched.kernel,
+                launched.grid,
+                launched.threads,
+                launched.shared,
+                arguments,
+                tensors,
+                conflicts=False,
+            )
 
-    library = ctypes.CDLL(str(Path(cuda.__file__).with_name("_cuda.so")))
-    watcher = _Watcher(watch)
-    library.dispersion_kernels_watch_launches(watcher, arch == "sm_90a")
-    try:
-        with _Tensors():
-            yield cuda.CudaKernels(z)
-    finally:
-        library.dispersion_kernels_watch_launches(None, 0)
-    if failures:
-        raise failures[0]
+    with cuda.watch_launches(watch, arch), _Tensors():
+        yield cuda.CudaKernels(z)
 
 
 def _tensor_maps(sources: bytes, z: Any, moved: Callable[[int], Any], module: Any) -> bytes:

@@ -63,8 +63,10 @@
       DK_JOIN(dk_pair_tiles, DK_NAME, name, mode)(DK_PAIR_TILES_PARAMETERS) {                           \
     dk::pair_tiles<dk::DK_ELEMENT, dk::Potential, dk::PairTiles::kMode>({DK_PAIR_TILES_ARGUMENTS});     \
   }
+#define DK_ROW_SWEEP_SHAPE(Potential, kMode, kResident) \
+  dk::RowSweepShape<dk::DK_ELEMENT, dk::Potential, dk::RowSweep::kMode, kResident>
 #define DK_DEFINE_ROW_SWEEP(name, Potential, mode, kMode, kResident)                                    \
-  extern "C" __global__ void __launch_bounds__(dk::RowSweepShape<dk::DK_ELEMENT, dk::Potential, kResident>::kThreads, 1)\
+  extern "C" __global__ void __launch_bounds__(DK_ROW_SWEEP_SHAPE(Potential, kMode, kResident)::kThreads, 1)                  \
       DK_JOIN(dk_row_sweep, DK_NAME, name, mode)(DK_ROW_SWEEP_PARAMETERS) {                             \
     dk::row_sweep<dk::DK_ELEMENT, dk::Potential, dk::RowSweep::kMode, kResident>(DK_ROW_SWEEP_ARGUMENTS); \
   }
@@ -101,9 +103,9 @@ DK_EVERY_PAIR_TILES(DK_DEFINE_PAIR_TILES_WGMMA)
 #define DK_LIST_ROW_SWEEP(name, Potential, mode, kMode, kResident)                    \
   {DK_STRING(DK_JOIN(dk_row_sweep, DK_NAME, name, mode)),                             \
    (const void*)DK_JOIN(dk_row_sweep, DK_NAME, name, mode),                           \
-   dk::RowSweepShape<dk::DK_ELEMENT, dk::Potential, kResident>::kThreads,              \
-   dk::RowSweepShape<dk::DK_ELEMENT, dk::Potential, kResident>::kShared,               \
-   dk::RowSweepShape<dk::DK_ELEMENT, dk::Potential, kResident>::kFeatures},
+   DK_ROW_SWEEP_SHAPE(Potential, kMode, kResident)::kThreads,                         \
+   DK_ROW_SWEEP_SHAPE(Potential, kMode, kResident)::kShared,                          \
+   DK_ROW_SWEEP_SHAPE(Potential, kMode, kResident)::kSlice},
 
 dk::Kernels dk::DK_TABLE() {
   static const Kernel kernels[] = {

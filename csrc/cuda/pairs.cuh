@@ -92,6 +92,7 @@ struct Staging {
   static constexpr int kBlock = Shape::kBlock;
   static constexpr int kBytes = int(sizeof(typename T::Stored));
   static constexpr int kChunks = kBlock * kBytes / 16;
+  static constexpr int kUnrolled = 4;  // all would keep more addresses than there are registers
 
   // Chunks are permuted so that the fragments' rows lie in different banks, as they come and transposed.
   static DK_DEVICE uint32_t offset(int row, int chunk, bool transposed) {
@@ -134,19 +135,24 @@ struct Staging {
   // To the workspace, as far as there are tokens; its rows are padded to whole chunks.
   static DK_DEVICE void store(const char* staging, bool transposed, typename T::Stored* to, int64_t stride, int rows,
                               int columns) {
-    for (int place = threadIdx.x; place < kBlock * kChunks; place += Shape::kThreads) {
-      const int row = place / kChunks, chunk = place % kChunks;
-      if (row < rows && chunk * 16 < columns * kBytes)
-        *reinterpret_cast<uint4*>(reinterpret_cast<char*>(to + row * stride) + chunk * 16) =
-            *reinterpret_cast<const uint4*>(staging + offset(row, chunk, transposed));
-    }
+    for_each_chunk(to, stride, rows, columns, [&](uint4* chunk_of, int row, int chunk) {
+      *chunk_of = *reinterpret_cast<const uint4*>(staging + offset(row, chunk, transposed));
+    });
   }
 
   static DK_DEVICE void clear(typename T::Stored* to, int64_t stride, int rows, int columns) {
-    for (int place = threadIdx.x; place < kBlock * kChunks; place += Shape::kThreads) {
-      const int row = place / kChunks, chunk = place % kChunks;
+    for_each_chunk(to, stride, rows, columns, [](uint4* chunk_of, int, int) { *chunk_of = make_uint4(0, 0, 0, 0); });
+  }
+
+ private:
+  template <class Function>
+  static DK_DEVICE void for_each_chunk(typename T::Stored* to, int64_t stride, int rows, int columns, Function function) {
+    static_assert(kBlock * kChunks % (kUnrolled * Shape::kThreads) == 0, "every thread has as many chunks");
+#pragma unroll kUnrolled
+    for (int n = 0; n < kBlock * kChunks / Shape::kThreads; ++n) {
+      const int place = n * Shape::kThreads + int(threadIdx.x), row = place / kChunks, chunk = place % kChunks;
       if (row < rows && chunk * 16 < columns * kBytes)
-        *reinterpret_cast<uint4*>(reinterpret_cast<char*>(to + row * stride) + chunk * 16) = make_uint4(0, 0, 0, 0);
+        function(reinterpret_cast<uint4*>(to + row * stride) + chunk, row, chunk);
     }
   }
 };
@@ -181,7 +187,10 @@ DK_DEVICE void load_sides(Scratch<Shape>& scratch, const PairTilesCall<T>& call,
   constexpr int kBlock = Shape::kBlock;
   const int64_t statistics = int64_t(pair.row) * call.length;
   const int* groups = call.groups == nullptr ? nullptr : call.groups + int64_t(pair.b) * call.length;
-  for (int n = threadIdx.x; n < 2 * kBlock; n += Shape::kThreads) {
+  static_assert(2 * kBlock % Shape::kThreads == 0, "every thread has as many tokens");
+#pragma unroll
+  for (int turn = 0; turn < 2 * kBlock / Shape::kThreads; ++turn) {
+    const int n = turn * Shape::kThreads + int(threadIdx.x);
     const bool of_i = n < kBlock;
     const int at = of_i ? n : n - kBlock, token = (of_i ? pair.begin_i : pair.begin_j) + at;
     const bool valid = token < call.length;

@@ -21,7 +21,7 @@ constexpr float kNoExponent = -1e30f;
 
 enum class Transform { kNormalize, kStandardize, kNone };
 
-// kLong: its arithmetic takes registers that a gradient of 256 features does not leave.
+// kLong: its arithmetic takes registers that a gradient of 256 features beside it does not leave.
 template <class Potential>
 struct Epilogue;
 
