@@ -34,8 +34,8 @@ def test_versions_that_disagree(setup_py: Any) -> None:
     setup_py.check_versions("13.0", "13.1", "2.14.1")
     with pytest.raises(setup_py.SkipCuda, match=r"nvcc is of CUDA 12.4 and PyTorch 2.14.1 of CUDA 13.0: install a"):
         setup_py.check_versions("12.4", "13.0", "2.14.1")
-    assert setup_py.default_architectures("13.0") == "8.0;9.0;10.0;12.0+PTX"
-    assert setup_py.default_architectures("12.4") == "8.0;9.0+PTX"
+    assert setup_py.default_architectures("13.0") == "8.0+PTX;9.0a;10.0;12.0+PTX"
+    assert setup_py.default_architectures("12.4") == "8.0+PTX;9.0a"
 
 
 def test_what_is_asked_for(setup_py: Any, monkeypatch: pytest.MonkeyPatch) -> None:

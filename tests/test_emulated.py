@@ -1,15 +1,15 @@
 """The compiled PTX of the GPU kernels, run on the CPU by an emulator that finds races, missing waits and wild accesses.
 
 The launcher runs as on a GPU. Each Triton launch is specialised and compiled as Triton would; the CUDA kernels come
-through their operators, whose launches go to the emulator. The emulator is not part of this repository: without it,
-beside the repository, these tests are skipped, and those of a backend that is not installed, too.
+through their operators, whose launches go to the emulator, with the PTX that the extension has. The emulator is not
+part of this repository: without it, beside the repository, these tests are skipped, and those of a backend that is not
+installed, too.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import shutil
 import struct
 import subprocess
 import sys
@@ -25,6 +25,7 @@ from conftest import INTERPRETED, POTENTIALS, Answer, assert_as_accurate_as_naiv
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import sass
 from dispersion_kernels import AngularSpread, L2Repel, Potential, cuda
 from dispersion_kernels.gpu import launch
 
@@ -166,11 +167,12 @@ def _joined(tensors: list[Tensor], join: bool) -> Iterator[tuple[list[Tensor], C
 def cuda_kernels(z: Tensor, arch: str) -> Iterator[launch.Kernels]:
     if cuda.unavailable_reason() is not None:
         pytest.skip(f"no CUDA kernels: {cuda.unavailable_reason()}")
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc to compile PTX with")
+    if not _cuda_ptx(arch):
+        wanted = arch.removeprefix("sm_").replace("0", ".0") + "+PTX"
+        pytest.skip(f"the CUDA kernels were built without PTX for {arch}: TORCH_CUDA_ARCH_LIST has no {wanted}")
 
     def watch(launched: cuda.Launch) -> None:
-        ptx = _cuda_ptx(launched.kernel, arch)
+        ptx = _cuda_ptx(arch)[launched.kernel]
         parameters = _load(ptx).kernels[launched.kernel].params
         pieces = zip(launched.arguments, parameters, strict=True)
         raw = [ctypes.string_at(address, size) for address, (_, _, size) in pieces]
@@ -233,21 +235,17 @@ def _tensor_maps(sources: bytes, z: Any, moved: Callable[[int], Any], module: An
 
 
 @functools.cache
-def _cuda_ptx(kernel: str, arch: str) -> str:
-    """The PTX of ``kernel`` alone."""
-    pairs = kernel.startswith(("dk_pair_tiles", "dk_row_sweep"))
-    text = _compile(f"pairs_{kernel.split('_')[3]}" if pairs else "tokens", arch)
-    head, *entries = text.split(".visible .entry ")
-    return head + ".visible .entry " + next(entry for entry in entries if entry.startswith(f"{kernel}("))
-
-
-@functools.cache
-def _compile(source: str, arch: str) -> str:
+def _cuda_ptx(arch: str) -> dict[str, str]:
+    """The PTX of each kernel of the extension alone."""
+    kernels: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as directory:
-        ptx = Path(directory, "kernels.ptx")
-        command = ["nvcc", "-std=c++17", "-O3", "-ptx", f"-arch={arch}", str(ROOT / "csrc" / "cuda" / f"{source}.cu")]
-        subprocess.run([*command, "-o", str(ptx)], check=True, capture_output=True)
-        return ptx.read_text()
+        command = [sass.tool_path("cuobjdump"), "-xptx", "all", str(cuda.LIBRARY)]
+        subprocess.run(command, cwd=directory, check=True, capture_output=True)
+        for path in Path(directory).glob(f"*.{arch}.ptx"):
+            head, *entries = path.read_text().split(".visible .entry ")
+            for entry in entries:
+                kernels[entry.split("(", 1)[0].strip()] = head + ".visible .entry " + entry
+    return kernels
 
 
 KERNELS = {"triton": triton_kernels, "cuda": cuda_kernels}
@@ -284,10 +282,16 @@ def tokens(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 BACKENDS = ["triton-sm_80", "triton-sm_90", "cuda-sm_80", "cuda-sm_90a"]
+# sm_90a has the resident kernels of sm_80, which test_every_dtype and others run: it is left out of every potential.
+STRATEGIES = [
+    pytest.param(backend, features, id=f"{name}-{backend}")
+    for backend in BACKENDS
+    for features, name in ((36, "resident"), (200, "swept"))
+    if (backend, name) != ("cuda-sm_90a", "resident")
+]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("features", [36, 200], ids=["resident", "swept"])
+@pytest.mark.parametrize(("backend", "features"), STRATEGIES)
 @pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
 def test_every_potential(potential: Potential, features: int, backend: str) -> None:
     """More than one tile of tokens, and the last ones ragged: the tiles have 64 (resident) and 128 (swept)."""
@@ -326,8 +330,7 @@ def test_every_dtype(dtype: torch.dtype, precision: str, features: int, backend:
         assert (answer.grad - exact.grad).abs().max() < 5e-3 * exact.grad.abs().max()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("features", [36, 200], ids=["resident", "swept"])
+@pytest.mark.parametrize(("backend", "features"), STRATEGIES)
 @pytest.mark.parametrize("name", ["angular_spread", "l2_repel_diagonal_out", "perplexity_entropy", "decorrelation"])
 def test_masks_and_packed_sequences(name: str, features: int, backend: str) -> None:
     potential, z = POTENTIALS[name], tokens(1, 133, features)
@@ -387,3 +390,28 @@ def test_strides(backend: str) -> None:
     """Features that are not next to each other, and rows that begin at odd addresses."""
     check(tokens(67, 200, 2).permute(2, 0, 1)[:1], AngularSpread(), backend)
     check(tokens(1, 67, 205)[:, :, 3:202], AngularSpread(), backend)
+
+
+@pytest.mark.parametrize("backend", ["cuda-sm_80", "cuda-sm_90a"])
+def test_every_stage_of_the_pipeline_more_than_twice(backend: str) -> None:
+    check(tokens(1, 67, 450), AngularSpread(), backend)
+
+
+def test_cuda_launches_that_the_copy_engine_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expanded batch has a stride of 0, which no tensor map has: Hopper takes the kernel of the other GPUs."""
+    launched: list[str] = []
+    run = emulate
+
+    def record(ptx: str, name: str, *arguments: Any, **options: Any) -> None:
+        launched.append(name)
+        run(ptx, name, *arguments, **options)
+
+    monkeypatch.setitem(globals(), "emulate", record)
+    z = tokens(1, 67, 200)
+    alone, twice = (evaluate(batch, AngularSpread(), "cuda-sm_90a") for batch in (z, z.expand(2, -1, -1)))
+    assert [name[-6:] for name in launched if name.startswith("dk_pair_tiles")] == ["_wgmma", "_write"]
+    exact = oracle(z, AngularSpread())
+    for n in range(2):
+        answer = Answer(twice.loss[n : n + 1], twice.grad[n : n + 1])
+        assert_as_accurate_as_naive(z, AngularSpread(), answer, exact)
+    torch.testing.assert_close(twice.loss[:1], alone.loss, rtol=1e-6, atol=0)

@@ -148,16 +148,18 @@ int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block;
 
 // ---- the copy engine of Hopper
 
-// The kernel for sm_90a that takes the place of `name`, if there is one and the device of `on` runs it. Builds and devices
-// without it have a stub that is bounded to fewer threads.
+// The kernel for sm_90a that takes the place of `name`, if there is one and the device of `on` runs it. What is not
+// compiled for sm_90a has a stub of it that is bounded to fewer threads.
 const Kernel* hopper_kernel(const std::string& name, const Tensor& on) {
   const Kernel* kernel = find_kernel(name + "_wgmma");
   if (kernel == nullptr) return nullptr;
   if (watcher.load()) return watches_hopper.load() ? kernel : nullptr;
   if (!on.is_cuda()) return nullptr;
   const DeviceGuard guard(on.get_device_index());
+  int major = 0;
   cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, kernel->function) != cudaSuccess) {
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, on.get_device_index()) != cudaSuccess ||
+      major != 9 || cudaFuncGetAttributes(&attributes, kernel->function) != cudaSuccess) {
     cudaGetLastError();  // of which launch() tells, if it is more than this kernel's
     return nullptr;
   }
