@@ -93,6 +93,8 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
   constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns, kThreads = Shape::kThreads;
   constexpr int kStages = Shape::kStages, kRowBytes = Shape::kRowBytes, kPanels = Shape::kPanels;
   constexpr bool kGradient = Shape::kGradient;
+  // Where tokens are not normalised.
+  constexpr bool kSumsWeights = Epilogue<Potential>::kUsesExtra && !Epilogue<Potential>::kCentred;
   constexpr bool kEntropies = kPass == RowSweep::kEntropy || kPass == RowSweep::kEntropyGradient;
   static_assert(kRows % kColumns == 0, "kLoss begins with the columns of its own rows");
   static_assert(kGradient || !kResident, "only the gradient keeps its tokens");
@@ -304,7 +306,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
           c[0][n][e] *= weight;
           c[0][n][2 + e] *= weight;
         }
-      if (weight_sums != nullptr) {
+      if (kSumsWeights && weight_sums != nullptr) {
         // Of the rounded weights: the sum multiplies z_i as the product z_j, and a common part cancels.
 #pragma unroll
         for (int n = 0; n < kColumns / 8; ++n)
@@ -350,7 +352,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
     if constexpr (kGradient) {
       weight_sum[half] += __shfl_xor_sync(0xffffffffu, weight_sum[half], 1);
       weight_sum[half] += __shfl_xor_sync(0xffffffffu, weight_sum[half], 2);
-      if (writes && weight_sums != nullptr) weight_sums[statistics + token] = weight_sum[half];
+      if (kSumsWeights && writes && weight_sums != nullptr) weight_sums[statistics + token] = weight_sum[half];
       float* to = gradient + gradients.of_layer[layer] / int64_t(sizeof(float)) +
                   (int64_t(b) * length + token) * features;
 #pragma unroll
