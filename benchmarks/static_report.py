@@ -263,6 +263,8 @@ def examine_extension(arches: list[str] | None, every: bool = False) -> list[Row
     if (reason := cuda.unavailable_reason()) is not None:
         raise SystemExit(f"benchmarks.static_report: {reason}")
     built = sass.architectures(cuda.LIBRARY)
+    if not built:
+        raise SystemExit("benchmarks.static_report: the extension has PTX alone: TORCH_CUDA_ARCH_LIST=8.0+PTX has both")
     if missing := set(arches or ()) - set(built):
         raise SystemExit(
             f"benchmarks.static_report: the extension is built for {', '.join(built)}, not for "
