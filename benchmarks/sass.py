@@ -59,7 +59,7 @@ def read_library(library: Path, arch: str) -> dict[str, Callable[[], Kernel]]:
         for path in sorted(Path(directory).glob(f"*.{arch}.cubin")):
             usage = _run("cuobjdump", "-res-usage", str(path))
             usages = dict(re.findall(r"Function (\w+):\n?(.*)", usage))
-            sections = re.split(r"^//-+ \.text\.(\w+) -+$", _run("nvdisasm", "-c", str(path)), flags=re.MULTILINE)
+            sections = re.split(r"^//-+ \.text\.(\w+) +-+$", _run("nvdisasm", "-c", str(path)), flags=re.MULTILINE)
             for name, listing in zip(sections[1::2], sections[2::2], strict=True):
                 # The first section names the architecture.
                 kernels[name] = partial(_kernel, usages[name], sections[0] + listing)
