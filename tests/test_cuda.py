@@ -13,8 +13,9 @@ import torch
 from conftest import GPU
 from torch import Tensor
 
-from dispersion_kernels import Potential, cuda, fused_dispersion_loss, supported
+from dispersion_kernels import AngularSpread, Potential, cuda, fused_dispersion_loss, supported
 from dispersion_kernels.env_report import report
+from dispersion_kernels.gpu import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 built = pytest.mark.skipif(cuda.unavailable_reason() is not None, reason=str(cuda.unavailable_reason()))
@@ -110,6 +111,31 @@ def test_operators(launches: list[str]) -> None:
         test_utils=("test_schema", "test_faketensor"),
     )
     assert set(launches) == {"dk_row_statistics_fp32", "dk_sequence_sums", "dk_project_fp32"}
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_which_kernels_hopper_has_of_its_own(dtype: torch.dtype) -> None:
+    z = torch.zeros(2, 130, 200, dtype=dtype)
+    names = {}
+    for arch in ("sm_80", "sm_90a"):
+        launched: list[cuda.Launch] = []
+        with cuda.watch_launches(launched.append, arch):
+            launch.dispersion([z, z.clone()], AngularSpread(), None, None, True, cuda.CudaKernels(z))
+        names[arch] = {one.kernel for one in launched}
+    assert any("pair_tiles" in name for name in names["sm_80"])
+    own = {name for name in names["sm_80"] if "pair_tiles" in name and dtype != torch.float32}
+    assert names["sm_90a"] == names["sm_80"] - own | {f"{name}_wgmma" for name in own}
+
+
+@built
+def test_what_a_watcher_raises() -> None:
+    def watch(one: cuda.Launch) -> None:
+        raise ValueError(one.kernel)
+
+    layers, *statistics = _statistics()
+    with pytest.raises(ValueError, match="dk_row_statistics_fp32"), cuda.watch_launches(watch, "sm_80"):
+        torch.ops.dispersion_kernels.cuda_row_statistics("dk_row_statistics_fp32", layers, *statistics, 0.0, 0.0, 0, 0)
 
 
 @built
