@@ -59,7 +59,8 @@
   X(gaussian, Gaussian, entropy_gradient_resident, kEntropyGradient, true)
 
 #define DK_DEFINE_PAIR_TILES(name, Potential, mode, kMode)                                              \
-  extern "C" __global__ void __launch_bounds__(dk::PairTilesShape<dk::DK_ELEMENT>::kThreads)            \
+  extern "C" __global__ void __launch_bounds__(dk::PairTilesShape<dk::DK_ELEMENT>::kThreads,            \
+                                               dk::PairTilesShape<dk::DK_ELEMENT>::kBlocksOfSM)         \
       DK_JOIN(dk_pair_tiles, DK_NAME, name, mode)(DK_PAIR_TILES_PARAMETERS) {                           \
     dk::pair_tiles<dk::DK_ELEMENT, dk::Potential, dk::PairTiles::kMode>({DK_PAIR_TILES_ARGUMENTS});     \
   }

@@ -11,6 +11,8 @@ struct PairTilesShape {
   static constexpr int kBlock = sizeof(typename T::Stored) == 2 ? 128 : 64;
   static constexpr int kRowBytes = sizeof(typename T::Stored) == 2 ? 64 : 128;
   static constexpr int kStages = 3;
+  // At least, of a multiprocessor; 0: as the compiler likes. In fp32 it would spill rather than pass 96 registers.
+  static constexpr int kBlocksOfSM = sizeof(typename T::Stored) == 2 ? 0 : 3;
   static constexpr int kWarpsI = 2, kWarpsJ = sizeof(typename T::Stored) == 2 ? 4 : 2;
   static constexpr int kThreads = 32 * kWarpsI * kWarpsJ;
   static constexpr int kM = kBlock / kWarpsI / 16, kN = kBlock / kWarpsJ / 8, kStepI = 16;
