@@ -50,9 +50,9 @@ Compiled ahead of time, read from the machine code, run on nothing: bounds, not 
 """
 OF_CUDA = """\
 These are the CUDA C++ kernels as the extension has them, by the names that a profiler shows. Most epilogues are there
-twice, with the masks of the diagonal and of the last tiles and without, and both count. Of the wgmma kernels half of the
-warps copy: thread instructions are of the others, and of the registers that a block starts with those that copy keep 24
-a thread and those that multiply get 232.
+twice, with the masks of the diagonal and of the last tiles and without, and both count. Of the wgmma kernels half of
+the warps copy: thread instructions are of the others, and of the registers that a block starts with those that copy
+keep 24 a thread and those that multiply get 232.
 """
 COLUMNS = (
     "kernel | tile, warps, stages | registers | spills | shared memory, KiB | CTAs per SM (warps) | "
