@@ -58,11 +58,11 @@ def _launched(call: Call, arch: str) -> Iterator[Variant]:
 
 def _variant(launched: cuda.Launch, arch: str, features: int) -> Variant:
     name, warps = launched.kernel, launched.threads // 32
-    element = name.split("_")[3]
     common: dict[str, Any] = {"arch": arch, "kernel": name, "shared": launched.shared}
     if not name.startswith(("dk_pair_tiles", "dk_row_sweep")):
         options = {"num_warps": warps}
         return Variant(name, tile=(1, 1), options=options, precision="", warps=warps, **common)
+    element = name.split("_")[3]
     common |= {
         "label": f"{name}, F={features}",
         "options": {"num_warps": warps, "num_stages": 3},
