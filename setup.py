@@ -198,7 +198,7 @@ def _cuda_extension() -> tuple[CudaInfo, Extension]:
     library = next(iter(sorted(root.glob("**/libcudart_static.a"))), None)
     if library is None:
         raise SkipCuda(f"{root} has no libcudart_static.a: install the toolkit's cudart development package")
-    # Before PyTorch reads it. A GPU runs what was compiled for an older one of its generation: 8.0 serves 8.6 and 8.9.
+    # Before PyTorch reads it.
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(nvcc))
     defines = [f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET_VERSION:016x}ULL", "-DUSE_CUDA"]
     extension = cpp_extension.CppExtension(
@@ -248,8 +248,11 @@ def check_versions(nvcc: str, cuda: str, torch: str) -> None:
 
 
 def default_architectures(nvcc: str) -> str:
+    """A GPU runs what was compiled for an older one of its generation (8.0 serves 8.6 and 8.9), and PTX of any older
+    one, which the driver compiles when it is first used. Hopper has kernels of its own in 9.0a, which runs on it alone.
+    """
     major, minor = map(int, nvcc.split("."))
-    return "8.0;9.0;10.0;12.0+PTX" if (major, minor) >= (12, 8) else "8.0;9.0+PTX"
+    return "8.0+PTX;9.0a" + (";10.0;12.0+PTX" if (major, minor) >= (12, 8) else "")
 
 
 class BuildPy(build_py):

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 
@@ -43,8 +43,30 @@ def read_cubin(cubin: bytes) -> Kernel:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = _run("cuobjdump", "-res-usage", str(path))
-        listing = _run("nvdisasm", "-c", str(path))
+        return _kernel(_run("cuobjdump", "-res-usage", str(path)), _run("nvdisasm", "-c", str(path)))
+
+
+def architectures(library: Path) -> list[str]:
+    """Which architectures a library of compiled CUDA code has machine code for."""
+    return sorted(set(re.findall(r"\.(sm_\w+)\.cubin", _run("cuobjdump", "-lelf", str(library)))))
+
+
+def read_library(library: Path, arch: str) -> dict[str, Callable[[], Kernel]]:
+    """Every kernel that a library of compiled CUDA code has for ``arch``, by name; read when it is asked for."""
+    kernels: dict[str, Callable[[], Kernel]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        _run("cuobjdump", "-xelf", arch, str(library.resolve()), directory=directory)
+        for path in sorted(Path(directory).glob(f"*.{arch}.cubin")):
+            usage = _run("cuobjdump", "-res-usage", str(path))
+            usages = dict(re.findall(r"Function (\w+):\n?(.*)", usage))
+            sections = re.split(r"^//-+ \.text\.(\w+) +-+$", _run("nvdisasm", "-c", str(path)), flags=re.MULTILINE)
+            for name, listing in zip(sections[1::2], sections[2::2], strict=True):
+                # The first section names the architecture.
+                kernels[name] = partial(_kernel, usages[name], sections[0] + listing)
+    return kernels
+
+
+def _kernel(usage: str, listing: str) -> Kernel:
     registers, stack, shared = (_number(rf"\b{name}:(\d+)", usage) for name in ("REG", "STACK", "SHARED"))
     instructions = read_sass(listing)
     local = sum(4 * one.busy["lsu"] for one in instructions if one.opcode.startswith(("LDL", "STL")))
@@ -293,8 +315,9 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([tool_path(tool), *arguments], capture_output=True, text=True, check=True).stdout
+def _run(tool: str, *arguments: str, directory: str | None = None) -> str:
+    command = [tool_path(tool), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=directory).stdout
 
 
 @cache

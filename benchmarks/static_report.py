@@ -1,6 +1,8 @@
-"""The static report: what every shipped Triton kernel costs on every architecture, found without a GPU.
+"""The static report: what every shipped GPU kernel costs on every architecture, found without a GPU.
 
-``python -m benchmarks.static_report [--arch sm_90 ...] [--out docs/static-report.md] [--check]``
+``python -m benchmarks.static_report [--arch sm_90 ...] [--out docs/static-report.md] [--check]`` compiles the Triton
+kernels; with ``--backend cuda --out docs/static-report-cuda.md`` it reads the CUDA C++ kernels as they are built into
+the installed extension, for its architectures.
 """
 
 from __future__ import annotations
@@ -11,17 +13,14 @@ import multiprocessing
 import os
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from benchmarks import sass
-
-if TYPE_CHECKING:
-    from dispersion_kernels.triton.ahead_of_time import Variant
 
 HEAD = """\
 # Static report
@@ -48,6 +47,12 @@ Compiled ahead of time, read from the machine code, run on nothing: bounds, not 
   busiest pipe, then the library's products; without overlap the product loop's busiest pipe, then the epilogue's, then
   the library's products. FLOPs beyond 100% take their time, too. Latencies, a device that is not full, and memory
   beyond L1 are not in it.
+"""
+OF_CUDA = """\
+These are the CUDA C++ kernels as the extension has them, by the names that a profiler shows. Most epilogues are there
+twice, with the masks of the diagonal and of the last tiles and without, and both count. Of the wgmma kernels half of
+the warps copy: thread instructions are of the others, and of the registers that a block starts with those that copy
+keep 24 a thread and those that multiply get 232.
 """
 COLUMNS = (
     "kernel | tile, warps, stages | registers | spills | shared memory, KiB | CTAs per SM (warps) | "
@@ -82,6 +87,11 @@ class Device:
 
 def _nvidia_lanes(fp32: int, integer: int, fp64: int) -> dict[str, int]:
     return {"fma": fp32, "imad": 64, "alu": integer, "xu": 16, "fp64": fp64, "lsu": 32, "issue": 128}
+
+
+def device_of(arch: str) -> Device:
+    """sm_90a is the same device as sm_90."""
+    return DEVICES[arch.removesuffix("a") if arch.startswith("sm_") else arch]
 
 
 # Lanes and limits: CUDA C++ Programming Guide, tables "Throughput of Native Arithmetic Instructions" and "Technical
@@ -134,6 +144,28 @@ DEVICES |= {
 }
 
 
+class Variant(Protocol):
+    """A kernel in one configuration, as far as the report says: ``triton.ahead_of_time.Variant``,
+    ``cuda_kernels.Variant``."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def arch(self) -> str: ...
+    @property
+    def tile(self) -> tuple[int, int]: ...
+    @property
+    def options(self) -> dict[str, int]: ...
+    @property
+    def tensor_flops(self) -> float: ...
+    @property
+    def library_flops(self) -> float: ...
+    @property
+    def trips(self) -> dict[int, float]: ...
+    @property
+    def tensor_kind(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class Row:
     """A shipped kernel and what its machine code says."""
@@ -164,7 +196,10 @@ class Row:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static_report", description=__doc__)
-    parser.add_argument("--arch", nargs="+", choices=DEVICES, default=list(DEVICES), help="default: all of them")
+    parser.add_argument(
+        "--backend", choices=["triton", "cuda"], default="triton", help="cuda: what the installed extension has"
+    )
+    parser.add_argument("--arch", nargs="+", choices=[*DEVICES, "sm_90a"], help="default: all of them")
     parser.add_argument("--out", type=Path, help="a Markdown file for the report")
     parser.add_argument(
         "--check",
@@ -178,10 +213,11 @@ def main(arguments: list[str] | None = None) -> None:
         "stay those of angular_spread in every dtype and of every potential in bf16 at F=768",
     )
     args = parser.parse_args(arguments)
-    rows = examine_shipped(args.arch)
-    text = render(rows)
+    examine_all = examine_shipped if args.backend == "triton" else examine_extension
+    rows = examine_all(args.arch)
+    text = render(rows, "" if args.backend == "triton" else OF_CUDA)
     if args.every:
-        everything = examine_shipped(args.arch, every=True)
+        everything = examine_all(args.arch, every=True)
         text += "\n" + render_every(everything)
         rows += everything
     print(text)
@@ -194,8 +230,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-def examine_shipped(arches: list[str], every: bool = False) -> list[Row]:
-    """The figures of every kernel shipped for these architectures, compiled on all cores."""
+def examine_shipped(arches: list[str] | None, every: bool = False) -> list[Row]:
+    """The figures of every Triton kernel shipped for these architectures, compiled on all cores."""
+    arches = arches or list(DEVICES)
     workers = os.cpu_count() or 1
     # Not forked: PyTorch's threads do not survive it.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -224,43 +261,80 @@ def _examine_share(arch: str, every: bool, share: int, shares: int) -> list[Row]
     return rows
 
 
+def examine_extension(arches: list[str] | None, every: bool = False) -> list[Row]:
+    """The figures of every CUDA kernel of the extension for these architectures."""
+    from benchmarks import cuda_kernels
+    from dispersion_kernels import cuda
+
+    if (reason := cuda.unavailable_reason()) is not None:
+        raise SystemExit(f"benchmarks.static_report: {reason}")
+    built = sass.architectures(cuda.LIBRARY)
+    if not built:
+        raise SystemExit("benchmarks.static_report: the extension has PTX alone: TORCH_CUDA_ARCH_LIST=8.0+PTX has both")
+    if missing := set(arches or ()) - set(built):
+        raise SystemExit(
+            f"benchmarks.static_report: the extension is built for {', '.join(built)}, not for "
+            f"{', '.join(sorted(missing))}: build it again with TORCH_CUDA_ARCH_LIST naming that"
+        )
+    rows = []
+    for arch in arches or built:
+        kernels = sass.read_library(cuda.LIBRARY, arch)
+        for variant in cuda_kernels.shipped(arch, every):
+            kernel = kernels[variant.kernel]()
+            shared = variant.shared + kernel.shared
+            rows.append(_row(variant, kernel, variant.warps, shared, variant.precision, variant.other_trips))
+    return rows
+
+
 def examine(variant: Variant, compiled: Any) -> Row:
     """The figures of one compiled kernel (``triton.compile``'s result)."""
-    device = DEVICES[variant.arch]
     amd = "amdgcn" in compiled.asm
     kernel = sass.read_amdgcn(compiled.asm["amdgcn"]) if amd else sass.read_cubin(compiled.asm["cubin"])
-    warps = compiled.metadata.num_warps
+    precision = _precision(variant, compiled, any(one.pipe == "tensor" for one in kernel.instructions))
+    return _row(variant, kernel, compiled.metadata.num_warps, compiled.metadata.shared + kernel.shared, precision, {})
+
+
+def _row(
+    variant: Variant,
+    kernel: sass.Kernel,
+    warps: int,
+    shared: int,
+    precision: str,
+    other_trips: dict[int, float],
+) -> Row:
+    """``warps``: those that the code is counted for; ``other_trips``: of loops without tensor instructions, by depth,
+    where they are not ``variant.trips``."""
+    device = device_of(variant.arch)
     deepest = max(one.depth for one in kernel.instructions)
     if deepest > max(variant.trips):
         raise ValueError(f"a loop at depth {deepest}; trips are given to depth {max(variant.trips)}")
     tensor_opcodes = Counter(one.opcode for one in kernel.instructions if one.pipe == "tensor")
-    precision = _precision(variant, compiled, bool(tensor_opcodes))
     unit = "tensor" if tensor_opcodes else "fma"
-    product_loops = {one.loop for one in kernel.instructions if one.pipe == unit} - {None}
-    product_loops -= {
+    loops_of_unit = {one.loop for one in kernel.instructions if one.pipe == unit} - {None}
+    product_loops = loops_of_unit - {
         one.loop
         for one in kernel.instructions
         if one.pipe == "xu" or (precision == "16-bit" and ARITHMETIC.match(one.opcode))
     }
-    instructions: Counter[str] = Counter()
-    loop: Counter[str] = Counter()
-    epilogue: Counter[str] = Counter()
+    instructions: defaultdict[str, float] = defaultdict(float)
+    loop: defaultdict[str, float] = defaultdict(float)
+    epilogue: defaultdict[str, float] = defaultdict(float)
     counted_flops = 0.0
     for one in kernel.instructions:
-        executions = warps * variant.trips[one.depth]
+        trips = variant.trips if one.loop in loops_of_unit else variant.trips | other_trips
+        executions = warps * trips[one.depth]
         instructions[one.pipe] += executions * device.warp_size
         counted_flops += executions * one.flops
         part = loop if one.loop in product_loops else epilogue
         for pipe, passes in one.busy.items():
             part[pipe] += executions * passes * device.warp_size / device.lanes[pipe]
-    shared = compiled.metadata.shared + kernel.shared
-    rate = device.flops[precision]
+    rate = device.flops[precision or "fp32"]
     return Row(
         variant,
         kernel.registers,
         kernel.spills,
         shared,
-        ctas_per_sm(device, kernel.registers, warps, shared),
+        ctas_per_sm(device, kernel.registers, variant.options.get("num_warps", 4), shared),
         tensor_opcodes,
         counted_flops,
         dict(instructions),
@@ -272,7 +346,7 @@ def examine(variant: Variant, compiled: Any) -> Row:
     )
 
 
-def _precision(variant: Variant, compiled: Any, tensor: bool) -> str:
+def _precision(variant: Any, compiled: Any, tensor: bool) -> str:
     """Which of a device's rates the kernel's matrix products run at, and with them the library's."""
     # Not every opcode of the machine code tells: UTCHMMA is all kinds.
     text = compiled.asm["amdgcn"] if "amdgcn" in compiled.asm else compiled.asm["ptx"]
@@ -302,7 +376,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 def faults(row: Row) -> list[str]:
     """Why the kernel must not be shipped, in words."""
-    variant, limit = row.variant, DEVICES[row.variant.arch].shared_cta
+    variant, limit = row.variant, device_of(row.variant.arch).shared_cta
     found = []
     if row.spills:
         found.append(f"spills {_spills(row)}")
@@ -319,12 +393,13 @@ def faults(row: Row) -> list[str]:
     return [f"{variant.arch}: {variant.label}: {fault}" for fault in found]
 
 
-def render(rows: Iterable[Row]) -> str:
+def render(rows: Iterable[Row], note: str = "") -> str:
     """The report in Markdown: a table for each architecture."""
     by_arch: dict[str, list[Row]] = {}
     for row in rows:
         by_arch.setdefault(row.variant.arch, []).append(row)
-    return "\n".join([HEAD, *(_section(arch, of_arch) for arch, of_arch in by_arch.items())])
+    heads = [HEAD, note] if note else [HEAD]
+    return "\n".join([*heads, *(_section(arch, of_arch) for arch, of_arch in by_arch.items())])
 
 
 def render_every(rows: Iterable[Row]) -> str:
@@ -348,7 +423,7 @@ def render_every(rows: Iterable[Row]) -> str:
 
 
 def _section(arch: str, rows: list[Row]) -> str:
-    device = DEVICES[arch]
+    device = device_of(arch)
     peak = device.sms * device.gigahertz * device.flops["16-bit"] / 1000
     lines = [
         f"## {arch}",

@@ -6,11 +6,13 @@ They need no Triton and no compiler at run time: all are compiled when the packa
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from dispersion_kernels.gpu.launch import Entropy, Region, Statistics, Tokens
 from dispersion_kernels.native import build_info
 
 _TRANSFORMS = {"normalize": 0, "standardize": 1, "none": 2}
+LIBRARY = Path(__file__).with_name("_cuda.so")
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -32,13 +35,12 @@ def unavailable_reason() -> str | None:
 @functools.cache
 def _load() -> str | None:
     info = build_info().get("cuda") or {}
-    path = Path(__file__).with_name("_cuda.so")
-    if not path.exists():
+    if not LIBRARY.exists():
         return f"the package was built without the CUDA kernels ({info.get('reason', 'no build information')})"
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(LIBRARY)
     except OSError as error:
-        return f"{path} cannot be loaded: {error}"
+        return f"{LIBRARY} cannot be loaded: {error}"
     for name in ("row_statistics", "pair_tiles", "row_sweep", "sequence_sums", "project"):
         # They write to their arguments and give nothing back.
         torch.library.register_fake(f"dispersion_kernels::cuda_{name}", lambda *args, **kwargs: None)
@@ -58,7 +60,6 @@ class RowShape:
 
     block_m: int
     block_n: int
-    block_f: int
     resident: bool
 
 
@@ -100,9 +101,8 @@ class CudaKernels:
 
     def row_shape(self, features: int, perplexity: bool, gradient: bool) -> RowShape:
         if self.wide:
-            return RowShape(64, 32, 64, features <= 64)
-        resident = features <= 128
-        return RowShape(64, 64, 128 if resident else 256, resident)
+            return RowShape(64, 32, features <= 64)
+        return RowShape(64, 64, features <= 128)
 
     def tuned(self, strategy: str, what: tuple[Any, ...], shape: Any, launch: Callable[[Any], Any]) -> Any:
         """The shapes are compiled in."""
@@ -200,7 +200,6 @@ class CudaKernels:
             weight_sums,
             list(gradients),
             shape.block_m,
-            -(-tokens.features // shape.block_f) if gradients else 1,
             p0,
             p1,
             p2 if entropy is None else entropy.eps,
@@ -248,3 +247,51 @@ class CudaKernels:
 def _aligned(z: Tensor) -> bool:
     steps = (z.stride(0) * (z.shape[0] > 1), z.stride(1) * (z.shape[1] > 1))
     return z.stride(2) == 1 and z.data_ptr() % 16 == 0 and all(step * z.itemsize % 16 == 0 for step in steps)
+
+
+class Launch(NamedTuple):
+    """Of a kernel that :func:`watch_launches` kept from the device."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    """Bytes of dynamic shared memory."""
+    arguments: list[int]
+    """The addresses of the arguments, valid until the watcher returns."""
+
+
+_Watcher = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_int,
+)
+
+
+@contextmanager
+def watch_launches(watch: Callable[[Launch], None], arch: str) -> Iterator[None]:
+    """Launches go to ``watch`` meanwhile, with tensors on any device, and not to a GPU: how the kernels are looked at
+    where there is none. With ``arch`` ``sm_90a`` they are those of Hopper; a tensor map among their arguments is then
+    what it would be made of, ``TensorMapSource`` of csrc/cuda/operators.cpp. What ``watch`` raises is raised at the
+    end."""
+    failures: list[BaseException] = []
+
+    def called(name: bytes, grid: Any, threads: int, shared: int, arguments: Any, count: int) -> None:
+        try:
+            watch(Launch(name.decode(), (grid[0], grid[1], grid[2]), threads, shared, arguments[:count]))
+        except BaseException as failure:  # which would be lost on its way through C++
+            failures.append(failure)
+
+    library = ctypes.CDLL(str(LIBRARY))
+    watcher = _Watcher(called)
+    library.dispersion_kernels_watch_launches(watcher, int(arch == "sm_90a"))
+    try:
+        yield
+    finally:
+        library.dispersion_kernels_watch_launches(None, 0)
+    if failures:
+        raise failures[0]

@@ -40,8 +40,8 @@ GPU = torch.cuda.is_available() and not INTERPRETED
 # What use_deterministic_algorithms asks of matrix products on a GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 IMPLS = ["cpu", "torch"]
-if GPU:
-    IMPLS.append(pytest.param("triton", marks=pytest.mark.gpu))  # type: ignore[arg-type]
+GPU_IMPLS = [impl for impl in ("triton", "cuda") if GPU and supported(impl, torch.zeros(1, device="cuda"))]
+IMPLS += [pytest.param(impl, marks=pytest.mark.gpu) for impl in GPU_IMPLS]  # type: ignore[misc]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -63,7 +63,7 @@ def _poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     callspec = getattr(request.node, "callspec", None)
-    on_gpu = GPU and callspec is not None and callspec.params.get("impl") == "triton"
+    on_gpu = GPU and callspec is not None and callspec.params.get("impl") in GPU_IMPLS
     torch.set_default_device("cuda" if on_gpu else None)
     yield
     torch.set_default_device(None)

@@ -3,7 +3,6 @@ test_emulated.py."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,9 @@ import torch
 from conftest import GPU
 from torch import Tensor
 
-from dispersion_kernels import Potential, cuda, fused_dispersion_loss, supported
+from dispersion_kernels import AngularSpread, Potential, cuda, fused_dispersion_loss, supported
 from dispersion_kernels.env_report import report
+from dispersion_kernels.gpu import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 built = pytest.mark.skipif(cuda.unavailable_reason() is not None, reason=str(cuda.unavailable_reason()))
@@ -35,8 +35,8 @@ def test_versions_that_disagree(setup_py: Any) -> None:
     setup_py.check_versions("13.0", "13.1", "2.14.1")
     with pytest.raises(setup_py.SkipCuda, match=r"nvcc is of CUDA 12.4 and PyTorch 2.14.1 of CUDA 13.0: install a"):
         setup_py.check_versions("12.4", "13.0", "2.14.1")
-    assert setup_py.default_architectures("13.0") == "8.0;9.0;10.0;12.0+PTX"
-    assert setup_py.default_architectures("12.4") == "8.0;9.0+PTX"
+    assert setup_py.default_architectures("13.0") == "8.0+PTX;9.0a;10.0;12.0+PTX"
+    assert setup_py.default_architectures("12.4") == "8.0+PTX;9.0a"
 
 
 def test_what_is_asked_for(setup_py: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,14 +81,8 @@ def test_users_potentials_are_not_among_the_compiled(monkeypatch: pytest.MonkeyP
 def launches() -> Iterator[list[str]]:
     """The names of the kernels that are launched, none of which runs."""
     names: list[str] = []
-    kind = ctypes.CFUNCTYPE(
-        None, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int
-    )
-    watcher = kind(lambda name, *rest: names.append(name.decode()))
-    library = ctypes.CDLL(str(Path(cuda.__file__).with_name("_cuda.so")))
-    library.dispersion_kernels_watch_launches(watcher)
-    yield names
-    library.dispersion_kernels_watch_launches(None)
+    with cuda.watch_launches(lambda launch: names.append(launch.kernel), "sm_80"):
+        yield names
 
 
 def _statistics() -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
@@ -117,6 +111,31 @@ def test_operators(launches: list[str]) -> None:
         test_utils=("test_schema", "test_faketensor"),
     )
     assert set(launches) == {"dk_row_statistics_fp32", "dk_sequence_sums", "dk_project_fp32"}
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_which_kernels_hopper_has_of_its_own(dtype: torch.dtype) -> None:
+    z = torch.zeros(2, 130, 200, dtype=dtype)
+    names = {}
+    for arch in ("sm_80", "sm_90a"):
+        launched: list[cuda.Launch] = []
+        with cuda.watch_launches(launched.append, arch):
+            launch.dispersion([z, z.clone()], AngularSpread(), None, None, True, cuda.CudaKernels(z))
+        names[arch] = {one.kernel for one in launched}
+    assert any("pair_tiles" in name for name in names["sm_80"])
+    own = {name for name in names["sm_80"] if "pair_tiles" in name and dtype != torch.float32}
+    assert names["sm_90a"] == names["sm_80"] - own | {f"{name}_wgmma" for name in own}
+
+
+@built
+def test_what_a_watcher_raises() -> None:
+    def watch(one: cuda.Launch) -> None:
+        raise ValueError(one.kernel)
+
+    layers, *statistics = _statistics()
+    with pytest.raises(ValueError, match="dk_row_statistics_fp32"), cuda.watch_launches(watch, "sm_80"):
+        torch.ops.dispersion_kernels.cuda_row_statistics("dk_row_statistics_fp32", layers, *statistics, 0.0, 0.0, 0, 0)
 
 
 @built

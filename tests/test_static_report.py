@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import sass, static_report
+from dispersion_kernels import cuda
 
 triton = pytest.importorskip("triton", reason="the static report reads what Triton compiles")
 import triton.language as tl  # noqa: E402
@@ -233,6 +234,27 @@ def test_an_epilogue_beyond_its_share_is_a_fault(monkeypatch: pytest.MonkeyPatch
     assert any("its epilogue takes" in fault for fault in static_report.faults(row))
     monkeypatch.setattr(static_report, "EPILOGUE_SHARE", busiest * 1.01)
     assert not static_report.faults(row)
+
+
+@pytest.mark.skipif(cuda.unavailable_reason() is not None, reason=str(cuda.unavailable_reason()))
+def test_kernels_of_the_extension() -> None:
+    built = sass.architectures(cuda.LIBRARY)
+    if not built:
+        pytest.skip("the CUDA kernels were built as PTX alone")
+    arch = built[-1]
+    rows = {row.variant.label: row for row in static_report.examine_extension([arch])}
+    assert not [fault for row in rows.values() for fault in static_report.faults(row)]
+    assert not set().union(*(row.unknown for row in rows.values()))
+    wgmma = "_wgmma" if arch == "sm_90a" else ""
+    for element, parts in (("bf16", 1), ("fp16", 1), ("tf32", 1), ("tf32x3", 3)):
+        of_hopper = wgmma if parts == 1 and element != "tf32" else ""
+        row = rows[f"dk_pair_tiles_{element}_angular_spread_narrow_write{of_hopper}, F=768"]
+        assert row.counted_flops == parts * row.variant.tensor_flops
+        # An exponential and a root of every pair, with the masks of the last tiles and without.
+        pairs = row.variant.tile[0] * row.variant.tile[1]
+        assert 2 * pairs <= row.instructions["xu"] <= 4.1 * pairs
+    with pytest.raises(SystemExit, match="not for sm_75: build it again"):
+        static_report.examine_extension(["sm_75"])
 
 
 def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:

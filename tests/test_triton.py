@@ -1,4 +1,5 @@
-"""The Triton kernels, on a GPU or, with TRITON_INTERPRET=1, in Triton's interpreter, against the float64 oracle.
+"""The GPU kernels against the float64 oracle: Triton's and the CUDA ones on a GPU, Triton's with TRITON_INTERPRET=1 in
+its interpreter.
 
 Without a GPU ``test_in_the_interpreter`` runs this file again in a process of its own: the interpreter has to be chosen
 before Triton's functions are defined.
@@ -6,6 +7,7 @@ before Triton's functions are defined.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -36,13 +38,17 @@ from dispersion_kernels import (
     Orthogonalization,
     Potential,
     Uniformity,
+    cuda,
     fused_dispersion_loss,
     supported,
 )
 
-pytest.importorskip("triton", reason="Triton is not installed")
-
 DEVICE = "cuda" if GPU else "cpu"
+TRITON = importlib.util.find_spec("triton") is not None
+IMPLS = ["triton"] * TRITON + ["cuda"] * (GPU and cuda.unavailable_reason() is None)
+if not IMPLS:
+    pytest.skip("neither Triton nor the CUDA kernels are installed", allow_module_level=True)
+needs_triton = pytest.mark.skipif(not TRITON, reason="Triton is not installed")
 
 # One token, one pair, around the tiles of 32 tokens that the interpreter uses, and F that no tile divides; F above
 # 128 (64 in fp32) is swept, and below it resident.
@@ -55,11 +61,21 @@ def tokens(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (torch.randn(shape) * 0.7 + 0.4 * torch.randn(shape[-1])).to(DEVICE, dtype)
 
 
-def check(z: Tensor, potential: str | Potential, **options: Any) -> None:
-    exact = oracle(z, potential, **options)
-    assert_as_accurate_as_naive(z, potential, evaluate(z, potential, impl="triton", **options), exact, **options)
+class OnEveryBackend:
+    """``self.impl`` is one after the other."""
+
+    impl: str
+
+    @pytest.fixture(autouse=True, params=IMPLS)
+    def _backend(self, request: pytest.FixtureRequest) -> None:
+        self.impl = request.param
+
+    def check(self, z: Tensor, potential: str | Potential, **options: Any) -> None:
+        exact = oracle(z, potential, **options)
+        assert_as_accurate_as_naive(z, potential, evaluate(z, potential, impl=self.impl, **options), exact, **options)
 
 
+@needs_triton
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests of this file run in this process")
 @pytest.mark.timeout(1800)  # more than a hundred tests
 def test_in_the_interpreter() -> None:
@@ -93,6 +109,7 @@ def test_import_and_the_cpu_need_no_triton() -> None:
     assert "Triton is not installed" in output.stdout
 
 
+@needs_triton
 def test_why_not_triton() -> None:
     reasons = {
         "the tokens are on meta": (torch.zeros(1, 2, 2, device="meta"), "angular_spread"),
@@ -109,6 +126,7 @@ def test_why_not_triton() -> None:
             fused_dispersion_loss(tokens(1, 2, 2), impl="triton")
 
 
+@needs_triton
 def test_tuning_keeps_the_fastest_that_does_not_spill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dispersion_kernels.triton import configs, tuning
 
@@ -141,7 +159,7 @@ def test_tuning_keeps_the_fastest_that_does_not_spill(tmp_path: Path, monkeypatc
     assert [tuning.length_bucket(n) for n in (2, 256, 257, 5000)] == [256, 256, 512, 8192]
 
 
-class TestKernels:
+class TestKernels(OnEveryBackend):
     """Deselected (in conftest.py) where neither a GPU nor the interpreter runs them."""
 
     pytestmark = [pytest.mark.gpu] if GPU else []
@@ -155,12 +173,12 @@ class TestKernels:
             z = tokens(*shape, dtype=dtype)
             upstream = torch.rand(shape[0], dtype=torch.float64, device=DEVICE) + 0.5
             exact = oracle(z, potential, upstream)
-            answer = evaluate(z, potential, upstream, impl="triton")
+            answer = evaluate(z, potential, upstream, impl=self.impl)
             assert answer.loss.dtype == torch.float32
             assert answer.grad.dtype == dtype
             assert_as_accurate_as_naive(z, potential, answer, exact, upstream=upstream)
             with torch.no_grad():
-                alone = fused_dispersion_loss(z, potential, reduction="none", impl="triton")
+                alone = fused_dispersion_loss(z, potential, reduction="none", impl=self.impl)
             torch.testing.assert_close(alone, answer.loss, rtol=2e-6, atol=1e-6)
 
     @pytest.mark.parametrize("features", [24, 150])
@@ -168,11 +186,11 @@ class TestKernels:
     def test_masks_and_documents(self, potential: Potential, features: int) -> None:
         z = tokens(2, 70, features)
         mask = torch.rand(2, 70, device=DEVICE) > 0.3
-        check(z, potential, mask=mask)
+        self.check(z, potential, mask=mask)
         sorted_ids = torch.randint(0, 4, (2, 70), device=DEVICE).sort(1).values
-        check(z, potential, document_ids=sorted_ids, mask=mask)
-        check(z, potential, document_ids=torch.randint(-1, 2**40, (2, 70), device=DEVICE) % 5 - 1)
-        check(z, potential, mask=torch.zeros_like(mask))
+        self.check(z, potential, document_ids=sorted_ids, mask=mask)
+        self.check(z, potential, document_ids=torch.randint(-1, 2**40, (2, 70), device=DEVICE) % 5 - 1)
+        self.check(z, potential, mask=torch.zeros_like(mask))
 
     @pytest.mark.parametrize("features", [24, 150])
     @pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
@@ -181,8 +199,8 @@ class TestKernels:
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(DEVICE)
         z = tokens(int(lengths.sum()), features)
         z[40:] *= 2  # sequences whose exponents differ by far must not share a shift
-        check(z, potential, cu_seqlens=cu_seqlens)
-        check(z, potential, cu_seqlens=cu_seqlens, mask=torch.rand(len(z), device=DEVICE) > 0.2)
+        self.check(z, potential, cu_seqlens=cu_seqlens)
+        self.check(z, potential, cu_seqlens=cu_seqlens, mask=torch.rand(len(z), device=DEVICE) > 0.2)
 
     @pytest.mark.parametrize(
         "potential",
@@ -197,9 +215,9 @@ class TestKernels:
     )
     def test_exponents_beyond_fp32_and_wide_bands(self, potential: Potential) -> None:
         z = tokens(2, 70, 150)
-        check(z, potential)
-        check(z, potential, mask=torch.rand(2, 70, device=DEVICE) > 0.3)
-        check(z[0], potential, cu_seqlens=torch.tensor([0, 30, 70], dtype=torch.int32, device=DEVICE))
+        self.check(z, potential)
+        self.check(z, potential, mask=torch.rand(2, 70, device=DEVICE) > 0.3)
+        self.check(z[0], potential, cu_seqlens=torch.tensor([0, 30, 70], dtype=torch.int32, device=DEVICE))
 
     @pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
     def test_degenerate_tokens(self, potential: Potential) -> None:
@@ -211,14 +229,14 @@ class TestKernels:
         z[0, 7] = -z[0, 8]
         z[0, 10] = 0.1
         z[0, 11] = z[0, 12] * 1e-4
-        check(z, potential)
+        self.check(z, potential)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("scale", [1e-4, 1e4])
     @pytest.mark.parametrize("name", ["angular_spread", "orthogonalization", "decorrelation", "uniformity"])
     def test_norms_far_from_one(self, name: str, scale: float, dtype: torch.dtype) -> None:
         z = torch.randn(2, 40, 72)
-        check((z * (scale / z.norm(dim=-1, keepdim=True))).to(DEVICE, dtype), name)
+        self.check((z * (scale / z.norm(dim=-1, keepdim=True))).to(DEVICE, dtype), name)
 
     @pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
     def test_more_than_the_workspace(self, potential: Potential, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +248,7 @@ class TestKernels:
         for size in (4 * 100 * 104 * 3, 1):
             monkeypatch.setattr(launch, "WORKSPACE_BYTES", size)
             leaves = [z.clone().requires_grad_() for z in layers]
-            loss = fused_dispersion_loss(leaves, potential, reduction="none", impl="triton")
+            loss = fused_dispersion_loss(leaves, potential, reduction="none", impl=self.impl)
             loss.sum().backward()
             torch.testing.assert_close(
                 loss.double(), torch.stack([e.loss for e in expected]).mean(0), rtol=1e-5, atol=1e-5
@@ -245,64 +263,80 @@ class TestKernels:
 
         layers = [tokens(3, 40, 24).requires_grad_() for _ in range(2)]
         mask = torch.rand(3, 40, device=DEVICE) > 0.3
-        expected = torch.autograd.grad(fused_dispersion_loss(layers, mask=mask, impl="triton"), layers)
+        expected = torch.autograd.grad(fused_dispersion_loss(layers, mask=mask, impl=self.impl), layers)
         monkeypatch.setattr(launch, "_MAX_ROWS", 2)
         for got, whole in zip(
-            torch.autograd.grad(fused_dispersion_loss(layers, mask=mask, impl="triton"), layers), expected, strict=True
+            torch.autograd.grad(fused_dispersion_loss(layers, mask=mask, impl=self.impl), layers), expected, strict=True
         ):
             assert torch.equal(got, whole)
 
     def test_any_strides_and_layers_that_differ_in_them(self) -> None:
         z = tokens(70, 150, 2).permute(2, 0, 1)
-        check(z, "angular_spread")
-        check(tokens(2, 70, 300)[:, :, ::2], "angular_spread")
+        self.check(z, "angular_spread")
+        self.check(tokens(2, 70, 300)[:, :, ::2], "angular_spread")
         layers = [z, z.contiguous()]
         first, second = (
-            fused_dispersion_loss(layer, impl="triton", reduction="none") for layer in (layers, z.contiguous())
+            fused_dispersion_loss(layer, impl=self.impl, reduction="none") for layer in (layers, z.contiguous())
         )
         torch.testing.assert_close(first, second)
 
     def test_a_layer_without_gradient(self) -> None:
         z, constant = tokens(2, 40, 72).requires_grad_(), tokens(2, 40, 72)
-        fused_dispersion_loss([constant, z], impl="triton").backward()
-        (expected,) = torch.autograd.grad(fused_dispersion_loss(z, impl="triton") / 2, z)
+        fused_dispersion_loss([constant, z], impl=self.impl).backward()
+        (expected,) = torch.autograd.grad(fused_dispersion_loss(z, impl=self.impl) / 2, z)
         assert z.grad is not None
         assert torch.equal(z.grad, expected)
 
     @pytest.mark.parametrize("features", [24, 150])
     def test_not_finite_stays_in_its_sequence(self, features: int) -> None:
         z = tokens(3, 40, features)
-        clean = evaluate(z, "angular_spread", impl="triton")
+        clean = evaluate(z, "angular_spread", impl=self.impl)
         z[1, 7, 3] = float("nan")
         z[2, 0, 0] = float("inf")
-        answer = evaluate(z, "angular_spread", impl="triton")
+        answer = evaluate(z, "angular_spread", impl=self.impl)
         assert answer.loss[1:].isnan().all()
         assert answer.grad[1:].isnan().all()
         assert torch.equal(answer.loss[0], clean.loss[0])
         assert torch.equal(answer.grad[0], clean.grad[0])
         mask = torch.ones(3, 40, dtype=torch.bool, device=DEVICE)
         mask[1, 7] = mask[2, 0] = False
-        masked = evaluate(z, "angular_spread", impl="triton", mask=mask)
+        masked = evaluate(z, "angular_spread", impl=self.impl, mask=mask)
         assert masked.loss.isfinite().all()
         assert masked.grad.isfinite().all()
         packed = z.reshape(-1, features)
         bounds = torch.tensor([0, 40, 80, 120], dtype=torch.int32, device=DEVICE)
-        answer = evaluate(packed, "angular_spread", impl="triton", cu_seqlens=bounds)
+        answer = evaluate(packed, "angular_spread", impl=self.impl, cu_seqlens=bounds)
         assert answer.loss.isnan().tolist() == [False, True, True]
         assert answer.grad[:40].isfinite().all()
 
     def test_the_same_bits_every_time(self) -> None:
         z = tokens(2, 70, 150, dtype=torch.bfloat16)
-        first = evaluate(z, "angular_spread", impl="triton")
+        first = evaluate(z, "angular_spread", impl=self.impl)
         for _ in range(2):
-            again = evaluate(z, "angular_spread", impl="triton")
+            again = evaluate(z, "angular_spread", impl=self.impl)
             assert torch.equal(again.loss, first.loss)
             assert torch.equal(again.grad, first.grad)
 
     def test_recompute_is_the_same(self) -> None:
         z = tokens(2, 70, 24, dtype=torch.bfloat16)
-        kept, swept = (evaluate(z, "angular_spread", impl="triton", recompute=flag) for flag in (False, True))
+        kept, swept = (evaluate(z, "angular_spread", impl=self.impl, recompute=flag) for flag in (False, True))
         assert torch.equal(kept.grad, swept.grad)
+
+    @pytest.mark.parametrize("cells", [(2, 1, 20), (0, 5, 20)])
+    def test_nothing_to_pair(self, cells: tuple[int, int, int]) -> None:
+        z = tokens(*cells).requires_grad_()
+        loss = fused_dispersion_loss(z, impl=self.impl)
+        loss.backward()
+        assert loss == 0
+        assert z.grad is not None
+        assert not z.grad.any()
+
+
+@needs_triton
+class TestKernelsOfTriton:
+    """Deselected like those."""
+
+    pytestmark = [pytest.mark.gpu] if GPU else []
 
     @pytest.mark.parametrize("features", [24, 150])
     def test_a_potential_of_ones_own(self, features: int) -> None:
@@ -332,15 +366,6 @@ class TestKernels:
         approximation, rounded = (4e-8, 1e-7) if name == "narrow" else (1e-8, 2e-7)
         assert errors[torch.float64] < approximation
         assert errors[torch.float32] < rounded
-
-    @pytest.mark.parametrize("cells", [(2, 1, 20), (0, 5, 20)])
-    def test_nothing_to_pair(self, cells: tuple[int, int, int]) -> None:
-        z = tokens(*cells).requires_grad_()
-        loss = fused_dispersion_loss(z, impl="triton")
-        loss.backward()
-        assert loss == 0
-        assert z.grad is not None
-        assert not z.grad.any()
 
 
 try:
@@ -389,18 +414,18 @@ class FiveFields(Quartic):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-class TestOnAGpu:
+class TestOnAGpu(OnEveryBackend):
     @pytest.mark.parametrize("features", [64, 768])
     def test_peak_memory(self, features: int) -> None:
         """Beyond z: the fp32 gradient, its 16-bit copy, statistics and the workspace, and nothing of L^2."""
         from dispersion_kernels.gpu import launch
 
         z = tokens(1, 32_768, features, dtype=torch.bfloat16).requires_grad_()
-        fused_dispersion_loss(z[:, :256], impl="triton").backward()  # compiled, and the libraries' handles made
+        fused_dispersion_loss(z[:, :256], impl=self.impl).backward()  # compiled, and the libraries' handles made
         z.grad = None
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        fused_dispersion_loss(z, impl="triton").backward()
+        fused_dispersion_loss(z, impl=self.impl).backward()
         extra = torch.cuda.max_memory_allocated() - before
         assert extra < 3.5 * z.numel() * z.element_size() + 2 * launch.WORKSPACE_BYTES
 
@@ -413,18 +438,18 @@ class TestOnAGpu:
         with torch.cuda.stream(stream):
             for _ in range(3):
                 z.grad = None
-                fused_dispersion_loss(z, mask=mask, impl="triton").backward()
+                fused_dispersion_loss(z, mask=mask, impl=self.impl).backward()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         z.grad = None
         with torch.cuda.graph(graph):
-            loss = fused_dispersion_loss(z, mask=mask, impl="triton")
+            loss = fused_dispersion_loss(z, mask=mask, impl=self.impl)
             loss.backward()
         with torch.no_grad():
             z.copy_(tokens(2, 300, features, dtype=torch.bfloat16))
             mask.copy_(torch.rand(2, 300, device="cuda") > 0.5)
         graph.replay()
-        expected = evaluate(z, "angular_spread", impl="triton", mask=mask)
+        expected = evaluate(z, "angular_spread", impl=self.impl, mask=mask)
         assert z.grad is not None
         torch.testing.assert_close(loss, expected.loss.mean())
         torch.testing.assert_close(z.grad, expected.grad / 2, rtol=1e-2, atol=1e-8)
@@ -436,58 +461,46 @@ class TestOnAGpu:
         for call in range(2):  # the first call compiles
             torch.cuda.set_sync_debug_mode("error" if call else "default")
             try:
-                fused_dispersion_loss(layers, impl="triton").backward()
-                fused_dispersion_loss(layers, document_ids=ids, impl="triton").backward()
-                fused_dispersion_loss(layers[0][0], cu_seqlens=bounds, impl="triton").backward()
+                fused_dispersion_loss(layers, impl=self.impl).backward()
+                fused_dispersion_loss(layers, document_ids=ids, impl=self.impl).backward()
+                fused_dispersion_loss(layers[0][0], cu_seqlens=bounds, impl=self.impl).backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
     def test_side_stream(self) -> None:
         z = tokens(4, 700, 768, dtype=torch.bfloat16)
-        expected = evaluate(z, "angular_spread", impl="triton")
+        expected = evaluate(z, "angular_spread", impl=self.impl)
         stream = torch.cuda.Stream()
         torch.cuda._sleep(10**8)  # whatever is launched on the default stream by mistake comes too late
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            answer = evaluate(z, "angular_spread", impl="triton")
+            answer = evaluate(z, "angular_spread", impl=self.impl)
         stream.synchronize()
         assert torch.equal(answer.grad, expected.grad)
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
     def test_second_device(self) -> None:
         z = tokens(2, 300, 768, dtype=torch.bfloat16)
-        here, there = (evaluate(z.to(device), "angular_spread", impl="triton") for device in ("cuda:0", "cuda:1"))
+        here, there = (evaluate(z.to(device), "angular_spread", impl=self.impl) for device in ("cuda:0", "cuda:1"))
         assert torch.equal(here.grad, there.grad.to("cuda:0"))
 
     def test_compile(self) -> None:
         layers = [tokens(2, 300, 768, dtype=torch.bfloat16).requires_grad_() for _ in range(2)]
 
         def training_loss(layers: list[Tensor]) -> Tensor:
-            return 0.1 * fused_dispersion_loss([layer * 2 for layer in layers], impl="triton")
+            return 0.1 * fused_dispersion_loss([layer * 2 for layer in layers], impl=self.impl)
 
         expected = torch.autograd.grad(training_loss(layers), layers)
         grads = torch.autograd.grad(torch.compile(training_loss, fullgraph=True)(layers), layers)
         for got, eager in zip(grads, expected, strict=True):
             torch.testing.assert_close(got, eager, rtol=2e-2, atol=1e-9)
 
-    @pytest.mark.parametrize("features", [64, 768])
-    def test_tuned(self, features: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        monkeypatch.setenv("DISPERSION_KERNELS_AUTOTUNE", "1")
-        check(tokens(2, 300, features, dtype=torch.bfloat16), "angular_spread")
-        assert (tmp_path / "dispersion_kernels" / "tuning.json").is_file()
-
-    def test_auto_chooses_triton(self) -> None:
-        z = tokens(2, 300, 768, dtype=torch.bfloat16)
-        auto, triton_ = (evaluate(z, "angular_spread", impl=impl) for impl in ("auto", "triton"))
-        assert torch.equal(auto.grad, triton_.grad)
-
     @pytest.mark.parametrize("precision", ["highest", "high"])
     def test_fp32_follows_the_precision_of_products(self, precision: str) -> None:
         z = tokens(1, 512, 768)
         torch.set_float32_matmul_precision(precision)
         try:
-            error = relative_errors(evaluate(z, "angular_spread", impl="triton"), oracle(z, "angular_spread"))[1]
+            error = relative_errors(evaluate(z, "angular_spread", impl=self.impl), oracle(z, "angular_spread"))[1]
         finally:
             torch.set_float32_matmul_precision("highest")
         assert error < (5e-6 if precision == "highest" else 5e-3)
@@ -496,7 +509,26 @@ class TestOnAGpu:
         if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
             pytest.skip("needs a GPU with 40 GiB")
         z = torch.randn(2, 8, 2**28 + 64, dtype=torch.bfloat16, device="cuda")
-        whole = evaluate(z, "angular_spread", impl="triton")
-        last = evaluate(z[1:], "angular_spread", impl="triton")
+        whole = evaluate(z, "angular_spread", impl=self.impl)
+        last = evaluate(z[1:], "angular_spread", impl=self.impl)
         assert torch.equal(whole.loss[1:], last.loss)
         assert torch.equal(whole.grad[1:], last.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@needs_triton
+class TestTritonOnAGpu:
+    @pytest.mark.parametrize("features", [64, 768])
+    def test_tuned(self, features: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setenv("DISPERSION_KERNELS_AUTOTUNE", "1")
+        z = tokens(2, 300, features, dtype=torch.bfloat16)
+        answer = evaluate(z, "angular_spread", impl="triton")
+        assert_as_accurate_as_naive(z, "angular_spread", answer, oracle(z, "angular_spread"))
+        assert (tmp_path / "dispersion_kernels" / "tuning.json").is_file()
+
+    def test_auto_chooses_triton(self) -> None:
+        z = tokens(2, 300, 768, dtype=torch.bfloat16)
+        auto, triton_ = (evaluate(z, "angular_spread", impl=impl) for impl in ("auto", "triton"))
+        assert torch.equal(auto.grad, triton_.grad)

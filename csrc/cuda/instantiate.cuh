@@ -1,6 +1,7 @@
 // Every kernel over pairs of tokens, for one element type: DK_ELEMENT, DK_NAME in the kernels' names, and DK_TABLE, the
 // function that lists them. Each pairs_*.cu includes this once.
 #include "pair_tiles.cuh"
+#include "pair_tiles_wgmma.cuh"
 #include "row_sweep.cuh"
 
 #define DK_PAIR_TILES_PARAMETERS                                                                                     \
@@ -58,29 +59,61 @@
   X(gaussian, Gaussian, entropy_gradient_resident, kEntropyGradient, true)
 
 #define DK_DEFINE_PAIR_TILES(name, Potential, mode, kMode)                                              \
-  extern "C" __global__ void __launch_bounds__(dk::PairTilesShape<dk::DK_ELEMENT>::kThreads)            \
+  extern "C" __global__ void __launch_bounds__(dk::PairTilesShape<dk::DK_ELEMENT>::kThreads,            \
+                                               dk::PairTilesShape<dk::DK_ELEMENT>::kBlocksOfSM)         \
       DK_JOIN(dk_pair_tiles, DK_NAME, name, mode)(DK_PAIR_TILES_PARAMETERS) {                           \
-    dk::pair_tiles<dk::DK_ELEMENT, dk::Potential, dk::PairTiles::kMode>(DK_PAIR_TILES_ARGUMENTS);       \
+    dk::pair_tiles<dk::DK_ELEMENT, dk::Potential, dk::PairTiles::kMode>({DK_PAIR_TILES_ARGUMENTS});     \
   }
+#define DK_ROW_SWEEP_SHAPE(Potential, kMode, kResident) \
+  dk::RowSweepShape<dk::DK_ELEMENT, dk::Potential, dk::RowSweep::kMode, kResident>
 #define DK_DEFINE_ROW_SWEEP(name, Potential, mode, kMode, kResident)                                    \
-  extern "C" __global__ void __launch_bounds__(dk::RowSweepShape<dk::DK_ELEMENT, kResident>::kThreads, 1)\
+  extern "C" __global__ void __launch_bounds__(DK_ROW_SWEEP_SHAPE(Potential, kMode, kResident)::kThreads, 1)                  \
       DK_JOIN(dk_row_sweep, DK_NAME, name, mode)(DK_ROW_SWEEP_PARAMETERS) {                             \
     dk::row_sweep<dk::DK_ELEMENT, dk::Potential, dk::RowSweep::kMode, kResident>(DK_ROW_SWEEP_ARGUMENTS); \
   }
+// Elsewhere it is a stub for fewer threads than it needs, by which the host knows.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define DK_WGMMA_BOUNDS \
+  __launch_bounds__(dk::PairTilesWgmmaShape<dk::DK_ELEMENT>::kBlockThreads, \
+                    dk::PairTilesWgmmaShape<dk::DK_ELEMENT>::kBlocksOfSM)
+#define DK_WGMMA_CALL(...) __VA_ARGS__
+#else
+#define DK_WGMMA_BOUNDS __launch_bounds__(32)
+#define DK_WGMMA_CALL(...) __trap()
+#endif
+#define DK_DEFINE_PAIR_TILES_WGMMA(name, Potential, mode, kMode)                                        \
+  extern "C" __global__ void DK_WGMMA_BOUNDS DK_JOIN(dk_pair_tiles, DK_NAME, name, mode##_wgmma)(       \
+      DK_PAIR_TILES_PARAMETERS, const __grid_constant__ dk::TensorMaps maps) {                          \
+    DK_WGMMA_CALL(dk::pair_tiles_wgmma<dk::DK_ELEMENT, dk::Potential, dk::PairTiles::kMode>(            \
+        {DK_PAIR_TILES_ARGUMENTS}, maps));                                                              \
+  }
 DK_EVERY_PAIR_TILES(DK_DEFINE_PAIR_TILES)
 DK_EVERY_ROW_SWEEP(DK_DEFINE_ROW_SWEEP)
+#ifdef DK_WGMMA
+DK_EVERY_PAIR_TILES(DK_DEFINE_PAIR_TILES_WGMMA)
+#endif
 
 #define DK_LIST_PAIR_TILES(name, Potential, mode, kMode)                              \
   {DK_STRING(DK_JOIN(dk_pair_tiles, DK_NAME, name, mode)),                            \
    (const void*)DK_JOIN(dk_pair_tiles, DK_NAME, name, mode),                          \
-   dk::PairTilesShape<dk::DK_ELEMENT>::kThreads, dk::PairTilesShape<dk::DK_ELEMENT>::kShared},
+   dk::PairTilesShape<dk::DK_ELEMENT>::kThreads, dk::PairTilesShape<dk::DK_ELEMENT>::kShared, 0},
+#define DK_LIST_PAIR_TILES_WGMMA(name, Potential, mode, kMode)                        \
+  {DK_STRING(DK_JOIN(dk_pair_tiles, DK_NAME, name, mode##_wgmma)),                    \
+   (const void*)DK_JOIN(dk_pair_tiles, DK_NAME, name, mode##_wgmma),                  \
+   dk::PairTilesWgmmaShape<dk::DK_ELEMENT>::kBlockThreads, dk::PairTilesWgmmaShape<dk::DK_ELEMENT>::kShared, 0},
 #define DK_LIST_ROW_SWEEP(name, Potential, mode, kMode, kResident)                    \
   {DK_STRING(DK_JOIN(dk_row_sweep, DK_NAME, name, mode)),                             \
    (const void*)DK_JOIN(dk_row_sweep, DK_NAME, name, mode),                           \
-   dk::RowSweepShape<dk::DK_ELEMENT, kResident>::kThreads,                            \
-   dk::RowSweepShape<dk::DK_ELEMENT, kResident>::kShared},
+   DK_ROW_SWEEP_SHAPE(Potential, kMode, kResident)::kThreads,                         \
+   DK_ROW_SWEEP_SHAPE(Potential, kMode, kResident)::kShared,                          \
+   DK_ROW_SWEEP_SHAPE(Potential, kMode, kResident)::kSlice},
 
 dk::Kernels dk::DK_TABLE() {
-  static const Kernel kernels[] = {DK_EVERY_PAIR_TILES(DK_LIST_PAIR_TILES) DK_EVERY_ROW_SWEEP(DK_LIST_ROW_SWEEP)};
+  static const Kernel kernels[] = {
+      DK_EVERY_PAIR_TILES(DK_LIST_PAIR_TILES) DK_EVERY_ROW_SWEEP(DK_LIST_ROW_SWEEP)
+#ifdef DK_WGMMA
+          DK_EVERY_PAIR_TILES(DK_LIST_PAIR_TILES_WGMMA)
+#endif
+  };
   return {kernels, int(sizeof kernels / sizeof *kernels)};
 }

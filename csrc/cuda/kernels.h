@@ -12,11 +12,23 @@ struct LayerOffsets {
   int64_t of_layer[kMaxLayers];
 };
 
+// The boxes of tokens that Hopper's copy engine brings.
+constexpr int kHopperTokens = 128, kHopperRowBytes = 128;
+
+// A CUtensorMap, which says to the copy engine of Hopper where a layer is.
+struct alignas(128) TensorMap {
+  uint64_t opaque[16];
+};
+struct TensorMaps {
+  TensorMap of_layer[kMaxLayers];
+};
+
 struct Kernel {
   const char* name;
   const void* function;
   int threads;
   int shared_bytes;
+  int slice;  // the features of the gradient that a block has; 0 for kernels without
 };
 
 struct Kernels {

@@ -1,6 +1,7 @@
 // The kernels as PyTorch operators, through its stable ABI: one build serves every PyTorch from TORCH_TARGET_VERSION on
 // and every Python. dispersion_kernels/cuda.py calls them. An operator queues its kernel on the stream it is given, on
 // the device of its tensors, and waits for nothing.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -28,13 +29,20 @@ constexpr int kTokensOfProgram = 4;
 using Watcher = void (*)(const char* kernel, const unsigned* grid, int threads, int shared_bytes, void* const* arguments,
                          int count);
 std::atomic<Watcher> watcher{nullptr};
+std::atomic<bool> watches_hopper{false};
 
-const Kernel& kernel_named(const std::string& name) {
+const Kernel* find_kernel(const std::string& name) {
   for (const Kernels& table :
        {token_kernels(), bfloat16_kernels(), float16_kernels(), tf32_kernels(), tf32x3_kernels()})
     for (int n = 0; n < table.count; ++n)
-      if (name == table.kernels[n].name) return table.kernels[n];
-  STD_TORCH_CHECK(false, "there is no CUDA kernel ", name);
+      if (name == table.kernels[n].name) return &table.kernels[n];
+  return nullptr;
+}
+
+const Kernel& kernel_named(const std::string& name) {
+  const Kernel* kernel = find_kernel(name);
+  STD_TORCH_CHECK(kernel != nullptr, "there is no CUDA kernel ", name);
+  return *kernel;
 }
 
 // Back to the device that was current, whatever happens.
@@ -65,9 +73,9 @@ void check(cudaError_t status, const std::string& kernel) {
 // `arguments` are exactly the kernel's parameters, in their order and of their types.
 template <class... Arguments>
 void launch(const std::string& name, const Tensor& on, int64_t stream, int64_t grid_x, int64_t grid_y, int64_t grid_z,
-            Arguments... arguments) {
+            const Arguments&... arguments) {
   const Kernel& kernel = kernel_named(name);
-  void* pointers[] = {&arguments...};
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
   const unsigned grid[] = {unsigned(grid_x), unsigned(grid_y), unsigned(grid_z)};
   if (const Watcher watch = watcher.load()) {
     watch(kernel.name, grid, kernel.threads, kernel.shared_bytes, pointers, int(sizeof...(arguments)));
@@ -138,6 +146,89 @@ struct Tokens {
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
+// ---- the copy engine of Hopper
+
+// The kernel for sm_90a that takes the place of `name`, if there is one and the device of `on` runs it. What is not
+// compiled for sm_90a has a stub of it that is bounded to fewer threads.
+const Kernel* hopper_kernel(const std::string& name, const Tensor& on) {
+  const Kernel* kernel = find_kernel(name + "_wgmma");
+  if (kernel == nullptr) return nullptr;
+  if (watcher.load()) return watches_hopper.load() ? kernel : nullptr;
+  if (!on.is_cuda()) return nullptr;
+  const DeviceGuard guard(on.get_device_index());
+  int major = 0;
+  cudaFuncAttributes attributes;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, on.get_device_index()) != cudaSuccess ||
+      major != 9 || cudaFuncGetAttributes(&attributes, kernel->function) != cudaSuccess) {
+    cudaGetLastError();  // of which launch() tells, if it is more than this kernel's
+    return nullptr;
+  }
+  return attributes.maxThreadsPerBlock >= kernel->threads ? kernel : nullptr;
+}
+
+// What a tensor map is made of; it is what the tests get for one. The innermost dimension is the first; bytes.
+struct TensorMapSource {
+  uint64_t address, sizes[3], strides[2];
+  uint32_t box[3], swizzle;
+};
+static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap),
+              "TensorMap is a CUtensorMap");
+static_assert(sizeof(TensorMapSource) <= sizeof(TensorMap), "the tests get it in its place");
+
+// The driver's function, which is not linked to: the extension loads without a driver. Null where that is too old.
+auto tensor_map_encoder() {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else
+    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+    cudaGetLastError();
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found == cudaDriverEntryPointSuccess ? function : nullptr);
+  }();
+  return encode;
+}
+
+// The maps of the layers, in boxes of one sequence, kHopperTokens tokens and kHopperRowBytes of their features; nothing
+// where the copy engine cannot read them: its strides are multiples of 16 bytes below 2^40, and its arguments (these maps
+// are 8 KB) need a driver of CUDA 12.1.
+std::optional<TensorMaps> tensor_maps(const std::vector<Tensor>& layers, bool bfloat16) {
+  constexpr int64_t kBytes = 2, kLargestStride = int64_t(1) << 40;
+  const Tensor& first = layers[0];
+  // The stride of a dimension of one means nothing.
+  const int64_t stride_l = first.stride(1) * kBytes;
+  const int64_t stride_b = first.size(0) > 1 ? first.stride(0) * kBytes : stride_l;
+  for (const int64_t stride : {stride_l, stride_b})
+    if (stride <= 0 || stride % 16 != 0 || stride >= kLargestStride) return std::nullopt;
+  const bool watched = watcher.load() != nullptr;
+  int driver = 0;
+  if (!watched && (cudaDriverGetVersion(&driver) != cudaSuccess || driver < 12010 || tensor_map_encoder() == nullptr))
+    return std::nullopt;
+  TensorMaps maps = {};
+  for (size_t n = 0; n < layers.size(); ++n) {
+    const TensorMapSource source = {uint64_t(layers[n].data_ptr()),
+                                    {uint64_t(first.size(2)), uint64_t(first.size(1)), uint64_t(first.size(0))},
+                                    {uint64_t(stride_l), uint64_t(stride_b)},
+                                    {kHopperRowBytes / kBytes, kHopperTokens, 1},
+                                    kHopperRowBytes};
+    TensorMap& map = maps.of_layer[n];
+    if (watched) {
+      std::memcpy(&map, &source, sizeof source);
+      continue;
+    }
+    const uint32_t steps[] = {1, 1, 1};
+    const CUresult result = tensor_map_encoder()(
+        reinterpret_cast<CUtensorMap*>(&map),
+        bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, layers[n].data_ptr(),
+        source.sizes, source.strides, source.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) return std::nullopt;
+  }
+  return maps;
+}
+
 // ---- operators
 
 void row_statistics(std::string kernel, std::vector<Tensor> layers, Tensor norm, Tensor inverse, Tensor extra,
@@ -155,22 +246,30 @@ void pair_tiles(std::string kernel, std::vector<Tensor> layers, Tensor inverse, 
                 int64_t first_i, int64_t first_j, int64_t first_sum, double p0, double p1, double p2, double p3,
                 int64_t stream) {
   const Tokens tokens(layers);
-  launch(kernel, sums, stream, programs, rows, 1, tokens.z, tokens.layers, tokens.stride_b, tokens.stride_l,
-         pointer<float>(inverse), pointer<float>(weight_inverse), pointer<float>(extra), pointer<float>(shift),
-         pointer<int>(groups), pointer<int>(group_ranges), output<void>(weights), output<void>(mirror),
-         weights ? weights->stride(0) : int64_t(0), weights ? weights->stride(1) : int64_t(0), output<float>(sums),
-         output<float>(maxima), sums.stride(0), int(first_sum), int(first_row), tokens.batch, tokens.length,
-         tokens.features, int(first_i), int(first_j), int(tiles_i), int(tiles_j), int(triangle), float(p0), float(p1),
-         float(p2), float(p3));
+  const auto launch_pairs = [&](const std::string& name, const auto&... more) {
+    launch(name, sums, stream, programs, rows, 1, tokens.z, tokens.layers, tokens.stride_b, tokens.stride_l,
+           pointer<float>(inverse), pointer<float>(weight_inverse), pointer<float>(extra), pointer<float>(shift),
+           pointer<int>(groups), pointer<int>(group_ranges), output<void>(weights), output<void>(mirror),
+           weights ? weights->stride(0) : int64_t(0), weights ? weights->stride(1) : int64_t(0), output<float>(sums),
+           output<float>(maxima), sums.stride(0), int(first_sum), int(first_row), tokens.batch, tokens.length,
+           tokens.features, int(first_i), int(first_j), int(tiles_i), int(tiles_j), int(triangle), float(p0), float(p1),
+           float(p2), float(p3), more...);
+  };
+  if (const Kernel* hopper = hopper_kernel(kernel, sums))
+    if (const auto maps = tensor_maps(layers, kernel.find("_bf16_") != std::string::npos))
+      return launch_pairs(hopper->name, *maps);
+  launch_pairs(kernel);
 }
 
 void row_sweep(std::string kernel, std::vector<Tensor> layers, Tensor inverse, Tensor weight_inverse, Tensor extra,
                std::optional<Tensor> shift, std::optional<Tensor> groups, std::optional<Tensor> tile_ranges,
                std::optional<Tensor> largest, std::optional<Tensor> total, std::optional<Tensor> expected,
                std::optional<Tensor> average, std::optional<Tensor> sums, std::optional<Tensor> maxima,
-               std::optional<Tensor> weight_sums, std::vector<Tensor> gradients, int64_t tile_rows, int64_t slices,
-               double p0, double p1, double p2, double p3, int64_t stream) {
+               std::optional<Tensor> weight_sums, std::vector<Tensor> gradients, int64_t tile_rows, double p0, double p1,
+               double p2, double p3, int64_t stream) {
   const Tokens tokens(layers);
+  const int slice = kernel_named(kernel).slice;
+  const int64_t slices = slice == 0 ? 1 : blocks(tokens.features, slice);
   launch(kernel, inverse, stream, blocks(tokens.length, tile_rows), tokens.rows, slices, tokens.z, tokens.layers,
          tokens.stride_b, tokens.stride_l, pointer<float>(inverse), pointer<float>(weight_inverse),
          pointer<float>(extra), pointer<float>(shift), pointer<int>(groups), pointer<int>(tile_ranges),
@@ -200,8 +299,10 @@ void project(std::string kernel, std::vector<Tensor> layers, Tensor norm, Tensor
 }  // namespace dk
 
 // From now on launches go to `watch`, which gets the kernel's name, its grid and the addresses of its arguments, and not
-// to the device; null ends that. It is how the tests run the kernels on a machine without a GPU.
-extern "C" __attribute__((visibility("default"))) void dispersion_kernels_watch_launches(dk::Watcher watch) {
+// to the device; null ends that. It is how the tests run the kernels on a machine without a GPU. `hopper`: as on a device
+// that has the kernels for sm_90a.
+extern "C" __attribute__((visibility("default"))) void dispersion_kernels_watch_launches(dk::Watcher watch, int hopper) {
+  dk::watches_hopper.store(hopper != 0);
   dk::watcher.store(watch);
 }
 
@@ -218,7 +319,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dispersion_kernels, m) {
       "cuda_row_sweep(str kernel, Tensor[] layers, Tensor inverse, Tensor weight_inverse, Tensor extra, "
       "Tensor? shift, Tensor? groups, Tensor? tile_ranges, Tensor? largest, Tensor? total, Tensor? expected, "
       "Tensor? average, Tensor(a!)? sums, Tensor(b!)? maxima, Tensor(c!)? weight_sums, Tensor(d!)[] gradients, "
-      "int tile_rows, int slices, float p0, float p1, float p2, float p3, int stream) -> ()");
+      "int tile_rows, float p0, float p1, float p2, float p3, int stream) -> ()");
   m.def(
       "cuda_sequence_sums(Tensor norm, Tensor sums, Tensor? maxima, Tensor? bounds, Tensor(a!) total, "
       "Tensor(b!)? shift, int length, int stream) -> ()");

@@ -7,15 +7,17 @@ namespace dk {
 
 enum class RowSweep { kLoss, kOnline, kGradient, kPartition, kEntropy, kEntropyGradient };
 
-template <class T, bool kResident>
+template <class T, class Potential, RowSweep kPass, bool kResident>
 struct RowSweepShape {
+  static constexpr bool kGradient = kPass == RowSweep::kGradient || kPass == RowSweep::kEntropyGradient;
   static constexpr int kBytes = int(sizeof(typename T::Stored));
   static constexpr int kRows = 64, kColumns = kBytes == 2 ? 64 : 32;
   static constexpr int kWarps = kRows / 16, kThreads = 32 * kWarps, kStages = 3;
   static constexpr int kRowBytes = 128, kPanelFeatures = kRowBytes / kBytes;
-  // Of the gradient, in registers.
-  static constexpr int kPanels = kBytes == 2 && !kResident ? 4 : 2;
-  static constexpr int kFeatures = kPanels * kPanelFeatures;
+  // Of the gradient, in registers: what a long epilogue leaves of them.
+  static constexpr bool kLong = Epilogue<Potential>::kLong || kPass == RowSweep::kEntropyGradient;
+  static constexpr int kPanels = kBytes == 4 || kResident ? 2 : kLong ? 3 : 4;
+  static constexpr int kSlice = kGradient ? kPanels * kPanelFeatures : 0;
   static constexpr int kPanelI = kRows * kRowBytes, kPanelJ = kColumns * kRowBytes;
   // Of the tokens J in a stage: all features, or a panel of them beside that of the tokens I.
   static constexpr int kStage = kResident ? kPanels * kPanelJ : kPanelI + kPanelJ;
@@ -71,13 +73,13 @@ DK_DEVICE void multiply_weights(float (*g)[4], const float (&weights)[kColumns /
 //
 // kLoss: the sum of psi over each token's pairs with tokens of its own tile and, twice, of later ones.
 // kOnline: the same relative to the token's largest exponent, which goes to `maxima`.
-// kGradient: the sum of psi over all of a token's pairs, and G_i = sum_j slope_ij x_j, kFeatures features of it, those
+// kGradient: the sum of psi over all of a token's pairs, and G_i = sum_j slope_ij x_j, kSlice features of it, those
 // of blockIdx.z.
 // And of perplexity_entropy, whose P_ij = exp2(e_ij - largest_i) / total_i: kPartition: largest and total, over all
 // pairs; kEntropy: sum_j P_ij h_ij to `sums` and sum_j P_ij g_ij to `maxima`; kEntropyGradient: G_i of P_ij (g_ij -
 // expected_i) + P_ji (g_ji - expected_j); p2 is eps.
 //
-// kResident: all features fit kFeatures, so the tokens of I stay and those of J are read once for both products.
+// kResident: all features fit kSlice, so the tokens of I stay and those of J are read once for both products.
 // `shift` (of each token), `groups`, `tile_ranges` and `weight_sums` may be null.
 template <class T, class Potential, RowSweep kPass, bool kResident>
 DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stride_b, int64_t stride_l,
@@ -86,11 +88,13 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
                          const float* expected, const float* average, float* sums, float* maxima, float* weight_sums,
                          float* gradient, const LayerOffsets& gradients, int batch, int length, int features, float p0,
                          float p1, float p2, float p3) {
-  using Shape = RowSweepShape<T, kResident>;
+  using Shape = RowSweepShape<T, Potential, kPass, kResident>;
   using Stored = typename T::Stored;
   constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns, kThreads = Shape::kThreads;
   constexpr int kStages = Shape::kStages, kRowBytes = Shape::kRowBytes, kPanels = Shape::kPanels;
-  constexpr bool kGradient = kPass == RowSweep::kGradient || kPass == RowSweep::kEntropyGradient;
+  constexpr bool kGradient = Shape::kGradient;
+  // Where tokens are not normalised.
+  constexpr bool kSumsWeights = Epilogue<Potential>::kUsesExtra && !Epilogue<Potential>::kCentred;
   constexpr bool kEntropies = kPass == RowSweep::kEntropy || kPass == RowSweep::kEntropyGradient;
   static_assert(kRows % kColumns == 0, "kLoss begins with the columns of its own rows");
   static_assert(kGradient || !kResident, "only the gradient keeps its tokens");
@@ -165,7 +169,8 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
       }
       if (copied_step == 0) {
         const uint32_t to = shared_address(of_columns) + slot * 3 * kColumns * 4;
-        for (int n = threadIdx.x; n < kColumns; n += kThreads) {
+        static_assert(kColumns <= kThreads, "a thread has at most one column");
+        if (const int n = threadIdx.x; n < kColumns) {
           const int token = begin_j + n, bytes = token < length ? 4 : 0;
           const int64_t at = statistics + min(token, length - 1);
           copy_async_4(to + n * 4, inverse + at, bytes);
@@ -301,7 +306,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
           c[0][n][e] *= weight;
           c[0][n][2 + e] *= weight;
         }
-      if (weight_sums != nullptr) {
+      if (kSumsWeights && weight_sums != nullptr) {
         // Of the rounded weights: the sum multiplies z_i as the product z_j, and a common part cancels.
 #pragma unroll
         for (int n = 0; n < kColumns / 8; ++n)
@@ -322,10 +327,12 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
   }
   wait_for_copies<0>();
 
-  // Four threads have a token's columns.
+  // Four threads have a token's columns. The compiler is not to keep the addresses from the beginning.
+  int end_row = begin_i + row_i;
+  asm volatile("" : "+r"(end_row));
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int token = begin_i + row_i + 8 * half + lane / 4;
+    const int token = end_row + 8 * half + lane / 4;
     const bool writes = token < length && lane % 4 == 0 && blockIdx.z == 0;
     if constexpr (kPass == RowSweep::kOnline || kPass == RowSweep::kPartition) {
       float largest_of_four = fmaxf(maximum[half], __shfl_xor_sync(0xffffffffu, maximum[half], 1));
@@ -345,7 +352,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
     if constexpr (kGradient) {
       weight_sum[half] += __shfl_xor_sync(0xffffffffu, weight_sum[half], 1);
       weight_sum[half] += __shfl_xor_sync(0xffffffffu, weight_sum[half], 2);
-      if (writes && weight_sums != nullptr) weight_sums[statistics + token] = weight_sum[half];
+      if (kSumsWeights && writes && weight_sums != nullptr) weight_sums[statistics + token] = weight_sum[half];
       float* to = gradient + gradients.of_layer[layer] / int64_t(sizeof(float)) +
                   (int64_t(b) * length + token) * features;
 #pragma unroll

@@ -21,19 +21,20 @@ constexpr float kNoExponent = -1e30f;
 
 enum class Transform { kNormalize, kStandardize, kNone };
 
+// kLong: its arithmetic takes registers that a gradient of 256 features beside it does not leave.
 template <class Potential>
 struct Epilogue;
 
 // The offset is what the exponent lacks: see p3 (p1) in epilogues.py.
 template <>
 struct Epilogue<AngularSpreadNarrow> {
-  static constexpr bool kUsesExtra = false, kCentred = false;
+  static constexpr bool kUsesExtra = false, kCentred = false, kLong = false;
   static DK_DEVICE AngularSpreadNarrow potential(float p0, float p1, float p2, float) { return {p0, p1, p2}; }
   static DK_DEVICE float offset(float, float, float, float p3) { return p3; }
 };
 template <>
 struct Epilogue<AngularSpread> {
-  static constexpr bool kUsesExtra = false, kCentred = false;
+  static constexpr bool kUsesExtra = false, kCentred = false, kLong = true;
   static DK_DEVICE AngularSpread potential(float p0, float p1, float p2, float) {
     // With clamp = 0 the slope is infinite at |c| = 1, and held at the largest c below it.
     return {fmaxf(p0, -0.99999994f), fminf(p1, 0.99999994f), p2};
@@ -43,7 +44,7 @@ struct Epilogue<AngularSpread> {
 };
 template <>
 struct Epilogue<OrthogonalizationNarrow> {
-  static constexpr bool kUsesExtra = false, kCentred = false;
+  static constexpr bool kUsesExtra = false, kCentred = false, kLong = false;
   static DK_DEVICE OrthogonalizationNarrow potential(float p0, float p1, float p2, float) {
     return {p0, p1, p2 + 0.5f};
   }
@@ -51,7 +52,7 @@ struct Epilogue<OrthogonalizationNarrow> {
 };
 template <>
 struct Epilogue<Orthogonalization> {
-  static constexpr bool kUsesExtra = false, kCentred = false;
+  static constexpr bool kUsesExtra = false, kCentred = false, kLong = true;
   static DK_DEVICE Orthogonalization potential(float p0, float p1, float p2, float) {
     return {fmaxf(p0, -0.99999994f), fminf(p1, 0.99999994f), p2 + 0.5f};
   }
@@ -59,13 +60,13 @@ struct Epilogue<Orthogonalization> {
 };
 template <>
 struct Epilogue<Decorrelation> {
-  static constexpr bool kUsesExtra = true, kCentred = true;
+  static constexpr bool kUsesExtra = true, kCentred = true, kLong = false;
   static DK_DEVICE Decorrelation potential(float, float, float, float) { return {}; }
   static DK_DEVICE float offset(float, float, float, float) { return 0.0f; }
 };
 template <>
 struct Epilogue<Gaussian> {
-  static constexpr bool kUsesExtra = true, kCentred = false;
+  static constexpr bool kUsesExtra = true, kCentred = false, kLong = false;
   static DK_DEVICE Gaussian potential(float p0, float, float, float) { return {p0}; }
   static DK_DEVICE float offset(float, float p1, float, float) { return p1; }
 };

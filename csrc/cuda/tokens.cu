@@ -165,7 +165,7 @@ DK_DEFINE(BFloat16, bf16)
 DK_DEFINE(Float16, fp16)
 DK_DEFINE(TF32, fp32)
 
-#define DK_LIST(name) {#name, (const void*)name, 32 * dk::kTokensOfProgram, 0}
+#define DK_LIST(name) {#name, (const void*)name, 32 * dk::kTokensOfProgram, 0, 0}
 
 dk::Kernels dk::token_kernels() {
   static const Kernel kernels[] = {DK_LIST(dk_row_statistics_bf16),
@@ -174,6 +174,6 @@ dk::Kernels dk::token_kernels() {
                                    DK_LIST(dk_project_bf16),
                                    DK_LIST(dk_project_fp16),
                                    DK_LIST(dk_project_fp32),
-                                   {"dk_sequence_sums", (const void*)dk_sequence_sums, kSumThreads, 0}};
+                                   {"dk_sequence_sums", (const void*)dk_sequence_sums, kSumThreads, 0, 0}};
   return {kernels, int(sizeof kernels / sizeof *kernels)};
 }

@@ -17,16 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dispersion_kernels.gpu import launch
-from dispersion_kernels.potentials import (
-    AngularSpread,
-    Decorrelation,
-    DispersiveL2,
-    L2Repel,
-    Orthogonalization,
-    PerplexityEntropy,
-    Potential,
-    Uniformity,
-)
+from dispersion_kernels.gpu.shipped import calls
+from dispersion_kernels.potentials import Potential
 from dispersion_kernels.triton.backend import TritonKernels
 
 _TYPES = {
@@ -165,37 +157,14 @@ def shipped(arch: str, every: bool = False) -> list[Variant]:
     return list(variants.values())
 
 
-_DTYPES = [(torch.bfloat16, None), (torch.float16, None), (torch.float32, None), (torch.float32, "tf32")]
-_POTENTIALS: list[tuple[str, Potential]] = [
-    ("angular_spread", AngularSpread()),
-    ("angular_spread, tau=0.005", AngularSpread(tau=0.005)),
-    ("angular_spread, clamp=0", AngularSpread(clamp=0.0)),
-    ("orthogonalization", Orthogonalization()),
-    ("orthogonalization, clamp=0", Orthogonalization(clamp=0.0)),
-    ("l2_repel", L2Repel()),
-    ("l2_repel, no diagonal", L2Repel(include_diagonal=False)),
-    ("decorrelation", Decorrelation()),
-    ("uniformity", Uniformity()),
-    ("dispersive_l2", DispersiveL2()),
-    ("perplexity_entropy", PerplexityEntropy()),
-]
-
-
 def _all_variants(arch: str, every: bool) -> Iterator[Variant]:
-    length = 256
-    cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
-    mask = torch.zeros(1, length, dtype=torch.int64)
-    for name, potential in _POTENTIALS:
-        default = every or name == "angular_spread"
-        for dtype, precision in _DTYPES if default else _DTYPES[:1]:
-            if precision == "tf32" and arch.startswith("gfx"):
-                continue
-            for features in (64, 128, 768) if default else (768,):
-                z = torch.zeros(1, length, features, dtype=dtype)
-                for groups, bounds in ((None, None), (mask, None), (None, cu_seqlens)):
-                    for with_grad in (True, False):
-                        for recorded in record([z], potential, groups, bounds, with_grad, arch, precision):
-                            yield _variant(recorded, name, arch, z)
+    for call in calls(every):
+        if call.precision == "tf32" and arch.startswith("gfx"):
+            continue
+        for recorded in record(
+            [call.z], call.potential, call.groups, call.cu_seqlens, call.with_grad, arch, call.precision
+        ):
+            yield _variant(recorded, call.name, arch, call.z)
 
 
 def _variant(recorded: Launch, potential: str, arch: str, z: Tensor) -> Variant:

@@ -1,0 +1,66 @@
+"""The calls whose kernels the ahead-of-time checks look at: potentials, dtypes, numbers of features, groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dispersion_kernels.potentials import (
+    AngularSpread,
+    Decorrelation,
+    DispersiveL2,
+    L2Repel,
+    Orthogonalization,
+    PerplexityEntropy,
+    Potential,
+    Uniformity,
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of :func:`dispersion_kernels.gpu.launch.dispersion`, on the CPU."""
+
+    name: str
+    potential: Potential
+    z: Tensor
+    groups: Tensor | None
+    cu_seqlens: Tensor | None
+    with_grad: bool
+    precision: str | None
+    """Of fp32's products: tf32, or None for the backend's most exact."""
+
+
+_DTYPES = [(torch.bfloat16, None), (torch.float16, None), (torch.float32, None), (torch.float32, "tf32")]
+_POTENTIALS: list[tuple[str, Potential]] = [
+    ("angular_spread", AngularSpread()),
+    ("angular_spread, tau=0.005", AngularSpread(tau=0.005)),
+    ("angular_spread, clamp=0", AngularSpread(clamp=0.0)),
+    ("orthogonalization", Orthogonalization()),
+    ("orthogonalization, clamp=0", Orthogonalization(clamp=0.0)),
+    ("l2_repel", L2Repel()),
+    ("l2_repel, no diagonal", L2Repel(include_diagonal=False)),
+    ("decorrelation", Decorrelation()),
+    ("uniformity", Uniformity()),
+    ("dispersive_l2", DispersiveL2()),
+    ("perplexity_entropy", PerplexityEntropy()),
+]
+
+
+def calls(every: bool = False) -> Iterator[Call]:
+    """angular_spread in every dtype for few and for many features, and every potential in bf16 at F=768; with
+    ``every``, every potential as angular_spread; with and without groups, gradient and packed sequences."""
+    length = 256
+    cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
+    mask = torch.zeros(1, length, dtype=torch.int64)
+    for name, potential in _POTENTIALS:
+        default = every or name == "angular_spread"
+        for dtype, precision in _DTYPES if default else _DTYPES[:1]:
+            for features in (64, 128, 768) if default else (768,):
+                z = torch.zeros(1, length, features, dtype=dtype)
+                for groups, bounds in ((None, None), (mask, None), (None, cu_seqlens)):
+                    for with_grad in (True, False):
+                        yield Call(name, potential, z, groups, bounds, with_grad, precision)
