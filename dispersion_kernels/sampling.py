@@ -44,9 +44,9 @@ from dispersion_kernels.sweep import accumulation_dtype, transform, wide_dtype
 
 CONTROL_VARIATES = ("auto", "none", "constant", "low_rank")
 # Principal directions of ``low_rank``.
-_RANK = 16
+_RANK = 15
 # The fit sees the pairs within this many groups of this many tokens.
-_FIT_GROUPS, _FIT_TOKENS = 8, 32
+_FIT_GROUPS, _FIT_TOKENS = 4, 32
 # The sweep of smaller cliques costs as much as that of these.
 _SMALLEST_CLIQUE = 16
 # Of matrices with ones on the diagonal: gives one solution where there are many.
@@ -111,33 +111,39 @@ def estimate(
     :mod:`dispersion_kernels.segments`, None where the share is 0."""
     plan = _plan(z, groups, cu_seqlens, draws.shuffle, share)
     rows, wide, dtype = plan.rows, wide_dtype(z.device), accumulation_dtype(z.dtype)
-    tokens = z.flatten(0, 1) if plan.order is None else z.flatten(0, 1)[plan.order]
+    tokens = z.flatten(0, 1) if plan.order is None else z.flatten(0, 1).index_select(0, plan.order)
+
+    # The mean of psi over the pairs of each sequence: from the cliques, and from what the model has of all pairs.
+    logarithmic = potential.reduction == "log_mean"
+    pairs = plan.pairs.clamp(min=1).to(wide)
+    losses = grad = scale = None
+    if share > 0:
+        equal = plan.bounds is None
+        losses, grad, scale = sweep(rows.of(tokens) if equal else tokens.unsqueeze(0), plan.groups, plan.bounds)
+        losses = losses.to(wide)
+        means = losses.exp() - potential.log_eps if logarithmic else losses
+        mean = _sum_of_runs(plan.weight * means, plan.cliques_of_sequence)
 
     norm = torch.linalg.vector_norm(tokens, dim=1, dtype=dtype)
     nonfinite = ~norm.isfinite()
     left_out = nonfinite if plan.taking_part is None else nonfinite | ~plan.taking_part
     transformed, statistics = transform(
-        tokens.unsqueeze(0), norm.masked_fill(left_out, 0.0)[None, :, None], potential, left_out.unsqueeze(0)
+        tokens.unsqueeze(0),
+        norm.masked_fill(left_out, 0.0)[None, :, None],
+        potential,
+        left_out.unsqueeze(0),
+        in_place=plan.order is not None and tokens.dtype == dtype,
     )
     assert statistics is not None  # a potential of the cosine or the correlation
     x, inverse, ratio = transformed[0], statistics.inverse[0, :, 0], statistics.ratio[0, :, 0]
-    fit = _fit(x, plan, draws.fit, potential, control_variate)
-    sums = None if fit.form is None or rows.shape[0] == 0 else _model_sums(x, fit, fit.form, rows)
-
-    # The mean of psi over the pairs of each sequence.
-    logarithmic = potential.reduction == "log_mean"
-    pairs = plan.pairs.clamp(min=1).to(wide)
-    losses = grad = scale = None
-    if share > 0:
-        losses, grad, scale = sweep(
-            rows.of(tokens) if plan.bounds is None else tokens.unsqueeze(0), plan.groups, plan.bounds
-        )
-        losses = losses.to(wide)
-        means = losses.exp() - potential.log_eps if logarithmic else losses
-        mean = _sum_of_runs(plan.weight * means, plan.cliques_of_sequence)
-    else:
-        mean = fit.mean_psi.masked_fill(nonfinite.view(z.shape[:2]).any(1), math.nan)
-    if sums is not None:
+    fit = sums = None
+    if control_variate != "none" or with_error:
+        fit = _fit(x, plan, draws.fit, potential, control_variate)
+        if fit.form is not None and rows.shape[0] > 0:
+            sums = _model_sums(x, ratio, fit, fit.form, rows)
+        if share == 0:
+            mean = fit.mean_psi.masked_fill(nonfinite.view(z.shape[:2]).any(1), math.nan)
+    if fit is not None and sums is not None:
         missed = _sum_of_runs(sums.products, rows.of_sequence) / pairs
         corrected = mean + fit.psi_slope * (missed if share > 0 else missed - fit.mean_c)
         # Where a correction is larger than psi itself, a line says nothing of it.
@@ -153,9 +159,9 @@ def estimate(
     per_pair = 2 * slope / pairs
     if grad is None or scale is None or losses is None:
         assert sums is not None
-        grad = torch.zeros_like(x)
+        grad = torch.empty_like(x)
         scale = per_pair.to(dtype).repeat_interleave(z.shape[1]) * inverse
-        sums.add_to(grad, ratio, torch.ones_like(scale[: rows.shape[0]]))
+        sums.add_to(grad, torch.ones_like(scale[: rows.shape[0]]), onto_nothing=True)
     else:
         grad, of_sweep = grad.flatten(0, 1), scale.flatten()
         of_clique = plan.weight * slope[plan.sequence_of_clique]
@@ -166,16 +172,17 @@ def estimate(
             # The sweep's sums are in units of their own, the same for the tokens of a clique.
             unit = (rows.of(of_sweep) / rows.of(inverse)).nan_to_num(0.0, 0.0, 0.0).amax(1).to(wide)
             unit = unit * of_clique[rows.clique] / per_pair[plan.sequence_of_clique][rows.clique]
-            sums.add_to(grad, ratio, torch.where(unit > 0, 1 / unit, 0.0).to(dtype))
+            sums.add_to(grad, torch.where(unit > 0, 1 / unit, 0.0).to(dtype))
     error = nothing
-    if with_error:
+    if fit is not None and with_error:
         signal = (torch.linalg.vector_norm(grad, dim=1) * scale).to(wide).square().sum()
         noise = _noise(fit, plan, per_pair.to(dtype)[plan.sequence_of_token] * inverse, share)
         error = (noise / (signal - noise).clamp(min=torch.finfo(dtype).tiny)).sqrt()
     if plan.order is not None:
         place = torch.empty_like(plan.order)
         place[plan.order] = torch.arange(place.numel(), device=z.device)
-        grad, scale = grad[place], scale[place]
+        # x has done its work.
+        grad, scale = torch.index_select(grad, 0, place, out=x), scale[place]
     return Estimate(loss, plan.pairs, grad.view(z.shape), scale.view(z.shape[:2]), error)
 
 
@@ -206,7 +213,8 @@ class _Rows:
         """``[R, size, ...]`` from ``[N, ...]``, 0 where there is no token."""
         if self.table is None:
             return values.unflatten(0, self.shape)
-        return torch.cat([values, torch.zeros_like(values[:1])])[self.table]
+        padded = torch.cat([values, torch.zeros_like(values[:1])])
+        return padded.index_select(0, self.table.flatten()).unflatten(0, self.shape)
 
     def add_to(self, values: Tensor, of_rows: Tensor) -> None:
         """Adds ``[R, size, ...]`` to ``[N, ...]``."""
@@ -214,7 +222,7 @@ class _Rows:
         place = torch.full((values.shape[0] + 1,), self.table.numel(), device=values.device)
         place[self.table] = torch.arange(self.table.numel(), device=values.device).view(self.shape)
         flat = of_rows.flatten(0, 1)
-        values += torch.cat([flat, torch.zeros_like(flat[:1])])[place[:-1]]
+        values += torch.cat([flat, torch.zeros_like(flat[:1])]).index_select(0, place[:-1])
 
 
 @dataclass(frozen=True)
@@ -411,10 +419,12 @@ class _Fit:
     positions: Tensor
     unit: Tensor
     """``[groups]``."""
-    residual: Tensor
-    """``[groups, tokens, tokens]``: slope - h, 0 where there is no pair."""
     pairs: Tensor
-    """Whether there is one."""
+    """``[groups, tokens, tokens]``: 1 where there is a pair."""
+    slope: Tensor
+    basis: Tensor | None
+    """``[n, groups, tokens, tokens]``: what h is linear in, 0 where there is no pair; so is ``slope``."""
+    coefficients: Tensor | None
 
     def features(self, x: Tensor) -> Tensor:
         """phi ``[N, k]``."""
@@ -435,52 +445,39 @@ def _fit(x: Tensor, plan: _Plan, uniform: Tensor, potential: Potential, control_
     within = (uniform[:, 1:] * plan.unit_tokens[unit].unsqueeze(1)).long()
     within = torch.minimum(within, (plan.unit_tokens[unit] - 1).clamp(min=0).unsqueeze(1))
     positions = (plan.unit_begins[unit].unsqueeze(1) + within).clamp(max=x.shape[0] - 1)
-    tokens = x[positions]
+    tokens = x.index_select(0, positions.flatten()).unflatten(0, positions.shape)
     c = tokens @ tokens.mT
     there = positions.unsqueeze(1) != positions.unsqueeze(2)
-    weight = there.to(wide)
-    count = weight.sum().clamp(min=1)
-    psi, slope = potential.value(c).to(wide), potential.slope(c).to(wide)
+    there = there.to(wide)
+    count = there.sum().clamp(min=1)
+    psi, slope = potential.value(c).to(wide), potential.slope(c).to(wide) * there
+    c = c.to(wide)
+    mean_psi, mean_c = (psi * there).sum() / count, (c * there).sum() / count
+    deviation = (c - mean_c) * there
+    variance = deviation.square().sum()
+    psi_slope = torch.where(variance > 0, (deviation * psi).sum() / variance, 0.0)
 
-    def mean(values: Tensor) -> Tensor:
-        return (values * weight).sum() / count
-
-    mean_psi, mean_c = mean(psi), mean(c.to(wide))
-    deviation = c.to(wide) - mean_c
-    variance = mean(deviation.square())
-    psi_slope = torch.where(variance > 0, mean(deviation * psi) / variance, 0.0)
-
-    form = directions = None
+    form = directions = basis = b = None
     centre = x.new_zeros(())
     if control_variate == "constant":
-        form = mean(slope).view(1, 1)
-        model = torch.zeros_like(slope) + form
+        basis, b = there.unsqueeze(0), (slope.sum() / count).view(1)
+        form = b.view(1, 1)
     elif control_variate == "low_rank":
         along = torch.nn.functional.normalize(tokens.mean((0, 1)), dim=0)
         a = tokens @ along
         centre = a.mean()
-        rest = (tokens - a.unsqueeze(2) * along).flatten(0, 1)
+        rest = torch.addcmul(tokens, a.unsqueeze(2), along, value=-1).flatten(0, 1)
         # One power iteration from some of the tokens themselves.
-        principal = (rest[:: rest.shape[0] // _RANK] @ rest.T) @ rest
-        y = rest @ principal.T
+        principal = (rest[:: rest.shape[0] // _RANK][:_RANK] @ rest.T) @ rest
+        y = (rest @ principal.T).unflatten(0, positions.shape)
         form_of_y = _solve(principal @ principal.T, torch.eye(_RANK, dtype=x.dtype, device=x.device))
-        y = y.unflatten(0, positions.shape)
         a = (a - centre).to(wide)
-        basis = [
-            torch.ones_like(slope),
-            a.unsqueeze(1) + a.unsqueeze(2),
-            a.unsqueeze(1) * a.unsqueeze(2),
-            ((y @ form_of_y) @ y.mT).to(wide),
-        ]
-        flat = (torch.stack(basis) * weight).flatten(1)
-        b = _solve(flat @ flat.T, flat @ (slope * weight).flatten().unsqueeze(1)).flatten()
-        model = (b.view(4, 1, 1, 1) * torch.stack(basis)).sum(0)
-        form = torch.zeros(2 + _RANK, 2 + _RANK, dtype=wide, device=x.device)
-        form[:2, :2] = b[[0, 1, 1, 2]].view(2, 2)
-        form[2:, 2:] = b[3] * form_of_y
+        left, right = a.unsqueeze(2), a.unsqueeze(1)
+        basis = torch.stack([there, (left + right) * there, left * right * there, ((y @ form_of_y) @ y.mT) * there])
+        flat = basis.flatten(1)
+        b = _solve(flat @ flat.T, flat @ slope.view(-1, 1)).flatten()
+        form = torch.block_diag(b[[0, 1, 1, 2]].view(2, 2), b[3] * form_of_y)
         directions = torch.cat([along.unsqueeze(0), principal])
-    else:
-        model = torch.zeros_like(slope)
     return _Fit(
         form=None if form is None else form.to(x.dtype),
         directions=directions,
@@ -491,8 +488,10 @@ def _fit(x: Tensor, plan: _Plan, uniform: Tensor, potential: Potential, control_
         tokens=tokens,
         positions=positions,
         unit=unit,
-        residual=((slope - model) * weight).to(x.dtype),
         pairs=there,
+        slope=slope,
+        basis=basis,
+        coefficients=b,
     )
 
 
@@ -517,44 +516,49 @@ class _ModelSums:
     """``[R, size, k]``."""
     coefficients: Tensor
     """``[R, k, F]``: B T."""
+    ratio: Tensor
+    """``[R, size]``: of the row transform, 1 / |x|, or 0."""
+    squares: Tensor
+    """``[R, size]``: |x|^2."""
     own: Tensor
     """``[R, size]``: h_ii, which is among both sums and is no pair."""
     products: Tensor
     """``[R]``: the same difference of the sums of c_ij, the unit's divided among its rows."""
 
-    def add_to(self, grad: Tensor, ratio: Tensor, factor: Tensor) -> None:
+    def add_to(self, grad: Tensor, factor: Tensor, onto_nothing: bool = False) -> None:
         """Adds them times ``factor`` ``[R]``, seen through the row transform, to the sums of the visited pairs."""
         coefficients = self.coefficients * factor.view(-1, 1, 1)
-        ratio = self.rows.of(ratio)
-        squares = torch.where(ratio > 0, ratio.square().reciprocal(), 0.0)  # |x|^2
         own = self.own * factor.unsqueeze(1)
-        inner = (self.phi * (self.x @ coefficients.mT)).sum(2) - own * squares
-        along = (own + ratio * inner).unsqueeze(2)
+        inner = (self.phi.mT * (coefficients @ self.x.mT)).sum(1) - own * self.squares
+        along = (own + self.ratio * inner).unsqueeze(2)
         if self.rows.table is None:
             out = grad.view(self.x.shape)
-            out.baddbmm_(self.phi, coefficients).addcmul_(self.x, along, value=-1)
+            out.baddbmm_(self.phi, coefficients, beta=0 if onto_nothing else 1).addcmul_(self.x, along, value=-1)
         else:
             self.rows.add_to(grad, torch.bmm(self.phi, coefficients).addcmul_(self.x, along, value=-1))
 
 
-def _model_sums(x: Tensor, fit: _Fit, form: Tensor, rows: _Rows) -> _ModelSums:
+def _model_sums(x: Tensor, ratio: Tensor, fit: _Fit, form: Tensor, rows: _Rows) -> _ModelSums:
     wide = wide_dtype(x.device)
-    phi, row_x = rows.of(fit.features(x)), rows.of(x)
+    phi, row_x, ratio = rows.of(fit.features(x)), rows.of(x), rows.of(ratio)
+    squares = torch.where(ratio > 0, ratio.square().reciprocal(), 0.0)
     sums = phi.mT @ row_x
     of_units = _sum_of_runs(sums, rows.of_unit)[rows.unit]
     share = rows.inverse_share.to(x.dtype).view(-1, 1, 1)
     # phi begins with 1.
-    squares = row_x.square().sum((1, 2)).to(wide)
-    products = sums[:, 0].to(wide).square().sum(1) - squares
-    squares_of_unit = _sum_of_runs(squares, rows.of_unit)[rows.unit]
+    of_row = squares.to(wide).sum(1)
+    products = sums[:, 0].to(wide).square().sum(1) - of_row
+    squares_of_unit = _sum_of_runs(of_row, rows.of_unit)[rows.unit]
     products_of_unit = of_units[:, 0].to(wide).square().sum(1) - squares_of_unit
-    number = _sum_of_runs(torch.ones_like(squares), rows.of_unit)[rows.unit]
+    number = _sum_of_runs(torch.ones_like(of_row), rows.of_unit)[rows.unit]
     missed = products_of_unit / number - products * rows.inverse_share
     return _ModelSums(
         rows=rows,
         x=row_x,
         phi=phi,
         coefficients=form @ (of_units - sums * share),
+        ratio=ratio,
+        squares=squares,
         own=((phi @ form) * phi).sum(2) * (1 - share.squeeze(2)),
         products=missed,
     )
@@ -564,13 +568,15 @@ def _noise(fit: _Fit, plan: _Plan, factor: Tensor, share: float) -> Tensor:
     """The expected square of the gradient's error, summed over all tokens; ``factor`` ``[N]`` is what G is multiplied by
     in it. From the residuals of the fit's tokens with their partners there, of what is orthogonal to the token."""
     wide = wide_dtype(factor.device)
-    n = fit.pairs.sum(2).to(wide)
+    n = fit.pairs.sum(2)
+    residual = fit.slope
+    if fit.basis is not None and fit.coefficients is not None:
+        residual = residual - (fit.coefficients.view(-1, 1, 1, 1) * fit.basis).sum(0)
     c = (fit.tokens @ fit.tokens.mT).to(wide)
     squares = c.diagonal(dim1=1, dim2=2)
     inverse = torch.where(squares > 0, 1 / squares, 0.0)
-    residual = fit.residual.to(wide)
     second = (residual.square() * (squares.unsqueeze(1) - c.square() * inverse.unsqueeze(2))).sum(2)
-    total = (fit.residual @ fit.tokens).to(wide)
+    total = (residual.to(fit.tokens.dtype) @ fit.tokens).to(wide)
     first = total.square().sum(2) - (total * fit.tokens).sum(2).square() * inverse
     variance = ((second - first / n.clamp(min=1)) / (n - 1).clamp(min=1)).clamp(min=0)
     others = (plan.unit_tokens[fit.unit] - 1).clamp(min=1).to(wide).unsqueeze(1)

@@ -212,11 +212,16 @@ class _Rows(NamedTuple):
     """(r + eps) / r, 0 where r is 0."""
 
 
-def transform(z: Tensor, norm: Tensor, potential: Potential, left_out: Tensor) -> tuple[Tensor, _Rows | None]:
-    """x ``[B, L, F]`` in the accumulation dtype, 0 for the tokens left out, and what its gradient needs."""
+def transform(
+    z: Tensor, norm: Tensor, potential: Potential, left_out: Tensor, in_place: bool = False
+) -> tuple[Tensor, _Rows | None]:
+    """x ``[B, L, F]`` in the accumulation dtype, 0 for the tokens left out, and what its gradient needs.
+
+    ``in_place``: the memory of ``z``, contiguous and of that dtype, may take x.
+    """
     if potential.row_transform == "normalize":
         rows = _inverse_norms(norm, potential.norm_eps)
-        return _zero_(left_out, (z * rows.inverse).contiguous()), rows
+        return _zero_(left_out, z.mul_(rows.inverse) if in_place else (z * rows.inverse).contiguous()), rows
     x = _zero_(left_out, z.to(norm.dtype, copy=True, memory_format=torch.contiguous_format))
     if potential.row_transform == "standardize":
         # The rounded mean of a constant token may differ from its features; it must not be blown up to length 1.
