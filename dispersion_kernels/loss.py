@@ -37,9 +37,9 @@ class SamplingStats(NamedTuple):
     """What :func:`fused_dispersion_loss` says of its estimate with ``return_stats=True``."""
 
     relative_error: Tensor
-    """The relative error to expect of the gradient, the root of its mean square: ``[]``, or ``[layers]`` for a list. From
-    the residuals of the pairs that the model of the control variate was fitted to: within a third of the truth or so. 0
-    where all pairs were visited."""
+    """The relative error to expect of the gradient, the root of its mean square: ``[]``, or ``[layers]`` for a list. It
+    is estimated from the residuals of a few thousand pairs, and right within a third or so; 0 where all pairs were
+    visited."""
 
 
 @overload
@@ -127,16 +127,15 @@ def fused_dispersion_loss(
             stays one sequence with one loss, the (log-)mean over the pairs that are left. For a loss a document, pack
             them with ``cu_seqlens``.
         max_tokens: at least 2: this many tokens, drawn at random for each sequence by itself. None: all tokens.
-        pairs: ``"all"``, or the share, from 0 to 1, of the pairs to visit: the tokens of each sequence meet in random
-            groups of ``share * L`` (at least 16) that cover them all, in 3 share B L^2 F FLOPs and some passes over the
-            tokens. Mean psi and its gradient are unbiased estimates; 1/16 of 1,024 tokens costs what 256 of them do and
-            has a hundredth of their error. 0: no pair but those of a small sample, from which a model of the slope is
-            fitted; of whole sequences alone, in linear time, and with a bias of some percent of the gradient.
-            The estimators and their variance are in :mod:`dispersion_kernels.sampling`. Not for potentials of a
-            distance.
-        control_variate: what is known of the pairs that are not visited: ``"none"``; ``"constant"``, their mean slope; or
-            ``"low_rank"``, a slope that is linear in an estimate of c, for some more passes over the tokens. ``"auto"``:
-            ``"low_rank"``, and all pairs of sequences of up to 256 tokens, where sampling saves nothing.
+        pairs: ``"all"``, or a share of the pairs, from 0 to 1: the tokens of each sequence meet in random groups of
+            ``share * L`` (at least 16) that cover them all, in 3 share B L^2 F FLOPs and some passes over the tokens.
+            Mean psi and its gradient are unbiased estimates; at 1/16, the pairs of a subsample of a quarter of the
+            tokens, with a hundredth of its error. 0: no pairs but a few thousand, which a model of the slope is fitted
+            to: in linear time, with a bias of some percent of the gradient, and for whole sequences alone. Estimators
+            and variance: :mod:`dispersion_kernels.sampling`. Not for potentials of a distance.
+        control_variate: what stands for the pairs that are not visited: ``"none"``, nothing; ``"constant"``, their mean
+            slope; ``"low_rank"``, a slope that is linear in an estimate of c, for some more passes over the tokens.
+            ``"auto"``: ``"low_rank"``, and all pairs of up to 256 tokens, where sampling saves nothing.
         generator: for these draws; on the device of ``z``.
         return_stats: also return :class:`SamplingStats`.
         reduction: ``"mean"`` over the sequences that have a pair, their ``"sum"``, or ``"none"``: one loss a sequence,
@@ -321,7 +320,8 @@ class DispersionLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.potential}, max_tokens={self.max_tokens}, pairs={self.pairs!r}, "
-            f"control_variate={self.control_variate!r}, reduction={self.reduction!r}, recompute={self.recompute}, impl={self.impl!r}"
+            f"control_variate={self.control_variate!r}, reduction={self.reduction!r}, recompute={self.recompute}, "
+            f"impl={self.impl!r}"
         )
 
 
@@ -369,7 +369,7 @@ def check_pairs(pairs: Pairs, control_variate: str, potential: Potential, max_to
         )
     if pairs == 0 and control_variate == "none":
         raise ValueError(
-            "pairs=0 with control_variate='none' leaves nothing of the loss; take control_variate='low_rank', or a share"
+            "pairs=0 with control_variate='none' leaves nothing of the loss; take control_variate='low_rank' or a share"
         )
     if potential.row_transform == "none":
         of_angle = [name for name, cls in BUILT_IN.items() if cls.row_transform != "none"]
@@ -395,7 +395,7 @@ def _check_sampled(
 
 
 def _visits_all(pairs: float, control_variate: str, z: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether all pairs are to be visited, by the shape: a clique would be a whole sequence, or sampling saves nothing."""
+    """Whether the shape says to visit all pairs: a clique would be a whole sequence, or sampling saves nothing."""
     length = z.shape[1] if cu_seqlens is None else z.shape[1] // max(1, cu_seqlens.numel() - 1)
     return length <= clique_tokens(pairs, length) or (control_variate == "auto" and length <= _SHORT)
 

@@ -2,27 +2,29 @@
 
 The tokens that pair with each other, a *unit* (a sequence, or a document in it), are shuffled and cut into *cliques* of
 share * L tokens, and only the pairs within a clique are visited: that share of the work, every token with as many
-partners as any other, and nothing that a backend would have to know, because a clique is to it a short sequence of its
-own. Any two tokens of a unit of n share a clique with the same probability p = (pairs within its cliques) / (n (n - 1)),
-so that, with S_i the partners of i in its clique,
+partners as any other, and nothing that a backend would have to know, because to it a clique is a short sequence of its
+own. Any two tokens of a unit of n share a clique with the same probability p = (pairs within cliques) / (n (n - 1)), so
+that, with S_i the partners of i in its clique,
 
     G_i = sum_{j != i} h_ij x_j + 1/p sum_{j in S_i} (slope(c_ij) - h_ij) x_j
 
 is an unbiased estimate of sum_{j != i} slope(c_ij) x_j for every h that does not depend on the shuffle. Its variance is
 that of a mean over a sample without replacement: with m partners in S_i,
 
-    Var G_i = (n - 1)^2 / m (1 - m / (n - 1)) Var_j((slope(c_ij) - h_ij) x_j).
+    Var G_i = (n - 1)^2 / m (1 - m / (n - 1)) Var_j((slope(c_ij) - h_ij) x_j),
 
-Which of the designs with m partners a token is taken (cliques, blocks at random distances) does not matter to it.
+which of the designs with m partners a token is taken, cliques or blocks at random distances, does not matter to it.
 
-The model h_ij = phi_i . B phi_j is of low rank, so that its sum over *all* pairs, and over those of a clique, are thin
-matrix products: sum_j h_ij x_j = (B phi_i) . sum_j phi_j x_j. ``constant`` has phi = 1. ``low_rank`` has phi = (1, a, y)
-and h_ij = b0 + b1 (a_i + a_j) + b2 a_i a_j + b3 y_i . Q y_j, where a is the component of x along the mean direction and y
-. Q y the product of what is left, projected on _RANK principal directions: a quadratic in a and a line in an estimate of
-c. Directions and coefficients are those of the pairs of a few hundred tokens, drawn independently of the shuffle. psi has
-the control variate d1 c, whose mean over all pairs is known from |sum_j x_j|^2. The loss is log(P / n + eps) and its
-gradient G over P: both unbiased, and their quotient, like the logarithm, biased by about Var P / P^2, one part in the
-number of visited pairs.
+The model h_ij = phi_i . B phi_j is of low rank, so that its sums over *all* pairs, and over those of a clique, are thin
+matrix products: sum_j h_ij x_j = (B phi_i) . sum_j phi_j x_j. ``constant`` has phi = 1. ``low_rank`` has
+phi = (1, a, y) and h_ij = b0 + b1 (a_i + a_j) + b2 a_i a_j + b3 y_i . Q y_j: a is the component of x along the mean
+direction, y are the components along _RANK principal directions of the rest, and Q, the inverse of the directions'
+products, makes y_i . Q y_j the product of the two projections: h is a line in an estimate of c. Directions and
+coefficients are from the pairs of a few random tokens, drawn independently of the shuffle. psi has the control variate
+d1 c, whose mean over all pairs is known from |sum_j x_j|^2.
+
+The loss is log(P / n + eps), its gradient G / (P + n eps): P and G are unbiased, their logarithm and quotient biased by
+about Var P / P^2, one part in the number of visited pairs.
 
 With a share of 0 no pairs but those of the fit are visited: G_i is the first sum alone, in time O(L F), and its bias
 sum_j (h_ij - slope(c_ij)) x_j.
@@ -74,7 +76,7 @@ class Estimate(NamedTuple):
     scale: Tensor | None
     """``[B, L]``."""
     error: Tensor
-    """``[]``: the relative error of the gradient to expect; NaN where it, or the gradient, was not asked for."""
+    """``[]``: the relative error of the gradient to expect; 0 where it was not asked for, or no gradient."""
 
 
 # A backend's sweep of tokens ``[R, L, F]``, each row a sequence, or packed ones ``[1, N, F]`` with groups and bounds:
@@ -150,9 +152,9 @@ def estimate(
         mean = torch.where(corrected <= 0, mean, corrected) if logarithmic else corrected
     empty = plan.pairs == 0
     loss = ((mean + potential.log_eps).log() if logarithmic else mean).masked_fill(empty, 0.0)
-    nothing = loss.new_full((), math.nan)
+    error = loss.new_zeros(())
     if not with_grad:
-        return Estimate(loss, plan.pairs, None, None, nothing)
+        return Estimate(loss, plan.pairs, None, None, error)
 
     # d loss / dx_i = per_pair sum_j slope(c_ij) x_j.
     slope = (1 / (mean + potential.log_eps) if logarithmic else torch.ones_like(mean)).masked_fill(empty, 0.0)
@@ -173,7 +175,6 @@ def estimate(
             unit = (rows.of(of_sweep) / rows.of(inverse)).nan_to_num(0.0, 0.0, 0.0).amax(1).to(wide)
             unit = unit * of_clique[rows.clique] / per_pair[plan.sequence_of_clique][rows.clique]
             sums.add_to(grad, torch.where(unit > 0, 1 / unit, 0.0).to(dtype))
-    error = nothing
     if fit is not None and with_error:
         signal = (torch.linalg.vector_norm(grad, dim=1) * scale).to(wide).square().sum()
         noise = _noise(fit, plan, per_pair.to(dtype)[plan.sequence_of_token] * inverse, share)
@@ -212,9 +213,9 @@ class _Rows:
     def of(self, values: Tensor) -> Tensor:
         """``[R, size, ...]`` from ``[N, ...]``, 0 where there is no token."""
         if self.table is None:
-            return values.unflatten(0, self.shape)
+            return values.view(*self.shape, *values.shape[1:])
         padded = torch.cat([values, torch.zeros_like(values[:1])])
-        return padded.index_select(0, self.table.flatten()).unflatten(0, self.shape)
+        return padded.index_select(0, self.table.flatten()).view(*self.shape, *values.shape[1:])
 
     def add_to(self, values: Tensor, of_rows: Tensor) -> None:
         """Adds ``[R, size, ...]`` to ``[N, ...]``."""
@@ -311,7 +312,7 @@ def _ragged_cliques(groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: T
     """
     batch, length = shuffle.shape
     count, device, wide = shuffle.numel(), shuffle.device, wide_dtype(shuffle.device)
-    read = device.type == "cpu"
+    read = _may_read(device)
     if cu_seqlens is None:
         sequences, sequence = batch, torch.arange(batch, device=device).repeat_interleave(length)
     else:
@@ -401,6 +402,11 @@ def _ragged_cliques(groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: T
     )
 
 
+def _may_read(device: torch.device) -> bool:
+    """Whether reading a value costs nothing; elsewhere it would synchronise."""
+    return device.type == "cpu"
+
+
 @dataclass(frozen=True)
 class _Fit:
     """A model of the slope and of psi, and the pairs that they are from."""
@@ -469,6 +475,7 @@ def _fit(x: Tensor, plan: _Plan, uniform: Tensor, potential: Potential, control_
         rest = torch.addcmul(tokens, a.unsqueeze(2), along, value=-1).flatten(0, 1)
         # One power iteration from some of the tokens themselves.
         principal = (rest[:: rest.shape[0] // _RANK][:_RANK] @ rest.T) @ rest
+        principal = torch.nn.functional.normalize(principal, dim=1)
         y = (rest @ principal.T).unflatten(0, positions.shape)
         form_of_y = _solve(principal @ principal.T, torch.eye(_RANK, dtype=x.dtype, device=x.device))
         a = (a - centre).to(wide)
@@ -497,7 +504,8 @@ def _fit(x: Tensor, plan: _Plan, uniform: Tensor, potential: Potential, control_
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     """The solution of a symmetric system, not negative; 0 for an unknown whose row is 0."""
-    scale = matrix.diagonal().clamp(min=torch.finfo(matrix.dtype).tiny).rsqrt()
+    diagonal = matrix.diagonal()
+    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
     ridge = _RIDGE * torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
     scaled = matrix * scale * scale.unsqueeze(1) + ridge
     # Without a check of what it finds, it does not synchronise.
@@ -565,8 +573,8 @@ def _model_sums(x: Tensor, ratio: Tensor, fit: _Fit, form: Tensor, rows: _Rows) 
 
 
 def _noise(fit: _Fit, plan: _Plan, factor: Tensor, share: float) -> Tensor:
-    """The expected square of the gradient's error, summed over all tokens; ``factor`` ``[N]`` is what G is multiplied by
-    in it. From the residuals of the fit's tokens with their partners there, of what is orthogonal to the token."""
+    """The expected square of the gradient's error, summed over all tokens: from the residuals of the fit's tokens with
+    their partners there, of what is orthogonal to the token. ``factor`` ``[N]`` is what G is multiplied by."""
     wide = wide_dtype(factor.device)
     n = fit.pairs.sum(2)
     residual = fit.slope
@@ -593,5 +601,6 @@ def _noise(fit: _Fit, plan: _Plan, factor: Tensor, share: float) -> Tensor:
 def _sum_of_runs(values: Tensor, runs: _Runs) -> Tensor:
     """``[runs, ...]`` from ``[R, ...]``."""
     if isinstance(runs, int):
-        return values.unflatten(0, (-1, runs)).sum(1)
-    return torch.segment_reduce(values, "sum", offsets=runs, axis=0, unsafe=True)
+        return values.view(-1, runs, *values.shape[1:]).sum(1)
+    of_runs: Tensor = torch.segment_reduce(values, "sum", offsets=runs, axis=0, unsafe=True)
+    return of_runs
