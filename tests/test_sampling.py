@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
+from conftest import IMPLS, Answer, evaluate, oracle, skip_unless_supported
 from torch import Tensor
 
 from dispersion_kernels import (
@@ -22,7 +23,6 @@ from dispersion_kernels import (
 )
 from dispersion_kernels.sampling import Draws, estimate
 from dispersion_kernels.sweep import sweep
-from tests.conftest import IMPLS, Answer, evaluate, oracle, skip_unless_supported
 
 SAMPLED: dict[str, Potential] = {
     "angular_spread": AngularSpread(),
