@@ -192,10 +192,13 @@ def number(low: float, below: float = math.inf) -> Any:
 
 
 def share_or_all(text: str) -> str | float:
-    if text == "all":
-        return text
-    share: float = number(0, below=math.nextafter(1, 2))(text)
-    return share
+    try:
+        share = math.nan if text == "all" else float(text)
+    except ValueError:
+        share = math.nan
+    if text != "all" and not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"wanted all, or a share of the pairs from 0 to 1, got {text!r}")
+    return text if text == "all" else share
 
 
 def tokens_or_all(text: str) -> int | None:
