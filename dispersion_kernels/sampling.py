@@ -463,10 +463,13 @@ def _fit(x: Tensor, plan: _Plan, uniform: Tensor, potential: Potential, control_
     variance = deviation.square().sum()
     psi_slope = torch.where(variance > 0, (deviation * psi).sum() / variance, 0.0)
 
+    # Of slope x_j the token i sees what is orthogonal to it, sqrt(1 - c^2) of its length.
+    weight = there * (1 - c.square()).clamp(min=0)
     form = directions = basis = b = None
     centre = x.new_zeros(())
     if control_variate == "constant":
-        basis, b = there.unsqueeze(0), (slope.sum() / count).view(1)
+        basis = there.unsqueeze(0)
+        b = (slope * weight).sum().view(1) / weight.sum().clamp(min=torch.finfo(wide).tiny)
         form = b.view(1, 1)
     elif control_variate == "low_rank":
         along = torch.nn.functional.normalize(tokens.mean((0, 1)), dim=0)
@@ -481,8 +484,8 @@ def _fit(x: Tensor, plan: _Plan, uniform: Tensor, potential: Potential, control_
         a = (a - centre).to(wide)
         left, right = a.unsqueeze(2), a.unsqueeze(1)
         basis = torch.stack([there, (left + right) * there, left * right * there, ((y @ form_of_y) @ y.mT) * there])
-        flat = basis.flatten(1)
-        b = _solve(flat @ flat.T, flat @ slope.view(-1, 1)).flatten()
+        flat, weighted = basis.flatten(1), (basis * weight).flatten(1)
+        b = _solve(weighted @ flat.T, weighted @ slope.view(-1, 1)).flatten()
         form = torch.block_diag(b[[0, 1, 1, 2]].view(2, 2), b[3] * form_of_y)
         directions = torch.cat([along.unsqueeze(0), principal])
     return _Fit(
