@@ -1,4 +1,4 @@
-"""``python -m benchmarks --suite loss|memory|train|accuracy|static|scale [--quick] [--out results.csv]``.
+"""``python -m benchmarks --suite NAME [--quick] [--out results.csv]``.
 
 On a CUDA device where there is one, else on the CPU.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy, loss, memory, scale, static_report, train
+from benchmarks import accuracy, convergence, loss, memory, sampling, scale, static_report, train
 from benchmarks.machine import write_csv
 
 SUITES: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
@@ -19,11 +19,14 @@ SUITES: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
     "train": train.run,
     "accuracy": accuracy.run,
     "scale": scale.run,
+    "sampling": sampling.run,
+    "convergence": convergence.run,
 }
 WHAT = (
     "loss: time, memory and error against the naive version and its peers; memory: peak and time against L; train: "
     "the cost of a training step; accuracy: errors by dtype and condensation; static: the compiled GPU kernels; "
-    "scale: one very long sequence under a memory ceiling"
+    "scale: one very long sequence under a memory ceiling; sampling: the gradient's error against time, of a share of "
+    "the pairs; convergence: where training with it ends"
 )
 
 

@@ -1,7 +1,7 @@
 """Tables and plots from the CSV files of the suites: ``python -m benchmarks.report [--check]``.
 
-Writes docs/benchmarks.md, docs/scaling-*.png and, in README.md, what stands between ``<!-- NAME -->`` and
-``<!-- end -->``. ``--check`` writes nothing, and fails where the texts are not what the CSV files make.
+Writes docs/benchmarks.md, docs/scaling-*.png, docs/sampling-*.png and, in README.md, what stands between ``<!-- NAME
+-->`` and ``<!-- end -->``. ``--check`` writes nothing, and fails where the texts are not what the CSV files make.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import csv
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.machine import write_text
 from dispersion_kernels.condensation import COLOURS, MARKERS
@@ -39,12 +41,18 @@ Forward and backward of one sequence of L tokens, each measurement in a process 
 input, in multiples of the input's bytes (MiB), and milliseconds. On a CPU, row-chunked keeps what glibc's allocator
 does not give back, far more than its tensors.""",
     "train": """\
-A step of the trainer; the four runs take batches of steps in turn. Peak memory is what a step takes beyond weights and
+A step of the trainer; the runs take batches of steps in turn. Peak memory is what a step takes beyond weights and
 the optimiser's state; an activation is the fp32 hidden states of one layer.""",
     "accuracy": """\
 Relative error of the gradient (of the loss), against float64 on the same numbers.""",
     "scale": """\
 Loss and gradient of one sequence, in a process whose memory beyond the input has a ceiling.""",
+    "sampling": """\
+Relative error of the gradient, of its part that is orthogonal to each token, and milliseconds of forward and backward.
+*n partners*: each token meets so many others, a share n / L of the pairs; *0*: the model of the slope alone.""",
+    "convergence": """\
+The trainer's nano GPT-2 from several seeds: mean and standard deviation, and of the difference from all pairs, seed by
+seed, mean and standard error.""",
 }
 
 
@@ -68,6 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name in results:
         if name.startswith("memory-"):
             print(plot_scaling(results[name], ROOT / "docs" / f"{name.replace('memory', 'scaling')}.png"))
+        if name.startswith("sampling-"):
+            print(plot_sampling(results[name], ROOT / "docs" / f"{name}.png"))
 
 
 def read_results(folder: Path) -> dict[str, list[Row]]:
@@ -89,6 +99,8 @@ def page(results: dict[str, list[Row]]) -> str:
         parts += [f"## {name}", "", ABOUT[suite], "", TABLES[suite](rows), "", machine(rows), ""]
         if suite == "memory":
             parts += [f"![Time and peak memory against L]({name.replace('memory', 'scaling')}.png)", ""]
+        if suite == "sampling":
+            parts += [f"![Error of the gradient against time]({name}.png)", ""]
     return "\n".join(parts)
 
 
@@ -300,20 +312,115 @@ def scale_table(rows: list[Row]) -> str:
     return table(header, lines)
 
 
+def sampling_full(rows: list[Row]) -> str:
+    return _sampling(rows, list(dict.fromkeys(row["variant"] for row in rows)))
+
+
+def sampling_short(rows: list[Row]) -> str:
+    """The middle of what there is."""
+    return _sampling(
+        rows, ["256 tokens, naive", "none, 64", "constant, 64", "low_rank, 64", "low_rank, 0", "all pairs"]
+    )
+
+
+def _sampling(rows: list[Row], variants: list[str]) -> str:
+    found = {(row["source"], row["L"], row["tau"], row["variant"]): row for row in rows}
+    lines = []
+    for source, length, tau in dict.fromkeys((row["source"], row["L"], row["tau"]) for row in rows):
+        of_case = [found.get((source, length, tau, name)) for name in variants]
+        cells = [f"{float(row['error']):.1%}, {float(row['ms']):,.1f}" if row else "-" for row in of_case]
+        lines.append([f"{source}, L = {int(length):,}, tau = {float(tau):g}", *cells])
+    return table(["error, ms", *(_partners(name) for name in variants)], lines)
+
+
+def _partners(variant: str) -> str:
+    model, _, number = variant.partition(", ")
+    return f"{model.replace('_', ' ')}, {number} partners" if number.isdigit() else variant
+
+
+def convergence_table(rows: list[Row]) -> str:
+    measured = ("validation_loss", "cosine_last", "cosine_mean")
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    found = {(row["variant"], row["seed"]): row for row in rows}
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    header = [f"`{rows[0]['recipe']}`, {len(seeds)} seeds"]
+    header += [part for name in measured for part in (name.replace("_", " "), "less all pairs")]
+    lines = []
+    for name in names:
+        line = [name]
+        for key in measured:
+            values = [float(found[name, seed][key]) for seed in seeds]
+            gaps = [value - float(found["all pairs", seed][key]) for value, seed in zip(values, seeds, strict=True)]
+            line.append(_mean(values, 1))
+            line.append("" if name == "all pairs" else _mean(gaps, len(gaps)))
+        lines.append(line)
+    return table(header, lines)
+
+
+def _mean(values: list[float], of: int) -> str:
+    """With the standard deviation of a mean of so many."""
+    deviation = statistics.stdev(values) / of**0.5 if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+
+
+def plot_sampling(rows: list[Row], path: Path) -> Path:
+    """Error against time, one panel for each L and tau, of the first source of a pretrained model, or the first.
+
+    Raises ModuleNotFoundError where matplotlib is missing.
+    """
+    figure_class = _figure()
+    sources = list(dict.fromkeys(row["source"] for row in rows))
+    source = next((name for name in sources if "SmolLM" in name), sources[0])
+    rows = [row for row in rows if row["source"] == source]
+    lengths = list(dict.fromkeys(row["L"] for row in rows))
+    taus = list(dict.fromkeys(row["tau"] for row in rows))
+    figure = figure_class(figsize=(4.4 * len(lengths), 3.4 * len(taus)), layout="constrained")
+    panels = figure.subplots(len(taus), len(lengths), squeeze=False, sharey="row", sharex="col")
+    models = {"none": "pairs, no model", "constant": "pairs, constant", "low_rank": "pairs, low rank"}
+    for line, tau in zip(panels, taus, strict=True):
+        for axes, length in zip(line, lengths, strict=True):
+            case = [row for row in rows if (row["L"], row["tau"]) == (length, tau)]
+            at = {row["variant"]: (float(row["ms"]), float(row["error"])) for row in case}
+            axes.plot(
+                *at["256 tokens, naive"], "x", color="0.2", markersize=9, markeredgewidth=2.5, label="256 tokens, naive"
+            )
+            axes.plot(*at["256 tokens"], "+", color="0.2", markersize=11, markeredgewidth=2.5, label="256 tokens, ours")
+            for (model, label), colour, marker in zip(models.items(), COLOURS, MARKERS, strict=False):
+                curve = [point for name, point in at.items() if re.fullmatch(rf"{model}, [1-9]\d*", name)]
+                axes.plot(
+                    *zip(*curve, strict=True), color=colour, marker=marker, markersize=5, linewidth=2, label=label
+                )
+                if f"{model}, 0" in at:
+                    axes.plot(
+                        *at[f"{model}, 0"],
+                        marker,
+                        color=colour,
+                        markersize=9,
+                        markerfacecolor="white",
+                        markeredgewidth=2,
+                    )
+            axes.axvline(at["all pairs"][0], color="0.6", linestyle=":", linewidth=1.4)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.grid(color="0.92")
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.set_title(f"L = {int(length):,}, tau = {float(tau):g}", loc="left", fontsize=11)
+    for axes in panels[-1]:
+        axes.set_xlabel("forward + backward, ms (dotted: all pairs)")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("error of the gradient")
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{source}, F = {rows[0]['F']}; filled: 32 to 256 partners a token; open: no pairs", fontsize=11)
+    return _saved(figure, path)
+
+
 def plot_scaling(rows: list[Row], path: Path) -> Path:
     """Time and peak memory against L, log-log, with the limit, and where a variant ran out of memory.
 
     Raises ModuleNotFoundError where matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'drawing needs matplotlib: pip install "dispersion-kernels[bench]"', name=error.name
-        ) from error
-
-    # Without pyplot: no display, no global state, no figure left open.
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = _figure()(figsize=(11, 4.6), layout="constrained")
     time, memory = figure.subplots(1, 2)
     names = list(dict.fromkeys(row["variant"] for row in rows))
     for name, colour, marker in zip(names, COLOURS, MARKERS, strict=False):
@@ -352,6 +459,21 @@ def plot_scaling(rows: list[Row], path: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     time.legend(frameon=False)
     time.set_title(f"One sequence, F = {rows[0]['F']}, {rows[0]['dtype']}", loc="left", fontsize=11)
+    return _saved(figure, path)
+
+
+def _figure() -> Any:
+    """Matplotlib's class, without pyplot: no display, no global state, no figure left open."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'drawing needs matplotlib: pip install "dispersion-kernels[bench]"', name=error.name
+        ) from error
+    return Figure
+
+
+def _saved(figure: Any, path: Path) -> Path:
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, dpi=130, format="png")
     temporary.replace(path)
@@ -364,12 +486,15 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "train": train_table,
     "accuracy": accuracy_full,
     "scale": scale_table,
+    "sampling": sampling_full,
+    "convergence": convergence_table,
 }
 SHORT: dict[str, Callable[[list[Row]], str]] = {
     **TABLES,
     "headline": headline,
     "loss": loss_short,
     "accuracy": accuracy_short,
+    "sampling": sampling_short,
 }
 
 

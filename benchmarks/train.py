@@ -1,7 +1,7 @@
 """What the loss costs in training: tokens per second and peak memory of the GPT-2 trainer with no loss, with the naive
-one on 256 tokens and on all of them, and with ours on all.
+one on 256 tokens and on all of them, and with ours on all, on a share of the pairs, and on none.
 
-The four runs live in one process and take a batch of steps in turn, so that a machine that slows down slows all of
+The runs live in one process and take a batch of steps in turn, so that a machine that slows down slows all of
 them. Before that, the naive loss on all tokens and ours must give the same cross-entropy, dispersion and gradient norm
 in the first step.
 """
@@ -32,6 +32,8 @@ VARIANTS: dict[str, list[str]] = {
     "naive, 256 tokens": ["--impl", "reference", "--dispersion-tokens", "256"],
     "naive, all tokens": ["--impl", "reference"],
     "ours, all tokens": ["--impl", "auto"],
+    "ours, 1/16 of the pairs": ["--pairs", "0.0625"],
+    "ours, no pairs": ["--pairs", "0"],
 }
 
 

@@ -2,7 +2,7 @@
 
 from dispersion_kernels._version import __version__
 from dispersion_kernels.backends import Support, supported
-from dispersion_kernels.loss import DispersionLoss, fused_dispersion_loss
+from dispersion_kernels.loss import DispersionLoss, SamplingStats, fused_dispersion_loss
 from dispersion_kernels.potentials import (
     AngularSpread,
     Decorrelation,
@@ -23,6 +23,7 @@ __all__ = [
     "Orthogonalization",
     "PerplexityEntropy",
     "Potential",
+    "SamplingStats",
     "Support",
     "Uniformity",
     "__version__",

@@ -20,6 +20,7 @@ from dispersion_kernels.backends import choose
 from dispersion_kernels.cuda import CudaKernels
 from dispersion_kernels.gpu import launch
 from dispersion_kernels.potentials import Potential
+from dispersion_kernels.sampling import Draws, estimate
 from dispersion_kernels.segments import check_cu_seqlens, host_segments, segment_of_token
 from dispersion_kernels.sweep import accumulation_dtype, in_blocks, sweep
 
@@ -43,6 +44,31 @@ def dispersion_loss(
     return loss
 
 
+def sampled_loss(
+    z: Tensor,
+    groups: Tensor | None,
+    cu_seqlens: Tensor | None,
+    potential: Potential,
+    reduction: str,
+    impl: str,
+    recompute: bool,
+    share: float,
+    control_variate: str,
+    draws: Draws,
+    with_error: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss of ``z`` ``[B, L, F]`` from a share of its pairs (:mod:`dispersion_kernels.sampling`), and the relative
+    error to expect of its gradient."""
+    options = (potential.name(), potential.params(), reduction, impl, share, control_variate)
+    if torch.is_grad_enabled() and z.requires_grad:
+        loss, error = _Sampled.apply(z, groups, cu_seqlens, *draws, options, recompute, with_error)
+        return loss, error
+    loss, _, _, error = torch.ops.dispersion_kernels.sampled(
+        z, groups, cu_seqlens, *draws, *options, with_error, with_error
+    )
+    return loss, error
+
+
 class _Dispersion(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -63,38 +89,50 @@ class _Dispersion(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # With create_graph what this returns would count as a constant, and a gradient penalty silently do nothing.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "fused_dispersion_loss was differentiated with create_graph=True, for a second derivative, which it "
-                'does not have. Use impl="reference", which materialises the L x L matrices and has one'
-            )
+        _refuse_second_derivative()
         cu_seqlens, *saved = ctx.saved_tensors
         if ctx.recompute:
             groups, *layers = saved
             _, grads, scale = _run(layers, groups, cu_seqlens, *ctx.options, ctx.needed)
         else:
             *grads, scale = saved
-        factor = upstream[0]
-        if factor.dim() > 0 and cu_seqlens is not None:  # of each sequence, to each token
-            tokens = next(grad for grad, need in zip(grads, ctx.needed, strict=True) if need)
-            factor = factor[segment_of_token(cu_seqlens.to(tokens.device), tokens.shape[1])]
-        fp32_on_cpu = scale.is_cpu and scale.dtype == torch.float32
-        if fp32_on_cpu and _unobserved(*grads, scale, factor) and native.unavailable_reason() is None:
-            # Nobody will want the saved gradient again, so that it can become the one that is returned.
-            in_place = ctx.recompute or (not ctx.hooked and _graph_is_freed())
-            factor = factor.contiguous()
-            of_layers = zip(grads, scale.unbind(), ctx.dtypes, ctx.needed, strict=True)
-            dz = [
-                native.scaled(g, s, factor, dtype, in_place=in_place) if need else None
-                for g, s, dtype, need in of_layers
-            ]
-        else:
-            if factor.dim() > 0 and cu_seqlens is None:
-                factor = factor.unsqueeze(1)
-            of_layers = zip(grads, (scale * factor).unsqueeze(3), ctx.dtypes, ctx.needed, strict=True)
-            dz = [_scaled(g, s, dtype) if need else None for g, s, dtype, need in of_layers]
+        factor = _of_tokens(upstream[0], cu_seqlens, scale.shape[2])
+        dz = _finished(grads, scale, factor, ctx.dtypes, ctx.needed, _owns_what_is_saved(ctx))
         return None, None, None, None, *dz
+
+
+class _Sampled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        groups: Tensor | None,
+        cu_seqlens: Tensor | None,
+        shuffle: Tensor,
+        fit: Tensor,
+        options: tuple[str, list[float], str, str, float, str],
+        recompute: bool,
+        with_error: bool,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (z, groups, cu_seqlens, shuffle, fit)
+        with_grad = with_error or not recompute
+        loss, grad, scale, error = torch.ops.dispersion_kernels.sampled(*inputs, *options, with_grad, with_error)
+        ctx.save_for_backward(cu_seqlens, *(inputs if recompute else (grad, scale)))
+        ctx.options, ctx.recompute, ctx.hooked, ctx.dtype = options, recompute, _hooks_see_what_is_saved(), z.dtype
+        ctx.mark_non_differentiable(error)
+        return loss, error
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
+        cu_seqlens, *saved = ctx.saved_tensors
+        if ctx.recompute:
+            _, grad, scale, _ = torch.ops.dispersion_kernels.sampled(*saved, *ctx.options, True, False)
+        else:
+            grad, scale = saved
+        factor = _of_tokens(upstream[0], cu_seqlens, scale.shape[1])
+        (dz,) = _finished([grad], scale.unsqueeze(0), factor, [ctx.dtype], [True], _owns_what_is_saved(ctx))
+        return dz, None, None, None, None, None, None, None
 
 
 def _run(
@@ -136,10 +174,49 @@ def _hooks_see_what_is_saved() -> bool:
     return top is None or (not torch.compiler.is_compiling() and top(True) is not None)
 
 
-def _graph_is_freed() -> bool:
-    """Whether what the running backward saved is dropped after it. PyTorch has no public name for that."""
-    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return keeps is not None and not keeps()
+def _owns_what_is_saved(ctx: Any) -> bool:
+    """Whether nobody will want the saved gradient again. PyTorch has no public name for a graph that is freed."""
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return bool(ctx.recompute or (not ctx.hooked and keeps_graph is not None and not keeps_graph()))
+
+
+def _refuse_second_derivative() -> None:
+    # With create_graph what backward returns would count as a constant, and a gradient penalty silently do nothing.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "fused_dispersion_loss was differentiated with create_graph=True, for a second derivative, which it "
+            'does not have. Use impl="reference", which materialises the L x L matrices and has one'
+        )
+
+
+def _of_tokens(upstream: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
+    """The upstream gradient as a factor of tokens ``[B, L]``."""
+    if upstream.dim() == 0:
+        return upstream
+    if cu_seqlens is None:
+        return upstream.unsqueeze(1)
+    return upstream[segment_of_token(cu_seqlens.to(upstream.device), length)]
+
+
+def _finished(
+    grads: Sequence[Tensor],
+    scale: Tensor,
+    factor: Tensor,
+    dtypes: Sequence[torch.dtype],
+    needed: Sequence[bool],
+    in_place: bool,
+) -> list[Tensor | None]:
+    """``grads`` ``[B, L, F]``, one a layer, times ``scale`` ``[layers, B, L]`` and ``factor`` of the tokens; with
+    ``in_place`` a gradient may become the one that is returned."""
+    fp32_on_cpu = scale.is_cpu and scale.dtype == torch.float32
+    if fp32_on_cpu and _unobserved(*grads, scale, factor) and native.unavailable_reason() is None:
+        factor = factor.reshape(-1)
+        of_layers = zip(grads, scale.unbind(), dtypes, needed, strict=True)
+        return [
+            native.scaled(g, s, factor, dtype, in_place=in_place) if need else None for g, s, dtype, need in of_layers
+        ]
+    of_layers = zip(grads, (scale * factor).unsqueeze(3), dtypes, needed, strict=True)
+    return [_scaled(g, s, dtype) if need else None for g, s, dtype, need in of_layers]
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -319,3 +396,84 @@ def _forward_fake(
     grads = [z.new_empty(z.shape if need else 0, dtype=dtype) for z, need in needs]
     scale = z.new_empty((len(layers), *z.shape[:2]) if any(with_grad) else 0, dtype=dtype)
     return loss, grads, scale
+
+
+_library.define(
+    "sampled(Tensor z, Tensor? groups, Tensor? cu_seqlens, Tensor shuffle, Tensor fit, str potential, float[] params,"
+    " str reduction, str impl, float share, str control_variate, bool with_grad, bool with_error)"
+    " -> (Tensor loss, Tensor grad, Tensor scale, Tensor error)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl(_library, "sampled", "CompositeExplicitAutograd")
+def _sampled(
+    z: Tensor,
+    groups: Tensor | None,
+    cu_seqlens: Tensor | None,
+    shuffle: Tensor,
+    fit: Tensor,
+    potential: str,
+    params: list[float],
+    reduction: str,
+    impl: str,
+    share: float,
+    control_variate: str,
+    with_grad: bool,
+    with_error: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``forward``, of one layer: ``grad`` ``[B, L, F]`` and ``scale`` ``[B, L]``, empty without a gradient, and the
+    relative error to expect of their product."""
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, z.shape[1])
+    run = _SWEEPS[choose(impl, z, potential)]
+
+    def sweep_cliques(tokens: Tensor, groups: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        loss, grads, scale = run([tokens], groups, bounds, potential, params, "none", [with_grad])
+        return loss, grads[0], scale
+
+    with torch.autocast(z.device.type, enabled=False):
+        found = estimate(
+            z,
+            groups,
+            cu_seqlens,
+            Potential.from_params(potential, params),
+            Draws(shuffle, fit),
+            share,
+            control_variate,
+            with_grad,
+            with_error,
+            sweep_cliques,
+        )
+    weight = _weight(1, reduction, found.pairs)
+    dtype = accumulation_dtype(z.dtype)
+    loss = (found.loss if reduction == "none" else found.loss.sum()) * weight
+    if found.grad is None or found.scale is None:
+        grad, scale = z.new_empty(0, dtype=dtype), z.new_empty(0, dtype=dtype)
+    else:
+        grad, scale = found.grad, (found.scale * weight).to(dtype)
+    return loss.to(dtype), grad, scale, found.error.to(dtype)
+
+
+@torch.library.register_fake("dispersion_kernels::sampled")
+def _sampled_fake(
+    z: Tensor,
+    groups: Tensor | None,
+    cu_seqlens: Tensor | None,
+    shuffle: Tensor,
+    fit: Tensor,
+    potential: str,
+    params: list[float],
+    reduction: str,
+    impl: str,
+    share: float,
+    control_variate: str,
+    with_grad: bool,
+    with_error: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = accumulation_dtype(z.dtype)
+    loss = z.new_empty(sequences if reduction == "none" else (), dtype=dtype)
+    grad = z.new_empty(z.shape if with_grad else 0, dtype=dtype)
+    scale = z.new_empty(z.shape[:2] if with_grad else 0, dtype=dtype)
+    return loss, grad, scale, z.new_empty((), dtype=dtype)

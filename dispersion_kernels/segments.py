@@ -50,7 +50,7 @@ def sample_packed_tokens(
     if groups is not None:
         keys = keys + (groups[0] < 0).to(keys.dtype)
     # A token's place after its segment's beginning is the rank of its key there.
-    order = _order(segment, keys)
+    order = order_of(segment, keys)
     position = torch.empty_like(order)
     position[order] = torch.arange(tokens, device=device)
     left_out = position - cu_seqlens.long()[segment] >= max_tokens
@@ -82,14 +82,14 @@ def within_segments(groups: Tensor | None, cu_seqlens: Tensor, tokens: int) -> T
 def _runs(sequence: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     """``[N]``: the tokens in order of their sequence and, within it, of their group; and whether each, in that order,
     is the first of its group."""
-    order = _order(sequence, groups)
+    order = order_of(sequence, groups)
     ids, places = groups[order], sequence[order]
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[1:] = (ids[1:] != ids[:-1]) | (places[1:] != places[:-1])
     return order, begins
 
 
-def _order(first: Tensor, second: Tensor) -> Tensor:
+def order_of(first: Tensor, second: Tensor) -> Tensor:
     """The order of sorting by ``first`` and, where that is equal, by ``second``."""
     by_second = second.argsort(stable=True)
     return by_second[first[by_second].argsort(stable=True)]

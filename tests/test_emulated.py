@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import sass
-from dispersion_kernels import AngularSpread, L2Repel, Potential, cuda
+from dispersion_kernels import AngularSpread, L2Repel, Potential, cuda, sampling
 from dispersion_kernels.gpu import launch
+from dispersion_kernels.sweep import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -383,6 +384,36 @@ def test_slices_of_the_gradient(backend: str) -> None:
     exact = oracle(z[0], AngularSpread(), cu_seqlens=bounds)
     packed = Answer(answer.loss, answer.grad[0])
     assert_as_accurate_as_naive(z[0], AngularSpread(), packed, exact, cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sampled_pairs(backend: str) -> None:
+    """Two cliques of 66 tokens, as rows of their own and, without some tokens, as packed sequences."""
+
+    def emulated(x: Tensor, groups: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        losses = dispersion([x], AngularSpread(), backend, groups=groups, cu_seqlens=bounds)
+        assert losses.scale is not None
+        return losses.loss[0], losses.gradients[0], losses.scale[0]
+
+    def in_float64(x: Tensor, groups: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        result = sweep(x, AngularSpread(), groups, bounds, True)
+        assert result.grad is not None
+        assert result.scale is not None
+        return result.loss, result.grad, result.scale
+
+    for z, groups in ((tokens(1, 132, 200), None), (tokens(1, 132, 36), (torch.arange(132) % 9 > 0).long()[None] - 1)):
+        draws = sampling.draw(z, None)
+        found, exact = (
+            sampling.estimate(x, groups, None, AngularSpread(), draws, 0.5, "low_rank", True, False, of)
+            for x, of in ((z, emulated), (z.double(), in_float64))
+        )
+        torch.testing.assert_close(found.loss, exact.loss, rtol=1e-3, atol=1e-3)
+        gradients = []
+        for each in (found, exact):
+            assert each.grad is not None
+            assert each.scale is not None
+            gradients.append(each.grad * each.scale.unsqueeze(-1))
+        assert (gradients[0] - gradients[1]).norm() < 5e-3 * gradients[1].norm()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -216,6 +216,16 @@ def test_without_weight_the_dispersion_is_measured_and_has_no_effect(run, tmp_pa
     assert_same_weights(tmp_path / "one", tmp_path / "two")
 
 
+def test_a_share_of_the_pairs(run, tmp_path):
+    """Other steps than with all of them, and near them."""
+    context = ("--context", "64", "--steps", "2")
+    every = run(tmp_path / "all", *context)
+    some = run(tmp_path / "some", *context, "--pairs", "0.3", "--control-variate", "none")
+    for one, other in zip(every, some, strict=True):
+        assert one["dispersion"] != other["dispersion"]
+        assert one["dispersion"] == pytest.approx(other["dispersion"], rel=0.05)
+
+
 @pytest.mark.parametrize("more", [(), ("--dropout", "0.3", "--dispersion-tokens", "5", "--accumulate", "2")])
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(run, tmp_path, more):
     whole = run(tmp_path / "whole", *more)
@@ -524,6 +534,9 @@ def test_presets_choose_shape_and_recipe():
         (("--lr", "nan"), "argument --lr: wanted a number from 0"),
         (("--dropout", "1"), "argument --dropout: wanted a number from 0 to below 1, got '1'"),
         (("--dispersion-tokens", "1"), "argument --dispersion-tokens: wanted a whole number of at least 2, got '1'"),
+        (("--pairs", "2"), "argument --pairs: wanted all, or a share of the pairs from 0 to 1, got '2'"),
+        (("--pairs", "some"), "argument --pairs: wanted all, or a share of the pairs from 0 to 1, got 'some'"),
+        (("--pairs", "0.1", "--dispersion-tokens", "5"), "both max_tokens=5 and pairs=0.1"),
         (
             ("--dispersion-layers", "0"),
             "--dispersion-layers must be all, last, early_half, late_half or numbers from 1",

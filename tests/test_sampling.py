@@ -1,0 +1,354 @@
+"""The loss from a share of the pairs: unbiased, as accurate as it says, and the same on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+from conftest import IMPLS, Answer, evaluate, oracle, skip_unless_supported
+from torch import Tensor
+
+from dispersion_kernels import (
+    AngularSpread,
+    Decorrelation,
+    DispersionLoss,
+    Orthogonalization,
+    Potential,
+    Uniformity,
+    fused_dispersion_loss,
+    sampling,
+)
+from dispersion_kernels.sampling import Draws, estimate
+from dispersion_kernels.sweep import sweep
+
+SAMPLED: dict[str, Potential] = {
+    "angular_spread": AngularSpread(),
+    "orthogonalization": Orthogonalization(),
+    "decorrelation": Decorrelation(),
+    "uniformity": Uniformity(),
+}
+
+
+@dataclass(frozen=True)
+class Cubic(Potential):
+    """What a user would write."""
+
+    reduction: ClassVar[Literal["mean", "log_mean"]] = "mean"
+    factor: float = 2.0
+
+    def value(self, c: Tensor) -> Tensor:
+        return self.factor * (1 + c) ** 3
+
+    def slope(self, c: Tensor) -> Tensor:
+        return 3 * self.factor * (1 + c) ** 2
+
+
+def tokens(*shape: int, cosine: float = 0.4, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Gaussian tokens around a common direction, with a few principal ones."""
+    common = torch.randn(shape[-1])
+    few = torch.randn(*shape[:-1], 3) @ torch.randn(3, shape[-1])
+    return (cosine**0.5 * common + (1 - cosine) ** 0.5 * (torch.randn(shape) + 0.5 * few)).to(dtype)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def cases(copies: int = 1) -> dict[str, dict[str, Any]]:
+    """Fifty tokens: in equal cliques, in unequal ones, and in units of their own of which some are visited whole."""
+    ids = torch.tensor([0] * 35 + [1] * 8 + [2] * 4 + [-1] * 3)[torch.randperm(50)]
+    bounds = torch.tensor([40, 40, 48, 50]) + 50 * torch.arange(copies).unsqueeze(1)
+    return {
+        "equal": {},
+        "ragged": {},
+        "mask": {"mask": (torch.arange(50) % 7 != 3).expand(copies, 50)},
+        "documents": {"document_ids": ids.expand(copies, 50)},
+        "packed": {"cu_seqlens": torch.nn.functional.pad(bounds.flatten(), (1, 0)).int()},
+    }
+
+
+@pytest.mark.parametrize(
+    ("case", "control_variate"),
+    [("equal", "none"), ("equal", "constant"), *((case, "low_rank") for case in cases())],
+)
+def test_unbiased(case: str, control_variate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean over many draws, of copies of one sequence, is the exact number, within what its own scatter allows."""
+    monkeypatch.setattr(sampling, "_SMALLEST_CLIQUE", 8)
+    copies = 150
+    options = cases(copies)[case]
+    potential: Potential = Orthogonalization(margin=0.9) if case == "mask" else AngularSpread(tau=0.5)
+    z = tokens(48 if case == "equal" else 50, 6, dtype=torch.float64).expand(copies, -1, -1)
+    if case == "packed":
+        z = z.flatten(0, 1)
+    exact = oracle(z, potential, **options)
+    drawn = evaluate(z, potential, pairs=0.2, control_variate=control_variate, impl="torch", **options)
+    if case == "packed":
+        # Of the four sequences of a copy the first is estimated, and the others are visited whole.
+        torch.testing.assert_close(drawn.loss.view(copies, 4)[:, 1:], exact.loss.view(copies, 4)[:, 1:])
+        exact, drawn = (Answer(answer.loss[::4], answer.grad.view(copies, 50, 6)[:, :40]) for answer in (exact, drawn))
+    if potential.reduction == "log_mean":
+        # It is the mean of psi and its gradient that are unbiased.
+        exact, drawn = (
+            Answer(answer.loss.exp(), answer.grad * answer.loss.exp().view(-1, 1, 1)) for answer in (exact, drawn)
+        )
+    for expected, values in ((exact.loss[0], drawn.loss), (exact.grad[0], drawn.grad)):
+        of_mean = values.var(0).sum() / copies
+        error = (values.mean(0) - expected).square().sum()
+        assert of_mean > 0
+        # A single square may be nine times its mean; a sum of many hardly differs from it.
+        assert error <= (9 if expected.dim() == 0 else 1.6) * of_mean
+
+
+def test_the_control_variates_help() -> None:
+    """Each has a fraction of the last one's error, and all of a subsample's with the same number of pairs."""
+    z = tokens(512, 64)
+    exact = oracle(z, "angular_spread")
+
+    def error(**options: Any) -> float:
+        errors = [
+            (evaluate(z, "angular_spread", generator=seeded(n), **options).grad - exact.grad).norm() for n in range(3)
+        ]
+        return (sum(errors) / len(errors) / exact.grad.norm()).item()
+
+    subsample = error(max_tokens=128)
+    none, constant, low_rank = (error(pairs=1 / 16, control_variate=name) for name in ("none", "constant", "low_rank"))
+    assert low_rank < 0.6 * constant < 0.1 * none < 0.1 * subsample
+    assert error(pairs=1 / 16) == low_rank
+    # The model alone: a bias, of the size of what it misses, and no more noise than that of the fit.
+    assert error(pairs=0, control_variate="low_rank") < error(pairs=0, control_variate="constant") < 0.2
+
+
+@pytest.mark.parametrize("pairs", [1 / 16, 1 / 4, 0.0])
+@pytest.mark.parametrize("control_variate", ["none", "constant", "low_rank"])
+def test_the_stated_error_is_the_true_one(control_variate: str, pairs: float) -> None:
+    if pairs == 0 and control_variate == "none":
+        pytest.skip("that leaves nothing of the loss")
+    z = tokens(2, 512, 32)
+    exact = oracle(z, "angular_spread")
+
+    def tangent(grad: Tensor) -> Tensor:
+        return grad - z * (grad * z).sum(-1, keepdim=True) / z.square().sum(-1, keepdim=True)
+
+    true, stated = [], []
+    for seed in range(4):
+        of_seed = z.clone().requires_grad_()
+        loss, stats = fused_dispersion_loss(
+            of_seed,
+            pairs=pairs,
+            control_variate=control_variate,  # type: ignore[arg-type]
+            generator=seeded(seed),
+            return_stats=True,
+            reduction="sum",
+        )
+        loss.backward()
+        assert of_seed.grad is not None
+        true.append((tangent(of_seed.grad - exact.grad).norm() / tangent(exact.grad).norm()).item())
+        stated.append(stats.relative_error.item())
+    ratio = sum(stated) / sum(true)
+    print(f"{control_variate}, pairs={pairs:g}: true {sum(true) / 4:.4f}, stated {sum(stated) / 4:.4f}")
+    assert 0.67 < ratio < 1.5
+
+
+def test_the_statistics_of_lists_and_of_all_pairs() -> None:
+    z = tokens(512, 16)
+    loss, stats = fused_dispersion_loss([z, 2 * z], pairs=1 / 16, generator=seeded(0), return_stats=True)
+    assert loss.dim() == 0
+    assert stats.relative_error.shape == (2,)
+    assert (stats.relative_error > 0).all()
+    for pairs in ("all", 1.0):
+        loss, stats = fused_dispersion_loss(z, pairs=pairs, return_stats=True)  # type: ignore[call-overload]
+        assert torch.equal(loss, fused_dispersion_loss(z))
+        assert stats.relative_error == 0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("potential", [*SAMPLED.values(), Cubic()], ids=repr)
+def test_backends_agree(potential: Potential, dtype: torch.dtype, impl: str) -> None:
+    """The same draws in float64 are the oracle of what a backend makes of them."""
+    z = tokens(2, 320, 24, dtype=dtype)
+    skip_unless_supported(impl, z, potential)
+    ids = torch.randint(-1, 2, (2, 320))
+    upstream = torch.full((2,), 4096.0)  # an fp16 gradient underflows without
+    for options in ({"pairs": 0.1}, {"pairs": 0.1, "document_ids": ids}, {"pairs": 0}):
+        for control_variate in ("constant", "low_rank"):
+            options["control_variate"] = control_variate
+            exact = evaluate(z.double(), potential, upstream, impl="torch", generator=seeded(3), **options)
+            answer = evaluate(z, potential, upstream, impl=impl, generator=seeded(3), **options)
+            assert answer.grad.dtype == dtype
+            torch.testing.assert_close(answer.loss.double(), exact.loss, rtol=2e-5, atol=2e-5)
+            # What fp32 makes of the fit of low_rank is another model, as unbiased.
+            fit = 2e-4 if control_variate == "low_rank" else 2e-5
+            rounding = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+            difference = (answer.grad.double() - exact.grad).norm() / exact.grad.norm()
+            assert difference < fit + rounding
+
+
+@pytest.mark.parametrize("case", ["mask", "documents", "packed"])
+def test_lengths_that_are_not_read(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an accelerator does, where bounds known from shapes take the place of lengths, on the CPU."""
+    monkeypatch.setattr(sampling, "_SMALLEST_CLIQUE", 8)
+    options = {"pairs": 0.2, "control_variate": "low_rank", "impl": "torch", **cases()[case]}
+    z = tokens(50, 6, dtype=torch.float64)
+    z = z if case == "packed" else z.unsqueeze(0)
+    expected = evaluate(z, "angular_spread", generator=seeded(0), **options)
+    monkeypatch.setattr(sampling, "_may_read", lambda device: False)
+    answer = evaluate(z, "angular_spread", generator=seeded(0), **options)
+    torch.testing.assert_close(answer.loss, expected.loss)
+    torch.testing.assert_close(answer.grad, expected.grad)
+
+
+@pytest.mark.parametrize("potential", [*SAMPLED.values(), AngularSpread(tau=0.001)], ids=repr)
+def test_no_synchronisation_on_an_accelerator(potential: Potential) -> None:
+    """Meta tensors hold no numbers: whatever reads one fails here as it would stall a GPU."""
+    z = torch.empty(2, 300, 64, device="meta", dtype=torch.bfloat16)
+    groups = torch.empty(2, 300, device="meta", dtype=torch.int64)
+    cu_seqlens = torch.empty(5, device="meta", dtype=torch.int32)
+
+    def on_meta(x: Tensor, ids: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        result = sweep(x, potential, ids, bounds, True)
+        assert result.grad is not None
+        assert result.scale is not None
+        return result.loss, result.grad, result.scale
+
+    draws = sampling.draw(z, None)
+    for tokens_, ids, bounds in ((z, None, None), (z, groups, None), (z[:1], groups[:1], cu_seqlens)):
+        of_case = Draws(draws.shuffle[: tokens_.shape[0]], draws.fit)
+        found = estimate(tokens_, ids, bounds, potential, of_case, 0.1, "low_rank", True, True, on_meta)
+        assert found.grad is not None
+        assert found.grad.shape == tokens_.shape
+        assert found.loss.shape == ((4,) if bounds is not None else tokens_.shape[:1])
+
+
+def test_all_pairs_where_sampling_saves_nothing() -> None:
+    z = tokens(2, 200, 16)
+    exact = evaluate(z, "angular_spread")
+    for options in ({"pairs": 1}, {"pairs": 1 / 16}, {"pairs": 0.95, "control_variate": "none"}):
+        answer = evaluate(z, "angular_spread", **options)
+        if options["pairs"] != 0.95:
+            assert torch.equal(answer.loss, exact.loss)
+            assert torch.equal(answer.grad, exact.grad)
+    # Documents no longer than a clique have all their pairs visited, whatever their number.
+    ids = torch.arange(400).view(1, 400) // 15
+    z = tokens(1, 400, 16)
+    answer = evaluate(z, "angular_spread", document_ids=ids, pairs=1 / 16, control_variate="low_rank")
+    exact = evaluate(z, "angular_spread", document_ids=ids)
+    torch.testing.assert_close(answer.loss, exact.loss)
+    torch.testing.assert_close(answer.grad, exact.grad)
+
+
+@pytest.mark.parametrize("pairs", [0.05, 0])
+def test_seeds(pairs: float) -> None:
+    z = tokens(2, 384, 16)
+    first, again, other = (evaluate(z, "angular_spread", pairs=pairs, generator=seeded(n)) for n in (1, 1, 2))
+    assert torch.equal(first.loss, again.loss)
+    assert torch.equal(first.grad, again.grad)
+    assert not torch.equal(first.grad, other.grad)
+    kept = evaluate(z, "angular_spread", pairs=pairs, generator=seeded(1), recompute=True)
+    assert torch.equal(first.grad, kept.grad)
+    with torch.no_grad():
+        assert torch.equal(fused_dispersion_loss(z, pairs=pairs, generator=seeded(1), reduction="none"), first.loss)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("control_variate", ["none", "low_rank"])
+def test_tokens_that_are_nothing(impl: str, control_variate: str) -> None:
+    """Zero tokens, a NaN that is left out, one that is not, and sequences with nothing to pair."""
+    z = tokens(4, 320, 16)
+    skip_unless_supported(impl, z)
+    mask = torch.ones(4, 320, dtype=torch.bool)
+    z[0, :7] = 0
+    z[1, 5], mask[1, 5] = torch.nan, False
+    z[2, 9] = torch.nan
+    mask[3, 1:] = False
+    answer = evaluate(
+        z, "angular_spread", mask=mask, pairs=0.1, control_variate=control_variate, generator=seeded(0), impl=impl
+    )
+    assert answer.loss.isnan().tolist() == [False, False, True, False]
+    assert answer.loss[3] == 0
+    assert answer.grad[:2].isfinite().all()
+    assert (answer.grad[1, 5] == 0).all()
+    assert (answer.grad[3] == 0).all()
+    nothing = evaluate(z, "angular_spread", mask=torch.zeros_like(mask), pairs=0.1, impl=impl)
+    assert (nothing.loss == 0).all()
+    assert (nothing.grad == 0).all()
+    model_alone = evaluate(z, "angular_spread", pairs=0, generator=seeded(0), impl=impl)
+    assert model_alone.loss.isnan().tolist() == [False, True, True, False]
+    assert model_alone.grad[[0, 3]].isfinite().all()
+    same = evaluate(z[:1, :1].expand(1, 320, 16).clone(), "angular_spread", pairs=0.1, impl=impl)
+    assert same.loss.isfinite().all()
+    assert same.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{"pairs": 0.1}, {"pairs": 0}, {"pairs": 0.1, "control_variate": "none"}], ids=repr)
+def test_operator_and_compiler(options: dict[str, Any]) -> None:
+    z = tokens(2, 300, 8)
+    draws = sampling.draw(z, seeded(0))
+    share, name = float(options["pairs"]), options.get("control_variate", "low_rank")
+    ids = torch.randint(-1, 2, (2, 300)) if share else None
+    for groups, with_grad in ((None, True), (ids, True), (None, False)):
+        args = (z, groups, None, *draws, "angular_spread", [1.0, 0.25, 0.01], "mean", "auto", share, name)
+        torch.library.opcheck(torch.ops.dispersion_kernels.sampled.default, (*args, with_grad, with_grad))
+
+    def loss(x: Tensor) -> Tensor:
+        return fused_dispersion_loss(torch.tanh(x), **options)
+
+    compiled: Callable[[Tensor], Tensor] = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for call in (loss, compiled):
+        torch.manual_seed(5)
+        x = z.clone().requires_grad_()
+        call(x).backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_module() -> None:
+    z = tokens(2, 400, 16)
+    module = DispersionLoss(pairs=0.1, control_variate="constant")
+    expected = fused_dispersion_loss(z, pairs=0.1, control_variate="constant", generator=seeded(0))
+    assert torch.equal(module(z, generator=seeded(0)), expected)
+    assert "pairs=0.1, control_variate='constant'" in repr(module)
+
+
+def test_a_list_is_the_mean_of_its_layers() -> None:
+    layers = [tokens(2, 300, 8) for _ in range(2)]
+    generator = seeded(0)
+    together = fused_dispersion_loss(layers, pairs=0.1, generator=generator)
+    generator = seeded(0)
+    one_by_one = [fused_dispersion_loss(layer, pairs=0.1, generator=generator) for layer in layers]
+    torch.testing.assert_close(together, torch.stack(one_by_one).mean())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pairs": "some"}, "pairs must be 'all' or a share of the pairs from 0 to 1, got 'some'"),
+        ({"pairs": 1.5}, "got 1.5"),
+        ({"pairs": -0.1}, "got -0.1"),
+        ({"pairs": float("nan")}, "got nan"),
+        ({"pairs": True}, "got True"),
+        ({"pairs": None}, "got None"),
+        ({"control_variate": "linear", "pairs": 0.1}, "unknown control_variate 'linear'; available: auto, none"),
+        ({"control_variate": "constant"}, "pairs is 'all'.*give pairs a share"),
+        ({"pairs": 0.1, "max_tokens": 8}, "both max_tokens=8 and pairs=0.1"),
+        ({"pairs": 0, "control_variate": "none"}, "leaves nothing of the loss"),
+        ({"pairs": 0.1, "potential": "l2_repel"}, "potential 'l2_repel' is not a function of the cosine.*uniformity"),
+        ({"pairs": 0.1, "potential": "dispersive_l2"}, "'dispersive_l2'"),
+        ({"pairs": 0.1, "potential": "perplexity_entropy"}, "'perplexity_entropy'"),
+        ({"pairs": 0.1, "impl": "reference"}, "impl='reference' materialises all pairs"),
+        ({"pairs": 0, "mask": torch.ones(2, 300, dtype=torch.bool)}, "pairs=0 is for whole sequences, and mask"),
+        ({"pairs": 0, "document_ids": torch.zeros(2, 300, dtype=torch.int64)}, "and document_ids was given"),
+    ],
+)
+def test_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fused_dispersion_loss(torch.randn(2, 300, 8), **options)
+    if not {"impl", "mask", "document_ids"} & set(options):
+        with pytest.raises(ValueError, match=message):
+            DispersionLoss(
+                options.get("potential", "angular_spread"), **{k: v for k, v in options.items() if k != "potential"}
+            )
