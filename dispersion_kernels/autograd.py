@@ -97,7 +97,7 @@ class _Dispersion(torch.autograd.Function):
         else:
             *grads, scale = saved
         factor = _of_tokens(upstream[0], cu_seqlens, scale.shape[2])
-        dz = _finished(grads, scale, factor, ctx.dtypes, ctx.needed, _owns_what_is_saved(ctx))
+        dz = _finished(ctx, grads, scale, factor, ctx.dtypes, ctx.needed)
         return None, None, None, None, *dz
 
 
@@ -131,7 +131,7 @@ class _Sampled(torch.autograd.Function):
         else:
             grad, scale = saved
         factor = _of_tokens(upstream[0], cu_seqlens, scale.shape[1])
-        (dz,) = _finished([grad], scale.unsqueeze(0), factor, [ctx.dtype], [True], _owns_what_is_saved(ctx))
+        (dz,) = _finished(ctx, [grad], scale.unsqueeze(0), factor, [ctx.dtype], [True])
         return dz, None, None, None, None, None, None, None
 
 
@@ -174,12 +174,6 @@ def _hooks_see_what_is_saved() -> bool:
     return top is None or (not torch.compiler.is_compiling() and top(True) is not None)
 
 
-def _owns_what_is_saved(ctx: Any) -> bool:
-    """Whether nobody will want the saved gradient again. PyTorch has no public name for a graph that is freed."""
-    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return bool(ctx.recompute or (not ctx.hooked and keeps_graph is not None and not keeps_graph()))
-
-
 def _refuse_second_derivative() -> None:
     # With create_graph what backward returns would count as a constant, and a gradient penalty silently do nothing.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -199,24 +193,31 @@ def _of_tokens(upstream: Tensor, cu_seqlens: Tensor | None, length: int) -> Tens
 
 
 def _finished(
+    ctx: Any,
     grads: Sequence[Tensor],
     scale: Tensor,
     factor: Tensor,
     dtypes: Sequence[torch.dtype],
     needed: Sequence[bool],
-    in_place: bool,
 ) -> list[Tensor | None]:
-    """``grads`` ``[B, L, F]``, one a layer, times ``scale`` ``[layers, B, L]`` and ``factor`` of the tokens; with
-    ``in_place`` a gradient may become the one that is returned."""
+    """``grads`` ``[B, L, F]``, one a layer, times ``scale`` ``[layers, B, L]`` and ``factor`` of the tokens, each
+    rounded once; in place where ``ctx`` will not be asked for them again."""
     fp32_on_cpu = scale.is_cpu and scale.dtype == torch.float32
     if fp32_on_cpu and _unobserved(*grads, scale, factor) and native.unavailable_reason() is None:
+        in_place = ctx.recompute or (not ctx.hooked and _graph_is_freed())
         factor = factor.reshape(-1)
-        of_layers = zip(grads, scale.unbind(), dtypes, needed, strict=True)
         return [
-            native.scaled(g, s, factor, dtype, in_place=in_place) if need else None for g, s, dtype, need in of_layers
+            native.scaled(g, s, factor, dtype, in_place=in_place) if need else None
+            for g, s, dtype, need in zip(grads, scale.unbind(), dtypes, needed, strict=True)
         ]
     of_layers = zip(grads, (scale * factor).unsqueeze(3), dtypes, needed, strict=True)
     return [_scaled(g, s, dtype) if need else None for g, s, dtype, need in of_layers]
+
+
+def _graph_is_freed() -> bool:
+    """Whether what the running backward saved is dropped after it. PyTorch has no public name for that."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is not None and not keeps()
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
