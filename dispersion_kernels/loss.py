@@ -131,8 +131,9 @@ def fused_dispersion_loss(
             ``share * L`` (at least 16) that cover them all, in 3 share B L^2 F FLOPs and some passes over the tokens.
             Mean psi and its gradient are unbiased estimates; at 1/16, the pairs of a subsample of a quarter of the
             tokens, with a hundredth of its error. 0: no pairs but a few thousand, which a model of the slope is fitted
-            to: in linear time, with a bias of some percent of the gradient, and for whole sequences alone. Estimators
-            and variance: :mod:`dispersion_kernels.sampling`. Not for potentials of a distance.
+            to: in linear time, for whole sequences alone, and with a bias, about 1% of the gradient on hidden states
+            of 576 features at tau = 1, but 20% on those of 128, and worse at a smaller tau: look at ``return_stats``.
+            Estimators and variance: :mod:`dispersion_kernels.sampling`. Not for potentials of a distance.
         control_variate: what stands for the pairs that are not visited: ``"none"``, nothing; ``"constant"``, their mean
             slope; ``"low_rank"``, a slope that is linear in an estimate of c, for some more passes over the tokens.
             ``"auto"``: ``"low_rank"``, and all pairs of up to 256 tokens, where sampling saves nothing.
