@@ -250,9 +250,9 @@ def test_kernels_of_the_extension() -> None:
         of_hopper = wgmma if parts == 1 and element != "tf32" else ""
         row = rows[f"dk_pair_tiles_{element}_angular_spread_narrow_write{of_hopper}, F=768"]
         assert row.counted_flops == parts * row.variant.tensor_flops
-        # An exponential and a root of every pair, with the masks of the last tiles and without.
+        # An exponential and a root of every pair, with the masks of the last tiles and without, and indices.
         pairs = row.variant.tile[0] * row.variant.tile[1]
-        assert 2 * pairs <= row.instructions["xu"] <= 4.1 * pairs
+        assert 2 * pairs <= row.instructions["xu"] <= 4.5 * pairs
     with pytest.raises(SystemExit, match="not for sm_75: build it again"):
         static_report.examine_extension(["sm_75"])
 
