@@ -45,21 +45,6 @@ const Kernel& kernel_named(const std::string& name) {
   return *kernel;
 }
 
-// Back to the device that was current, whatever happens.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    cudaGetDevice(&before_);
-    if (before_ != device) cudaSetDevice(device);
-  }
-  ~DeviceGuard() { cudaSetDevice(before_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-};
-
 void check(cudaError_t status, const std::string& kernel) {
   if (status == cudaSuccess) return;
   const char* remedy = "";
@@ -69,6 +54,24 @@ void check(cudaError_t status, const std::string& kernel) {
     remedy = "; the driver is older than the CUDA that the extension was built with: update the driver";
   STD_TORCH_CHECK(false, "CUDA kernel ", kernel, ": ", cudaGetErrorString(status), remedy);
 }
+
+// Back to the device that was current, whatever happens.
+class DeviceGuard {
+ public:
+  DeviceGuard(int device, const std::string& kernel) : device_(device) {
+    check(cudaGetDevice(&before_), kernel);
+    if (before_ != device_) check(cudaSetDevice(device_), kernel);
+  }
+  ~DeviceGuard() {
+    // It was current, so it can be; and a destructor cannot raise.
+    if (before_ != device_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int device_, before_ = 0;
+};
 
 // `arguments` are exactly the kernel's parameters, in their order and of their types.
 template <class... Arguments>
@@ -82,7 +85,7 @@ void launch(const std::string& name, const Tensor& on, int64_t stream, int64_t g
     return;
   }
   STD_TORCH_CHECK(on.is_cuda(), "CUDA kernel ", name, ": its tensors are not on a CUDA device");
-  const DeviceGuard guard(on.get_device_index());
+  const DeviceGuard guard(on.get_device_index(), name);
   if (kernel.shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes), name);
   check(cudaLaunchKernel(kernel.function, dim3(grid[0], grid[1], grid[2]), dim3(unsigned(kernel.threads)), pointers,
@@ -155,7 +158,7 @@ const Kernel* hopper_kernel(const std::string& name, const Tensor& on) {
   if (kernel == nullptr) return nullptr;
   if (watcher.load()) return watches_hopper.load() ? kernel : nullptr;
   if (!on.is_cuda()) return nullptr;
-  const DeviceGuard guard(on.get_device_index());
+  const DeviceGuard guard(on.get_device_index(), name);
   int major = 0;
   cudaFuncAttributes attributes;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, on.get_device_index()) != cudaSuccess ||
