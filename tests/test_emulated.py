@@ -378,8 +378,8 @@ def test_blocks_of_a_row(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_slices_of_the_gradient(backend: str) -> None:
-    """More features than a program's registers hold of it."""
-    z, bounds = tokens(1, 67, 300), torch.tensor([0, 67], dtype=torch.int32)
+    """More features than a program's registers hold of it; and bounds in int64, which are taken, too."""
+    z, bounds = tokens(1, 67, 300), torch.tensor([0, 67])
     answer = evaluate(z, AngularSpread(), backend, cu_seqlens=bounds)
     exact = oracle(z[0], AngularSpread(), cu_seqlens=bounds)
     packed = Answer(answer.loss, answer.grad[0])

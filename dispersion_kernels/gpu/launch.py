@@ -257,7 +257,7 @@ def dispersion(
             ]
         )
     if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.to(layers[0].device)
+        cu_seqlens = cu_seqlens.to(layers[0].device, torch.int32)  # as the compiled kernels read them
         groups = within_segments(groups, cu_seqlens, length)
     call = _Call(kernels.prepare(layers), potential, groups, cu_seqlens, kernels)
     call.row_statistics()
