@@ -205,7 +205,7 @@ def _finished(
     fp32_on_cpu = scale.is_cpu and scale.dtype == torch.float32
     if fp32_on_cpu and _unobserved(*grads, scale, factor) and native.unavailable_reason() is None:
         in_place = ctx.recompute or (not ctx.hooked and _graph_is_freed())
-        factor = factor.reshape(-1)
+        factor = factor.flatten().contiguous()  # the gradient of a sum is one number, expanded
         return [
             native.scaled(g, s, factor, dtype, in_place=in_place) if need else None
             for g, s, dtype, need in zip(grads, scale.unbind(), dtypes, needed, strict=True)
