@@ -15,13 +15,13 @@ that of a mean over a sample without replacement: with m partners in S_i,
 
 which of the designs with m partners a token is taken, cliques or blocks at random distances, does not matter to it.
 
-The model h_ij = phi_i . B phi_j is of low rank, so that its sums over *all* pairs, and over those of a clique, are thin
-matrix products: sum_j h_ij x_j = (B phi_i) . sum_j phi_j x_j. ``constant`` has phi = 1. ``low_rank`` has
-phi = (1, a, y) and h_ij = b0 + b1 (a_i + a_j) + b2 a_i a_j + b3 y_i . Q y_j: a is the component of x along the mean
-direction, y are the components along _RANK principal directions of the rest, and Q, the inverse of the directions'
-products, makes y_i . Q y_j the product of the two projections: h is a line in an estimate of c. Directions and
-coefficients are from the pairs of a few random tokens, drawn independently of the shuffle. psi has the control variate
-d1 c, whose mean over all pairs is known from |sum_j x_j|^2.
+The model h_ij = sum_k b_k phi_ik phi_jk is of low rank, so that its sums over *all* pairs, and over those of a clique,
+are thin matrix products: sum_j h_ij x_j = sum_k b_k phi_ik sum_j phi_jk x_j. ``constant`` has phi = 1. ``low_rank`` has
+h_ij = b0 + b1 p_ij + b2 q_ij + b3 q_ij^2, a parabola in an estimate of c: p is the product of the two tokens'
+projections to _RANK directions, near the principal ones, and q that of their projections to the first _SQUARED of
+them; phi are 1, the components along the directions, and the products of two of the first. Directions and coefficients
+are from the pairs of a few random tokens, drawn independently of the shuffle. psi has the control variate d1 c, whose
+mean over all pairs is known from |sum_j x_j|^2.
 
 The loss is log(P / n + eps), its gradient G / (P + n eps): P and G are unbiased, their logarithm and quotient biased by
 about Var P / P^2, one part in the number of visited pairs.
@@ -45,14 +45,12 @@ from dispersion_kernels.segments import order_of, segment_of_token
 from dispersion_kernels.sweep import accumulation_dtype, transform, wide_dtype
 
 CONTROL_VARIATES = ("auto", "none", "constant", "low_rank")
-# Principal directions of ``low_rank``.
-_RANK = 15
+# Directions of ``low_rank``, and those of them whose products of two are features, too.
+_RANK, _SQUARED = 16, 3
 # The fit sees the pairs within this many groups of this many tokens.
 _FIT_GROUPS, _FIT_TOKENS = 4, 32
 # The sweep of smaller cliques costs as much as that of these.
 _SMALLEST_CLIQUE = 16
-# Of matrices with ones on the diagonal: gives one solution where there are many.
-_RIDGE = 1e-6
 
 
 class Draws(NamedTuple):
@@ -412,11 +410,9 @@ class _Fit:
     """A model of the slope and of psi, and the pairs that they are from."""
 
     form: Tensor | None
-    """B ``[k, k]``; None where there is no model."""
+    """b ``[k]``; None where there is no model."""
     directions: Tensor | None
-    """``[k - 1, F]``, of ``low_rank``."""
-    centre: Tensor
-    """The mean of a, which is subtracted from it."""
+    """``[_RANK, F]``, of ``low_rank``."""
     psi_slope: Tensor
     mean_psi: Tensor
     mean_c: Tensor
@@ -437,9 +433,9 @@ class _Fit:
         one = torch.ones_like(x[:, :1])
         if self.directions is None:
             return one
-        of_directions = x @ self.directions.T
-        of_directions[:, 0] -= self.centre
-        return torch.cat([one, of_directions], 1)
+        y = x @ self.directions.T
+        first, second = torch.triu_indices(_SQUARED, _SQUARED, device=x.device)
+        return torch.cat([one, y, y[:, first] * y[:, second]], 1)
 
 
 def _fit(x: Tensor, plan: _Plan, uniform: Tensor, potential: Potential, control_variate: str) -> _Fit:
@@ -466,32 +462,25 @@ def _fit(x: Tensor, plan: _Plan, uniform: Tensor, potential: Potential, control_
     # Of slope x_j the token i sees what is orthogonal to it, sqrt(1 - c^2) of its length.
     weight = there * (1 - c.square()).clamp(min=0)
     form = directions = basis = b = None
-    centre = x.new_zeros(())
     if control_variate == "constant":
         basis = there.unsqueeze(0)
         b = (slope * weight).sum().view(1) / weight.sum().clamp(min=torch.finfo(wide).tiny)
-        form = b.view(1, 1)
+        form = b
     elif control_variate == "low_rank":
-        along = torch.nn.functional.normalize(tokens.mean((0, 1)), dim=0)
-        a = tokens @ along
-        centre = a.mean()
-        rest = torch.addcmul(tokens, a.unsqueeze(2), along, value=-1).flatten(0, 1)
-        # One power iteration from some of the tokens themselves.
-        principal = (rest[:: rest.shape[0] // _RANK][:_RANK] @ rest.T) @ rest
-        principal = torch.nn.functional.normalize(principal, dim=1)
-        y = (rest @ principal.T).unflatten(0, positions.shape)
-        form_of_y = _solve(principal @ principal.T, torch.eye(_RANK, dtype=x.dtype, device=x.device))
-        a = (a - centre).to(wide)
-        left, right = a.unsqueeze(2), a.unsqueeze(1)
-        basis = torch.stack([there, (left + right) * there, left * right * there, ((y @ form_of_y) @ y.mT) * there])
+        directions = _directions(tokens.flatten(0, 1).to(wide))
+        y = tokens.to(wide) @ directions.T
+        few = y[:, :, :_SQUARED]
+        product = few @ few.mT
+        basis = torch.stack([torch.ones_like(c), y @ y.mT, product, product.square()]) * there
         flat, weighted = basis.flatten(1), (basis * weight).flatten(1)
         b = _solve(weighted @ flat.T, weighted @ slope.view(-1, 1)).flatten()
-        form = torch.block_diag(b[[0, 1, 1, 2]].view(2, 2), b[3] * form_of_y)
-        directions = torch.cat([along.unsqueeze(0), principal])
+        # A product of two different components is in the square of the product twice.
+        twice = [1 + (i < j) for i in range(_SQUARED) for j in range(i, _SQUARED)]
+        form = torch.cat([b[:1], b[1] + b[2].expand(_SQUARED), b[1].expand(_RANK - _SQUARED), b[3] * b.new_tensor(twice)])
+        directions = directions.to(x.dtype)
     return _Fit(
         form=None if form is None else form.to(x.dtype),
         directions=directions,
-        centre=centre,
         psi_slope=psi_slope,
         mean_psi=mean_psi,
         mean_c=mean_c,
@@ -505,20 +494,41 @@ def _fit(x: Tensor, plan: _Plan, uniform: Tensor, potential: Potential, control_
     )
 
 
+def _directions(tokens: Tensor) -> Tensor:
+    """``[_RANK, F]``, orthonormal: near the principal directions of ``tokens`` ``[N, F]``, the first ones nearest."""
+    # A power iteration from some of the tokens; and in the span of what it gives, for the first few, two more.
+    some = tokens[:: tokens.shape[0] // _RANK][:_RANK]
+    span = torch.nn.functional.normalize((some @ tokens.T) @ tokens, dim=1)
+    y, products = tokens @ span.T, span @ span.T
+    iteration = _solve(products, y.T @ y)
+    basis = torch.eye(_RANK, dtype=tokens.dtype, device=tokens.device)
+    basis[:, :_SQUARED] = iteration @ iteration[:, :_SQUARED]
+    scaled, scale = _unit_diagonal(basis.T @ products @ basis)
+    factor = torch.linalg.cholesky_ex(scaled).L
+    coordinates = torch.linalg.solve_triangular(factor, (basis * scale).T, upper=False)
+    return coordinates @ span
+
+
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """The solution of a symmetric system, not negative; 0 for an unknown whose row is 0."""
-    diagonal = matrix.diagonal()
-    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
-    ridge = _RIDGE * torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-    scaled = matrix * scale * scale.unsqueeze(1) + ridge
+    """The solution of a symmetric system, not negative; one of them where there are many, 0 for an unknown whose row is
+    0."""
+    scaled, scale = _unit_diagonal(matrix)
     # Without a check of what it finds, it does not synchronise.
     solution: Tensor = torch.linalg.solve_ex(scaled, right * scale.unsqueeze(1)).result
     return solution * scale.unsqueeze(1)
 
 
+def _unit_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A symmetric matrix, not negative, scaled to ones on its diagonal, and made regular; and the scale of its rows."""
+    diagonal = matrix.diagonal()
+    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
+    ridge = torch.finfo(matrix.dtype).eps ** 0.75
+    return matrix * scale * scale.unsqueeze(1) + ridge * torch.eye(len(scale), dtype=matrix.dtype, device=matrix.device), scale
+
+
 @dataclass(frozen=True)
 class _ModelSums:
-    """What the model has of all pairs, less 1/p times what it has of those visited: sum_j h_ij x_j = (B phi_i) . T."""
+    """What the model has of all pairs, less 1/p times what it has of those visited: sum_j h_ij x_j = sum_k b_k phi_ik T_k."""
 
     rows: _Rows
     x: Tensor
@@ -526,7 +536,7 @@ class _ModelSums:
     phi: Tensor
     """``[R, size, k]``."""
     coefficients: Tensor
-    """``[R, k, F]``: B T."""
+    """``[R, k, F]``: b_k T_k."""
     ratio: Tensor
     """``[R, size]``: of the row transform, 1 / |x|, or 0."""
     squares: Tensor
@@ -567,10 +577,10 @@ def _model_sums(x: Tensor, ratio: Tensor, fit: _Fit, form: Tensor, rows: _Rows) 
         rows=rows,
         x=row_x,
         phi=phi,
-        coefficients=form @ (of_units - sums * share),
+        coefficients=form.unsqueeze(1) * (of_units - sums * share),
         ratio=ratio,
         squares=squares,
-        own=((phi @ form) * phi).sum(2) * (1 - share.squeeze(2)),
+        own=(phi.square() @ form) * (1 - share.squeeze(2)),
         products=missed,
     )
 
