@@ -45,7 +45,7 @@ def dispersion_loss(
 
 
 def sampled_loss(
-    z: Tensor,
+    layers: Sequence[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
     potential: Potential,
@@ -57,14 +57,14 @@ def sampled_loss(
     draws: Draws,
     with_error: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of ``z`` ``[B, L, F]`` from a share of its pairs (:mod:`dispersion_kernels.sampling`), and the relative
-    error to expect of its gradient."""
+    """The mean over ``layers``, each ``[B, L, F]`` and alike, of their reduced loss, from a share of the pairs
+    (:mod:`dispersion_kernels.sampling`), and the relative error to expect of the gradient of each."""
     options = (potential.name(), potential.params(), reduction, impl, share, control_variate)
-    if torch.is_grad_enabled() and z.requires_grad:
-        loss, error = _Sampled.apply(z, groups, cu_seqlens, *draws, options, recompute, with_error)
+    if torch.is_grad_enabled() and any(z.requires_grad for z in layers):
+        loss, error = _Sampled.apply(groups, cu_seqlens, *draws, options, recompute, with_error, *layers)
         return loss, error
     loss, _, _, error = torch.ops.dispersion_kernels.sampled(
-        z, groups, cu_seqlens, *draws, *options, with_error, with_error
+        layers, groups, cu_seqlens, *draws, *options, with_error, with_error
     )
     return loss, error
 
@@ -105,7 +105,6 @@ class _Sampled(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        z: Tensor,
         groups: Tensor | None,
         cu_seqlens: Tensor | None,
         shuffle: Tensor,
@@ -113,12 +112,16 @@ class _Sampled(torch.autograd.Function):
         options: tuple[str, list[float], str, str, float, str],
         recompute: bool,
         with_error: bool,
+        *layers: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        inputs = (z, groups, cu_seqlens, shuffle, fit)
+        inputs = (groups, cu_seqlens, shuffle, fit)
         with_grad = with_error or not recompute
-        loss, grad, scale, error = torch.ops.dispersion_kernels.sampled(*inputs, *options, with_grad, with_error)
-        ctx.save_for_backward(cu_seqlens, *(inputs if recompute else (grad, scale)))
-        ctx.options, ctx.recompute, ctx.hooked, ctx.dtype = options, recompute, _hooks_see_what_is_saved(), z.dtype
+        loss, grads, scale, error = torch.ops.dispersion_kernels.sampled(
+            layers, *inputs, *options, with_grad, with_error
+        )
+        ctx.save_for_backward(cu_seqlens, *((groups, shuffle, fit, *layers) if recompute else (*grads, scale)))
+        ctx.options, ctx.recompute, ctx.hooked = options, recompute, _hooks_see_what_is_saved()
+        ctx.needed, ctx.dtypes = list(ctx.needs_input_grad[7:]), [z.dtype for z in layers]
         ctx.mark_non_differentiable(error)
         return loss, error
 
@@ -127,12 +130,15 @@ class _Sampled(torch.autograd.Function):
         _refuse_second_derivative()
         cu_seqlens, *saved = ctx.saved_tensors
         if ctx.recompute:
-            _, grad, scale, _ = torch.ops.dispersion_kernels.sampled(*saved, *ctx.options, True, False)
+            groups, shuffle, fit, *layers = saved
+            _, grads, scale, _ = torch.ops.dispersion_kernels.sampled(
+                layers, groups, cu_seqlens, shuffle, fit, *ctx.options, True, False
+            )
         else:
-            grad, scale = saved
-        factor = _of_tokens(upstream[0], cu_seqlens, scale.shape[1])
-        (dz,) = _finished(ctx, [grad], scale.unsqueeze(0), factor, [ctx.dtype], [True])
-        return dz, None, None, None, None, None, None, None
+            *grads, scale = saved
+        factor = _of_tokens(upstream[0], cu_seqlens, scale.shape[2])
+        dz = _finished(ctx, grads, scale, factor, ctx.dtypes, ctx.needed)
+        return None, None, None, None, None, None, None, *dz
 
 
 def _run(
@@ -400,16 +406,16 @@ def _forward_fake(
 
 
 _library.define(
-    "sampled(Tensor z, Tensor? groups, Tensor? cu_seqlens, Tensor shuffle, Tensor fit, str potential, float[] params,"
+    "sampled(Tensor[] layers, Tensor? groups, Tensor? cu_seqlens, Tensor shuffle, Tensor fit, str potential, float[] params,"
     " str reduction, str impl, float share, str control_variate, bool with_grad, bool with_error)"
-    " -> (Tensor loss, Tensor grad, Tensor scale, Tensor error)",
+    " -> (Tensor loss, Tensor[] grads, Tensor scale, Tensor error)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
 @torch.library.impl(_library, "sampled", "CompositeExplicitAutograd")
 def _sampled(
-    z: Tensor,
+    layers: Sequence[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
     shuffle: Tensor,
@@ -422,9 +428,10 @@ def _sampled(
     control_variate: str,
     with_grad: bool,
     with_error: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As ``forward``, of one layer: ``grad`` ``[B, L, F]`` and ``scale`` ``[B, L]``, empty without a gradient, and the
-    relative error to expect of their product."""
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """As ``forward``, of layers that are alike, with a gradient for all or for none; and ``[layers]``, the relative
+    error to expect of each's."""
+    z = layers[0]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])
     run = _SWEEPS[choose(impl, z, potential)]
@@ -435,7 +442,7 @@ def _sampled(
 
     with torch.autocast(z.device.type, enabled=False):
         found = estimate(
-            z,
+            layers,
             groups,
             cu_seqlens,
             Potential.from_params(potential, params),
@@ -446,19 +453,17 @@ def _sampled(
             with_error,
             sweep_cliques,
         )
-    weight = _weight(1, reduction, found.pairs)
+    weight = _weight(len(layers), reduction, found.pairs)
     dtype = accumulation_dtype(z.dtype)
-    loss = (found.loss if reduction == "none" else found.loss.sum()) * weight
-    if found.grad is None or found.scale is None:
-        grad, scale = z.new_empty(0, dtype=dtype), z.new_empty(0, dtype=dtype)
-    else:
-        grad, scale = found.grad, (found.scale * weight).to(dtype)
-    return loss.to(dtype), grad, scale, found.error.to(dtype)
+    loss = (found.loss.sum(0) if reduction == "none" else found.loss.sum()) * weight
+    nothing = z.new_empty(0, dtype=dtype)
+    scale = nothing if found.scale is None else (found.scale * weight).to(dtype)
+    return loss.to(dtype), found.grads or [nothing] * len(layers), scale, found.error.to(dtype)
 
 
 @torch.library.register_fake("dispersion_kernels::sampled")
 def _sampled_fake(
-    z: Tensor,
+    layers: list[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
     shuffle: Tensor,
@@ -471,10 +476,8 @@ def _sampled_fake(
     control_variate: str,
     with_grad: bool,
     with_error: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = accumulation_dtype(z.dtype)
-    loss = z.new_empty(sequences if reduction == "none" else (), dtype=dtype)
-    grad = z.new_empty(z.shape if with_grad else 0, dtype=dtype)
-    scale = z.new_empty(z.shape[:2] if with_grad else 0, dtype=dtype)
-    return loss, grad, scale, z.new_empty((), dtype=dtype)
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    loss, grads, scale = _forward_fake(
+        layers, groups, cu_seqlens, potential, params, reduction, impl, [with_grad] * len(layers)
+    )
+    return loss, grads, scale, loss.new_empty(len(layers))

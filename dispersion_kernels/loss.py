@@ -174,7 +174,7 @@ def fused_dispersion_loss(
     alike = all(
         (layer.shape, layer.dtype, layer.device) == (first.shape, first.dtype, first.device) for layer in layers
     )
-    if len(layers) > 1 and (not alike or max_tokens is not None or pairs != "all" or impl == "reference"):
+    if len(layers) > 1 and (not alike or max_tokens is not None or impl == "reference"):
         # Each layer by itself: the draws are other ones in each.
         of_layers = [
             fused_dispersion_loss(
@@ -216,7 +216,7 @@ def fused_dispersion_loss(
         loss = _reference_loss(layers[0], groups, cu_seqlens, resolved, reduction)
     elif pairs != "all" and not _visits_all(pairs, control_variate, layers[0], cu_seqlens):
         loss, error = sampled_loss(
-            layers[0],
+            layers,
             groups,
             cu_seqlens,
             resolved,
@@ -224,8 +224,8 @@ def fused_dispersion_loss(
             impl,
             recompute,
             float(pairs),
-            "low_rank" if control_variate == "auto" else control_variate,
-            draw(layers[0], generator),
+            control_variate,
+            draw(layers, generator),
             return_stats,
         )
     else:
@@ -234,8 +234,8 @@ def fused_dispersion_loss(
         loss = loss.squeeze(0)
     if not return_stats:
         return loss
-    error = loss.new_zeros(()) if error is None else error
-    return loss, SamplingStats(error if isinstance(z, Tensor) else error.expand(len(layers)))
+    error = loss.new_zeros(len(layers)) if error is None else error
+    return loss, SamplingStats(error.squeeze(0) if isinstance(z, Tensor) else error)
 
 
 class DispersionLoss(nn.Module):

@@ -32,9 +32,10 @@ sum_j (h_ij - slope(c_ij)) x_j.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -47,34 +48,38 @@ from dispersion_kernels.sweep import accumulation_dtype, transform, wide_dtype
 CONTROL_VARIATES = ("auto", "none", "constant", "low_rank")
 # Directions of ``low_rank``, and those of them whose products of two are features, too.
 _RANK, _SQUARED = 16, 3
+# The relative error of the gradient up to which "auto" leaves it at a constant, where it can know it for nothing.
+_GOOD_ENOUGH = 0.02
 # The fit sees the pairs within this many groups of this many tokens.
 _FIT_GROUPS, _FIT_TOKENS = 4, 32
+# Layers of together so many numbers are one call of everything: fewer of them on a CPU, for its cache.
+_AT_ONCE = {"cpu": 2**21, "else": 2**27}
 # The sweep of smaller cliques costs as much as that of these.
 _SMALLEST_CLIQUE = 16
 
 
 class Draws(NamedTuple):
-    """What is random, uniform in [0, 1)."""
+    """What is random, uniform in [0, 1), of Y layers."""
 
     shuffle: Tensor
-    """``[B, L]``: the order of the tokens."""
+    """``[Y, B, L]``: the order of the tokens."""
     fit: Tensor
-    """``[_FIT_GROUPS, 1 + _FIT_TOKENS]``: a unit each, and tokens of it."""
+    """``[Y, _FIT_GROUPS, 1 + _FIT_TOKENS]``: a unit each, and tokens of it."""
 
 
 class Estimate(NamedTuple):
-    """What the sampled pairs give."""
+    """What the sampled pairs give, of Y layers."""
 
     loss: Tensor
-    """``[S]`` in :func:`wide_dtype`; 0 for a sequence without a pair."""
+    """``[Y, S]`` in :func:`wide_dtype`; 0 for a sequence without a pair."""
     pairs: Tensor
     """``[S]`` int64: the ordered pairs of each sequence, visited or not."""
-    grad: Tensor | None
-    """``[B, L, F]``: d loss of its sequence / d z, but for its scale; None where it was not asked for."""
+    grads: list[Tensor]
+    """``[B, L, F]`` of each layer: d loss of its sequence / d z, but for its scale; none where they were not asked for."""
     scale: Tensor | None
-    """``[B, L]``."""
+    """``[Y, B, L]``."""
     error: Tensor
-    """``[]``: the relative error of the gradient to expect; 0 where it was not asked for, or no gradient."""
+    """``[Y]``: the relative error of the gradient to expect; 0 where it was not asked for, or no gradient."""
 
 
 # A backend's sweep of tokens ``[R, L, F]``, each row a sequence, or packed ones ``[1, N, F]`` with groups and bounds:
@@ -82,11 +87,12 @@ class Estimate(NamedTuple):
 Sweep = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
 
-def draw(z: Tensor, generator: torch.Generator | None) -> Draws:
-    """For tokens ``[B, L, F]``."""
+def draw(layers: Sequence[Tensor], generator: torch.Generator | None) -> Draws:
+    """For tokens ``[B, L, F]`` of each layer."""
+    count, device = len(layers), layers[0].device
     return Draws(
-        torch.rand(z.shape[:2], device=z.device, generator=generator),
-        torch.rand(_FIT_GROUPS, 1 + _FIT_TOKENS, device=z.device, generator=generator),
+        torch.rand(count, *layers[0].shape[:2], device=device, generator=generator),
+        torch.rand(count, _FIT_GROUPS, 1 + _FIT_TOKENS, device=device, generator=generator),
     )
 
 
@@ -96,7 +102,7 @@ def clique_tokens(share: float, length: int) -> int:
 
 
 def estimate(
-    z: Tensor,
+    layers: Sequence[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
     potential: Potential,
@@ -107,11 +113,56 @@ def estimate(
     with_error: bool,
     sweep: Sweep,
 ) -> Estimate:
-    """Loss and gradient of tokens ``[B, L, F]`` from a ``share`` of their pairs; ``groups`` and ``cu_seqlens`` as in
-    :mod:`dispersion_kernels.segments`, None where the share is 0."""
-    plan = _plan(z, groups, cu_seqlens, draws.shuffle, share)
-    rows, wide, dtype = plan.rows, wide_dtype(z.device), accumulation_dtype(z.dtype)
-    tokens = z.flatten(0, 1) if plan.order is None else z.flatten(0, 1).index_select(0, plan.order)
+    """Loss and gradient of tokens ``[B, L, F]``, alike in all layers, from a ``share`` of their pairs; ``groups`` and
+    ``cu_seqlens`` as in :mod:`dispersion_kernels.segments`, None where the share is 0."""
+    first = layers[0]
+    # Layers of whole sequences are one larger batch, up to a size.
+    at_once = 1
+    if groups is None and cu_seqlens is None and _equal_parts(share, first.shape[1]):
+        at_once = max(1, _AT_ONCE["cpu" if first.is_cpu else "else"] // first.numel())
+    parts = [
+        _estimate(
+            layers[n : n + at_once],
+            groups,
+            cu_seqlens,
+            potential,
+            Draws(draws.shuffle[n : n + at_once], draws.fit[n : n + at_once]),
+            share,
+            control_variate,
+            with_grad,
+            with_error,
+            sweep,
+        )
+        for n in range(0, len(layers), at_once)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    scales = [part.scale for part in parts if part.scale is not None]
+    return Estimate(
+        torch.cat([part.loss for part in parts]),
+        parts[0].pairs,
+        [grad for part in parts for grad in part.grads],
+        torch.cat(scales) if scales else None,
+        torch.cat([part.error for part in parts]),
+    )
+
+
+def _estimate(
+    layers: Sequence[Tensor],
+    groups: Tensor | None,
+    cu_seqlens: Tensor | None,
+    potential: Potential,
+    draws: Draws,
+    share: float,
+    control_variate: str,
+    with_grad: bool,
+    with_error: bool,
+    sweep: Sweep,
+) -> Estimate:
+    first, count = layers[0], len(layers)
+    plan = _plan(draws.shuffle, groups, cu_seqlens, share)
+    rows, wide, dtype = plan.rows, wide_dtype(first.device), accumulation_dtype(first.dtype)
+    tokens = _in_order(layers, plan.order)
 
     # The mean of psi over the pairs of each sequence: from the cliques, and from what the model has of all pairs.
     logarithmic = potential.reduction == "log_mean"
@@ -132,27 +183,30 @@ def estimate(
         norm.masked_fill(left_out, 0.0)[None, :, None],
         potential,
         left_out.unsqueeze(0),
-        in_place=plan.order is not None and tokens.dtype == dtype,
+        in_place=tokens.dtype == dtype and (plan.order is not None or count > 1),
     )
     assert statistics is not None  # a potential of the cosine or the correlation
     x, inverse, ratio = transformed[0], statistics.inverse[0, :, 0], statistics.ratio[0, :, 0]
     fit = sums = None
     if control_variate != "none" or with_error:
-        fit = _fit(x, plan, draws.fit, potential, control_variate)
-        if fit.form is not None and rows.shape[0] > 0:
-            sums = _model_sums(x, ratio, fit, fit.form, rows)
+        fit = _fit(x, inverse, plan, draws.fit, potential, control_variate, share)
+        if fit.b is not None and rows.shape[0] > 0:
+            sums = _model_sums(x, ratio, fit, fit.b, rows)
         if share == 0:
-            mean = fit.mean_psi.masked_fill(nonfinite.view(z.shape[:2]).any(1), math.nan)
+            mean = _of_sequences(fit.mean_psi, plan).masked_fill(nonfinite.view(plan.pairs.numel(), -1).any(1), math.nan)
     if fit is not None and sums is not None:
         missed = _sum_of_runs(sums.products, rows.of_sequence) / pairs
-        corrected = mean + fit.psi_slope * (missed if share > 0 else missed - fit.mean_c)
+        if share == 0:
+            missed = missed - _of_sequences(fit.mean_c, plan)
+        corrected = mean + _of_sequences(fit.psi_slope, plan) * missed
         # Where a correction is larger than psi itself, a line says nothing of it.
         mean = torch.where(corrected <= 0, mean, corrected) if logarithmic else corrected
     empty = plan.pairs == 0
-    loss = ((mean + potential.log_eps).log() if logarithmic else mean).masked_fill(empty, 0.0)
-    error = loss.new_zeros(())
+    loss = ((mean + potential.log_eps).log() if logarithmic else mean).masked_fill(empty, 0.0).view(count, -1)
+    error = loss.new_zeros(count)
+    of_layer = plan.pairs[: loss.shape[1]]
     if not with_grad:
-        return Estimate(loss, plan.pairs, None, None, error)
+        return Estimate(loss, of_layer, [], None, error)
 
     # d loss / dx_i = per_pair sum_j slope(c_ij) x_j.
     slope = (1 / (mean + potential.log_eps) if logarithmic else torch.ones_like(mean)).masked_fill(empty, 0.0)
@@ -160,8 +214,8 @@ def estimate(
     if grad is None or scale is None or losses is None:
         assert sums is not None
         grad = torch.empty_like(x)
-        scale = per_pair.to(dtype).repeat_interleave(z.shape[1]) * inverse
-        sums.add_to(grad, torch.ones_like(scale[: rows.shape[0]]), onto_nothing=True)
+        scale = per_pair.to(dtype).repeat_interleave(first.shape[1]) * inverse
+        sums.add_to(grad, None)
     else:
         grad, of_sweep = grad.flatten(0, 1), scale.flatten()
         of_clique = plan.weight * slope[plan.sequence_of_clique]
@@ -174,15 +228,36 @@ def estimate(
             unit = unit * of_clique[rows.clique] / per_pair[plan.sequence_of_clique][rows.clique]
             sums.add_to(grad, torch.where(unit > 0, 1 / unit, 0.0).to(dtype))
     if fit is not None and with_error:
-        signal = (torch.linalg.vector_norm(grad, dim=1) * scale).to(wide).square().sum()
+        signal = (torch.linalg.vector_norm(grad, dim=1) * scale).to(wide).square().view(count, -1).sum(1)
         noise = _noise(fit, plan, per_pair.to(dtype)[plan.sequence_of_token] * inverse, share)
         error = (noise / (signal - noise).clamp(min=torch.finfo(dtype).tiny)).sqrt()
     if plan.order is not None:
         place = torch.empty_like(plan.order)
-        place[plan.order] = torch.arange(place.numel(), device=z.device)
+        place[plan.order] = torch.arange(place.numel(), device=first.device)
         # x has done its work.
         grad, scale = torch.index_select(grad, 0, place, out=x), scale[place]
-    return Estimate(loss, plan.pairs, grad.view(z.shape), scale.view(z.shape[:2]), error)
+    return Estimate(
+        loss, of_layer, list(grad.view(count, *first.shape)), scale.view(count, *first.shape[:2]), error
+    )
+
+
+def _in_order(layers: Sequence[Tensor], order: Tensor | None) -> Tensor:
+    """``[N, F]``: the tokens of all layers, one after the other; new memory, but for those of one layer as they are."""
+    flat = [layer.flatten(0, 1) for layer in layers]
+    if len(flat) == 1:
+        return flat[0] if order is None else flat[0].index_select(0, order)
+    if order is None:
+        return torch.cat(flat)
+    tokens = flat[0].new_empty(order.numel(), flat[0].shape[1])
+    starts = range(0, order.numel(), flat[0].shape[0])
+    for out, layer, of_layer, start in zip(tokens.split(flat[0].shape[0]), flat, order.split(flat[0].shape[0]), starts, strict=True):
+        torch.index_select(layer, 0, of_layer - start, out=out)
+    return tokens
+
+
+def _of_sequences(values: Tensor, plan: _Plan) -> Tensor:
+    """``[Y S]`` from ``[Y]``."""
+    return values.repeat_interleave(plan.pairs.numel() // values.numel())
 
 
 # What a run of rows has in common: their number, where it is the same for all, or the bounds of the runs.
@@ -251,32 +326,41 @@ class _Plan:
     rows: _Rows
 
 
-def _plan(z: Tensor, groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: Tensor, share: float) -> _Plan:
-    batch, length, _ = z.shape
-    if groups is None and cu_seqlens is None:
-        cliques = 1 if share == 0 else equal_cliques(share, length)
-        if length % cliques == 0:
-            return _equal_cliques(batch, length, cliques, shuffle, visited=share > 0)
+def _plan(shuffle: Tensor, groups: Tensor | None, cu_seqlens: Tensor | None, share: float) -> _Plan:
+    layers, batch, length = shuffle.shape
+    if groups is None and cu_seqlens is None and (cliques := _equal_parts(share, length)):
+        return _equal_cliques(shuffle.flatten(0, 1), cliques, visited=share > 0)
+    assert layers == 1
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    return _ragged_cliques(groups, cu_seqlens, shuffle, clique_tokens(share, batch * length // max(1, sequences)))
+    size = clique_tokens(share, batch * length // max(1, sequences))
+    return _ragged_cliques(groups, cu_seqlens, shuffle[0], size)
 
 
-def equal_cliques(share: float, length: int) -> int:
-    """Into how many cliques ``length`` tokens are cut: a divisor of it, where one is near."""
+def _equal_parts(share: float, length: int) -> int:
+    """Into how many cliques of the same size ``length`` tokens are cut; 0 where there is no such number near."""
+    if share == 0:
+        return 1
     most = max(1, length // clique_tokens(share, length))
-    return next((k for k in range(most, most * 3 // 4, -1) if length % k == 0), most)
+    return next((k for k in range(most, most * 3 // 4, -1) if length % k == 0), 0)
 
 
-def _equal_cliques(batch: int, length: int, cliques: int, shuffle: Tensor, visited: bool) -> _Plan:
+def _equal_cliques(shuffle: Tensor, cliques: int, visited: bool) -> _Plan:
     """Every sequence a unit, and all cliques of the same size."""
-    device, wide = shuffle.device, wide_dtype(shuffle.device)
-    size = length // cliques
-    number = torch.arange(batch * cliques, device=device)
-    sequence = torch.arange(batch, device=device)
+    sequences, length = shuffle.shape
+    # Kept where no stream and no graph owns memory.
+    make = _kept_plan_of if shuffle.is_cpu else _plan_of
+    plan = make(sequences, length, cliques, visited, shuffle.device)
+    return replace(plan, order=(shuffle.argsort(1) + plan.unit_begins.unsqueeze(1)).flatten()) if visited else plan
+
+
+def _plan_of(sequences: int, length: int, cliques: int, visited: bool, device: torch.device) -> _Plan:
+    wide, size = wide_dtype(device), length // cliques
+    number = torch.arange(sequences * cliques, device=device)
+    sequence = torch.arange(sequences, device=device)
     begins = sequence * length
     tokens = torch.full_like(begins, length)
     rows = _Rows(
-        shape=(batch * cliques, size),
+        shape=(sequences * cliques, size),
         table=None,
         of_unit=cliques,
         unit=number // cliques,
@@ -285,7 +369,7 @@ def _equal_cliques(batch: int, length: int, cliques: int, shuffle: Tensor, visit
         inverse_share=torch.full_like(number, (length - 1) / max(1, size - 1) if visited else 0.0, dtype=wide),
     )
     return _Plan(
-        order=(shuffle.argsort(1) + begins.unsqueeze(1)).flatten() if visited else None,
+        order=None,
         bounds=None,
         groups=None,
         taking_part=None,
@@ -300,6 +384,9 @@ def _equal_cliques(batch: int, length: int, cliques: int, shuffle: Tensor, visit
         unit_cliques=torch.full_like(begins, cliques),
         rows=rows,
     )
+
+
+_kept_plan_of = functools.lru_cache(maxsize=16)(_plan_of)
 
 
 def _ragged_cliques(groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: Tensor, size: int) -> _Plan:
@@ -407,79 +494,93 @@ def _may_read(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class _Fit:
-    """A model of the slope and of psi, and the pairs that they are from."""
+    """A model of the slope and of psi for each of Y layers, and the pairs that they are from."""
 
-    form: Tensor | None
-    """b ``[k]``; None where there is no model."""
+    b: Tensor | None
+    """``[Y, k]``, of the features; None where there is no model."""
     directions: Tensor | None
-    """``[_RANK, F]``, of ``low_rank``."""
+    """``[Y, _RANK, F]``, of ``low_rank``."""
     psi_slope: Tensor
     mean_psi: Tensor
     mean_c: Tensor
+    """``[Y]``."""
     tokens: Tensor
-    """``[groups, tokens, F]``."""
+    """``[Y, groups, tokens, F]``."""
     positions: Tensor
     unit: Tensor
-    """``[groups]``."""
+    """``[Y, groups]``."""
     pairs: Tensor
-    """``[groups, tokens, tokens]``: 1 where there is a pair."""
-    slope: Tensor
-    basis: Tensor | None
-    """``[n, groups, tokens, tokens]``: what h is linear in, 0 where there is no pair; so is ``slope``."""
-    coefficients: Tensor | None
+    """``[Y, groups, tokens, tokens]``: 1 where there is a pair."""
+    residual: Tensor
+    """What the model misses of the slope, 0 where there is no pair."""
 
     def features(self, x: Tensor) -> Tensor:
-        """phi ``[N, k]``."""
-        one = torch.ones_like(x[:, :1])
+        """phi ``[N, k]`` of tokens ``[N, F]``."""
         if self.directions is None:
-            return one
-        y = x @ self.directions.T
-        first, second = torch.triu_indices(_SQUARED, _SQUARED, device=x.device)
-        return torch.cat([one, y, y[:, first] * y[:, second]], 1)
+            return torch.ones_like(x[:, :1])
+        y = (x.view(self.directions.shape[0], -1, x.shape[1]) @ self.directions.mT).flatten(0, 1)
+        few = y[:, :_SQUARED]
+        squares = (few.unsqueeze(2) * few.unsqueeze(1)).flatten(1)
+        return torch.cat([torch.ones_like(y[:, :1]), y, squares], 1)
 
 
-def _fit(x: Tensor, plan: _Plan, uniform: Tensor, potential: Potential, control_variate: str) -> _Fit:
-    wide = wide_dtype(x.device)
+def _fit(
+    x: Tensor, inverse: Tensor, plan: _Plan, uniform: Tensor, potential: Potential, control_variate: str, share: float
+) -> _Fit:
+    wide, layers = wide_dtype(x.device), uniform.shape[0]
     # A group is of one unit, which is drawn as the unit of a token. What is a place in the order is a token that does
     # not depend on the shuffle.
-    anchor = (uniform[:, 0] * plan.unit_tokens.sum()).long()
+    begins = torch.arange(layers, device=x.device) * (x.shape[0] // layers)
+    anchor = begins.unsqueeze(1) + (uniform[:, :, 0] * (plan.unit_tokens.sum() // layers)).long()
     unit = (torch.searchsorted(plan.unit_begins, anchor, right=True) - 1).clamp(min=0)
-    within = (uniform[:, 1:] * plan.unit_tokens[unit].unsqueeze(1)).long()
-    within = torch.minimum(within, (plan.unit_tokens[unit] - 1).clamp(min=0).unsqueeze(1))
-    positions = (plan.unit_begins[unit].unsqueeze(1) + within).clamp(max=x.shape[0] - 1)
+    of_unit = plan.unit_tokens[unit].unsqueeze(2)
+    within = torch.minimum((uniform[:, :, 1:] * of_unit).long(), (of_unit - 1).clamp(min=0))
+    positions = (plan.unit_begins[unit].unsqueeze(2) + within).clamp(max=x.shape[0] - 1)
     tokens = x.index_select(0, positions.flatten()).unflatten(0, positions.shape)
     c = tokens @ tokens.mT
-    there = positions.unsqueeze(1) != positions.unsqueeze(2)
-    there = there.to(wide)
-    count = there.sum().clamp(min=1)
+    there = (positions.unsqueeze(2) != positions.unsqueeze(3)).to(wide)
+    count = _of_layer(there).clamp(min=1)
     psi, slope = potential.value(c).to(wide), potential.slope(c).to(wide) * there
     c = c.to(wide)
-    mean_psi, mean_c = (psi * there).sum() / count, (c * there).sum() / count
-    deviation = (c - mean_c) * there
-    variance = deviation.square().sum()
-    psi_slope = torch.where(variance > 0, (deviation * psi).sum() / variance, 0.0)
+    mean_psi, mean_c = _of_layer(psi * there) / count, _of_layer(c * there) / count
+    deviation = (c - mean_c.view(-1, 1, 1, 1)) * there
+    variance = _of_layer(deviation.square())
+    psi_slope = torch.where(variance > 0, _of_layer(deviation * psi) / variance, 0.0)
 
     # Of slope x_j the token i sees what is orthogonal to it, sqrt(1 - c^2) of its length.
     weight = there * (1 - c.square()).clamp(min=0)
-    form = directions = basis = b = None
-    if control_variate == "constant":
-        basis = there.unsqueeze(0)
-        b = (slope * weight).sum().view(1) / weight.sum().clamp(min=torch.finfo(wide).tiny)
-        form = b
-    elif control_variate == "low_rank":
-        directions = _directions(tokens.flatten(0, 1).to(wide))
-        y = tokens.to(wide) @ directions.T
-        few = y[:, :, :_SQUARED]
-        product = few @ few.mT
-        basis = torch.stack([torch.ones_like(c), y @ y.mT, product, product.square()]) * there
-        flat, weighted = basis.flatten(1), (basis * weight).flatten(1)
-        b = _solve(weighted @ flat.T, weighted @ slope.view(-1, 1)).flatten()
-        # A product of two different components is in the square of the product twice.
-        twice = [1 + (i < j) for i in range(_SQUARED) for j in range(i, _SQUARED)]
-        form = torch.cat([b[:1], b[1] + b[2].expand(_SQUARED), b[1].expand(_RANK - _SQUARED), b[3] * b.new_tensor(twice)])
-        directions = directions.to(x.dtype)
+    directions = b = None
+    residual = slope
+    if control_variate in ("constant", "auto"):
+        constant = _of_layer(slope * weight) / _of_layer(weight).clamp(min=torch.finfo(wide).tiny)
+        b, residual = constant.unsqueeze(1), slope - constant.view(-1, 1, 1, 1) * there
+    if control_variate == "auto" and _may_read(x.device) and share > 0:
+        others = (of_unit - 1).clamp(min=1).to(wide)
+        by_length = inverse[positions].to(wide).square()
+        noise = _of_layer(_noise_of_tokens(_moments(residual, tokens, there), others, plan, unit, share) * by_length)
+        signal = _of_layer(others.square() * _moments(slope, tokens, there).mean_squared * by_length)
+        control_variate = "constant" if (noise <= _GOOD_ENOUGH**2 * signal).all() else "low_rank"
+    if control_variate in ("low_rank", "auto"):
+        directions = _directions(tokens.flatten(1, 2))
+        y = (tokens @ directions.unsqueeze(1).mT).to(wide)
+        few = y[:, :, :, :_SQUARED]
+        products = few @ few.mT
+        basis = torch.stack([there, (y @ y.mT) * there, products * there, products.square() * there], 1)
+        flat, weighted = basis.flatten(2), (basis * weight.unsqueeze(1)).flatten(2)
+        of_basis = _solve(weighted @ flat.mT, weighted @ slope.view(layers, -1, 1))
+        residual = slope - (of_basis.unsqueeze(3).unsqueeze(4) * basis).sum(1)
+        one, all_of_them, few_of_them, squares = of_basis.unbind(1)
+        b = torch.cat(
+            [
+                one,
+                (all_of_them + few_of_them).expand(-1, _SQUARED),
+                all_of_them.expand(-1, _RANK - _SQUARED),
+                squares.expand(-1, _SQUARED**2),
+            ],
+            1,
+        )
     return _Fit(
-        form=None if form is None else form.to(x.dtype),
+        b=None if b is None else b.to(x.dtype),
         directions=directions,
         psi_slope=psi_slope,
         mean_psi=mean_psi,
@@ -488,42 +589,41 @@ def _fit(x: Tensor, plan: _Plan, uniform: Tensor, potential: Potential, control_
         positions=positions,
         unit=unit,
         pairs=there,
-        slope=slope,
-        basis=basis,
-        coefficients=b,
+        residual=residual,
     )
 
 
+def _of_layer(values: Tensor) -> Tensor:
+    """The sum over all dimensions but the first."""
+    return values.flatten(1).sum(1)
+
+
 def _directions(tokens: Tensor) -> Tensor:
-    """``[_RANK, F]``, orthonormal: near the principal directions of ``tokens`` ``[N, F]``, the first ones nearest."""
-    # A power iteration from some of the tokens; and in the span of what it gives, for the first few, two more.
-    some = tokens[:: tokens.shape[0] // _RANK][:_RANK]
-    span = torch.nn.functional.normalize((some @ tokens.T) @ tokens, dim=1)
-    y, products = tokens @ span.T, span @ span.T
-    iteration = _solve(products, y.T @ y)
-    basis = torch.eye(_RANK, dtype=tokens.dtype, device=tokens.device)
-    basis[:, :_SQUARED] = iteration @ iteration[:, :_SQUARED]
-    scaled, scale = _unit_diagonal(basis.T @ products @ basis)
-    factor = torch.linalg.cholesky_ex(scaled).L
-    coordinates = torch.linalg.solve_triangular(factor, (basis * scale).T, upper=False)
-    return coordinates @ span
+    """``[Y, _RANK, F]``, orthonormal: near the principal directions of ``tokens`` ``[Y, N, F]``, the first nearest."""
+    # Power iterations from some of the tokens: one, and two more for the first few.
+    products = tokens @ tokens.mT
+    some = products[:, :: tokens.shape[1] // _RANK][:, :_RANK]
+    few = some[:, :_SQUARED] @ products @ products
+    span = torch.cat([few, some[:, _SQUARED:]], 1) @ tokens
+    span = torch.nn.functional.normalize(span, dim=2).to(wide_dtype(tokens.device))
+    # Orthonormal by Gram and Schmidt, in the form that needs no check of what it finds, and so does not synchronise.
+    factor = torch.linalg.cholesky_ex(_regular(span @ span.mT)).L
+    return torch.linalg.solve_triangular(factor, span, upper=False).to(tokens.dtype)
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """The solution of a symmetric system, not negative; one of them where there are many, 0 for an unknown whose row is
+    """The solutions of symmetric systems, not negative; one of them where there are many, 0 for an unknown whose row is
     0."""
-    scaled, scale = _unit_diagonal(matrix)
-    # Without a check of what it finds, it does not synchronise.
-    solution: Tensor = torch.linalg.solve_ex(scaled, right * scale.unsqueeze(1)).result
-    return solution * scale.unsqueeze(1)
-
-
-def _unit_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A symmetric matrix, not negative, scaled to ones on its diagonal, and made regular; and the scale of its rows."""
-    diagonal = matrix.diagonal()
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
-    ridge = torch.finfo(matrix.dtype).eps ** 0.75
-    return matrix * scale * scale.unsqueeze(1) + ridge * torch.eye(len(scale), dtype=matrix.dtype, device=matrix.device), scale
+    solution: Tensor = torch.linalg.solve_ex(_regular(matrix * scale * scale.mT), right * scale).result
+    return solution * scale
+
+
+def _regular(matrix: Tensor) -> Tensor:
+    """Matrices with ones on the diagonal, made regular."""
+    matrix.diagonal(dim1=-2, dim2=-1).add_(torch.finfo(matrix.dtype).eps ** 0.75)
+    return matrix
 
 
 @dataclass(frozen=True)
@@ -533,10 +633,10 @@ class _ModelSums:
     rows: _Rows
     x: Tensor
     """``[R, size, F]``."""
-    phi: Tensor
-    """``[R, size, k]``."""
-    coefficients: Tensor
-    """``[R, k, F]``: b_k T_k."""
+    weighted: Tensor
+    """``[R, size, k]``: b_k phi_ik."""
+    missed: Tensor
+    """``[R, k, F]``: T."""
     ratio: Tensor
     """``[R, size]``: of the row transform, 1 / |x|, or 0."""
     squares: Tensor
@@ -546,69 +646,91 @@ class _ModelSums:
     products: Tensor
     """``[R]``: the same difference of the sums of c_ij, the unit's divided among its rows."""
 
-    def add_to(self, grad: Tensor, factor: Tensor, onto_nothing: bool = False) -> None:
-        """Adds them times ``factor`` ``[R]``, seen through the row transform, to the sums of the visited pairs."""
-        coefficients = self.coefficients * factor.view(-1, 1, 1)
-        own = self.own * factor.unsqueeze(1)
-        inner = (self.phi.mT * (coefficients @ self.x.mT)).sum(1) - own * self.squares
+    def add_to(self, grad: Tensor, factor: Tensor | None) -> None:
+        """Adds them times ``factor`` ``[R]``, seen through the row transform, to the sums of the visited pairs; None:
+        they are all there is."""
+        weighted, own = self.weighted, self.own
+        if factor is not None:
+            weighted, own = weighted * factor.view(-1, 1, 1), own * factor.unsqueeze(1)
+        inner = (weighted * (self.x @ self.missed.mT)).sum(2) - own * self.squares
         along = (own + self.ratio * inner).unsqueeze(2)
         if self.rows.table is None:
             out = grad.view(self.x.shape)
-            out.baddbmm_(self.phi, coefficients, beta=0 if onto_nothing else 1).addcmul_(self.x, along, value=-1)
+            out.baddbmm_(weighted, self.missed, beta=0 if factor is None else 1).addcmul_(self.x, along, value=-1)
         else:
-            self.rows.add_to(grad, torch.bmm(self.phi, coefficients).addcmul_(self.x, along, value=-1))
+            self.rows.add_to(grad, torch.bmm(weighted, self.missed).addcmul_(self.x, along, value=-1))
 
 
-def _model_sums(x: Tensor, ratio: Tensor, fit: _Fit, form: Tensor, rows: _Rows) -> _ModelSums:
+def _model_sums(x: Tensor, ratio: Tensor, fit: _Fit, b: Tensor, rows: _Rows) -> _ModelSums:
     wide = wide_dtype(x.device)
     phi, row_x, ratio = rows.of(fit.features(x)), rows.of(x), rows.of(ratio)
     squares = torch.where(ratio > 0, ratio.square().reciprocal(), 0.0)
     sums = phi.mT @ row_x
-    of_units = _sum_of_runs(sums, rows.of_unit)[rows.unit]
+    of_units = _sum_of_runs(sums, rows.of_unit)
     share = rows.inverse_share.to(x.dtype).view(-1, 1, 1)
+    if isinstance(rows.of_unit, int):
+        by_unit = sums.unflatten(0, (-1, rows.of_unit))
+        share_of_unit = share.unflatten(0, (-1, rows.of_unit))
+        missed = torch.addcmul(of_units.unsqueeze(1), by_unit, share_of_unit, value=-1).flatten(0, 1)
+    else:
+        missed = torch.addcmul(of_units[rows.unit], sums, share, value=-1)
     # phi begins with 1.
     of_row = squares.to(wide).sum(1)
     products = sums[:, 0].to(wide).square().sum(1) - of_row
-    squares_of_unit = _sum_of_runs(of_row, rows.of_unit)[rows.unit]
-    products_of_unit = of_units[:, 0].to(wide).square().sum(1) - squares_of_unit
-    number = _sum_of_runs(torch.ones_like(of_row), rows.of_unit)[rows.unit]
-    missed = products_of_unit / number - products * rows.inverse_share
+    products_of_unit = of_units[:, 0].to(wide).square().sum(1) - _sum_of_runs(of_row, rows.of_unit)
+    number = _sum_of_runs(torch.ones_like(of_row), rows.of_unit)
+    b = b.repeat_interleave(phi.shape[0] // b.shape[0], 0)
     return _ModelSums(
         rows=rows,
         x=row_x,
-        phi=phi,
-        coefficients=form.unsqueeze(1) * (of_units - sums * share),
+        weighted=phi * b.unsqueeze(1),
+        missed=missed,
         ratio=ratio,
         squares=squares,
-        own=(phi.square() @ form) * (1 - share.squeeze(2)),
-        products=missed,
+        own=(phi.square() @ b.unsqueeze(2)).squeeze(2) * (1 - share.squeeze(2)),
+        products=(products_of_unit / number)[rows.unit] - products * rows.inverse_share,
     )
 
 
 def _noise(fit: _Fit, plan: _Plan, factor: Tensor, share: float) -> Tensor:
-    """The expected square of the gradient's error, summed over all tokens: from the residuals of the fit's tokens with
-    their partners there, of what is orthogonal to the token. ``factor`` ``[N]`` is what G is multiplied by."""
+    """``[Y]``: the expected square of the gradient's error, summed over all tokens, from that of the fit's tokens.
+    ``factor`` ``[N]`` is what G is multiplied by."""
     wide = wide_dtype(factor.device)
-    n = fit.pairs.sum(2)
-    residual = fit.slope
-    if fit.basis is not None and fit.coefficients is not None:
-        residual = residual - (fit.coefficients.view(-1, 1, 1, 1) * fit.basis).sum(0)
-    c = (fit.tokens @ fit.tokens.mT).to(wide)
-    squares = c.diagonal(dim1=1, dim2=2)
+    others = (plan.unit_tokens[fit.unit] - 1).clamp(min=1).to(wide).unsqueeze(2)
+    of_token = _noise_of_tokens(_moments(fit.residual, fit.tokens, fit.pairs), others, plan, fit.unit, share)
+    of_token = of_token * factor[fit.positions].to(wide).square()
+    counted = (fit.pairs.sum(3) > 1).to(wide)
+    return _of_layer(of_token) / _of_layer(counted).clamp(min=1) * (plan.unit_tokens.sum() / len(of_token))
+
+
+def _noise_of_tokens(moments: _Moments, others: Tensor, plan: _Plan, unit: Tensor, share: float) -> Tensor:
+    """``[Y, groups, tokens]``: the expected square of the error of G, where the units have ``others`` tokens more."""
+    if share == 0:
+        return others.square() * moments.mean_squared
+    mates = (others + 1) / plan.unit_cliques[unit].clamp(min=1).unsqueeze(2) - 1
+    return others.square() * (1 / mates.clamp(min=1) - 1 / others) * moments.variance
+
+
+class _Moments(NamedTuple):
+    """Of factor_ij x_j over the partners j of i, in what is orthogonal to x_i, ``[Y, groups, tokens]``; 0 where there
+    are fewer than two."""
+
+    variance: Tensor
+    mean_squared: Tensor
+
+
+def _moments(factor: Tensor, tokens: Tensor, pairs: Tensor) -> _Moments:
+    """``factor`` ``[Y, groups, tokens, tokens]`` is 0 where there is no pair."""
+    n = pairs.sum(3)
+    c = (tokens @ tokens.mT).to(factor.dtype)
+    squares = c.diagonal(dim1=2, dim2=3)
     inverse = torch.where(squares > 0, 1 / squares, 0.0)
-    second = (residual.square() * (squares.unsqueeze(1) - c.square() * inverse.unsqueeze(2))).sum(2)
-    total = (residual.to(fit.tokens.dtype) @ fit.tokens).to(wide)
-    first = total.square().sum(2) - (total * fit.tokens).sum(2).square() * inverse
-    variance = ((second - first / n.clamp(min=1)) / (n - 1).clamp(min=1)).clamp(min=0)
-    others = (plan.unit_tokens[fit.unit] - 1).clamp(min=1).to(wide).unsqueeze(1)
-    if share > 0:
-        cliques = plan.unit_cliques[fit.unit].clamp(min=1)
-        mates = (plan.unit_tokens[fit.unit] / cliques.to(wide) - 1).unsqueeze(1).clamp(min=1)
-        of_token = others.square() * (1 / mates - 1 / others) * variance
-    else:
-        of_token = others.square() * (first / n.clamp(min=1).square() - variance / n.clamp(min=1)).clamp(min=0)
-    of_token = of_token * factor[fit.positions].to(wide).square() * (n > 1)
-    return of_token.sum() / (n > 1).sum().clamp(min=1) * plan.unit_tokens.sum()
+    of_squares = (factor.square() * (squares.unsqueeze(2) - c.square() * inverse.unsqueeze(3))).sum(3)
+    total = factor.to(tokens.dtype) @ tokens
+    of_total = total.square().sum(3).to(c.dtype) - (total * tokens).sum(3).to(c.dtype).square() * inverse
+    variance = ((of_squares - of_total / n.clamp(min=1)) / (n - 1).clamp(min=1)).clamp(min=0) * (n > 1)
+    mean_squared = (of_total / n.clamp(min=1).square() - variance / n.clamp(min=1)).clamp(min=0) * (n > 1)
+    return _Moments(variance, mean_squared)
 
 
 def _sum_of_runs(values: Tensor, runs: _Runs) -> Tensor:
