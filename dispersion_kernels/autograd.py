@@ -116,10 +116,10 @@ class _Sampled(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         inputs = (groups, cu_seqlens, shuffle, fit)
         with_grad = with_error or not recompute
-        loss, grads, scale, error = torch.ops.dispersion_kernels.sampled(
+        loss, grad, scale, error = torch.ops.dispersion_kernels.sampled(
             layers, *inputs, *options, with_grad, with_error
         )
-        ctx.save_for_backward(cu_seqlens, *((groups, shuffle, fit, *layers) if recompute else (*grads, scale)))
+        ctx.save_for_backward(cu_seqlens, *((groups, shuffle, fit, *layers) if recompute else (grad, scale)))
         ctx.options, ctx.recompute, ctx.hooked = options, recompute, _hooks_see_what_is_saved()
         ctx.needed, ctx.dtypes = list(ctx.needs_input_grad[7:]), [z.dtype for z in layers]
         ctx.mark_non_differentiable(error)
@@ -131,13 +131,13 @@ class _Sampled(torch.autograd.Function):
         cu_seqlens, *saved = ctx.saved_tensors
         if ctx.recompute:
             groups, shuffle, fit, *layers = saved
-            _, grads, scale, _ = torch.ops.dispersion_kernels.sampled(
+            _, grad, scale, _ = torch.ops.dispersion_kernels.sampled(
                 layers, groups, cu_seqlens, shuffle, fit, *ctx.options, True, False
             )
         else:
-            *grads, scale = saved
+            grad, scale = saved
         factor = _of_tokens(upstream[0], cu_seqlens, scale.shape[2])
-        dz = _finished(ctx, grads, scale, factor, ctx.dtypes, ctx.needed)
+        dz = _finished(ctx, grad.unbind(), scale, factor, ctx.dtypes, ctx.needed)
         return None, None, None, None, None, None, None, *dz
 
 
@@ -406,9 +406,9 @@ def _forward_fake(
 
 
 _library.define(
-    "sampled(Tensor[] layers, Tensor? groups, Tensor? cu_seqlens, Tensor shuffle, Tensor fit, str potential, float[] params,"
-    " str reduction, str impl, float share, str control_variate, bool with_grad, bool with_error)"
-    " -> (Tensor loss, Tensor[] grads, Tensor scale, Tensor error)",
+    "sampled(Tensor[] layers, Tensor? groups, Tensor? cu_seqlens, Tensor shuffle, Tensor fit, str potential,"
+    " float[] params, str reduction, str impl, float share, str control_variate, bool with_grad, bool with_error)"
+    " -> (Tensor loss, Tensor grad, Tensor scale, Tensor error)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -428,9 +428,9 @@ def _sampled(
     control_variate: str,
     with_grad: bool,
     with_error: bool,
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """As ``forward``, of layers that are alike, with a gradient for all or for none; and ``[layers]``, the relative
-    error to expect of each's."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``forward``, of layers that are alike, with a gradient for all in one tensor, ``[layers, B, L, F]``, or for
+    none; and ``[layers]``, the relative error to expect of each's."""
     z = layers[0]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])
@@ -456,9 +456,11 @@ def _sampled(
     weight = _weight(len(layers), reduction, found.pairs)
     dtype = accumulation_dtype(z.dtype)
     loss = (found.loss.sum(0) if reduction == "none" else found.loss.sum()) * weight
-    nothing = z.new_empty(0, dtype=dtype)
-    scale = nothing if found.scale is None else (found.scale * weight).to(dtype)
-    return loss.to(dtype), found.grads or [nothing] * len(layers), scale, found.error.to(dtype)
+    if found.grad is None or found.scale is None:
+        grad, scale = z.new_empty(0, dtype=dtype), z.new_empty(0, dtype=dtype)
+    else:
+        grad, scale = found.grad, (found.scale * weight).to(dtype)
+    return loss.to(dtype), grad, scale, found.error.to(dtype)
 
 
 @torch.library.register_fake("dispersion_kernels::sampled")
@@ -476,8 +478,9 @@ def _sampled_fake(
     control_variate: str,
     with_grad: bool,
     with_error: bool,
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    loss, grads, scale = _forward_fake(
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, _, scale = _forward_fake(
         layers, groups, cu_seqlens, potential, params, reduction, impl, [with_grad] * len(layers)
     )
-    return loss, grads, scale, loss.new_empty(len(layers))
+    grad = loss.new_empty((len(layers), *layers[0].shape) if with_grad else 0)
+    return loss, grad, scale, loss.new_empty(len(layers))

@@ -29,7 +29,7 @@ Pairs = Literal["all"] | float
 ControlVariate = Literal["auto", "none", "constant", "low_rank"]
 
 # Tokens of a sequence up to which all pairs take no longer than a share of them.
-_SHORT = 256
+_SHORT = 512
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

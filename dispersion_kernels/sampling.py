@@ -74,8 +74,8 @@ class Estimate(NamedTuple):
     """``[Y, S]`` in :func:`wide_dtype`; 0 for a sequence without a pair."""
     pairs: Tensor
     """``[S]`` int64: the ordered pairs of each sequence, visited or not."""
-    grads: list[Tensor]
-    """``[B, L, F]`` of each layer: d loss of its sequence / d z, but for its scale; none where they were not asked for."""
+    grad: Tensor | None
+    """``[Y, B, L, F]``: d loss of its sequence / d z, but for its scale; None where it was not asked for."""
     scale: Tensor | None
     """``[Y, B, L]``."""
     error: Tensor
@@ -120,6 +120,9 @@ def estimate(
     at_once = 1
     if groups is None and cu_seqlens is None and _equal_parts(share, first.shape[1]):
         at_once = max(1, _AT_ONCE["cpu" if first.is_cpu else "else"] // first.numel())
+    grad = None
+    if with_grad and at_once < len(layers):
+        grad = first.new_empty(len(layers), *first.shape, dtype=accumulation_dtype(first.dtype))
     parts = [
         _estimate(
             layers[n : n + at_once],
@@ -132,6 +135,7 @@ def estimate(
             with_grad,
             with_error,
             sweep,
+            None if grad is None else grad[n : n + at_once],
         )
         for n in range(0, len(layers), at_once)
     ]
@@ -141,7 +145,7 @@ def estimate(
     return Estimate(
         torch.cat([part.loss for part in parts]),
         parts[0].pairs,
-        [grad for part in parts for grad in part.grads],
+        grad,
         torch.cat(scales) if scales else None,
         torch.cat([part.error for part in parts]),
     )
@@ -158,7 +162,9 @@ def _estimate(
     with_grad: bool,
     with_error: bool,
     sweep: Sweep,
+    out: Tensor | None,
 ) -> Estimate:
+    """``out`` ``[Y, B, L, F]``: where the gradient goes; None: new memory."""
     first, count = layers[0], len(layers)
     plan = _plan(draws.shuffle, groups, cu_seqlens, share)
     rows, wide, dtype = plan.rows, wide_dtype(first.device), accumulation_dtype(first.dtype)
@@ -193,7 +199,9 @@ def _estimate(
         if fit.b is not None and rows.shape[0] > 0:
             sums = _model_sums(x, ratio, fit, fit.b, rows)
         if share == 0:
-            mean = _of_sequences(fit.mean_psi, plan).masked_fill(nonfinite.view(plan.pairs.numel(), -1).any(1), math.nan)
+            mean = _of_sequences(fit.mean_psi, plan).masked_fill(
+                nonfinite.view(plan.pairs.numel(), -1).any(1), math.nan
+            )
     if fit is not None and sums is not None:
         missed = _sum_of_runs(sums.products, rows.of_sequence) / pairs
         if share == 0:
@@ -206,14 +214,14 @@ def _estimate(
     error = loss.new_zeros(count)
     of_layer = plan.pairs[: loss.shape[1]]
     if not with_grad:
-        return Estimate(loss, of_layer, [], None, error)
+        return Estimate(loss, of_layer, None, None, error)
 
     # d loss / dx_i = per_pair sum_j slope(c_ij) x_j.
     slope = (1 / (mean + potential.log_eps) if logarithmic else torch.ones_like(mean)).masked_fill(empty, 0.0)
     per_pair = 2 * slope / pairs
     if grad is None or scale is None or losses is None:
         assert sums is not None
-        grad = torch.empty_like(x)
+        grad = torch.empty_like(x) if out is None else out.view(x.shape)
         scale = per_pair.to(dtype).repeat_interleave(first.shape[1]) * inverse
         sums.add_to(grad, None)
     else:
@@ -235,10 +243,9 @@ def _estimate(
         place = torch.empty_like(plan.order)
         place[plan.order] = torch.arange(place.numel(), device=first.device)
         # x has done its work.
-        grad, scale = torch.index_select(grad, 0, place, out=x), scale[place]
-    return Estimate(
-        loss, of_layer, list(grad.view(count, *first.shape)), scale.view(count, *first.shape[:2]), error
-    )
+        out = x if out is None else out.view(x.shape)
+        grad, scale = torch.index_select(grad, 0, place, out=out), scale[place]
+    return Estimate(loss, of_layer, grad.view(count, *first.shape), scale.view(count, *first.shape[:2]), error)
 
 
 def _in_order(layers: Sequence[Tensor], order: Tensor | None) -> Tensor:
@@ -250,7 +257,9 @@ def _in_order(layers: Sequence[Tensor], order: Tensor | None) -> Tensor:
         return torch.cat(flat)
     tokens = flat[0].new_empty(order.numel(), flat[0].shape[1])
     starts = range(0, order.numel(), flat[0].shape[0])
-    for out, layer, of_layer, start in zip(tokens.split(flat[0].shape[0]), flat, order.split(flat[0].shape[0]), starts, strict=True):
+    for out, layer, of_layer, start in zip(
+        tokens.split(flat[0].shape[0]), flat, order.split(flat[0].shape[0]), starts, strict=True
+    ):
         torch.index_select(layer, 0, of_layer - start, out=out)
     return tokens
 
@@ -527,7 +536,7 @@ class _Fit:
 def _fit(
     x: Tensor, inverse: Tensor, plan: _Plan, uniform: Tensor, potential: Potential, control_variate: str, share: float
 ) -> _Fit:
-    wide, layers = wide_dtype(x.device), uniform.shape[0]
+    layers = uniform.shape[0]
     # A group is of one unit, which is drawn as the unit of a token. What is a place in the order is a token that does
     # not depend on the shuffle.
     begins = torch.arange(layers, device=x.device) * (x.shape[0] // layers)
@@ -538,12 +547,11 @@ def _fit(
     positions = (plan.unit_begins[unit].unsqueeze(2) + within).clamp(max=x.shape[0] - 1)
     tokens = x.index_select(0, positions.flatten()).unflatten(0, positions.shape)
     c = tokens @ tokens.mT
-    there = (positions.unsqueeze(2) != positions.unsqueeze(3)).to(wide)
+    there = (positions.unsqueeze(2) != positions.unsqueeze(3)).to(x.dtype)
     count = _of_layer(there).clamp(min=1)
-    psi, slope = potential.value(c).to(wide), potential.slope(c).to(wide) * there
-    c = c.to(wide)
+    psi, slope = potential.value(c), potential.slope(c) * there
     mean_psi, mean_c = _of_layer(psi * there) / count, _of_layer(c * there) / count
-    deviation = (c - mean_c.view(-1, 1, 1, 1)) * there
+    deviation = (c - mean_c.to(x.dtype).view(-1, 1, 1, 1)) * there
     variance = _of_layer(deviation.square())
     psi_slope = torch.where(variance > 0, _of_layer(deviation * psi) / variance, 0.0)
 
@@ -552,23 +560,24 @@ def _fit(
     directions = b = None
     residual = slope
     if control_variate in ("constant", "auto"):
-        constant = _of_layer(slope * weight) / _of_layer(weight).clamp(min=torch.finfo(wide).tiny)
-        b, residual = constant.unsqueeze(1), slope - constant.view(-1, 1, 1, 1) * there
+        constant = _of_layer(slope * weight) / _of_layer(weight).clamp(min=torch.finfo(x.dtype).tiny)
+        b = constant.to(x.dtype).unsqueeze(1)
+        residual = slope - b.view(-1, 1, 1, 1) * there
     if control_variate == "auto" and _may_read(x.device) and share > 0:
-        others = (of_unit - 1).clamp(min=1).to(wide)
-        by_length = inverse[positions].to(wide).square()
-        noise = _of_layer(_noise_of_tokens(_moments(residual, tokens, there), others, plan, unit, share) * by_length)
-        signal = _of_layer(others.square() * _moments(slope, tokens, there).mean_squared * by_length)
+        others = (of_unit - 1).clamp(min=1)
+        factor = (others * inverse[positions]).square()
+        noise = _of_layer(factor * _noise_of_tokens(_moments(residual, tokens, there), others, plan, unit, share))
+        signal = _of_layer(factor * _moments(slope, tokens, there).mean_squared)
         control_variate = "constant" if (noise <= _GOOD_ENOUGH**2 * signal).all() else "low_rank"
     if control_variate in ("low_rank", "auto"):
         directions = _directions(tokens.flatten(1, 2))
-        y = (tokens @ directions.unsqueeze(1).mT).to(wide)
+        y = tokens @ directions.unsqueeze(1).mT
         few = y[:, :, :, :_SQUARED]
         products = few @ few.mT
         basis = torch.stack([there, (y @ y.mT) * there, products * there, products.square() * there], 1)
         flat, weighted = basis.flatten(2), (basis * weight.unsqueeze(1)).flatten(2)
         of_basis = _solve(weighted @ flat.mT, weighted @ slope.view(layers, -1, 1))
-        residual = slope - (of_basis.unsqueeze(3).unsqueeze(4) * basis).sum(1)
+        residual = slope - (of_basis.mT @ flat).view(slope.shape)
         one, all_of_them, few_of_them, squares = of_basis.unbind(1)
         b = torch.cat(
             [
@@ -580,7 +589,7 @@ def _fit(
             1,
         )
     return _Fit(
-        b=None if b is None else b.to(x.dtype),
+        b=b,
         directions=directions,
         psi_slope=psi_slope,
         mean_psi=mean_psi,
@@ -594,8 +603,8 @@ def _fit(
 
 
 def _of_layer(values: Tensor) -> Tensor:
-    """The sum over all dimensions but the first."""
-    return values.flatten(1).sum(1)
+    """The sum over all dimensions but the first, in :func:`wide_dtype`."""
+    return values.flatten(1).sum(1, dtype=wide_dtype(values.device))
 
 
 def _directions(tokens: Tensor) -> Tensor:
@@ -608,7 +617,8 @@ def _directions(tokens: Tensor) -> Tensor:
     span = torch.nn.functional.normalize(span, dim=2).to(wide_dtype(tokens.device))
     # Orthonormal by Gram and Schmidt, in the form that needs no check of what it finds, and so does not synchronise.
     factor = torch.linalg.cholesky_ex(_regular(span @ span.mT)).L
-    return torch.linalg.solve_triangular(factor, span, upper=False).to(tokens.dtype)
+    directions: Tensor = torch.linalg.solve_triangular(factor, span, upper=False)
+    return directions.to(tokens.dtype)
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
@@ -628,7 +638,8 @@ def _regular(matrix: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _ModelSums:
-    """What the model has of all pairs, less 1/p times what it has of those visited: sum_j h_ij x_j = sum_k b_k phi_ik T_k."""
+    """What the model has of all pairs, less 1/p times what it has of those visited: the sum over j of h_ij x_j is the
+    sum over k of b_k phi_ik T_k."""
 
     rows: _Rows
     x: Tensor
@@ -652,7 +663,7 @@ class _ModelSums:
         weighted, own = self.weighted, self.own
         if factor is not None:
             weighted, own = weighted * factor.view(-1, 1, 1), own * factor.unsqueeze(1)
-        inner = (weighted * (self.x @ self.missed.mT)).sum(2) - own * self.squares
+        inner = (weighted.mT * (self.missed @ self.x.mT)).sum(1) - own * self.squares
         along = (own + self.ratio * inner).unsqueeze(2)
         if self.rows.table is None:
             out = grad.view(self.x.shape)
@@ -695,20 +706,23 @@ def _model_sums(x: Tensor, ratio: Tensor, fit: _Fit, b: Tensor, rows: _Rows) -> 
 def _noise(fit: _Fit, plan: _Plan, factor: Tensor, share: float) -> Tensor:
     """``[Y]``: the expected square of the gradient's error, summed over all tokens, from that of the fit's tokens.
     ``factor`` ``[N]`` is what G is multiplied by."""
-    wide = wide_dtype(factor.device)
-    others = (plan.unit_tokens[fit.unit] - 1).clamp(min=1).to(wide).unsqueeze(2)
+    others = (plan.unit_tokens[fit.unit] - 1).clamp(min=1).unsqueeze(2)
     of_token = _noise_of_tokens(_moments(fit.residual, fit.tokens, fit.pairs), others, plan, fit.unit, share)
-    of_token = of_token * factor[fit.positions].to(wide).square()
-    counted = (fit.pairs.sum(3) > 1).to(wide)
-    return _of_layer(of_token) / _of_layer(counted).clamp(min=1) * (plan.unit_tokens.sum() / len(of_token))
+    counted = _of_layer(fit.pairs.sum(3) > 1).clamp(min=1)
+    return (
+        _of_layer((others * factor[fit.positions]).square() * of_token)
+        / counted
+        * (plan.unit_tokens.sum() / len(of_token))
+    )
 
 
 def _noise_of_tokens(moments: _Moments, others: Tensor, plan: _Plan, unit: Tensor, share: float) -> Tensor:
-    """``[Y, groups, tokens]``: the expected square of the error of G, where the units have ``others`` tokens more."""
+    """``[Y, groups, tokens]``: the expected square of the error of G / others, where the units have ``others`` tokens
+    more."""
     if share == 0:
-        return others.square() * moments.mean_squared
+        return moments.mean_squared
     mates = (others + 1) / plan.unit_cliques[unit].clamp(min=1).unsqueeze(2) - 1
-    return others.square() * (1 / mates.clamp(min=1) - 1 / others) * moments.variance
+    return (1 / mates.clamp(min=1) - 1 / others) * moments.variance
 
 
 class _Moments(NamedTuple):
@@ -722,12 +736,12 @@ class _Moments(NamedTuple):
 def _moments(factor: Tensor, tokens: Tensor, pairs: Tensor) -> _Moments:
     """``factor`` ``[Y, groups, tokens, tokens]`` is 0 where there is no pair."""
     n = pairs.sum(3)
-    c = (tokens @ tokens.mT).to(factor.dtype)
+    c = tokens @ tokens.mT
     squares = c.diagonal(dim1=2, dim2=3)
     inverse = torch.where(squares > 0, 1 / squares, 0.0)
     of_squares = (factor.square() * (squares.unsqueeze(2) - c.square() * inverse.unsqueeze(3))).sum(3)
-    total = factor.to(tokens.dtype) @ tokens
-    of_total = total.square().sum(3).to(c.dtype) - (total * tokens).sum(3).to(c.dtype).square() * inverse
+    total = factor @ tokens
+    of_total = total.square().sum(3) - (total * tokens).sum(3).square() * inverse
     variance = ((of_squares - of_total / n.clamp(min=1)) / (n - 1).clamp(min=1)).clamp(min=0) * (n > 1)
     mean_squared = (of_total / n.clamp(min=1).square() - variance / n.clamp(min=1)).clamp(min=0) * (n > 1)
     return _Moments(variance, mean_squared)

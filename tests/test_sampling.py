@@ -21,6 +21,7 @@ from dispersion_kernels import (
     fused_dispersion_loss,
     sampling,
 )
+from dispersion_kernels.autograd import sampled_loss
 from dispersion_kernels.sampling import Draws, estimate
 from dispersion_kernels.sweep import sweep
 
@@ -116,9 +117,40 @@ def test_the_control_variates_help() -> None:
     subsample = error(max_tokens=128)
     none, constant, low_rank = (error(pairs=1 / 16, control_variate=name) for name in ("none", "constant", "low_rank"))
     assert low_rank < 0.6 * constant < 0.1 * none < 0.1 * subsample
-    assert error(pairs=1 / 16) == low_rank
     # The model alone: a bias, of the size of what it misses, and no more noise than that of the fit.
     assert error(pairs=0, control_variate="low_rank") < error(pairs=0, control_variate="constant") < 0.2
+
+
+def test_two_clusters() -> None:
+    """Where the cosine takes values far from each other a line in it misses more than a parabola does."""
+    centres = 4 * torch.randn(3, 64)
+    z = (centres[torch.randint(0, 3, (1, 512))] + torch.randn(1, 512, 64)).float()
+    exact = oracle(z, "angular_spread")
+    constant, low_rank = (
+        (evaluate(z, "angular_spread", pairs=1 / 16, control_variate=name).grad - exact.grad).norm()
+        for name in ("constant", "low_rank")
+    )
+    assert low_rank < 0.25 * constant
+
+
+def test_auto_takes_what_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow, wide = (
+        tokens(1, 768, 64, cosine=0.99),
+        4 * tokens(1, 3, 64)[:, torch.randint(0, 3, (768,))] + tokens(1, 768, 64),
+    )
+    for z, expected in ((narrow, "constant"), (wide, "low_rank")):
+        auto, named = (
+            evaluate(z, "angular_spread", pairs=1 / 8, control_variate=name, generator=seeded(0))
+            for name in ("auto", expected)
+        )
+        assert torch.equal(auto.grad, named.grad)
+    # Where it would have to wait for the device to know.
+    monkeypatch.setattr(sampling, "_may_read", lambda device: False)
+    auto, named = (
+        evaluate(narrow, "angular_spread", pairs=1 / 8, control_variate=name, generator=seeded(0))
+        for name in ("auto", "low_rank")
+    )
+    assert torch.equal(auto.grad, named.grad)
 
 
 @pytest.mark.parametrize("pairs", [1 / 16, 1 / 4, 0.0])
@@ -153,7 +185,7 @@ def test_the_stated_error_is_the_true_one(control_variate: str, pairs: float) ->
 
 
 def test_the_statistics_of_lists_and_of_all_pairs() -> None:
-    z = tokens(512, 16)
+    z = tokens(528, 16)
     loss, stats = fused_dispersion_loss([z, 2 * z], pairs=1 / 16, generator=seeded(0), return_stats=True)
     assert loss.dim() == 0
     assert stats.relative_error.shape == (2,)
@@ -214,13 +246,12 @@ def test_no_synchronisation_on_an_accelerator(potential: Potential) -> None:
         assert result.scale is not None
         return result.loss, result.grad, result.scale
 
-    draws = sampling.draw(z, None)
-    for tokens_, ids, bounds in ((z, None, None), (z, groups, None), (z[:1], groups[:1], cu_seqlens)):
-        of_case = Draws(draws.shuffle[: tokens_.shape[0]], draws.fit)
-        found = estimate(tokens_, ids, bounds, potential, of_case, 0.1, "low_rank", True, True, on_meta)
+    for layers, ids, bounds in (([z, z], None, None), ([z, z], groups, None), ([z[:1]], groups[:1], cu_seqlens)):
+        draws = sampling.draw(layers, None)
+        found = estimate(layers, ids, bounds, potential, draws, 0.1, "auto", True, True, on_meta)
         assert found.grad is not None
-        assert found.grad.shape == tokens_.shape
-        assert found.loss.shape == ((4,) if bounds is not None else tokens_.shape[:1])
+        assert found.grad.shape == (len(layers), *layers[0].shape)
+        assert found.loss.shape == (len(layers), 4 if bounds is not None else 2)
 
 
 def test_all_pairs_where_sampling_saves_nothing() -> None:
@@ -242,7 +273,7 @@ def test_all_pairs_where_sampling_saves_nothing() -> None:
 
 @pytest.mark.parametrize("pairs", [0.05, 0])
 def test_seeds(pairs: float) -> None:
-    z = tokens(2, 384, 16)
+    z = tokens(2, 640, 16)
     first, again, other = (evaluate(z, "angular_spread", pairs=pairs, generator=seeded(n)) for n in (1, 1, 2))
     assert torch.equal(first.loss, again.loss)
     assert torch.equal(first.grad, again.grad)
@@ -275,32 +306,34 @@ def test_tokens_that_are_nothing(impl: str, control_variate: str) -> None:
     nothing = evaluate(z, "angular_spread", mask=torch.zeros_like(mask), pairs=0.1, impl=impl)
     assert (nothing.loss == 0).all()
     assert (nothing.grad == 0).all()
-    model_alone = evaluate(z, "angular_spread", pairs=0, generator=seeded(0), impl=impl)
+    model_alone = evaluate(z, "angular_spread", pairs=0, control_variate="low_rank", generator=seeded(0), impl=impl)
     assert model_alone.loss.isnan().tolist() == [False, True, True, False]
     assert model_alone.grad[[0, 3]].isfinite().all()
-    same = evaluate(z[:1, :1].expand(1, 320, 16).clone(), "angular_spread", pairs=0.1, impl=impl)
+    equal = z[:1, :1].expand(1, 320, 16).clone()
+    same = evaluate(equal, "angular_spread", pairs=0.1, control_variate="low_rank", impl=impl)
     assert same.loss.isfinite().all()
     assert same.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("options", [{"pairs": 0.1}, {"pairs": 0}, {"pairs": 0.1, "control_variate": "none"}], ids=repr)
-def test_operator_and_compiler(options: dict[str, Any]) -> None:
-    z = tokens(2, 300, 8)
+@pytest.mark.parametrize(
+    ("share", "control_variate"), [(0.1, "auto"), (0.0, "low_rank"), (0.1, "none")], ids=lambda value: str(value)
+)
+def test_operator_and_compiler(share: float, control_variate: str) -> None:
+    z = [tokens(2, 300, 8), tokens(2, 300, 8).transpose(0, 1).contiguous().transpose(0, 1)]
     draws = sampling.draw(z, seeded(0))
-    share, name = float(options["pairs"]), options.get("control_variate", "low_rank")
     ids = torch.randint(-1, 2, (2, 300)) if share else None
     for groups, with_grad in ((None, True), (ids, True), (None, False)):
-        args = (z, groups, None, *draws, "angular_spread", [1.0, 0.25, 0.01], "mean", "auto", share, name)
+        args = (z, groups, None, *draws, "angular_spread", [1.0, 0.25, 0.01], "mean", "auto", share, control_variate)
         torch.library.opcheck(torch.ops.dispersion_kernels.sampled.default, (*args, with_grad, with_grad))
 
     def loss(x: Tensor) -> Tensor:
-        return fused_dispersion_loss(torch.tanh(x), **options)
+        return fused_dispersion_loss([torch.tanh(x), x], pairs=share, control_variate=control_variate)  # type: ignore
 
     compiled: Callable[[Tensor], Tensor] = torch.compile(loss, fullgraph=True, backend="aot_eager")
     gradients = []
     for call in (loss, compiled):
         torch.manual_seed(5)
-        x = z.clone().requires_grad_()
+        x = tokens(1, 600, 8).requires_grad_()
         call(x).backward()
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients)
@@ -314,13 +347,25 @@ def test_module() -> None:
     assert "pairs=0.1, control_variate='constant'" in repr(module)
 
 
-def test_a_list_is_the_mean_of_its_layers() -> None:
-    layers = [tokens(2, 300, 8) for _ in range(2)]
-    generator = seeded(0)
-    together = fused_dispersion_loss(layers, pairs=0.1, generator=generator)
-    generator = seeded(0)
-    one_by_one = [fused_dispersion_loss(layer, pairs=0.1, generator=generator) for layer in layers]
-    torch.testing.assert_close(together, torch.stack(one_by_one).mean())
+@pytest.mark.parametrize("pairs", [0.1, 0.0])
+@pytest.mark.parametrize("at_once", [1, 2, 8])
+def test_a_list_is_the_mean_of_its_layers(at_once: int, pairs: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of them are taken together, with draws of their own."""
+    layers = [tokens(2, 300, 8, cosine=cosine).requires_grad_(n != 1) for n, cosine in enumerate((0.1, 0.5, 0.9))]
+    monkeypatch.setattr(sampling, "_AT_ONCE", {"cpu": at_once * layers[0].numel(), "else": 0})
+    for options in ({}, {"mask": torch.arange(600).view(2, 300) % 7 > 0} if pairs else {}):
+        draws = sampling.draw(layers, seeded(0))
+        arguments = (None if not options else options["mask"].long() - 1, None, AngularSpread(), "mean", "auto", False)
+        together, errors = sampled_loss(layers, *arguments, pairs, "low_rank", draws, True)
+        gradients = torch.autograd.grad(together, [layers[0], layers[2]])
+        by_themselves = [
+            sampled_loss([layer], *arguments, pairs, "low_rank", Draws(*(d[n : n + 1] for d in draws)), True)
+            for n, layer in enumerate(layers)
+        ]
+        torch.testing.assert_close(together, torch.stack([loss for loss, _ in by_themselves]).mean())
+        torch.testing.assert_close(errors, torch.cat([error for _, error in by_themselves]))
+        for n, grad in zip((0, 2), gradients, strict=True):
+            torch.testing.assert_close(grad, torch.autograd.grad(by_themselves[n][0] / 3, layers[n])[0])
 
 
 @pytest.mark.parametrize(
