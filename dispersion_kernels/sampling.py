@@ -223,7 +223,7 @@ def _estimate(
         assert sums is not None
         grad = torch.empty_like(x) if out is None else out.view(x.shape)
         scale = per_pair.to(dtype).repeat_interleave(first.shape[1]) * inverse
-        sums.add_to(grad, None)
+        sums.write_to(grad)
     else:
         grad, of_sweep = grad.flatten(0, 1), scale.flatten()
         of_clique = plan.weight * slope[plan.sequence_of_clique]
@@ -657,19 +657,24 @@ class _ModelSums:
     products: Tensor
     """``[R]``: the same difference of the sums of c_ij, the unit's divided among its rows."""
 
-    def add_to(self, grad: Tensor, factor: Tensor | None) -> None:
-        """Adds them times ``factor`` ``[R]``, seen through the row transform, to the sums of the visited pairs; None:
-        they are all there is."""
-        weighted, own = self.weighted, self.own
-        if factor is not None:
-            weighted, own = weighted * factor.view(-1, 1, 1), own * factor.unsqueeze(1)
-        inner = (weighted.mT * (self.missed @ self.x.mT)).sum(1) - own * self.squares
-        along = (own + self.ratio * inner).unsqueeze(2)
+    def write_to(self, grad: Tensor) -> None:
+        """Puts them, seen through the row transform, into ``grad``, in which nothing is."""
+        out = grad.view(self.x.shape)
+        torch.bmm(self.weighted, self.missed, out=out)
+        out.addcmul_(self.x, self._along(self.own, torch.linalg.vecdot(out, self.x)), value=-1)
+
+    def add_to(self, grad: Tensor, factor: Tensor) -> None:
+        """Adds them times ``factor`` ``[R]``, seen through the row transform, to the sums of the visited pairs."""
+        weighted, own = self.weighted * factor.view(-1, 1, 1), self.own * factor.unsqueeze(1)
+        along = self._along(own, (weighted.mT * (self.missed @ self.x.mT)).sum(1))
         if self.rows.table is None:
-            out = grad.view(self.x.shape)
-            out.baddbmm_(weighted, self.missed, beta=0 if factor is None else 1).addcmul_(self.x, along, value=-1)
+            grad.view(self.x.shape).baddbmm_(weighted, self.missed).addcmul_(self.x, along, value=-1)
         else:
             self.rows.add_to(grad, torch.bmm(weighted, self.missed).addcmul_(self.x, along, value=-1))
+
+    def _along(self, own: Tensor, inner: Tensor) -> Tensor:
+        """What to take away of x: h_ii, and what of the rest, whose product with x is ``inner``, is along it."""
+        return (own + self.ratio * (inner - own * self.squares)).unsqueeze(2)
 
 
 def _model_sums(x: Tensor, ratio: Tensor, fit: _Fit, b: Tensor, rows: _Rows) -> _ModelSums:
