@@ -48,7 +48,8 @@ Relative error of the gradient (of the loss), against float64 on the same number
     "scale": """\
 Loss and gradient of one sequence, in a process whose memory beyond the input has a ceiling.""",
     "sampling": """\
-Relative error of the gradient, of its part that is orthogonal to each token, and milliseconds of forward and backward.
+Relative error of the gradient, of its part that is orthogonal to each token, and milliseconds of forward and backward
+for one of four layers in a call.
 *n partners*: each token meets so many others, a share n / L of the pairs; *0*: the model of the slope alone.""",
     "convergence": """\
 The trainer's nano GPT-2 from several seeds: mean and standard deviation, and of the difference from all pairs, seed by

@@ -52,8 +52,8 @@ _RANK, _SQUARED = 16, 3
 _GOOD_ENOUGH = 0.02
 # The fit sees the pairs within this many groups of this many tokens.
 _FIT_GROUPS, _FIT_TOKENS = 4, 32
-# Layers of together so many numbers are one call of everything: fewer of them on a CPU, for its cache.
-_AT_ONCE = {"cpu": 2**21, "else": 2**27}
+# Layers are taken together up to so many numbers in all: on a CPU fewer, for its cache.
+_AT_ONCE = {"cpu": 2**21, "else": 2**25}
 # The sweep of smaller cliques costs as much as that of these.
 _SMALLEST_CLIQUE = 16
 
