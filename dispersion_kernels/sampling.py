@@ -120,9 +120,13 @@ def estimate(
     at_once = 1
     if groups is None and cu_seqlens is None and _equal_parts(share, first.shape[1]):
         at_once = max(1, _AT_ONCE["cpu" if first.is_cpu else "else"] // first.numel())
-    grad = None
-    if with_grad and at_once < len(layers):
-        grad = first.new_empty(len(layers), *first.shape, dtype=accumulation_dtype(first.dtype))
+    grad = scratch = None
+    if at_once < len(layers):
+        # New memory takes longer than what is done with it.
+        if share > 0:
+            scratch = first.new_empty(at_once * first.shape[0] * first.shape[1], first.shape[2])
+        if with_grad:
+            grad = first.new_empty(len(layers), *first.shape, dtype=accumulation_dtype(first.dtype))
     parts = [
         _estimate(
             layers[n : n + at_once],
@@ -136,6 +140,7 @@ def estimate(
             with_error,
             sweep,
             None if grad is None else grad[n : n + at_once],
+            scratch,
         )
         for n in range(0, len(layers), at_once)
     ]
@@ -163,12 +168,14 @@ def _estimate(
     with_error: bool,
     sweep: Sweep,
     out: Tensor | None,
+    scratch: Tensor | None,
 ) -> Estimate:
-    """``out`` ``[Y, B, L, F]``: where the gradient goes; None: new memory."""
+    """``out`` ``[Y, B, L, F]``: where the gradient goes; ``scratch`` ``[N or more, F]``: memory for the tokens; None: new
+    memory."""
     first, count = layers[0], len(layers)
     plan = _plan(draws.shuffle, groups, cu_seqlens, share)
     rows, wide, dtype = plan.rows, wide_dtype(first.device), accumulation_dtype(first.dtype)
-    tokens = _in_order(layers, plan.order)
+    tokens = _in_order(layers, plan.order, scratch)
 
     # The mean of psi over the pairs of each sequence: from the cliques, and from what the model has of all pairs.
     logarithmic = potential.reduction == "log_mean"
@@ -248,19 +255,15 @@ def _estimate(
     return Estimate(loss, of_layer, grad.view(count, *first.shape), scale.view(count, *first.shape[:2]), error)
 
 
-def _in_order(layers: Sequence[Tensor], order: Tensor | None) -> Tensor:
-    """``[N, F]``: the tokens of all layers, one after the other; new memory, but for those of one layer as they are."""
+def _in_order(layers: Sequence[Tensor], order: Tensor | None, scratch: Tensor | None) -> Tensor:
+    """``[N, F]``: the tokens of all layers, one after the other: a copy, but for those of one layer as they are."""
     flat = [layer.flatten(0, 1) for layer in layers]
-    if len(flat) == 1:
-        return flat[0] if order is None else flat[0].index_select(0, order)
     if order is None:
-        return torch.cat(flat)
-    tokens = flat[0].new_empty(order.numel(), flat[0].shape[1])
-    starts = range(0, order.numel(), flat[0].shape[0])
-    for out, layer, of_layer, start in zip(
-        tokens.split(flat[0].shape[0]), flat, order.split(flat[0].shape[0]), starts, strict=True
-    ):
-        torch.index_select(layer, 0, of_layer - start, out=out)
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
+    count, features = flat[0].shape
+    tokens = flat[0].new_empty(order.numel(), features) if scratch is None else scratch[: order.numel()]
+    for n, (out, of_layer) in enumerate(zip(tokens.split(count), order.split(count), strict=True)):
+        torch.index_select(flat[n], 0, of_layer - n * count, out=out)
     return tokens
 
 
