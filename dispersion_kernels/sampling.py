@@ -170,8 +170,8 @@ def _estimate(
     out: Tensor | None,
     scratch: Tensor | None,
 ) -> Estimate:
-    """``out`` ``[Y, B, L, F]``: where the gradient goes; ``scratch`` ``[N or more, F]``: memory for the tokens; None: new
-    memory."""
+    """``out`` ``[Y, B, L, F]``: where the gradient goes. ``scratch`` ``[N or more, F]``: where the tokens go. None: to
+    new memory."""
     first, count = layers[0], len(layers)
     plan = _plan(draws.shuffle, groups, cu_seqlens, share)
     rows, wide, dtype = plan.rows, wide_dtype(first.device), accumulation_dtype(first.dtype)
