@@ -6,6 +6,7 @@ On a CUDA device where there is one, else on the CPU.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="few and short runs: to try it out, not for figures")
     parser.add_argument("--out", type=Path, help="a CSV file for the rows, with the machine, versions and commit")
     parser.add_argument("--potential", nargs="+", help="of the accuracy suite (default: angular_spread)")
+    parser.add_argument(
+        "--recipe", type=shlex.split, help="of the train suite: more options of dispersion-gpt2, all in one argument"
+    )
     args = parser.parse_args(arguments)
     if args.potential and args.suite != "accuracy":
         parser.error(f"--potential is for --suite accuracy; {args.suite} has angular_spread alone")
+    if args.recipe and args.suite != "train":
+        parser.error(f"--recipe is for --suite train; {args.suite} trains nothing that could have another")
     if args.suite == "static":
         out = [] if args.out is None else ["--out", str(args.out)]
         static_report.main([*(["--arch", "sm_90"] if args.quick else []), *out])
         return
-    rows = accuracy.run(args.quick, tuple(args.potential)) if args.potential else SUITES[args.suite](args.quick)
+    if args.potential:
+        rows = accuracy.run(args.quick, tuple(args.potential))
+    elif args.recipe:
+        rows = train.run(args.quick, args.recipe)
+    else:
+        rows = SUITES[args.suite](args.quick)
     if args.out is not None:
         write_csv(args.out, rows)
         print(f"\nrows: {args.out}")

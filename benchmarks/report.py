@@ -318,10 +318,18 @@ def sampling_full(rows: list[Row]) -> str:
 
 
 def sampling_short(rows: list[Row]) -> str:
-    """The middle of what there is."""
-    return _sampling(
-        rows, ["256 tokens, naive", "none, 64", "constant, 64", "low_rank, 64", "low_rank, 0", "all pairs"]
-    )
+    """The middle of what there is, at the larger tau."""
+    tau = max(float(row["tau"]) for row in rows)
+    variants = [
+        "256 tokens, naive",
+        "none, 64",
+        "constant, 64",
+        "low_rank, 64",
+        "constant, 0",
+        "low_rank, 0",
+        "all pairs",
+    ]
+    return _sampling([row for row in rows if float(row["tau"]) == tau], variants)
 
 
 def _sampling(rows: list[Row], variants: list[str]) -> str:
@@ -339,8 +347,15 @@ def _partners(variant: str) -> str:
     return f"{model.replace('_', ' ')}, {number} partners" if number.isdigit() else variant
 
 
-def convergence_table(rows: list[Row]) -> str:
-    measured = ("validation_loss", "cosine_last", "cosine_mean")
+def convergence_full(rows: list[Row]) -> str:
+    return _convergence(rows, ["validation_loss", "cosine_last", "cosine_mean"])
+
+
+def convergence_short(rows: list[Row]) -> str:
+    return _convergence(rows, ["validation_loss", "cosine_mean"])
+
+
+def _convergence(rows: list[Row], measured: list[str]) -> str:
     names = list(dict.fromkeys(row["variant"] for row in rows))
     found = {(row["variant"], row["seed"]): row for row in rows}
     seeds = list(dict.fromkeys(row["seed"] for row in rows))
@@ -411,7 +426,8 @@ def plot_sampling(rows: list[Row], path: Path) -> Path:
         axes.set_xlabel("forward + backward, ms (dotted: all pairs)")
     for axes in panels[:, 0]:
         axes.set_ylabel("error of the gradient")
-    panels[0, 0].legend(frameon=False, fontsize=8)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     figure.suptitle(f"{source}, F = {rows[0]['F']}; filled: 32 to 256 partners a token; open: no pairs", fontsize=11)
     return _saved(figure, path)
 
@@ -488,7 +504,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "accuracy": accuracy_full,
     "scale": scale_table,
     "sampling": sampling_full,
-    "convergence": convergence_table,
+    "convergence": convergence_full,
 }
 SHORT: dict[str, Callable[[list[Row]], str]] = {
     **TABLES,
@@ -496,6 +512,7 @@ SHORT: dict[str, Callable[[list[Row]], str]] = {
     "loss": loss_short,
     "accuracy": accuracy_short,
     "sampling": sampling_short,
+    "convergence": convergence_short,
 }
 
 

@@ -38,6 +38,7 @@ VARIANTS: dict[str, list[str]] = {
 
 
 def run(quick: bool, options: list[str] | None = None) -> list[dict[str, Any]]:
+    """``options``: of the trainer, after those for this device."""
     device = pick_device()
     recipe = [*RECIPE[device.type], *(QUICK if quick else []), *(options or [])]
     print(f"machine: {describe()}")

@@ -131,8 +131,8 @@ def fused_dispersion_loss(
             ``share * L`` (at least 16) that cover them all, in 3 share B L^2 F FLOPs and some passes over the tokens.
             Mean psi and its gradient are unbiased estimates; at 1/16, the pairs of a subsample of a quarter of the
             tokens, with a hundredth of its error. 0: no pairs but a few thousand, which a model of the slope is fitted
-            to: in linear time, for whole sequences alone, and with a bias, 1 to 5% of the gradient on hidden states of
-            GPT-2 and SmolLM2 at tau = 1, but up to 20% at tau = 0.1: look at ``return_stats``.
+            to: in linear time, for whole sequences alone, and with a bias, 1 to 6% of the gradient on hidden states of
+            GPT-2 and SmolLM2 at tau = 1, but some 20% at tau = 0.1: look at ``return_stats``.
             Estimators and variance: :mod:`dispersion_kernels.sampling`. Not for potentials of a distance.
         control_variate: what stands for the pairs that are not visited: ``"none"``, nothing; ``"constant"``, their mean
             slope; ``"low_rank"``, a parabola in an estimate of c, for some more passes over the tokens. ``"auto"``:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import math
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -219,8 +220,7 @@ def test_train_suite(quick_clock: None, tmp_path: Path, monkeypatch: pytest.Monk
         "--context",
         "64",
     ]
-    monkeypatch.setitem(command.SUITES, "train", lambda quick: train.run(quick, options))
-    command.main(["--suite", "train", "--quick", "--out", str(tmp_path / "train.csv")])
+    command.main(["--suite", "train", "--quick", "--recipe", shlex.join(options), "--out", str(tmp_path / "train.csv")])
     rows = read(tmp_path / "train.csv")
     assert [row["variant"] for row in rows] == list(train.VARIANTS)
     assert float(rows[0]["of_time_without"]) == 1.0
@@ -310,7 +310,7 @@ def test_convergence_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setattr(convergence, "SEEDS", 2)
     rows = convergence.run(False)
     assert len(rows) == 2 * len(convergence.VARIANTS)
-    lines = report.convergence_table([{key: str(value) for key, value in row.items()} for row in rows]).splitlines()
+    lines = report.convergence_full([{key: str(value) for key, value in row.items()} for row in rows]).splitlines()
     of_pairs = next(line for line in lines if line.startswith("| 1/16 of the pairs"))
     assert "5.5000 ± 0.3536 | 0.2500 ± 0.0000" in of_pairs
     for name, options in convergence.VARIANTS.items():
@@ -322,8 +322,9 @@ def test_static_suite_is_the_static_report(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(static_report, "main", calls.append)
     command.main(["--suite", "static", "--out", "report.md"])
     assert calls == [["--out", "report.md"]]
-    with pytest.raises(SystemExit):
-        command.main(["--suite", "loss", "--potential", "uniformity"])
+    for option in ("--potential", "--recipe"):
+        with pytest.raises(SystemExit):
+            command.main(["--suite", "loss", option, "uniformity"])
 
 
 def test_quartiles_and_batches() -> None:
