@@ -28,6 +28,7 @@ VARIANTS: dict[str, list[str]] = {
     "256 tokens": ["--dispersion-tokens", "256"],
     "1/16 of the pairs": ["--pairs", "0.0625"],
     "no pairs": ["--pairs", "0"],
+    "no pairs, constant": ["--pairs", "0", "--control-variate", "constant"],
     "all pairs": [],
 }
 SEEDS = 5
