@@ -130,10 +130,7 @@ def dispersion(
         RuntimeError: if the kernel is unavailable (:func:`unavailable_reason`) or the call fails.
         ValueError: if an argument has the wrong type, shape or layout.
     """
-    requested = _requested_isa()
-    reason = _unavailable_reason(requested)
-    if reason is not None:
-        raise RuntimeError(f"the CPU kernel is unavailable: {reason}")
+    requested = _available_isa()
     if potential_name not in PARAMETERS:
         raise ValueError(f"potential_name must be one of {', '.join(PARAMETERS)}, got {potential_name!r}")
     if len(params) != len(PARAMETERS[potential_name]):
@@ -170,11 +167,7 @@ def dispersion(
 
     values = (ctypes.c_double * max(len(params), 1))(*params)
     args = _Args(
-        abi_version=_ABI_VERSION,
-        isa=_ISAS[requested],
-        parallel_for=_torch_parallel_for(),
-        threads=torch.get_num_threads(),
-        dtype=_DTYPES[z.dtype],
+        *_call(requested, z.dtype),
         z=z.data_ptr(),
         row_stride=stride,
         rows=rows,
@@ -194,9 +187,7 @@ def dispersion(
         loss=None if total else loss.data_ptr(),
         total=loss.data_ptr() if total else None,
     )
-    status = _library().dk_dispersion(ctypes.byref(args))
-    if status:
-        raise RuntimeError(f"the CPU kernel failed: {_STATUS.get(status, f'status {status}')}")
+    _check(_library().dk_dispersion(ctypes.byref(args)))
     return loss, grad, scale
 
 
@@ -228,10 +219,7 @@ def scaled(
         RuntimeError: if the kernel is unavailable (:func:`unavailable_reason`).
         ValueError: if an argument has the wrong type, shape or layout.
     """
-    requested = _requested_isa()
-    reason = _unavailable_reason(requested)
-    if reason is not None:
-        raise RuntimeError(f"the CPU kernel is unavailable: {reason}")
+    requested = _available_isa()
     for name, tensor in (("grad", grad), ("scale", scale), ("factor", factor)):
         if tensor.dtype != torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
             raise ValueError(
@@ -246,11 +234,7 @@ def scaled(
         )
     out = grad if in_place and dtype == torch.float32 else torch.empty_like(grad, dtype=dtype)
     args = _ScaleArgs(
-        abi_version=_ABI_VERSION,
-        isa=_ISAS[requested],
-        parallel_for=_torch_parallel_for(),
-        threads=torch.get_num_threads(),
-        dtype=_DTYPES[dtype],
+        *_call(requested, dtype),
         grad=grad.data_ptr(),
         scale=scale.data_ptr(),
         factor=factor.data_ptr(),
@@ -259,14 +243,30 @@ def scaled(
         rows_per_factor=max(1, rows // factors),
         out=out.data_ptr(),
     )
-    status = _library().dk_scale(ctypes.byref(args))
-    if status:
-        raise RuntimeError(f"the CPU kernel failed: {_STATUS.get(status, f'status {status}')}")
+    _check(_library().dk_scale(ctypes.byref(args)))
     return out
 
 
-class _Args(ctypes.Structure):
-    """``dk_args`` of csrc/cpu/dispersion.h, field by field."""
+def _available_isa() -> str:
+    requested = _requested_isa()
+    reason = _unavailable_reason(requested)
+    if reason is not None:
+        raise RuntimeError(f"the CPU kernel is unavailable: {reason}")
+    return requested
+
+
+def _call(requested: str, dtype: torch.dtype) -> tuple[int, int, int | None, int, int]:
+    """The fields of :class:`_Call`."""
+    return _ABI_VERSION, _ISAS[requested], _torch_parallel_for(), torch.get_num_threads(), _DTYPES[dtype]
+
+
+def _check(status: int) -> None:
+    if status:
+        raise RuntimeError(f"the CPU kernel failed: {_STATUS.get(status, f'status {status}')}")
+
+
+class _Call(ctypes.Structure):
+    """What the arguments of every function of csrc/cpu/dispersion.h begin with."""
 
     _fields_ = [
         ("abi_version", ctypes.c_int32),
@@ -274,6 +274,13 @@ class _Args(ctypes.Structure):
         ("parallel_for", ctypes.c_void_p),
         ("threads", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
+    ]
+
+
+class _Args(_Call):
+    """``dk_args`` of csrc/cpu/dispersion.h, field by field after those."""
+
+    _fields_ = [
         ("z", ctypes.c_void_p),
         ("row_stride", ctypes.c_int64),
         ("rows", ctypes.c_int64),
@@ -296,15 +303,10 @@ class _Args(ctypes.Structure):
     ]
 
 
-class _ScaleArgs(ctypes.Structure):
-    """``dk_scale_args`` of csrc/cpu/dispersion.h, field by field."""
+class _ScaleArgs(_Call):
+    """``dk_scale_args`` of csrc/cpu/dispersion.h, field by field after those."""
 
     _fields_ = [
-        ("abi_version", ctypes.c_int32),
-        ("isa", ctypes.c_int32),
-        ("parallel_for", ctypes.c_void_p),
-        ("threads", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
         ("grad", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
         ("factor", ctypes.c_void_p),

@@ -48,7 +48,7 @@ from dispersion_kernels.sweep import accumulation_dtype, transform, wide_dtype
 CONTROL_VARIATES = ("auto", "none", "constant", "low_rank")
 # Directions of ``low_rank``, and those of them whose products of two are features, too.
 _RANK, _SQUARED = 16, 3
-# The relative error of the gradient up to which "auto" leaves it at a constant, where it can know it for nothing.
+# The relative error of the gradient up to which "auto" leaves it at a constant, where it can know without waiting.
 _GOOD_ENOUGH = 0.02
 # The fit sees the pairs within this many groups of this many tokens.
 _FIT_GROUPS, _FIT_TOKENS = 4, 32
@@ -518,6 +518,8 @@ class _Fit:
     """``[Y]``."""
     tokens: Tensor
     """``[Y, groups, tokens, F]``."""
+    c: Tensor
+    """``[Y, groups, tokens, tokens]``: their products."""
     positions: Tensor
     unit: Tensor
     """``[Y, groups]``."""
@@ -569,8 +571,8 @@ def _fit(
     if control_variate == "auto" and _may_read(x.device) and share > 0:
         others = (of_unit - 1).clamp(min=1)
         factor = (others * inverse[positions]).square()
-        noise = _of_layer(factor * _noise_of_tokens(_moments(residual, tokens, there), others, plan, unit, share))
-        signal = _of_layer(factor * _moments(slope, tokens, there).mean_squared)
+        noise = _of_layer(factor * _noise_of_tokens(_moments(residual, tokens, c, there), others, plan, unit, share))
+        signal = _of_layer(factor * _moments(slope, tokens, c, there).mean_squared)
         control_variate = "constant" if (noise <= _GOOD_ENOUGH**2 * signal).all() else "low_rank"
     if control_variate in ("low_rank", "auto"):
         directions = _directions(tokens.flatten(1, 2))
@@ -598,6 +600,7 @@ def _fit(
         mean_psi=mean_psi,
         mean_c=mean_c,
         tokens=tokens,
+        c=c,
         positions=positions,
         unit=unit,
         pairs=there,
@@ -715,7 +718,7 @@ def _noise(fit: _Fit, plan: _Plan, factor: Tensor, share: float) -> Tensor:
     """``[Y]``: the expected square of the gradient's error, summed over all tokens, from that of the fit's tokens.
     ``factor`` ``[N]`` is what G is multiplied by."""
     others = (plan.unit_tokens[fit.unit] - 1).clamp(min=1).unsqueeze(2)
-    of_token = _noise_of_tokens(_moments(fit.residual, fit.tokens, fit.pairs), others, plan, fit.unit, share)
+    of_token = _noise_of_tokens(_moments(fit.residual, fit.tokens, fit.c, fit.pairs), others, plan, fit.unit, share)
     counted = _of_layer(fit.pairs.sum(3) > 1).clamp(min=1)
     return (
         _of_layer((others * factor[fit.positions]).square() * of_token)
@@ -741,10 +744,9 @@ class _Moments(NamedTuple):
     mean_squared: Tensor
 
 
-def _moments(factor: Tensor, tokens: Tensor, pairs: Tensor) -> _Moments:
-    """``factor`` ``[Y, groups, tokens, tokens]`` is 0 where there is no pair."""
+def _moments(factor: Tensor, tokens: Tensor, c: Tensor, pairs: Tensor) -> _Moments:
+    """``factor`` ``[Y, groups, tokens, tokens]`` is 0 where there is no pair; ``c`` are the products of the tokens."""
     n = pairs.sum(3)
-    c = tokens @ tokens.mT
     squares = c.diagonal(dim1=2, dim2=3)
     inverse = torch.where(squares > 0, 1 / squares, 0.0)
     of_squares = (factor.square() * (squares.unsqueeze(2) - c.square() * inverse.unsqueeze(3))).sum(3)
