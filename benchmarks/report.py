@@ -28,7 +28,7 @@ HEAD = """\
 
 Made by `python -m benchmarks.report` from the files in [results](results), which `python -m benchmarks --suite ...`
 wrote. Times are medians of interleaved batches; where quartiles are given they stand in brackets. Cases in which we are
-behind are in the tables like all others. Before a case is timed its loss and gradient are compared with float64.
+behind are in the tables like all others. Before an exact case is timed its loss and gradient are compared with float64.
 """
 ABOUT = {
     "loss": """\
@@ -141,7 +141,7 @@ def machine(rows: list[Row]) -> str:
         f"PyTorch {row['torch']}",
         *([f"Triton {row['triton']}"] if row.get("device", "cpu") != "cpu" else [row["native_isa"]]),
         *([f"`torch.mm` {min(rates):,.0f} to {max(rates):,.0f} GFLOP/s"] if rates else []),
-        f"commit {row['commit']}",
+        f"commit {' and '.join(dict.fromkeys(each['commit'] for each in rows))}",
     ]
     return f"*{', '.join(what)}*"
 

@@ -136,8 +136,8 @@ def fused_dispersion_loss(
             Estimators and variance: :mod:`dispersion_kernels.sampling`. Not for potentials of a distance.
         control_variate: what stands for the pairs that are not visited: ``"none"``, nothing; ``"constant"``, their mean
             slope; ``"low_rank"``, a parabola in an estimate of c, for some more passes over the tokens. ``"auto"``:
-            all pairs of up to 512 tokens, where sampling saves nothing; beyond, ``"low_rank"``, but on a CPU, where it
-            costs nothing to look, ``"constant"`` while that leaves an error of 2% at most.
+            all pairs of up to 512 tokens, where sampling saves nothing; beyond, ``"low_rank"``, but on a CPU, where
+            looking does not synchronise, ``"constant"`` while that promises an error of 2% at most.
         generator: for these draws; on the device of ``z``.
         return_stats: also return :class:`SamplingStats`.
         reduction: ``"mean"`` over the sequences that have a pair, their ``"sum"``, or ``"none"``: one loss a sequence,
