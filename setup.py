@@ -131,7 +131,7 @@ def ninja_file(compiler: list[str], clang: bool, isas: dict[str, list[str]]) -> 
     if not clang:
         # GCC's own AVX-512 headers trip maybe-uninitialized (GCC bug 105593).
         flags += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
-    sources: dict[str, list[str]] = {"dispersion": []} | {
+    sources: dict[str, list[str]] = {"call": [], "dispersion": [], "sampled": []} | {
         f"kernels_{isa}": isa_flags for isa, isa_flags in isas.items()
     }
 

@@ -434,7 +434,13 @@ def _sampled(
     z = layers[0]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])
-    run = _SWEEPS[choose(impl, z, potential)]
+    chosen = choose(impl, z, potential)
+    run = _SWEEPS[chosen]
+    sampler = None
+    if chosen == "cpu":
+        sampler = partial(native.sampled, potential_name=potential, params=params)
+        if any(native.row_stride(layer) is None or layer.stride() != z.stride() for layer in layers):
+            layers = [layer.contiguous() for layer in layers]
 
     def sweep_cliques(tokens: Tensor, groups: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         loss, grads, scale = run([tokens], groups, bounds, potential, params, "none", [with_grad])
@@ -452,6 +458,7 @@ def _sampled(
             with_grad,
             with_error,
             sweep_cliques,
+            sampler,
         )
     weight = _weight(len(layers), reduction, found.pairs)
     dtype = accumulation_dtype(z.dtype)

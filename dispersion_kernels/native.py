@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["PARAMETERS", "build_info", "dispersion", "isa", "row_stride", "scaled", "unavailable_reason"]
+__all__ = ["PARAMETERS", "build_info", "dispersion", "isa", "row_stride", "sampled", "scaled", "unavailable_reason"]
 
 #: The parameters each potential takes, in the order of the C interface (``params`` of ``dk_args``).
 PARAMETERS: dict[str, tuple[str, ...]] = {
@@ -33,7 +33,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "dispersive_l2": ("tau", "include_diagonal"),
 }
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _POTENTIALS = {name: number for number, name in enumerate(PARAMETERS)}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ISAS = {"": 0, "avx2": 1, "avx512": 2, "neon": 3}
@@ -42,6 +42,7 @@ _STATUS = {
     2: "out of memory for the workspace",
     3: "this processor lacks the instructions the library was built for",
 }
+_NOT_HERE = 4
 
 
 def unavailable_reason() -> str | None:
@@ -191,6 +192,116 @@ def dispersion(
     return loss, grad, scale
 
 
+def sampled(
+    layers: Sequence[torch.Tensor],
+    *,
+    potential_name: str,
+    params: Sequence[float],
+    order: torch.Tensor | None,
+    units: torch.Tensor,
+    cliques: torch.Tensor | None,
+    inverse_share: torch.Tensor,
+    b: torch.Tensor | None,
+    directions: torch.Tensor | None,
+    need_grad: bool,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
+    """Sums over the pairs within cliques, and of these pairs and a model of all others the gradient
+    (:mod:`dispersion_kernels.sampling`). Tokens are read where they lie, and nothing of their size is written but the
+    gradient.
+
+    Token ``i`` is row ``order[i]`` (row ``i`` without an order), counted through all layers.
+
+    Args:
+        layers: each ``[..., F]``, alike: CPU, float32, bfloat16 or float16, with the same :func:`row_stride`.
+        potential_name: a key of :data:`PARAMETERS`, of a potential of the cosine or the correlation.
+        params: the values of that potential's parameters, in their order there.
+        order: ``[tokens]`` int64, without repetitions, or None.
+        units: ``[units + 1]`` int64, ascending: the bounds of the tokens that pair with each other, of one layer.
+        cliques: ``[cliques + 1]`` int64, ascending through all units: the bounds of the tokens of which all pairs are
+            visited; None: no pair is.
+        inverse_share: ``[units]`` float64: what a visited pair stands for.
+        b: ``[layers, k]`` float64: the coefficients of the model's k features; None: no model.
+        directions: ``[layers, rank, F]`` float32: those of ``low_rank``; None: the one feature is 1.
+        need_grad: whether to compute the gradient.
+        out: where ``grad`` goes; None: to new memory.
+
+    Returns:
+        ``[units, 2]`` float64: an estimate of the sum of psi over the ordered pairs of a unit; and, of c, where there is
+        a model and pairs are left, the sum over all pairs less its estimate; NaN where a token holds a NaN or an
+        infinity. And, or None, float32 ``grad`` ``[layers, ..., F]`` and ``scale``, of that shape without F, whose
+        product, row by row, times twice the derivative of the
+        loss by the sum of psi, is the gradient. None for all where a clique is too large for this kernel, or the
+        exponents need a running maximum: the caller then has :func:`dispersion` for the cliques.
+
+    Raises:
+        RuntimeError: if the kernel is unavailable (:func:`unavailable_reason`) or the call fails.
+        ValueError: if an argument has the wrong type, shape or layout.
+    """
+    requested = _available_isa()
+    first = layers[0]
+    stride = row_stride(first)
+    if stride is None or first.dtype not in _DTYPES:
+        raise ValueError(
+            "layers must be float32, bfloat16 or float16 [..., F] with contiguous features and evenly spaced rows, "
+            f"got {first.dtype} {tuple(first.shape)} with strides {first.stride()}"
+        )
+    for n, z in enumerate(layers):
+        if not z.is_cpu or z.shape != first.shape or z.dtype != first.dtype or row_stride(z) != stride:
+            raise ValueError(
+                f"layers must be alike and on the CPU; layer {n} is {z.dtype} {tuple(z.shape)} with strides "
+                f"{z.stride()} on {z.device}, the first {first.dtype} {tuple(first.shape)} with {first.stride()}"
+            )
+    rows, features = math.prod(first.shape[:-1]), first.shape[-1]
+    order, cliques = (
+        tensor if tensor is None else _int64_list(name, tensor)
+        for name, tensor in (("order", order), ("cliques", cliques))
+    )
+    units = _int64_list("units", units)
+    # They are read through their addresses, and must live as long as the call.
+    inverse_share = inverse_share.to("cpu", torch.float64).contiguous()
+    b = None if b is None else b.to("cpu", torch.float64).contiguous()
+    directions = None if directions is None else directions.to("cpu", torch.float32).contiguous()
+    sums = torch.empty(units.numel() - 1, 2, dtype=torch.float64, device="cpu")
+    grad = scale = None
+    if need_grad:
+        grad = torch.empty(len(layers), *first.shape, dtype=torch.float32, device="cpu") if out is None else out
+        scale = torch.empty(len(layers), *first.shape[:-1], dtype=torch.float32, device="cpu")
+        if int(units[-1]) < scale.numel():  # the kernel leaves the rows that are in no unit
+            grad.zero_()
+            scale.zero_()
+    values = (ctypes.c_double * max(len(params), 1))(*params)
+    pointers = (ctypes.c_void_p * len(layers))(*(z.data_ptr() for z in layers))
+    args = _SampledArgs(
+        *_call(requested, first.dtype),
+        layers=ctypes.addressof(pointers),
+        layer_count=len(layers),
+        rows=rows,
+        row_stride=stride,
+        features=features,
+        order=None if order is None else order.data_ptr(),
+        tokens=rows * len(layers) if order is None else order.numel(),
+        units=units.data_ptr(),
+        unit_count=units.numel() - 1,
+        cliques=None if cliques is None else cliques.data_ptr(),
+        clique_count=0 if cliques is None else cliques.numel() - 1,
+        inverse_share=inverse_share.data_ptr(),
+        params=ctypes.addressof(values),
+        potential=_POTENTIALS[potential_name],
+        model_features=0 if b is None else b.shape[1],
+        directions=None if directions is None else directions.data_ptr(),
+        b=None if b is None else b.data_ptr(),
+        grad=None if grad is None else grad.data_ptr(),
+        scale=None if scale is None else scale.data_ptr(),
+        sums=sums.data_ptr(),
+    )
+    status = _library().dk_sampled(ctypes.byref(args))
+    if status == _NOT_HERE:
+        return None
+    _check(status)
+    return sums, grad, scale
+
+
 def row_stride(z: torch.Tensor) -> int | None:
     """How many elements one row of the flattened ``z`` ``[..., F]`` lies after the last; None where that differs or
     the features are not contiguous."""
@@ -303,6 +414,33 @@ class _Args(_Call):
     ]
 
 
+class _SampledArgs(_Call):
+    """``dk_sampled_args`` of csrc/cpu/dispersion.h, field by field after those."""
+
+    _fields_ = [
+        ("layers", ctypes.c_void_p),
+        ("layer_count", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("features", ctypes.c_int64),
+        ("order", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("units", ctypes.c_void_p),
+        ("unit_count", ctypes.c_int64),
+        ("cliques", ctypes.c_void_p),
+        ("clique_count", ctypes.c_int64),
+        ("inverse_share", ctypes.c_void_p),
+        ("params", ctypes.c_void_p),
+        ("potential", ctypes.c_int32),
+        ("model_features", ctypes.c_int32),
+        ("directions", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+    ]
+
+
 class _ScaleArgs(_Call):
     """``dk_scale_args`` of csrc/cpu/dispersion.h, field by field after those."""
 
@@ -346,6 +484,8 @@ def _library() -> Any:
     library.dk_resolve_isa.argtypes = [ctypes.c_int32]
     library.dk_dispersion.restype = ctypes.c_int32
     library.dk_dispersion.argtypes = [ctypes.POINTER(_Args)]
+    library.dk_sampled.restype = ctypes.c_int32
+    library.dk_sampled.argtypes = [ctypes.POINTER(_SampledArgs)]
     library.dk_scale.restype = ctypes.c_int32
     library.dk_scale.argtypes = [ctypes.POINTER(_ScaleArgs)]
     return library

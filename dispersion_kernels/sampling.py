@@ -46,8 +46,10 @@ from dispersion_kernels.segments import order_of, segment_of_token
 from dispersion_kernels.sweep import accumulation_dtype, transform, wide_dtype
 
 CONTROL_VARIATES = ("auto", "none", "constant", "low_rank")
-# Directions of ``low_rank``, and those of them whose products of two are features, too.
+# Directions of ``low_rank``, and those of them whose products of two are features, too: which two, and how often each
+# product is in the square of a sum.
 _RANK, _SQUARED = 16, 3
+_PRODUCTS, _TIMES = ((0, 0, 0, 1, 1, 2), (0, 1, 2, 1, 2, 2)), (1.0, 2.0, 2.0, 1.0, 2.0, 1.0)
 # The relative error of the gradient up to which "auto" leaves it at a constant, where it can know without waiting.
 _GOOD_ENOUGH = 0.02
 # The fit sees the pairs within this many groups of this many tokens.
@@ -85,6 +87,8 @@ class Estimate(NamedTuple):
 # A backend's sweep of tokens ``[R, L, F]``, each row a sequence, or packed ones ``[1, N, F]`` with groups and bounds:
 # the loss of each, and of its gradient the two factors, as ``autograd.py`` has them.
 Sweep = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+# A kernel that samples by itself, as ``native.sampled`` does.
+Sampler = Callable[..., tuple[Tensor, Tensor | None, Tensor | None] | None]
 
 
 def draw(layers: Sequence[Tensor], generator: torch.Generator | None) -> Draws:
@@ -112,18 +116,22 @@ def estimate(
     with_grad: bool,
     with_error: bool,
     sweep: Sweep,
+    sampler: Sampler | None = None,
 ) -> Estimate:
     """Loss and gradient of tokens ``[B, L, F]``, alike in all layers, from a ``share`` of their pairs; ``groups`` and
-    ``cu_seqlens`` as in :mod:`dispersion_kernels.segments`, None where the share is 0."""
+    ``cu_seqlens`` as in :mod:`dispersion_kernels.segments`, None where the share is 0. ``sampler`` does what it can, in
+    place of ``sweep``."""
     first = layers[0]
     # Layers of whole sequences are one larger batch, up to a size.
     at_once = 1
     if groups is None and cu_seqlens is None and _equal_parts(share, first.shape[1]):
-        at_once = max(1, _AT_ONCE["cpu" if first.is_cpu else "else"] // first.numel())
+        at_once = len(layers)
+        if sampler is None:
+            at_once = max(1, _AT_ONCE["cpu" if first.is_cpu else "else"] // first.numel())
     grad = scratch = None
     if at_once < len(layers):
         # New memory takes longer than what is done with it.
-        if share > 0:
+        if share > 0 and sampler is None:
             scratch = first.new_empty(at_once * first.shape[0] * first.shape[1], first.shape[2])
         if with_grad:
             grad = first.new_empty(len(layers), *first.shape, dtype=accumulation_dtype(first.dtype))
@@ -139,6 +147,7 @@ def estimate(
             with_grad,
             with_error,
             sweep,
+            sampler,
             None if grad is None else grad[n : n + at_once],
             scratch,
         )
@@ -167,6 +176,7 @@ def _estimate(
     with_grad: bool,
     with_error: bool,
     sweep: Sweep,
+    sampler: Sampler | None,
     out: Tensor | None,
     scratch: Tensor | None,
 ) -> Estimate:
@@ -174,45 +184,20 @@ def _estimate(
     new memory."""
     first, count = layers[0], len(layers)
     plan = _plan(draws.shuffle, groups, cu_seqlens, share)
-    rows, wide, dtype = plan.rows, wide_dtype(first.device), accumulation_dtype(first.dtype)
-    tokens = _in_order(layers, plan.order, scratch)
+    fit = None
+    if control_variate != "none" or with_error:
+        fit = _fit(layers, plan, draws.fit, potential, control_variate, share)
+    found = None if sampler is None else _in_place(layers, plan, fit, share, with_grad, sampler, out)
+    if found is None:
+        found = _by_sweep(layers, plan, fit, potential, share, with_grad, sweep, out, scratch)
 
     # The mean of psi over the pairs of each sequence: from the cliques, and from what the model has of all pairs.
     logarithmic = potential.reduction == "log_mean"
-    pairs = plan.pairs.clamp(min=1).to(wide)
-    losses = grad = scale = None
-    if share > 0:
-        equal = plan.bounds is None
-        losses, grad, scale = sweep(rows.of(tokens) if equal else tokens.unsqueeze(0), plan.groups, plan.bounds)
-        losses = losses.to(wide)
-        means = losses.exp() - potential.log_eps if logarithmic else losses
-        mean = _sum_of_runs(plan.weight * means, plan.cliques_of_sequence)
-
-    norm = torch.linalg.vector_norm(tokens, dim=1, dtype=dtype)
-    nonfinite = ~norm.isfinite()
-    left_out = nonfinite if plan.taking_part is None else nonfinite | ~plan.taking_part
-    transformed, statistics = transform(
-        tokens.unsqueeze(0),
-        norm.masked_fill(left_out, 0.0)[None, :, None],
-        potential,
-        left_out.unsqueeze(0),
-        in_place=tokens.dtype == dtype and (plan.order is not None or count > 1),
-    )
-    assert statistics is not None  # a potential of the cosine or the correlation
-    x, inverse, ratio = transformed[0], statistics.inverse[0, :, 0], statistics.ratio[0, :, 0]
-    fit = sums = None
-    if control_variate != "none" or with_error:
-        fit = _fit(x, inverse, plan, draws.fit, potential, control_variate, share)
-        if fit.b is not None and rows.shape[0] > 0:
-            sums = _model_sums(x, ratio, fit, fit.b, rows)
+    mean = found.mean
+    if fit is not None and found.missed is not None:
+        missed = found.missed
         if share == 0:
-            mean = _of_sequences(fit.mean_psi, plan).masked_fill(
-                nonfinite.view(plan.pairs.numel(), -1).any(1), math.nan
-            )
-    if fit is not None and sums is not None:
-        missed = _sum_of_runs(sums.products, rows.of_sequence) / pairs
-        if share == 0:
-            missed = missed - _of_sequences(fit.mean_c, plan)
+            mean, missed = _of_sequences(fit.mean_psi, plan), missed - _of_sequences(fit.mean_c, plan)
         corrected = mean + _of_sequences(fit.psi_slope, plan) * missed
         # Where a correction is larger than psi itself, a line says nothing of it.
         mean = torch.where(corrected <= 0, mean, corrected) if logarithmic else corrected
@@ -225,34 +210,153 @@ def _estimate(
 
     # d loss / dx_i = per_pair sum_j slope(c_ij) x_j.
     slope = (1 / (mean + potential.log_eps) if logarithmic else torch.ones_like(mean)).masked_fill(empty, 0.0)
-    per_pair = 2 * slope / pairs
-    if grad is None or scale is None or losses is None:
-        assert sums is not None
-        grad = torch.empty_like(x) if out is None else out.view(x.shape)
-        scale = per_pair.to(dtype).repeat_interleave(first.shape[1]) * inverse
-        sums.write_to(grad)
-    else:
-        grad, of_sweep = grad.flatten(0, 1), scale.flatten()
+    per_pair = 2 * slope / plan.pairs.clamp(min=1)
+    grad, scale = found.gradient(slope, per_pair)
+    if fit is not None and with_error:
+        signal = torch.linalg.vector_norm(grad.flatten(0, 2), dim=1) * scale.flatten()
+        noise = _noise(fit, plan, per_pair, share)
+        squares = signal.to(noise.dtype).square().view(count, -1).sum(1)
+        error = (noise / (squares - noise).clamp(min=torch.finfo(grad.dtype).tiny)).sqrt()
+    return Estimate(loss, of_layer, grad, scale, error)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the tokens give once there is a model."""
+
+    mean: Tensor
+    """``[S]``: of psi over all pairs, estimated from those visited; 0 where none are."""
+    missed: Tensor | None
+    """``[S]``: the mean of c over all pairs less its estimate; None: there is no model."""
+    gradient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    """``grad`` ``[Y, B, L, F]`` and ``scale`` ``[Y, B, L]`` from, ``[S]``, the derivative of the loss by the mean of psi
+    and that divided by half of the pairs."""
+
+
+def _in_place(
+    layers: Sequence[Tensor],
+    plan: _Plan,
+    fit: _Fit | None,
+    share: float,
+    with_grad: bool,
+    sampler: Sampler,
+    out: Tensor | None,
+) -> _Found | None:
+    """By a kernel that reads the tokens where they lie; None where it cannot."""
+    b = None if fit is None else fit.b
+    answer = sampler(
+        layers,
+        order=plan.order,
+        units=torch.nn.functional.pad(plan.unit_tokens.cumsum(0), (1, 0)),
+        cliques=plan.cliques if share > 0 else None,
+        inverse_share=plan.unit_inverse_share,
+        b=b,
+        directions=None if fit is None else fit.directions,
+        need_grad=with_grad,
+        out=out,
+    )
+    if answer is None:
+        return None
+    sums, grad, scale = answer
+    of_sequences = sums.new_zeros(plan.pairs.numel(), 2).index_add_(0, plan.sequence_of_unit, sums)
+    mean, missed = (of_sequences / plan.pairs.clamp(min=1).unsqueeze(1)).unbind(1)
+
+    def gradient(slope: Tensor, per_pair: Tensor) -> tuple[Tensor, Tensor]:
+        assert grad is not None and scale is not None
+        return grad, scale.mul_(per_pair.to(scale.dtype)[plan.sequence_of_row].view(scale.shape))
+
+    return _Found(mean, None if b is None else missed, gradient)
+
+
+def _by_sweep(
+    layers: Sequence[Tensor],
+    plan: _Plan,
+    fit: _Fit | None,
+    potential: Potential,
+    share: float,
+    with_grad: bool,
+    sweep: Sweep,
+    out: Tensor | None,
+    scratch: Tensor | None,
+) -> _Found:
+    """By the backend's sweep of the cliques, as short sequences, and matrix products for the model."""
+    first, count = layers[0], len(layers)
+    rows, wide, dtype = plan.rows, wide_dtype(first.device), accumulation_dtype(first.dtype)
+    tokens = _in_order(layers, plan.order, scratch)
+    logarithmic = potential.reduction == "log_mean"
+    pairs = plan.pairs.clamp(min=1).to(wide)
+    mean = torch.zeros_like(pairs)
+    losses = of_cliques = of_sweep = None
+    if share > 0:
+        equal = plan.bounds is None
+        losses, of_cliques, of_sweep = sweep(
+            rows.of(tokens) if equal else tokens.unsqueeze(0), plan.groups, plan.bounds
+        )
+        losses = losses.to(wide)
+        means = losses.exp() - potential.log_eps if logarithmic else losses
+        mean = _sum_of_runs(plan.weight * means, plan.cliques_of_sequence)
+
+    x, inverse, ratio, nonfinite = _transformed(
+        tokens, potential, plan.taking_part, in_place=tokens.dtype == dtype and (plan.order is not None or count > 1)
+    )
+    sums = missed = None
+    if fit is not None and fit.b is not None and rows.shape[0] > 0:
+        sums = _model_sums(x, ratio, fit, fit.b, rows)
+        missed = _sum_of_runs(sums.products, rows.of_sequence) / pairs
+        if share == 0:
+            missed = missed.masked_fill(nonfinite.view(missed.numel(), -1).any(1), math.nan)
+
+    def gradient(slope: Tensor, per_pair: Tensor) -> tuple[Tensor, Tensor]:
+        if of_cliques is None or of_sweep is None or losses is None:
+            assert sums is not None
+            grad = torch.empty_like(x) if out is None else out.view(x.shape)
+            sums.write_to(grad)
+            return _like(grad, first), _like(per_pair.to(dtype)[plan.sequence_of_row] * inverse, first[:, :, 0])
+        grad, scale = of_cliques.flatten(0, 1), of_sweep.flatten()
         of_clique = plan.weight * slope[plan.sequence_of_clique]
         if logarithmic:
             of_clique = of_clique * losses.exp()  # undoes the logarithm of a clique in its gradient
-        scale = of_clique.to(dtype)[plan.clique_of_token] * of_sweep
         if sums is not None:
             # The sweep's sums are in units of their own, the same for the tokens of a clique.
-            unit = (rows.of(of_sweep) / rows.of(inverse)).nan_to_num(0.0, 0.0, 0.0).amax(1).to(wide)
+            unit = (rows.of(scale) / rows.of(inverse)).nan_to_num(0.0, 0.0, 0.0).amax(1).to(wide)
             unit = unit * of_clique[rows.clique] / per_pair[plan.sequence_of_clique][rows.clique]
             sums.add_to(grad, torch.where(unit > 0, 1 / unit, 0.0).to(dtype))
-    if fit is not None and with_error:
-        signal = (torch.linalg.vector_norm(grad, dim=1) * scale).to(wide).square().view(count, -1).sum(1)
-        noise = _noise(fit, plan, per_pair.to(dtype)[plan.sequence_of_token] * inverse, share)
-        error = (noise / (signal - noise).clamp(min=torch.finfo(dtype).tiny)).sqrt()
-    if plan.order is not None:
-        place = torch.empty_like(plan.order)
-        place[plan.order] = torch.arange(place.numel(), device=first.device)
-        # x has done its work.
-        out = x if out is None else out.view(x.shape)
-        grad, scale = torch.index_select(grad, 0, place, out=out), scale[place]
-    return Estimate(loss, of_layer, grad.view(count, *first.shape), scale.view(count, *first.shape[:2]), error)
+        scale = of_clique.to(dtype)[plan.clique_of_token] * scale
+        if plan.order is not None:
+            place = torch.empty_like(plan.order)
+            place[plan.order] = torch.arange(place.numel(), device=first.device)
+            # x has done its work.
+            grad, scale = (
+                torch.index_select(grad, 0, place, out=x if out is None else out.view(x.shape)),
+                scale[place],
+            )
+        return _like(grad, first), _like(scale, first[:, :, 0])
+
+    return _Found(mean, missed, gradient)
+
+
+def _like(values: Tensor, layer: Tensor) -> Tensor:
+    """``[N, ...]`` as ``[Y, ...]`` with the shape of a layer."""
+    return values.view(-1, *layer.shape)
+
+
+def _transformed(
+    tokens: Tensor, potential: Potential, taking_part: Tensor | None, in_place: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x of tokens ``[N, F]``, 0 for those that are left out or not finite; and ``[N]``: the inverse length, its ratio to
+    that of the derivative, and which are not finite."""
+    norm = torch.linalg.vector_norm(tokens, dim=1, dtype=accumulation_dtype(tokens.dtype))
+    nonfinite = ~norm.isfinite()
+    left_out = nonfinite if taking_part is None else nonfinite | ~taking_part
+    transformed, statistics = transform(
+        tokens.unsqueeze(0),
+        norm.masked_fill(left_out, 0.0)[None, :, None],
+        potential,
+        left_out.unsqueeze(0),
+        in_place=in_place,
+    )
+    assert statistics is not None  # a potential of the cosine or the correlation
+    return transformed[0], statistics.inverse[0, :, 0], statistics.ratio[0, :, 0], nonfinite
 
 
 def _in_order(layers: Sequence[Tensor], order: Tensor | None, scratch: Tensor | None) -> Tensor:
@@ -330,12 +434,23 @@ class _Plan:
     cliques_of_sequence: _Runs
     sequence_of_clique: Tensor
     clique_of_token: Tensor
-    sequence_of_token: Tensor
+    sequence_of_row: Tensor
+    """``[N]``, of the tokens as they are."""
+    sequence_of_unit: Tensor
     unit_begins: Tensor
     unit_tokens: Tensor
     unit_cliques: Tensor
     """``[U]``: the first token, the number of tokens and of cliques of each unit, in the order above."""
+    unit_inverse_share: Tensor
+    """``[U]``: 1/p, 0 where nothing is visited."""
     rows: _Rows
+
+    @property
+    def cliques(self) -> Tensor:
+        """The bounds of the cliques of tokens that take part."""
+        if self.bounds is not None:
+            return self.bounds[:-1]
+        return torch.arange(self.weight.numel() + 1, device=self.weight.device) * self.rows.shape[1]
 
 
 def _plan(shuffle: Tensor, groups: Tensor | None, cu_seqlens: Tensor | None, share: float) -> _Plan:
@@ -371,6 +486,7 @@ def _plan_of(sequences: int, length: int, cliques: int, visited: bool, device: t
     sequence = torch.arange(sequences, device=device)
     begins = sequence * length
     tokens = torch.full_like(begins, length)
+    inverse_share = torch.full_like(begins, (length - 1) / max(1, size - 1) if visited else 0.0, dtype=wide)
     rows = _Rows(
         shape=(sequences * cliques, size),
         table=None,
@@ -378,7 +494,7 @@ def _plan_of(sequences: int, length: int, cliques: int, visited: bool, device: t
         unit=number // cliques,
         of_sequence=cliques,
         clique=number,
-        inverse_share=torch.full_like(number, (length - 1) / max(1, size - 1) if visited else 0.0, dtype=wide),
+        inverse_share=inverse_share[number // cliques],
     )
     return _Plan(
         order=None,
@@ -390,10 +506,12 @@ def _plan_of(sequences: int, length: int, cliques: int, visited: bool, device: t
         cliques_of_sequence=cliques,
         sequence_of_clique=rows.unit,
         clique_of_token=number.repeat_interleave(size),
-        sequence_of_token=sequence.repeat_interleave(length),
+        sequence_of_row=sequence.repeat_interleave(length),
+        sequence_of_unit=sequence,
         unit_begins=begins,
         unit_tokens=tokens,
         unit_cliques=torch.full_like(begins, cliques),
+        unit_inverse_share=inverse_share,
         rows=rows,
     )
 
@@ -411,21 +529,21 @@ def _ragged_cliques(groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: T
     count, device, wide = shuffle.numel(), shuffle.device, wide_dtype(shuffle.device)
     read = _may_read(device)
     if cu_seqlens is None:
-        sequences, sequence = batch, torch.arange(batch, device=device).repeat_interleave(length)
+        sequences, sequence_of_row = batch, torch.arange(batch, device=device).repeat_interleave(length)
     else:
-        sequences, sequence = cu_seqlens.numel() - 1, segment_of_token(cu_seqlens.to(device), count)
+        sequences, sequence_of_row = cu_seqlens.numel() - 1, segment_of_token(cu_seqlens.to(device), count)
 
     # Sorted by sequence, and in it by group and at random, with the tokens that are left out at the end.
     order = shuffle.flatten().argsort()
     if groups is None:
-        order = order[sequence[order].argsort(stable=True)]
+        order = order[sequence_of_row[order].argsort(stable=True)]
         taking_part, taken = None, torch.full((), count, device=device)
     else:
         ids = groups.flatten()[order]
-        order = order[order_of(sequence[order].masked_fill(ids < 0, sequences), ids)]
+        order = order[order_of(sequence_of_row[order].masked_fill(ids < 0, sequences), ids)]
         taking_part = groups.flatten()[order] >= 0
         taken = taking_part.sum()
-    sequence = sequence[order]
+    sequence = sequence_of_row[order]
     new = torch.ones(count, dtype=torch.bool, device=device)
     new[1:] = sequence[1:] != sequence[:-1]
     if groups is not None:
@@ -471,13 +589,13 @@ def _ragged_cliques(groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: T
     dense = torch.cat([dense.new_zeros(min(1, index.numel())), dense])
     of_unit = int(dense[-1]) + 1 if read and dense.numel() else count // size + 2
     last_sequence = torch.full_like(index, max(0, sequences - 1))
-    sequence_of_row = torch.where(partial, sequence_of_clique[index], last_sequence)
+    of_row = torch.where(partial, sequence_of_clique[index], last_sequence)
     rows = _Rows(
         shape=(index.numel(), size),
         table=table,
         of_unit=torch.searchsorted(dense, torch.arange(of_unit + 1, device=device)),
         unit=dense,
-        of_sequence=torch.searchsorted(sequence_of_row, torch.arange(sequences + 1, device=device)),
+        of_sequence=torch.searchsorted(of_row, torch.arange(sequences + 1, device=device)),
         clique=index,
         inverse_share=inverse_share[unit_of],
     )
@@ -491,10 +609,12 @@ def _ragged_cliques(groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: T
         cliques_of_sequence=torch.searchsorted(sequence_of_clique, torch.arange(sequences + 1, device=device)),
         sequence_of_clique=sequence_of_clique,
         clique_of_token=segment_of_token(bounds, count),
-        sequence_of_token=sequence,
+        sequence_of_row=sequence_of_row,
+        sequence_of_unit=sequence_of_unit,
         unit_begins=begins,
         unit_tokens=tokens,
         unit_cliques=cliques,
+        unit_inverse_share=inverse_share,
         rows=rows,
     )
 
@@ -517,10 +637,11 @@ class _Fit:
     mean_c: Tensor
     """``[Y]``."""
     tokens: Tensor
-    """``[Y, groups, tokens, F]``."""
+    """``[Y, groups, tokens, F]``: their x."""
+    inverse: Tensor
+    """``[Y, groups, tokens]``: x / z."""
     c: Tensor
     """``[Y, groups, tokens, tokens]``: their products."""
-    positions: Tensor
     unit: Tensor
     """``[Y, groups]``."""
     pairs: Tensor
@@ -533,29 +654,33 @@ class _Fit:
         if self.directions is None:
             return torch.ones_like(x[:, :1])
         y = (x.view(self.directions.shape[0], -1, x.shape[1]) @ self.directions.mT).flatten(0, 1)
-        few = y[:, :_SQUARED]
-        squares = (few.unsqueeze(2) * few.unsqueeze(1)).flatten(1)
-        return torch.cat([torch.ones_like(y[:, :1]), y, squares], 1)
+        one, other = _PRODUCTS
+        return torch.cat([torch.ones_like(y[:, :1]), y, y[:, one] * y[:, other]], 1)
 
 
 def _fit(
-    x: Tensor, inverse: Tensor, plan: _Plan, uniform: Tensor, potential: Potential, control_variate: str, share: float
+    layers: Sequence[Tensor], plan: _Plan, uniform: Tensor, potential: Potential, control_variate: str, share: float
 ) -> _Fit:
-    layers = uniform.shape[0]
+    count, of_layer = len(layers), layers[0].shape[0] * layers[0].shape[1]
     # A group is of one unit, which is drawn as the unit of a token. What is a place in the order is a token that does
     # not depend on the shuffle.
-    begins = torch.arange(layers, device=x.device) * (x.shape[0] // layers)
-    anchor = begins.unsqueeze(1) + (uniform[:, :, 0] * (plan.unit_tokens.sum() // layers)).long()
+    begins = torch.arange(count, device=uniform.device) * of_layer
+    anchor = begins.unsqueeze(1) + (uniform[:, :, 0] * (plan.unit_tokens.sum() // count)).long()
     unit = (torch.searchsorted(plan.unit_begins, anchor, right=True) - 1).clamp(min=0)
     of_unit = plan.unit_tokens[unit].unsqueeze(2)
     within = torch.minimum((uniform[:, :, 1:] * of_unit).long(), (of_unit - 1).clamp(min=0))
-    positions = (plan.unit_begins[unit].unsqueeze(2) + within).clamp(max=x.shape[0] - 1)
-    tokens = x.index_select(0, positions.flatten()).unflatten(0, positions.shape)
+    positions = (plan.unit_begins[unit].unsqueeze(2) + within).clamp(max=count * of_layer - 1)
+    order = positions if plan.order is None else plan.order[positions]
+    of_layers = (order.flatten(1) - begins.unsqueeze(1)).unbind()
+    drawn = torch.cat([z.flatten(0, 1).index_select(0, rows) for z, rows in zip(layers, of_layers, strict=True)])
+    taking_part = None if plan.taking_part is None else plan.taking_part[positions].flatten()
+    x, inverse, _, _ = _transformed(drawn, potential, taking_part)
+    tokens, inverse = x.unflatten(0, positions.shape), inverse.view(positions.shape)
     c = tokens @ tokens.mT
     there = (positions.unsqueeze(2) != positions.unsqueeze(3)).to(x.dtype)
-    count = _of_layer(there).clamp(min=1)
+    number = _of_layer(there).clamp(min=1)
     psi, slope = potential.value(c), potential.slope(c) * there
-    mean_psi, mean_c = _of_layer(psi * there) / count, _of_layer(c * there) / count
+    mean_psi, mean_c = _of_layer(psi * there) / number, _of_layer(c * there) / number
     deviation = (c - mean_c.to(x.dtype).view(-1, 1, 1, 1)) * there
     variance = _of_layer(deviation.square())
     psi_slope = torch.where(variance > 0, _of_layer(deviation * psi) / variance, 0.0)
@@ -570,7 +695,7 @@ def _fit(
         residual = slope - b.view(-1, 1, 1, 1) * there
     if control_variate == "auto" and _may_read(x.device) and share > 0:
         others = (of_unit - 1).clamp(min=1)
-        factor = (others * inverse[positions]).square()
+        factor = (others * inverse).square()
         noise = _of_layer(factor * _noise_of_tokens(_moments(residual, tokens, c, there), others, plan, unit, share))
         signal = _of_layer(factor * _moments(slope, tokens, c, there).mean_squared)
         control_variate = "constant" if (noise <= _GOOD_ENOUGH**2 * signal).all() else "low_rank"
@@ -581,7 +706,7 @@ def _fit(
         products = few @ few.mT
         basis = torch.stack([there, (y @ y.mT) * there, products * there, products.square() * there], 1)
         flat, weighted = basis.flatten(2), (basis * weight.unsqueeze(1)).flatten(2)
-        of_basis = _solve(weighted @ flat.mT, weighted @ slope.view(layers, -1, 1))
+        of_basis = _solve(weighted @ flat.mT, weighted @ slope.view(count, -1, 1))
         residual = slope - (of_basis.mT @ flat).view(slope.shape)
         one, all_of_them, few_of_them, squares = of_basis.unbind(1)
         b = torch.cat(
@@ -589,7 +714,7 @@ def _fit(
                 one,
                 (all_of_them + few_of_them).expand(-1, _SQUARED),
                 all_of_them.expand(-1, _RANK - _SQUARED),
-                squares.expand(-1, _SQUARED**2),
+                squares * squares.new_tensor(_TIMES),
             ],
             1,
         )
@@ -600,8 +725,8 @@ def _fit(
         mean_psi=mean_psi,
         mean_c=mean_c,
         tokens=tokens,
+        inverse=inverse,
         c=c,
-        positions=positions,
         unit=unit,
         pairs=there,
         residual=residual,
@@ -714,17 +839,14 @@ def _model_sums(x: Tensor, ratio: Tensor, fit: _Fit, b: Tensor, rows: _Rows) -> 
     )
 
 
-def _noise(fit: _Fit, plan: _Plan, factor: Tensor, share: float) -> Tensor:
+def _noise(fit: _Fit, plan: _Plan, per_pair: Tensor, share: float) -> Tensor:
     """``[Y]``: the expected square of the gradient's error, summed over all tokens, from that of the fit's tokens.
-    ``factor`` ``[N]`` is what G is multiplied by."""
+    ``per_pair`` ``[S]`` and the inverse length are what G is multiplied by."""
     others = (plan.unit_tokens[fit.unit] - 1).clamp(min=1).unsqueeze(2)
+    factor = per_pair[plan.sequence_of_unit[fit.unit]].unsqueeze(2).to(fit.inverse.dtype) * fit.inverse
     of_token = _noise_of_tokens(_moments(fit.residual, fit.tokens, fit.c, fit.pairs), others, plan, fit.unit, share)
     counted = _of_layer(fit.pairs.sum(3) > 1).clamp(min=1)
-    return (
-        _of_layer((others * factor[fit.positions]).square() * of_token)
-        / counted
-        * (plan.unit_tokens.sum() / len(of_token))
-    )
+    return _of_layer((others * factor).square() * of_token) / counted * (plan.unit_tokens.sum() / len(of_token))
 
 
 def _noise_of_tokens(moments: _Moments, others: Tensor, plan: _Plan, unit: Tensor, share: float) -> Tensor:

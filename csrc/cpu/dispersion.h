@@ -11,7 +11,7 @@
 #define DK_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-#define DK_ABI_VERSION 4
+#define DK_ABI_VERSION 5
 
 extern "C" {
 
@@ -19,7 +19,7 @@ extern "C" {
 typedef int32_t (*dk_parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
                                    void* context);
 
-enum dk_status { DK_OK = 0, DK_INVALID = 1, DK_OUT_OF_MEMORY = 2, DK_UNSUPPORTED = 3 };
+enum dk_status { DK_OK = 0, DK_INVALID = 1, DK_OUT_OF_MEMORY = 2, DK_UNSUPPORTED = 3, DK_NOT_HERE = 4 };
 enum dk_isa { DK_ISA_BEST = 0, DK_ISA_AVX2 = 1, DK_ISA_AVX512 = 2, DK_ISA_NEON = 3 };
 enum dk_dtype { DK_FLOAT32 = 0, DK_BFLOAT16 = 1, DK_FLOAT16 = 2 };
 
@@ -60,6 +60,36 @@ typedef struct {
   float* total;  // their sum; or NULL
 } dk_args;
 
+// The pairs within cliques of tokens, and a model of the rest: dispersion_kernels/sampling.py has the formulas. DK_NOT_HERE
+// where a clique is larger than a tile, or exponents need the running maximum of dk_dispersion.
+typedef struct {
+  int32_t abi_version;           // DK_ABI_VERSION
+  int32_t isa;                   // dk_isa
+  dk_parallel_for parallel_for;  // NULL: one thread
+  int32_t threads;
+  int32_t dtype;              // dk_dtype
+  const void* const* layers;  // [layer_count]: z of each, [rows, features], features contiguous
+  int64_t layer_count, rows, row_stride, features;
+  const int64_t* order;  // [tokens]: token i is row order[i], counted through all layers, no row twice; NULL: row i
+  int64_t tokens;
+  const int64_t* units;  // [unit_count + 1]: bounds of the tokens that pair with each other, of one layer; ascending
+  int64_t unit_count;
+  const int64_t* cliques;  // [clique_count + 1]: bounds of the tokens whose pairs are visited, ascending from unit to unit
+  int64_t clique_count;    // 0: no pair is visited, and cliques NULL
+  const double* inverse_share;  // [unit_count]: of the visited pairs
+  const double* params;
+  int32_t potential;        // dk_potential, of the cosine or the correlation
+  int32_t model_features;   // 0: no model; 1: a constant; or dk::kModelFeatures
+  const float* directions;  // [layer_count, dk::kRank, features], orthonormal; NULL: none
+  const double* b;          // [layer_count, model_features]: of 1, of the components, of their products
+  // d loss / dz = 2 f'(P) scale * grad of each row. Rows that are in no unit are left untouched. NULL: no gradient.
+  float* grad;   // [layer_count * rows, features]
+  float* scale;  // [layer_count * rows]
+  // [unit_count, 2]: an estimate of the sum of psi over all ordered pairs; of c, where there is a model, the sum over all
+  // pairs less its estimate from those visited. NaN if a token is not finite.
+  double* sums;
+} dk_sampled_args;
+
 // out = grad * scale * factor of each row, rounded once. out may be grad where dtype is DK_FLOAT32.
 typedef struct {
   int32_t abi_version;           // DK_ABI_VERSION
@@ -75,9 +105,10 @@ typedef struct {
 } dk_scale_args;
 
 DK_EXPORT int32_t dk_abi_version(void);
-DK_EXPORT int32_t dk_resolve_isa(int32_t requested);   // the dk_isa a call would use; 0: this processor has none
+DK_EXPORT int32_t dk_resolve_isa(int32_t requested);  // the dk_isa a call would use; 0: this processor has none
 DK_EXPORT int32_t dk_dispersion(const dk_args* args);  // dk_status
-DK_EXPORT int32_t dk_scale(const dk_scale_args* args); // dk_status
+DK_EXPORT int32_t dk_sampled(const dk_sampled_args* args);  // dk_status
+DK_EXPORT int32_t dk_scale(const dk_scale_args* args);  // dk_status
 
 }  // extern "C"
 
@@ -86,6 +117,10 @@ namespace dk {
 constexpr int kLargestTile = 256;  // tokens
 // Row stride of the weights: 17 cache lines, so that a column walks through all sets of the cache.
 constexpr int kWeightStride = kLargestTile + 16;
+// A model of the slope is of 1, a token's components along so many directions, and the products of two of the first.
+constexpr int kRank = 16, kSquared = 3, kModelFeatures = 1 + kRank + kSquared * (kSquared + 1) / 2;
+// In groups of as many as the rows of a product, for every instruction set.
+constexpr int kModelGroup = 8, kPaddedModel = (kModelFeatures + kModelGroup - 1) / kModelGroup * kModelGroup;
 
 enum class Transform {
   kNormalise,         // x = z / (|z| + eps)
@@ -109,8 +144,10 @@ struct Tile {
   float* square;            // a |x|^2
   float* row_sum;           // sum of a token's weights, in units of exp(shift)
   double square_sum;        // of z
+  double c_sum;             // of sampled pairs, as psi_sum
   double psi_sum;           // over ordered pairs, in units of exp(psi_shift)
   double psi_shift, shift;  // shift: log scale of this tile's rows of the gradient and of row_sum
+  const float* own;  // what of x itself is among the sums of its gradient; or NULL
   bool finite;
   int32_t steps;  // of the sweep that the tile takes part in
 };
@@ -145,11 +182,21 @@ struct Job {
   const float* unit_means;  // [units][padded_features], only for kCentre
 };
 
+// h_ij = sum_k b_k phi_ik phi_jk for the tokens of one layer, in units of the kernel's slopes.
+struct Model {
+  int features, padded;     // k: kModelFeatures, 1 or 0; in whole groups
+  const float* directions;  // [features of a token][kRank]
+  float b[kModelFeatures];
+};
+
 // A worker's own memory.
 struct Scratch {
   float* weights;     // [kLargestTile + 8][kWeightStride]
   float* column_sum;  // [kLargestTile]
   float* rows;        // [panel][padded_features + 16]
+  // Only of a sampled call:
+  float* phi;       // [kPaddedModel][kWeightStride]: the features of a tile's tokens
+  float* weighted;  // [kPaddedModel][kWeightStride]: b_k phi_ik
 };
 
 // What turns a tile's projected sum into the gradient.
@@ -166,6 +213,10 @@ struct TileKernels {
   void (*between)(const Job&, Tile&, Tile&, Scratch&);  // pairs of two tiles
   void (*project)(const Job&, const Tile&, Scratch&);   // the gradient through the row transform, but for its scale
   void (*finish)(const Job&, const Tile&, const Finish&, Scratch&);
+  // sums [panel of features][model.padded][panel]: adds, or begins with, sum over the tile of phi_k x
+  void (*model_sums)(const Job&, const Model&, const Tile&, Scratch&, float* sums, bool begin);
+  // Pairs within the segments of a tile, if visited, and what the model has of all; its finished gradient.
+  void (*sample)(const Job&, const Model&, Tile&, Scratch&, const float* sums, bool visited, float inverse_share);
   void (*scale)(const dk_scale_args&, int64_t begin, int64_t end);  // of these rows
 };
 

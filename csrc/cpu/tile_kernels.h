@@ -425,21 +425,25 @@ TileSum weigh_region(const Job& job, const P& potential, const Region& region, S
   return {psi, empty ? -INFINITY : double(shift)};
 }
 
-TileSum weigh_tile(const Job& job, const Region& region, Scratch& scratch, const Tile& tile, const Tile& other,
-                   float* row_sum) {
-  const Potential& p = job.potential;
-  const auto run = [&](const auto& potential) {
-    return weigh_region(job, potential, region, scratch, tile, other, row_sum);
-  };
+// Calls work with the potential as what it is.
+template <class Work>
+DK_INLINE auto with_potential(const Potential& p, const Work& work) {
   switch (p.kind) {
-    case Potential::Kind::kAngularSpread: return run(p.angular_spread);
-    case Potential::Kind::kAngularSpreadFit: return run(p.angular_spread_fit);
-    case Potential::Kind::kOrthogonalization: return run(p.orthogonalization);
-    case Potential::Kind::kOrthogonalizationFit: return run(p.orthogonalization_fit);
-    case Potential::Kind::kDecorrelation: return run(Decorrelation{});
+    case Potential::Kind::kAngularSpread: return work(p.angular_spread);
+    case Potential::Kind::kAngularSpreadFit: return work(p.angular_spread_fit);
+    case Potential::Kind::kOrthogonalization: return work(p.orthogonalization);
+    case Potential::Kind::kOrthogonalizationFit: return work(p.orthogonalization_fit);
+    case Potential::Kind::kDecorrelation: return work(Decorrelation{});
     case Potential::Kind::kGaussian: break;
   }
-  return run(p.gaussian);
+  return work(p.gaussian);
+}
+
+TileSum weigh_tile(const Job& job, const Region& region, Scratch& scratch, const Tile& tile, const Tile& other,
+                   float* row_sum) {
+  return with_potential(job.potential, [&](const auto& potential) {
+    return weigh_region(job, potential, region, scratch, tile, other, row_sum);
+  });
 }
 
 // ---- the sweep
@@ -455,6 +459,14 @@ DK_INLINE Rescaling rescale(double& shift, double other) {
   return {before == shift ? 1.0 : exp(before - shift), other == shift ? 1.0 : exp(other - shift)};
 }
 
+// The weights of a tile with itself, of which what is above the diagonal is there.
+void mirror(const Tile& tile, float* weights) {
+  for (int i = 0; i < tile.tokens; ++i) {
+    weights[i * kWeightStride + i] = 0.0f;
+    for (int j = 0; j < i; ++j) weights[i * kWeightStride + j] = weights[j * kWeightStride + i];
+  }
+}
+
 void within(const Job& job, Tile& tile, Scratch& scratch) {
   const Region region{tile.tokens, tile.padded, tile.partner_end};
   float* weights = scratch.weights;
@@ -464,10 +476,7 @@ void within(const Job& job, Tile& tile, Scratch& scratch) {
   tile.psi_sum = 2.0 * sum.psi;
   tile.psi_shift = tile.shift = sum.shift;
   if (!job.gradient) return;
-  for (int i = 0; i < tile.tokens; ++i) {
-    weights[i * kWeightStride + i] = 0.0f;
-    for (int j = 0; j < i; ++j) weights[i * kWeightStride + j] = weights[j * kWeightStride + i];
-  }
+  mirror(tile, weights);
   if (job.potential.row_sums)
     for (int t = 0; t < tile.tokens; ++t) tile.row_sum[t] += scratch.column_sum[t];
   accumulate<kWeightStride, 1>(job, tile, tile, weights, 1.0f, 0.0f);
@@ -528,6 +537,8 @@ void project(const Job& job, const Tile& tile, Scratch& scratch) {
       }
       const float length = tile.norm[t] * tile.inverse[t];
       own = length > 0.0f ? -sum(sum_vectors(dot)) / length : 0.0f;
+      // Of h x, what is not along x: h x - x (x . h x) / |x|.
+      if (tile.own) own -= tile.own[t] * (1.0f - length);
       if (job.transform == Transform::kCentredNormalise) mean = sum(sum_vectors(total)) / float(features);
     }
     const float* xk = x;
@@ -549,6 +560,113 @@ void finish(const Job& job, const Tile& tile, const Finish& result, Scratch& scr
     for (int64_t k = 0; k < features; ++k) grad[k] = scale * grad[k] + result.square_scale * z[k];
     if (scale == scale) scale = 1.0f;
   }
+}
+
+// ---- sampled pairs and the model of the rest
+
+// The features [model.padded][kWeightStride] of a tile's tokens, 0 for what pads either.
+void model_features(const Job& job, const Model& model, const Tile& tile, float* phi) {
+  const int64_t features = job.args->features;
+  for (int t = 0; t < tile.padded; ++t) phi[t] = t < tile.tokens ? 1.0f : 0.0f;
+  if (model.features > 1) {
+    float* components[kRank];
+    for (int r = 0; r < kRank; ++r) components[r] = phi + (1 + r) * kWeightStride;
+    for (int column = 0; column < tile.padded; column += kPanel)
+      for (int r = 0; r < kRank; r += kRows)
+        micro_kernel<1, kRank, true>(features, model.directions + r, tile.feature_major + column * features,
+                                     components + r, column, 1.0f, 0.0f, [](int) {});
+    float* product = phi + (1 + kRank) * kWeightStride;
+    for (int a = 0; a < kSquared; ++a)
+      for (int b = a; b < kSquared; ++b, product += kWeightStride)
+        for (int t = 0; t < tile.padded; t += kPanel)
+          store_pack(product + t, load_pack(components[a] + t) * load_pack(components[b] + t));
+  }
+  for (int k = model.features; k < model.padded; ++k)
+    memset(phi + k * kWeightStride, 0, sizeof(float) * size_t(tile.padded));
+}
+
+void model_sums(const Job& job, const Model& model, const Tile& tile, Scratch& scratch, float* sums, bool begin) {
+  model_features(job, model, tile, scratch.phi);
+  for (int64_t column = 0; column < job.padded_features; column += kPanel) {
+    float* rows[kPaddedModel];
+    for (int k = 0; k < model.padded; ++k) rows[k] = sums + column * model.padded + k * kPanel;
+    for (int k = 0; k < model.padded; k += kRows)
+      micro_kernel<kWeightStride, 1, true>(tile.tokens, scratch.phi + k * kWeightStride,
+                                           tile.token_major + column * tile.padded, rows + k, 0, 1.0f,
+                                           begin ? 0.0f : 1.0f, [](int) {});
+  }
+}
+
+// Replaces the similarities above the diagonal by inverse_share (slope - h), 0 between segments, and sums psi and c.
+template <class P>
+void visit(const Job& job, const P& potential, const Model& model, Tile& tile, Scratch& scratch, float inverse_share) {
+  double psi = 0.0, c = 0.0;
+  for (int i = 0; i < tile.tokens; ++i) {
+    const int begin = i + 1, end = tile.partner_end[i];
+    float* row = scratch.weights + i * kWeightStride;
+    const Pack q_i = splat_pack(tile.square[i]);
+    Pack psi_of_row = splat_pack(0.0f), c_of_row = splat_pack(0.0f);
+    int j = begin / kPanel * kPanel;
+    for (; j < end; j += kPanel) {
+      Pack s = load_pack(row + j);
+      Weights<Pack> w = potential.weigh(s, q_i, load_pack(tile.square + j), job.potential.shift);
+      for (int k = 0; k < model.features; ++k)
+        w.slope = madd(load_pack(scratch.phi + k * kWeightStride + j), -scratch.weighted[k * kWeightStride + i], w.slope);
+      w.slope = w.slope * inverse_share;
+      if (j < begin || j + kPanel > end) {
+        s = keep_columns(s, j, begin, end, 0.0f);
+        w.psi = keep_columns(w.psi, j, begin, end, 0.0f);
+        w.slope = keep_columns(w.slope, j, begin, end, 0.0f);
+      }
+      psi_of_row = psi_of_row + w.psi;
+      c_of_row = c_of_row + s;
+      store_pack(row + j, w.slope);
+    }
+    for (; j < tile.padded; j += kPanel) store_pack(row + j, splat_pack(0.0f));
+    psi += double(sum(sum_vectors(psi_of_row)));
+    c += double(sum(sum_vectors(c_of_row)));
+  }
+  tile.psi_sum = 2.0 * psi;
+  tile.c_sum = 2.0 * c;
+}
+
+void sample(const Job& job, const Model& model, Tile& tile, Scratch& scratch, const float* sums, bool visited,
+            float inverse_share) {
+  const bool modelled = model.features > 0;
+  if (modelled) {
+    model_features(job, model, tile, scratch.phi);
+    for (int t = 0; t < tile.padded; t += kPanel) {
+      Pack own = splat_pack(0.0f);
+      for (int k = 0; k < model.padded; ++k) {
+        const Pack phi = load_pack(scratch.phi + k * kWeightStride + t);
+        const Pack weighted = phi * (k < model.features ? model.b[k] : 0.0f);
+        store_pack(scratch.weighted + k * kWeightStride + t, weighted);
+        own = madd(weighted, phi, own);
+      }
+      store_pack(scratch.column_sum + t, own);
+    }
+  }
+  float* weights = scratch.weights;
+  if (visited) {
+    similarities(job, tile, tile, true, weights);
+    with_potential(job.potential, [&](const auto& potential) {
+      visit(job, potential, model, tile, scratch, inverse_share);
+    });
+  }
+  if (!job.args->grad) return;
+  if (visited) {
+    mirror(tile, weights);
+    accumulate<kWeightStride, 1>(job, tile, tile, weights, 1.0f, 0.0f);
+  }
+  if (modelled) {
+    // The sums lie as the rows of a tile do.
+    Tile features = {};
+    features.tokens = features.padded = model.padded;
+    features.token_major = const_cast<float*>(sums);
+    accumulate<1, kWeightStride>(job, tile, features, scratch.weighted, 1.0f, visited ? 1.0f : 0.0f);
+    tile.own = scratch.column_sum;
+  }
+  project(job, tile, scratch);
 }
 
 // ---- rows out
@@ -578,7 +696,7 @@ void scale(const dk_scale_args& args, int64_t begin, int64_t end) {
   }
 }
 
-constexpr TileKernels kTileKernels = {kPanel, add_rows, pack, within, between, project, finish, scale};
+constexpr TileKernels kTileKernels = {kPanel, add_rows, pack, within, between, project, finish, model_sums, sample, scale};
 
 }  // namespace
 }  // namespace dk

@@ -1,0 +1,337 @@
+// Loss sums and gradient from the pairs within cliques and a model of the slope over all pairs of a unit.
+//
+// Tokens are read twice, where they lie. First, in chunks, for the model's sums over their unit, sum_j phi_jk x_j. Then,
+// clique by clique, for the gradient: the visited pairs' residual slopes and the model's features make one matrix
+// product with the clique's tokens and one with the sums. Nothing is kept of a tile in between. Chunks and tiles depend
+// on the arguments alone and are summed in their order, so every bit is the same for any number of threads.
+
+#include "dispersion.h"
+
+#include <math.h>
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "call.h"
+#include "runtime.h"
+
+namespace dk {
+namespace {
+
+// Tokens of one unit that a worker takes at once.
+struct Run {
+  int64_t layer, unit, first;
+  int32_t tokens;
+};
+
+class SampledCall {
+ public:
+  SampledCall(const dk_sampled_args& args, const TileKernels& kernels) : args_(args), kernels_(kernels) {
+    threads_ = {args.parallel_for, std::max(1, int(args.threads))};
+  }
+
+  int32_t run() {
+    Reduction reduction;
+    Job job = {};
+    if (!describe(args_.potential, args_.params, args_.features, job, reduction)) return DK_INVALID;
+    if (job.transform == Transform::kCentre) return DK_INVALID;
+    if (job.potential.online) return DK_NOT_HERE;
+    unit_ = reduction.kappa * exp(double(job.potential.shift));
+    psi_unit_ = exp(double(job.potential.shift));
+    job.gradient = true;  // rows are packed for products with them
+    job.padded_features = (args_.features + kernels_.panel - 1) / kernels_.panel * kernels_.panel;
+    if (const int32_t status = plan()) return status;
+
+    const int64_t workers = std::min<int64_t>(threads_.count, int64_t(tiles_.size()));
+    std::vector<Worker> worker(size_t(std::max<int64_t>(workers, 1)));
+    Arena count(nullptr);
+    place(worker, count);
+    const Workspace workspace(count.used());
+    if (!workspace.data()) return DK_OUT_OF_MEMORY;
+    Arena arena(workspace.data());
+    place(worker, arena);
+
+    describe_layers(job);
+    if (args_.grad)
+      advise_huge_pages(args_.grad, size_t(args_.layer_count * args_.rows * args_.features) * sizeof(float));
+    sweep(worker, workers);
+    add_up();
+    return DK_OK;
+  }
+
+ private:
+  // Tokens that are packed together, where there is a choice, and of a chunk.
+  static constexpr int32_t kTile = 64;
+  static constexpr int64_t kChunk = 256;
+
+  struct Worker {
+    Tile tile;
+    Scratch scratch;
+  };
+  struct Sums {
+    double psi = 0.0, c = 0.0;
+    bool finite = true;
+  };
+
+  bool visited() const { return args_.clique_count > 0; }
+
+  // The rows of each token within its layer, and the runs of both passes.
+  int32_t plan() {
+    rows_.resize(size_t(args_.tokens));
+    partner_end_.resize(size_t(args_.tokens));
+    first_chunk_.push_back(0);
+    int64_t clique = 0;
+    for (int64_t u = 0; u < args_.unit_count; ++u) {
+      const int64_t first = args_.units[u], end = args_.units[u + 1];
+      if (first == end) {
+        modelled_.push_back(false);
+        first_chunk_.push_back(int64_t(chunks_.size()));
+        continue;
+      }
+      const int64_t layer = row_of(first) / args_.rows;
+      for (int64_t i = first; i < end; ++i) {
+        const int64_t row = row_of(i) - layer * args_.rows;
+        if (row < 0 || row >= args_.rows || layer >= args_.layer_count) return DK_INVALID;
+        rows_[size_t(i)] = row;
+      }
+      bool whole = false;
+      if (visited()) {
+        // What begins a unit ends the last tile.
+        size_t begins = tiles_.size();
+        for (; clique < args_.clique_count && args_.cliques[clique + 1] <= end; ++clique) {
+          const int64_t begin = args_.cliques[clique], tokens = args_.cliques[clique + 1] - begin;
+          if (begin < first || tokens > kLargestTile) return begin < first ? DK_INVALID : DK_NOT_HERE;
+          if (!tokens) continue;
+          whole = whole || tokens == end - first;
+          // Pairs across the cliques of a tile are wasted: small cliques fill a panel, and no more.
+          if (tiles_.size() == begins || tiles_.back().tokens + tokens > kernels_.panel)
+            tiles_.push_back({layer, u, begin, 0});
+          Run& tile = tiles_.back();
+          tile.tokens += int32_t(tokens);
+          std::fill_n(partner_end_.begin() + begin, tokens, tile.tokens);
+        }
+        if (tiles_.size() == begins || tiles_.back().first + tiles_.back().tokens != end) return DK_INVALID;
+      } else {
+        cut(layer, u, first, end, kTile, tiles_);
+      }
+      // Of a unit that is one clique there is nothing left for a model.
+      modelled_.push_back(args_.model_features > 0 && !whole);
+      if (modelled_.back()) cut(layer, u, first, end, kChunk, chunks_);
+      first_chunk_.push_back(int64_t(chunks_.size()));
+    }
+    while (clique < args_.clique_count && args_.cliques[clique] == args_.cliques[clique + 1]) ++clique;
+    return clique == args_.clique_count ? DK_OK : DK_INVALID;
+  }
+
+  int64_t row_of(int64_t token) const { return args_.order ? args_.order[token] : token; }
+
+  static void cut(int64_t layer, int64_t unit, int64_t first, int64_t end, int64_t length, std::vector<Run>& runs) {
+    for (; first < end; first += length)
+      runs.push_back({layer, unit, first, int32_t(std::min(length, end - first))});
+  }
+
+  void place(std::vector<Worker>& workers, Arena& arena) {
+    int64_t longest = kTile;
+    for (const Run& tile : tiles_) longest = std::max<int64_t>(longest, tile.tokens);
+    const size_t padded = size_t((longest + kernels_.panel - 1) / kernels_.panel * kernels_.panel);
+    for (Worker& w : workers) {
+      w.scratch.weights = arena.take<float>(size_t(kLargestTile + 8) * kWeightStride);
+      w.scratch.column_sum = arena.take<float>(kWeightStride);
+      w.scratch.rows = arena.take<float>(size_t(kernels_.panel) * (padded_features() + 16));
+      w.scratch.phi = arena.take<float>(size_t(kPaddedModel) * kWeightStride);
+      w.scratch.weighted = arena.take<float>(size_t(kPaddedModel) * kWeightStride);
+      w.tile = {};
+      for (float** of_token : {&w.tile.norm, &w.tile.inverse, &w.tile.square, &w.tile.row_sum})
+        *of_token = arena.take<float>(padded);
+      w.tile.feature_major = arena.take<float>(padded * size_t(args_.features));
+      w.tile.token_major = arena.take<float>(padded * padded_features());
+    }
+    sums_stride_ = size_t(padded_model()) * padded_features();
+    sums_ = arena.take<float>(chunks_.size() * sums_stride_);
+    directions_ = arena.take<float>(args_.directions ? size_t(args_.layer_count * args_.features) * kRank : 0);
+  }
+
+  size_t padded_features() const {
+    return size_t((args_.features + kernels_.panel - 1) / kernels_.panel * kernels_.panel);
+  }
+  // Without a gradient the sum of the tokens will do.
+  int32_t model_features() const { return args_.grad ? args_.model_features : std::min(args_.model_features, 1); }
+  int32_t padded_model() const { return (model_features() + kModelGroup - 1) / kModelGroup * kModelGroup; }
+
+  void describe_layers(const Job& job) {
+    of_layer_.resize(size_t(args_.layer_count));
+    jobs_.assign(size_t(args_.layer_count), job);
+    models_.resize(size_t(args_.layer_count));
+    for (int64_t l = 0; l < args_.layer_count; ++l) {
+      dk_args& layer = of_layer_[size_t(l)];
+      layer.dtype = args_.dtype;
+      layer.z = args_.layers[l];
+      layer.row_stride = args_.row_stride;
+      layer.rows = args_.rows;
+      layer.features = args_.features;
+      layer.grad = args_.grad ? args_.grad + l * args_.rows * args_.features : nullptr;
+      jobs_[size_t(l)].args = &layer;
+
+      Model& model = models_[size_t(l)];
+      model.features = model_features();
+      model.padded = padded_model();
+      for (int k = 0; k < model.features; ++k) model.b[k] = float(args_.b[l * args_.model_features + k] / unit_);
+      if (!args_.directions) continue;
+      float* transposed = directions_ + l * args_.features * kRank;
+      const float* of_layer = args_.directions + l * args_.features * kRank;
+      for (int r = 0; r < kRank; ++r)
+        for (int64_t f = 0; f < args_.features; ++f) transposed[f * kRank + r] = of_layer[r * args_.features + f];
+      model.directions = transposed;
+    }
+  }
+
+  void sweep(std::vector<Worker>& workers, int64_t count) {
+    const int64_t chunks = int64_t(chunks_.size()), tiles = int64_t(tiles_.size());
+    of_chunk_.assign(chunks_.size(), {});
+    of_tile_.assign(tiles_.size(), {});
+    const size_t units = size_t(args_.unit_count);
+    std::vector<std::atomic<int32_t>> left(units), ready(units);
+    for (size_t u = 0; u < units; ++u) {
+      left[u].store(int32_t(first_chunk_[u + 1] - first_chunk_[u]), std::memory_order_relaxed);
+      ready[u].store(modelled_[u] ? 0 : 1, std::memory_order_relaxed);
+    }
+    std::atomic<int64_t> next_chunk{0}, next_tile{0};
+    threads_.run(count, [&](int64_t w) {
+      for (int64_t n; (n = next_chunk.fetch_add(1)) < chunks;) {
+        add_chunk(workers[size_t(w)], n);
+        const size_t unit = size_t(chunks_[size_t(n)].unit);
+        if (left[unit].fetch_sub(1) == 1) {
+          add_chunks_of(int64_t(unit));
+          ready[unit].store(1, std::memory_order_release);
+        }
+      }
+      for (int64_t n; (n = next_tile.fetch_add(1)) < tiles;) {
+        wait_for(ready[size_t(tiles_[size_t(n)].unit)], 1);
+        finish_tile(workers[size_t(w)], n);
+      }
+    });
+  }
+
+  void open(Worker& worker, const Run& run) const {
+    Tile& tile = worker.tile;
+    tile.tokens = run.tokens;
+    tile.padded = (run.tokens + kernels_.panel - 1) / kernels_.panel * kernels_.panel;
+    tile.rows = rows_.data() + run.first;
+    tile.partner_end = partner_end_.data() + run.first;
+    tile.own = nullptr;
+    kernels_.pack(jobs_[size_t(run.layer)], tile, worker.scratch);
+  }
+
+  void add_chunk(Worker& worker, int64_t n) {
+    const Run& chunk = chunks_[size_t(n)];
+    const Job& job = jobs_[size_t(chunk.layer)];
+    double squares = 0.0;
+    for (int32_t done = 0; done < chunk.tokens; done += kTile) {
+      open(worker, {chunk.layer, chunk.unit, chunk.first + done, std::min(kTile, chunk.tokens - done)});
+      const Tile& tile = worker.tile;
+      kernels_.model_sums(job, models_[size_t(chunk.layer)], tile, worker.scratch, sums_ + n * sums_stride_, done == 0);
+      for (int32_t t = 0; t < tile.tokens; ++t) {
+        const double length = double(tile.norm[t]) * tile.inverse[t];
+        squares += length * length;
+      }
+    }
+    of_chunk_[size_t(n)].c = squares;
+  }
+
+  // Into the first.
+  void add_chunks_of(int64_t unit) {
+    const int64_t first = first_chunk_[size_t(unit)];
+    float* total = sums_ + first * sums_stride_;
+    for (int64_t n = first + 1; n < first_chunk_[size_t(unit) + 1]; ++n) {
+      const float* sums = sums_ + n * sums_stride_;
+      for (size_t k = 0; k < sums_stride_; ++k) total[k] += sums[k];
+    }
+  }
+
+  void finish_tile(Worker& worker, int64_t n) {
+    const Run& run = tiles_[size_t(n)];
+    const Job& job = jobs_[size_t(run.layer)];
+    open(worker, run);
+    Tile& tile = worker.tile;
+    tile.psi_sum = tile.c_sum = 0.0;
+    const bool modelled = args_.grad && modelled_[size_t(run.unit)];
+    const float* sums = modelled ? sums_ + first_chunk_[size_t(run.unit)] * sums_stride_ : nullptr;
+    const float inverse_share = visited() ? float(args_.inverse_share[run.unit]) : 0.0f;
+    kernels_.sample(job, modelled ? models_[size_t(run.layer)] : Model{}, tile, worker.scratch, sums, visited(),
+                    inverse_share);
+    of_tile_[size_t(n)] = {tile.psi_sum * psi_unit_, tile.c_sum, tile.finite};
+    if (!args_.grad) return;
+    float* scale = args_.scale + run.layer * args_.rows;
+    for (int32_t t = 0; t < tile.tokens; ++t) scale[tile.rows[t]] = float(tile.inverse[t] * unit_);
+  }
+
+  void add_up() {
+    std::fill_n(args_.sums, 2 * args_.unit_count, 0.0);
+    for (size_t n = 0; n < tiles_.size(); ++n) {
+      const size_t unit = size_t(tiles_[n].unit);
+      const double share = visited() ? args_.inverse_share[unit] : 0.0;
+      double* sums = args_.sums + 2 * unit;
+      sums[0] += share * of_tile_[n].psi;
+      if (modelled_[unit]) sums[1] -= share * of_tile_[n].c;
+      if (!of_tile_[n].finite) sums[0] = sums[1] = std::numeric_limits<double>::quiet_NaN();
+    }
+    for (size_t n = 0; n < chunks_.size(); ++n) args_.sums[2 * chunks_[n].unit + 1] -= of_chunk_[n].c;
+    for (size_t u = 0; u < size_t(args_.unit_count); ++u) {
+      if (!modelled_[u]) continue;
+      // The first feature is 1.
+      const float* total = sums_ + size_t(first_chunk_[u]) * sums_stride_;
+      for (int64_t f = 0; f < args_.features; ++f) {
+        const double x = total[f / kernels_.panel * kernels_.panel * padded_model() + f % kernels_.panel];
+        args_.sums[2 * u + 1] += x * x;
+      }
+    }
+  }
+
+  const dk_sampled_args& args_;
+  const TileKernels& kernels_;
+  Threads threads_;
+  double unit_ = 1.0, psi_unit_ = 1.0;  // of slopes, and of psi
+  std::vector<int64_t> rows_;
+  std::vector<int32_t> partner_end_;
+  std::vector<Run> chunks_, tiles_;
+  std::vector<int64_t> first_chunk_;  // of each unit
+  std::vector<bool> modelled_;        // whether a unit has pairs that are not visited
+  std::vector<dk_args> of_layer_;
+  std::vector<Job> jobs_;
+  std::vector<Model> models_;
+  std::vector<Sums> of_chunk_, of_tile_;
+  size_t sums_stride_ = 0;
+  float* sums_ = nullptr;  // [chunks][sums_stride_]
+  float* directions_ = nullptr;
+};
+
+bool valid(const dk_sampled_args& args) {
+  if (args.tokens < 0 || args.features < 1 || args.rows < 1 || args.layer_count < 1) return false;
+  if (args.dtype < DK_FLOAT32 || args.dtype > DK_FLOAT16) return false;
+  if (args.model_features != 0 && args.model_features != 1 && args.model_features != kModelFeatures) return false;
+  if ((args.directions != nullptr) != (args.model_features == kModelFeatures)) return false;
+  if (args.unit_count < 0 || args.clique_count < 0 || (!args.clique_count && !args.model_features)) return false;
+  for (int64_t u = 0; u < args.unit_count; ++u)
+    if (args.units[u] < 0 || args.units[u + 1] < args.units[u] || args.units[u + 1] > args.tokens) return false;
+  for (int64_t k = 0; k < args.clique_count; ++k)
+    if (args.cliques[k] < 0 || args.cliques[k + 1] < args.cliques[k] || args.cliques[k + 1] > args.tokens) return false;
+  return true;
+}
+
+}  // namespace
+}  // namespace dk
+
+DK_EXPORT int32_t dk_sampled(const dk_sampled_args* args) {
+  if (args->abi_version != DK_ABI_VERSION || !dk::valid(*args)) return DK_INVALID;
+  const int32_t isa = dk::resolve_isa(args->isa);
+  if (!isa) return DK_UNSUPPORTED;
+  try {
+    return dk::SampledCall(*args, dk::kernels_of(isa)).run();
+  } catch (const std::bad_alloc&) {
+    return DK_OUT_OF_MEMORY;
+  }
+}
