@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,6 +43,7 @@ _STATUS = {
     3: "this processor lacks the instructions the library was built for",
 }
 _NOT_HERE = 4
+_CONTROL_VARIATES = {"none": 0, "constant": 1, "low_rank": 2, "auto": 3}
 
 
 def unavailable_reason() -> str | None:
@@ -192,6 +193,21 @@ def dispersion(
     return loss, grad, scale
 
 
+class Sampled(NamedTuple):
+    """What :func:`sampled` gives."""
+
+    sums: torch.Tensor
+    """``[units, 2]`` float64: an estimate of the sum of psi over the ordered pairs of a unit; and, of c, where there is
+    a model and pairs are left, the sum over all pairs less its estimate; NaN where a token is not finite."""
+    fit: torch.Tensor | None
+    """``[layers, 3 + 3 groups]`` float64: psi's slope against c, mean psi and mean c over the pairs of the fit; and for
+    each group its unit, the expected square of the error of its tokens' gradient by x, over |z|, and of how many."""
+    grad: torch.Tensor | None
+    scale: torch.Tensor | None
+    """float32 ``[layers, ..., F]``, and of that shape without F: their product, row by row, times twice the derivative
+    of the loss by the sum of psi, is the gradient."""
+
+
 def sampled(
     layers: Sequence[torch.Tensor],
     *,
@@ -201,12 +217,14 @@ def sampled(
     units: torch.Tensor,
     cliques: torch.Tensor | None,
     inverse_share: torch.Tensor,
-    b: torch.Tensor | None,
-    directions: torch.Tensor | None,
+    control_variate: str,
+    draws: torch.Tensor | None,
+    good_enough: float,
     need_grad: bool,
+    need_noise: bool,
     out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
-    """Sums over the pairs within cliques, and of these pairs and a model of all others the gradient
+) -> Sampled | None:
+    """The pairs within cliques, and a model of all others, with the gradient of both
     (:mod:`dispersion_kernels.sampling`). Tokens are read where they lie, and nothing of their size is written but the
     gradient.
 
@@ -221,18 +239,17 @@ def sampled(
         cliques: ``[cliques + 1]`` int64, ascending through all units: the bounds of the tokens of which all pairs are
             visited; None: no pair is.
         inverse_share: ``[units]`` float64: what a visited pair stands for.
-        b: ``[layers, k]`` float64: the coefficients of the model's k features; None: no model.
-        directions: ``[layers, rank, F]`` float32: those of ``low_rank``; None: the one feature is 1.
+        control_variate: the model: ``"none"``, ``"constant"``, ``"low_rank"``, or ``"auto"``, the constant where that
+            promises a relative error of the gradient of ``good_enough`` at most in all layers.
+        draws: ``[layers, groups, 1 + tokens]`` float32 in [0, 1): of each group of the fit a unit, and tokens of it;
+            None: there is nothing to fit.
         need_grad: whether to compute the gradient.
+        need_noise: whether to estimate its error.
         out: where ``grad`` goes; None: to new memory.
 
     Returns:
-        ``[units, 2]`` float64: an estimate of the sum of psi over the ordered pairs of a unit; and, of c, where there is
-        a model and pairs are left, the sum over all pairs less its estimate; NaN where a token holds a NaN or an
-        infinity. And, or None, float32 ``grad`` ``[layers, ..., F]`` and ``scale``, of that shape without F, whose
-        product, row by row, times twice the derivative of the
-        loss by the sum of psi, is the gradient. None for all where a clique is too large for this kernel, or the
-        exponents need a running maximum: the caller then has :func:`dispersion` for the cliques.
+        None where a clique is too large for this kernel, or the exponents need a running maximum: :func:`dispersion`
+        does the cliques there.
 
     Raises:
         RuntimeError: if the kernel is unavailable (:func:`unavailable_reason`) or the call fails.
@@ -253,17 +270,20 @@ def sampled(
                 f"{z.stride()} on {z.device}, the first {first.dtype} {tuple(first.shape)} with {first.stride()}"
             )
     rows, features = math.prod(first.shape[:-1]), first.shape[-1]
+    # These are read through their addresses, and must live as long as the call.
     order, cliques = (
         tensor if tensor is None else _int64_list(name, tensor)
         for name, tensor in (("order", order), ("cliques", cliques))
     )
     units = _int64_list("units", units)
-    # They are read through their addresses, and must live as long as the call.
     inverse_share = inverse_share.to("cpu", torch.float64).contiguous()
-    b = None if b is None else b.to("cpu", torch.float64).contiguous()
-    directions = None if directions is None else directions.to("cpu", torch.float32).contiguous()
     sums = torch.empty(units.numel() - 1, 2, dtype=torch.float64, device="cpu")
-    grad = scale = None
+    fit = grad = scale = None
+    groups = fit_tokens = 0
+    if draws is not None:
+        draws = draws.to("cpu", torch.float32).contiguous()
+        groups, fit_tokens = draws.shape[1], draws.shape[2] - 1
+        fit = torch.empty(len(layers), 3 + 3 * groups, dtype=torch.float64, device="cpu")
     if need_grad:
         grad = torch.empty(len(layers), *first.shape, dtype=torch.float32, device="cpu") if out is None else out
         scale = torch.empty(len(layers), *first.shape[:-1], dtype=torch.float32, device="cpu")
@@ -288,18 +308,22 @@ def sampled(
         inverse_share=inverse_share.data_ptr(),
         params=ctypes.addressof(values),
         potential=_POTENTIALS[potential_name],
-        model_features=0 if b is None else b.shape[1],
-        directions=None if directions is None else directions.data_ptr(),
-        b=None if b is None else b.data_ptr(),
+        control_variate=_CONTROL_VARIATES[control_variate],
+        good_enough=good_enough,
+        draws=None if draws is None else draws.data_ptr(),
+        fit_groups=groups,
+        fit_tokens=fit_tokens,
+        with_noise=need_noise,
         grad=None if grad is None else grad.data_ptr(),
         scale=None if scale is None else scale.data_ptr(),
         sums=sums.data_ptr(),
+        fit=None if fit is None else fit.data_ptr(),
     )
     status = _library().dk_sampled(ctypes.byref(args))
     if status == _NOT_HERE:
         return None
     _check(status)
-    return sums, grad, scale
+    return Sampled(sums, fit, grad, scale)
 
 
 def row_stride(z: torch.Tensor) -> int | None:
@@ -432,12 +456,17 @@ class _SampledArgs(_Call):
         ("inverse_share", ctypes.c_void_p),
         ("params", ctypes.c_void_p),
         ("potential", ctypes.c_int32),
-        ("model_features", ctypes.c_int32),
-        ("directions", ctypes.c_void_p),
-        ("b", ctypes.c_void_p),
+        ("control_variate", ctypes.c_int32),
+        ("good_enough", ctypes.c_double),
+        ("draws", ctypes.c_void_p),
+        ("fit_groups", ctypes.c_int32),
+        ("fit_tokens", ctypes.c_int32),
+        ("with_noise", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
         ("grad", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
         ("sums", ctypes.c_void_p),
+        ("fit", ctypes.c_void_p),
     ]
 
 

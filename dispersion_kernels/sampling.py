@@ -41,6 +41,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dispersion_kernels.native import Sampled
 from dispersion_kernels.potentials import Potential
 from dispersion_kernels.segments import order_of, segment_of_token
 from dispersion_kernels.sweep import accumulation_dtype, transform, wide_dtype
@@ -87,8 +88,8 @@ class Estimate(NamedTuple):
 # A backend's sweep of tokens ``[R, L, F]``, each row a sequence, or packed ones ``[1, N, F]`` with groups and bounds:
 # the loss of each, and of its gradient the two factors, as ``autograd.py`` has them.
 Sweep = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
-# A kernel that samples by itself, as ``native.sampled`` does.
-Sampler = Callable[..., tuple[Tensor, Tensor | None, Tensor | None] | None]
+# A kernel that fits and samples by itself: ``native.sampled`` of a potential.
+Sampler = Callable[..., Sampled | None]
 
 
 def draw(layers: Sequence[Tensor], generator: torch.Generator | None) -> Draws:
@@ -184,21 +185,23 @@ def _estimate(
     new memory."""
     first, count = layers[0], len(layers)
     plan = _plan(draws.shuffle, groups, cu_seqlens, share)
-    fit = None
-    if control_variate != "none" or with_error:
-        fit = _fit(layers, plan, draws.fit, potential, control_variate, share)
-    found = None if sampler is None else _in_place(layers, plan, fit, share, with_grad, sampler, out)
+    to_fit = draws.fit if control_variate != "none" or with_error else None
+    found = None
+    if sampler is not None:
+        found = _in_place(layers, plan, to_fit, share, control_variate, with_grad, with_error, sampler, out)
     if found is None:
-        found = _by_sweep(layers, plan, fit, potential, share, with_grad, sweep, out, scratch)
+        fit = None if to_fit is None else _fit(layers, plan, to_fit, potential, control_variate, share)
+        found = _by_sweep(layers, plan, fit, potential, share, sweep, out, scratch)
 
     # The mean of psi over the pairs of each sequence: from the cliques, and from what the model has of all pairs.
     logarithmic = potential.reduction == "log_mean"
     mean = found.mean
-    if fit is not None and found.missed is not None:
+    if found.line is not None and found.missed is not None:
         missed = found.missed
+        psi_slope, mean_psi, mean_c = (of_layer.repeat_interleave(mean.numel() // count) for of_layer in found.line)
         if share == 0:
-            mean, missed = _of_sequences(fit.mean_psi, plan), missed - _of_sequences(fit.mean_c, plan)
-        corrected = mean + _of_sequences(fit.psi_slope, plan) * missed
+            mean, missed = mean_psi, missed - mean_c
+        corrected = mean + psi_slope * missed
         # Where a correction is larger than psi itself, a line says nothing of it.
         mean = torch.where(corrected <= 0, mean, corrected) if logarithmic else corrected
     empty = plan.pairs == 0
@@ -212,9 +215,9 @@ def _estimate(
     slope = (1 / (mean + potential.log_eps) if logarithmic else torch.ones_like(mean)).masked_fill(empty, 0.0)
     per_pair = 2 * slope / plan.pairs.clamp(min=1)
     grad, scale = found.gradient(slope, per_pair)
-    if fit is not None and with_error:
+    if with_error:
         signal = torch.linalg.vector_norm(grad.flatten(0, 2), dim=1) * scale.flatten()
-        noise = _noise(fit, plan, per_pair, share)
+        noise = found.noise(per_pair)
         squares = signal.to(noise.dtype).square().view(count, -1).sum(1)
         error = (noise / (squares - noise).clamp(min=torch.finfo(grad.dtype).tiny)).sqrt()
     return Estimate(loss, of_layer, grad, scale, error)
@@ -228,36 +231,43 @@ class _Found:
     """``[S]``: of psi over all pairs, estimated from those visited; 0 where none are."""
     missed: Tensor | None
     """``[S]``: the mean of c over all pairs less its estimate; None: there is no model."""
+    line: tuple[Tensor, Tensor, Tensor] | None
+    """``[Y]``, from the pairs of the fit: psi's slope against c, and the means of psi and of c; None: there is no fit."""
     gradient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     """``grad`` ``[Y, B, L, F]`` and ``scale`` ``[Y, B, L]`` from, ``[S]``, the derivative of the loss by the mean of psi
     and that divided by half of the pairs."""
+    noise: Callable[[Tensor], Tensor]
+    """``[Y]``, from the latter: the expected square of the gradient's error, summed over all tokens."""
 
 
 def _in_place(
     layers: Sequence[Tensor],
     plan: _Plan,
-    fit: _Fit | None,
+    to_fit: Tensor | None,
     share: float,
+    control_variate: str,
     with_grad: bool,
+    with_error: bool,
     sampler: Sampler,
     out: Tensor | None,
 ) -> _Found | None:
     """By a kernel that reads the tokens where they lie; None where it cannot."""
-    b = None if fit is None else fit.b
     answer = sampler(
         layers,
         order=plan.order,
         units=torch.nn.functional.pad(plan.unit_tokens.cumsum(0), (1, 0)),
         cliques=plan.cliques if share > 0 else None,
         inverse_share=plan.unit_inverse_share,
-        b=b,
-        directions=None if fit is None else fit.directions,
+        control_variate=control_variate,
+        draws=to_fit,
+        good_enough=_GOOD_ENOUGH,
         need_grad=with_grad,
+        need_noise=with_error,
         out=out,
     )
     if answer is None:
         return None
-    sums, grad, scale = answer
+    sums, fit, grad, scale = answer
     of_sequences = sums.new_zeros(plan.pairs.numel(), 2).index_add_(0, plan.sequence_of_unit, sums)
     mean, missed = (of_sequences / plan.pairs.clamp(min=1).unsqueeze(1)).unbind(1)
 
@@ -265,7 +275,19 @@ def _in_place(
         assert grad is not None and scale is not None
         return grad, scale.mul_(per_pair.to(scale.dtype)[plan.sequence_of_row].view(scale.shape))
 
-    return _Found(mean, None if b is None else missed, gradient)
+    def noise(per_pair: Tensor) -> Tensor:
+        assert fit is not None
+        unit, squares, counted = fit[:, 3:].unflatten(1, (-1, 3)).unbind(2)
+        factor = per_pair[plan.sequence_of_unit[unit.long()]]
+        return _of_all(factor.square() * squares, counted, plan)
+
+    line = None if fit is None else (fit[:, 0], fit[:, 1], fit[:, 2])
+    return _Found(mean, None if control_variate == "none" else missed, line, gradient, noise)
+
+
+def _of_all(squares: Tensor, counted: Tensor, plan: _Plan) -> Tensor:
+    """``[Y]``: a sum over all tokens from that over those of the fit."""
+    return squares.sum(1) / counted.sum(1).clamp(min=1) * (plan.unit_tokens.sum() / squares.shape[0])
 
 
 def _by_sweep(
@@ -274,7 +296,6 @@ def _by_sweep(
     fit: _Fit | None,
     potential: Potential,
     share: float,
-    with_grad: bool,
     sweep: Sweep,
     out: Tensor | None,
     scratch: Tensor | None,
@@ -332,7 +353,12 @@ def _by_sweep(
             )
         return _like(grad, first), _like(scale, first[:, :, 0])
 
-    return _Found(mean, missed, gradient)
+    def noise(per_pair: Tensor) -> Tensor:
+        assert fit is not None
+        return _noise(fit, plan, per_pair, share)
+
+    line = None if fit is None else (fit.psi_slope, fit.mean_psi, fit.mean_c)
+    return _Found(mean, missed, line, gradient, noise)
 
 
 def _like(values: Tensor, layer: Tensor) -> Tensor:
@@ -369,11 +395,6 @@ def _in_order(layers: Sequence[Tensor], order: Tensor | None, scratch: Tensor | 
     for n, (out, of_layer) in enumerate(zip(tokens.split(count), order.split(count), strict=True)):
         torch.index_select(flat[n], 0, of_layer - n * count, out=out)
     return tokens
-
-
-def _of_sequences(values: Tensor, plan: _Plan) -> Tensor:
-    """``[Y S]`` from ``[Y]``."""
-    return values.repeat_interleave(plan.pairs.numel() // values.numel())
 
 
 # What a run of rows has in common: their number, where it is the same for all, or the bounds of the runs.
@@ -845,8 +866,8 @@ def _noise(fit: _Fit, plan: _Plan, per_pair: Tensor, share: float) -> Tensor:
     others = (plan.unit_tokens[fit.unit] - 1).clamp(min=1).unsqueeze(2)
     factor = per_pair[plan.sequence_of_unit[fit.unit]].unsqueeze(2).to(fit.inverse.dtype) * fit.inverse
     of_token = _noise_of_tokens(_moments(fit.residual, fit.tokens, fit.c, fit.pairs), others, plan, fit.unit, share)
-    counted = _of_layer(fit.pairs.sum(3) > 1).clamp(min=1)
-    return _of_layer((others * factor).square() * of_token) / counted * (plan.unit_tokens.sum() / len(of_token))
+    squares, counted = (others * factor).square() * of_token, fit.pairs.sum(3) > 1
+    return _of_all(squares.flatten(1).to(wide_dtype(squares.device)), counted.flatten(1), plan)
 
 
 def _noise_of_tokens(moments: _Moments, others: Tensor, plan: _Plan, unit: Tensor, share: float) -> Tensor:

@@ -133,21 +133,23 @@ def test_two_clusters() -> None:
     assert low_rank < 0.25 * constant
 
 
-def test_auto_takes_what_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_auto_takes_what_is_enough(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow, wide = (
         tokens(1, 768, 64, cosine=0.99),
         4 * tokens(1, 3, 64)[:, torch.randint(0, 3, (768,))] + tokens(1, 768, 64),
     )
+    skip_unless_supported(impl, narrow, AngularSpread())
     for z, expected in ((narrow, "constant"), (wide, "low_rank")):
         auto, named = (
-            evaluate(z, "angular_spread", pairs=1 / 8, control_variate=name, generator=seeded(0))
+            evaluate(z, "angular_spread", pairs=1 / 8, control_variate=name, generator=seeded(0), impl=impl)
             for name in ("auto", expected)
         )
         assert torch.equal(auto.grad, named.grad)
     # Where it would have to wait for the device to know.
     monkeypatch.setattr(sampling, "_may_read", lambda device: False)
     auto, named = (
-        evaluate(narrow, "angular_spread", pairs=1 / 8, control_variate=name, generator=seeded(0))
+        evaluate(narrow, "angular_spread", pairs=1 / 8, control_variate=name, generator=seeded(0), impl="torch")
         for name in ("auto", "low_rank")
     )
     assert torch.equal(auto.grad, named.grad)

@@ -23,6 +23,8 @@ enum dk_status { DK_OK = 0, DK_INVALID = 1, DK_OUT_OF_MEMORY = 2, DK_UNSUPPORTED
 enum dk_isa { DK_ISA_BEST = 0, DK_ISA_AVX2 = 1, DK_ISA_AVX512 = 2, DK_ISA_NEON = 3 };
 enum dk_dtype { DK_FLOAT32 = 0, DK_BFLOAT16 = 1, DK_FLOAT16 = 2 };
 
+enum dk_control_variate { DK_NONE = 0, DK_CONSTANT = 1, DK_LOW_RANK = 2, DK_AUTO = 3 };
+
 // The parameters (params) of each potential, in this order; design and formulas in potentials.h.
 enum dk_potential {
   DK_ANGULAR_SPREAD = 0,     // tau, clamp, eps
@@ -79,15 +81,22 @@ typedef struct {
   const double* inverse_share;  // [unit_count]: of the visited pairs
   const double* params;
   int32_t potential;        // dk_potential, of the cosine or the correlation
-  int32_t model_features;   // 0: no model; 1: a constant; or dk::kModelFeatures
-  const float* directions;  // [layer_count, dk::kRank, features], orthonormal; NULL: none
-  const double* b;          // [layer_count, model_features]: of 1, of the components, of their products
+  int32_t control_variate;  // dk_control_variate
+  double good_enough;       // the relative error of the gradient up to which DK_AUTO is DK_CONSTANT
+  // [layer_count, fit_groups, 1 + fit_tokens] in [0, 1): a unit and tokens of it, whose pairs the model is from; NULL, with
+  // DK_NONE: there is nothing to fit. dk::kFitGroups and dk::kFitTokens.
+  const float* draws;
+  int32_t fit_groups, fit_tokens;
+  int32_t with_noise, reserved;
   // d loss / dz = 2 f'(P) scale * grad of each row. Rows that are in no unit are left untouched. NULL: no gradient.
   float* grad;   // [layer_count * rows, features]
   float* scale;  // [layer_count * rows]
   // [unit_count, 2]: an estimate of the sum of psi over all ordered pairs; of c, where there is a model, the sum over all
   // pairs less its estimate from those visited. NaN if a token is not finite.
   double* sums;
+  // [layer_count, 3 + 3 fit_groups]: psi's slope against c, mean psi and mean c over the fit's pairs; of each group its
+  // unit, the expected square of the error of its tokens' G / |z|, if with_noise, and of how many; or NULL
+  double* fit;
 } dk_sampled_args;
 
 // out = grad * scale * factor of each row, rounded once. out may be grad where dtype is DK_FLOAT32.
@@ -121,6 +130,9 @@ constexpr int kWeightStride = kLargestTile + 16;
 constexpr int kRank = 16, kSquared = 3, kModelFeatures = 1 + kRank + kSquared * (kSquared + 1) / 2;
 // In groups of as many as the rows of a product, for every instruction set.
 constexpr int kModelGroup = 8, kPaddedModel = (kModelFeatures + kModelGroup - 1) / kModelGroup * kModelGroup;
+
+// It is fitted to the pairs within so many groups of so many tokens.
+constexpr int kFitGroups = 4, kFitTokens = 32, kFitSize = kFitGroups * kFitTokens;
 
 enum class Transform {
   kNormalise,         // x = z / (|z| + eps)
@@ -199,6 +211,29 @@ struct Scratch {
   float* weighted;  // [kPaddedModel][kWeightStride]: b_k phi_ik
 };
 
+// Of the tokens of a fit: [kFitSize][kWeightStride], and [kRank][padded_features].
+struct FitScratch {
+  float *products, *psi, *slope, *span;
+  double* orthonormal;
+};
+
+struct FitNoise {
+  double of_group[kFitGroups] = {};  // summed over its tokens
+  double signal = 0.0;
+};
+
+// A layer's model, in units of the kernel's slopes and psi.
+struct Fit {
+  // Of the unit of each group, and the partners in one of its cliques, 0 where no pair is visited.
+  double tokens[kFitGroups], mates[kFitGroups];
+  bool constants, low_ranks, noises;  // what is asked for
+  double psi_slope, mean_psi, mean_c, constant;
+  float b[kModelFeatures];  // of low rank
+  double counted[kFitGroups] = {};
+  double signal;
+  FitNoise of_constant, of_low_rank;
+};
+
 // What turns a tile's projected sum into the gradient.
 struct Finish {
   float scale;
@@ -213,6 +248,8 @@ struct TileKernels {
   void (*between)(const Job&, Tile&, Tile&, Scratch&);  // pairs of two tiles
   void (*project)(const Job&, const Tile&, Scratch&);   // the gradient through the row transform, but for its scale
   void (*finish)(const Job&, const Tile&, const Finish&, Scratch&);
+  // Of a tile of kFitSize tokens; directions [features][kRank].
+  void (*fit)(const Job&, Tile&, Scratch&, const FitScratch&, float* directions, Fit&);
   // sums [panel of features][model.padded][panel]: adds, or begins with, sum over the tile of phi_k x
   void (*model_sums)(const Job&, const Model&, const Tile&, Scratch&, float* sums, bool begin);
   // Pairs within the segments of a tile, if visited, and what the model has of all; its finished gradient.

@@ -14,6 +14,7 @@
 #include <atomic>
 #include <limits>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "call.h"
@@ -56,6 +57,7 @@ class SampledCall {
     place(worker, arena);
 
     describe_layers(job);
+    if (args_.draws) fit(worker);
     if (args_.grad)
       advise_huge_pages(args_.grad, size_t(args_.layer_count * args_.rows * args_.features) * sizeof(float));
     sweep(worker, workers);
@@ -71,6 +73,7 @@ class SampledCall {
   struct Worker {
     Tile tile;
     Scratch scratch;
+    FitScratch fit;
   };
   struct Sums {
     double psi = 0.0, c = 0.0;
@@ -89,6 +92,7 @@ class SampledCall {
       const int64_t first = args_.units[u], end = args_.units[u + 1];
       if (first == end) {
         modelled_.push_back(false);
+        cliques_.push_back(0);
         first_chunk_.push_back(int64_t(chunks_.size()));
         continue;
       }
@@ -99,6 +103,7 @@ class SampledCall {
         rows_[size_t(i)] = row;
       }
       bool whole = false;
+      cliques_.push_back(0);
       if (visited()) {
         // What begins a unit ends the last tile.
         size_t begins = tiles_.size();
@@ -106,6 +111,7 @@ class SampledCall {
           const int64_t begin = args_.cliques[clique], tokens = args_.cliques[clique + 1] - begin;
           if (begin < first || tokens > kLargestTile) return begin < first ? DK_INVALID : DK_NOT_HERE;
           if (!tokens) continue;
+          ++cliques_.back();
           whole = whole || tokens == end - first;
           // Pairs across the cliques of a tile are wasted: small cliques fill a panel, and no more.
           if (tiles_.size() == begins || tiles_.back().tokens + tokens > kernels_.panel)
@@ -119,7 +125,7 @@ class SampledCall {
         cut(layer, u, first, end, kTile, tiles_);
       }
       // Of a unit that is one clique there is nothing left for a model.
-      modelled_.push_back(args_.model_features > 0 && !whole);
+      modelled_.push_back(args_.control_variate != DK_NONE && !whole);
       if (modelled_.back()) cut(layer, u, first, end, kChunk, chunks_);
       first_chunk_.push_back(int64_t(chunks_.size()));
     }
@@ -137,6 +143,7 @@ class SampledCall {
   void place(std::vector<Worker>& workers, Arena& arena) {
     int64_t longest = kTile;
     for (const Run& tile : tiles_) longest = std::max<int64_t>(longest, tile.tokens);
+    if (args_.draws) longest = std::max<int64_t>(longest, kFitSize);
     const size_t padded = size_t((longest + kernels_.panel - 1) / kernels_.panel * kernels_.panel);
     for (Worker& w : workers) {
       w.scratch.weights = arena.take<float>(size_t(kLargestTile + 8) * kWeightStride);
@@ -149,44 +156,108 @@ class SampledCall {
         *of_token = arena.take<float>(padded);
       w.tile.feature_major = arena.take<float>(padded * size_t(args_.features));
       w.tile.token_major = arena.take<float>(padded * padded_features());
+      if (!args_.draws) continue;
+      for (float** matrix : {&w.fit.products, &w.fit.psi, &w.fit.slope})
+        *matrix = arena.take<float>(size_t(kFitSize) * kWeightStride);
+      w.fit.span = arena.take<float>(kRank * padded_features());
+      w.fit.orthonormal = arena.take<double>(kRank * padded_features());
     }
-    sums_stride_ = size_t(padded_model()) * padded_features();
-    sums_ = arena.take<float>(chunks_.size() * sums_stride_);
-    directions_ = arena.take<float>(args_.directions ? size_t(args_.layer_count * args_.features) * kRank : 0);
+    sums_ = arena.take<float>(chunks_.size() * kPaddedModel * padded_features());
+    directions_ = arena.take<float>(low_rank() ? size_t(args_.layer_count * args_.features) * kRank : 0);
   }
 
   size_t padded_features() const {
     return size_t((args_.features + kernels_.panel - 1) / kernels_.panel * kernels_.panel);
   }
   // Without a gradient the sum of the tokens will do.
-  int32_t model_features() const { return args_.grad ? args_.model_features : std::min(args_.model_features, 1); }
-  int32_t padded_model() const { return (model_features() + kModelGroup - 1) / kModelGroup * kModelGroup; }
+  bool low_rank() const { return args_.grad && args_.control_variate >= DK_LOW_RANK; }
+  // Where nothing is visited no constant is good enough.
+  bool may_choose() const { return low_rank() && args_.control_variate == DK_AUTO && visited(); }
 
   void describe_layers(const Job& job) {
     of_layer_.resize(size_t(args_.layer_count));
     jobs_.assign(size_t(args_.layer_count), job);
     models_.resize(size_t(args_.layer_count));
-    for (int64_t l = 0; l < args_.layer_count; ++l) {
-      dk_args& layer = of_layer_[size_t(l)];
+    for (size_t l = 0; l < of_layer_.size(); ++l) {
+      dk_args& layer = of_layer_[l];
       layer.dtype = args_.dtype;
       layer.z = args_.layers[l];
       layer.row_stride = args_.row_stride;
       layer.rows = args_.rows;
       layer.features = args_.features;
-      layer.grad = args_.grad ? args_.grad + l * args_.rows * args_.features : nullptr;
-      jobs_[size_t(l)].args = &layer;
-
-      Model& model = models_[size_t(l)];
-      model.features = model_features();
-      model.padded = padded_model();
-      for (int k = 0; k < model.features; ++k) model.b[k] = float(args_.b[l * args_.model_features + k] / unit_);
-      if (!args_.directions) continue;
-      float* transposed = directions_ + l * args_.features * kRank;
-      const float* of_layer = args_.directions + l * args_.features * kRank;
-      for (int r = 0; r < kRank; ++r)
-        for (int64_t f = 0; f < args_.features; ++f) transposed[f * kRank + r] = of_layer[r * args_.features + f];
-      model.directions = transposed;
+      layer.grad = args_.grad ? args_.grad + int64_t(l) * args_.rows * args_.features : nullptr;
+      jobs_[l].args = &layer;
+      models_[l].directions = directions_ + l * size_t(args_.features) * kRank;
     }
+  }
+
+  // The model of each layer: of the same kind for all.
+  void fit(std::vector<Worker>& workers) {
+    const int64_t layers = args_.layer_count;
+    fits_.resize(size_t(layers));
+    std::vector<int64_t> unit_of_group(size_t(layers) * kFitGroups), rows(size_t(layers) * kFitSize);
+    for (int64_t l = 0; l < layers; ++l) {
+      Fit& fit = fits_[size_t(l)];
+      fit.constants = args_.control_variate == DK_CONSTANT || may_choose();
+      fit.low_ranks = low_rank();
+      fit.noises = args_.with_noise || may_choose();
+      for (int g = 0; g < kFitGroups; ++g) {
+        const float* draws = args_.draws + (l * kFitGroups + g) * (1 + kFitTokens);
+        const int64_t unit = unit_of_group[size_t(l * kFitGroups + g)] = unit_drawn(l, draws[0]);
+        const int64_t first = args_.units[unit], tokens = args_.units[unit + 1] - first;
+        fit.tokens[g] = double(tokens);
+        fit.mates[g] = visited() ? double(tokens) / std::max<int64_t>(cliques_[size_t(unit)], 1) - 1.0 : 0.0;
+        for (int t = 0; t < kFitTokens; ++t) {
+          const int64_t within = std::min(int64_t(draws[1 + t] * float(tokens)), std::max<int64_t>(tokens - 1, 0));
+          rows[size_t(l * kFitSize + g * kFitTokens + t)] =
+              row_of(std::min(first + within, args_.tokens - 1)) - l * args_.rows;
+        }
+      }
+    }
+    std::atomic<int64_t> next{0};
+    threads_.run(std::min<int64_t>(int64_t(workers.size()), layers), [&](int64_t w) {
+      Worker& worker = workers[size_t(w)];
+      for (int64_t l; (l = next.fetch_add(1)) < layers;) {
+        Tile& tile = worker.tile;
+        open(worker, l, rows.data() + l * kFitSize, kFitSize);
+        kernels_.fit(jobs_[size_t(l)], tile, worker.scratch, worker.fit,
+                     const_cast<float*>(models_[size_t(l)].directions), fits_[size_t(l)]);
+      }
+    });
+
+    bool constant = args_.control_variate == DK_CONSTANT || !low_rank();
+    if (may_choose()) {
+      constant = true;
+      for (const Fit& fit : fits_) {
+        const double noise = std::accumulate(fit.of_constant.of_group, fit.of_constant.of_group + kFitGroups, 0.0);
+        constant = constant && noise <= args_.good_enough * args_.good_enough * fit.signal;
+      }
+    }
+    for (int64_t l = 0; l < layers; ++l) {
+      const Fit& fit = fits_[size_t(l)];
+      Model& model = models_[size_t(l)];
+      model.features = args_.control_variate == DK_NONE ? 0 : constant ? 1 : kModelFeatures;
+      model.padded = (model.features + kModelGroup - 1) / kModelGroup * kModelGroup;
+      std::copy_n(fit.b, kModelFeatures, model.b);
+      if (constant) model.b[0] = float(fit.constant);
+      double* out = args_.fit + l * (3 + 3 * kFitGroups);
+      *out++ = fit.psi_slope * psi_unit_;
+      *out++ = fit.mean_psi * psi_unit_;
+      *out++ = fit.mean_c;
+      for (int g = 0; g < kFitGroups; ++g) {
+        *out++ = double(unit_of_group[size_t(l * kFitGroups + g)]);
+        *out++ = (model.features == kModelFeatures ? fit.of_low_rank : fit.of_constant).of_group[g] * unit_ * unit_;
+        *out++ = fit.counted[g];
+      }
+    }
+  }
+
+  // The unit of a random token of a layer.
+  int64_t unit_drawn(int64_t layer, float draw) const {
+    const int64_t* units = args_.units;
+    const int64_t of_layer = (units[args_.unit_count] - units[0]) / args_.layer_count;
+    const int64_t token = layer * args_.rows + int64_t(draw * float(of_layer));
+    return std::max<int64_t>(std::upper_bound(units, units + args_.unit_count, token) - units - 1, 0);
   }
 
   void sweep(std::vector<Worker>& workers, int64_t count) {
@@ -216,14 +287,13 @@ class SampledCall {
     });
   }
 
-  void open(Worker& worker, const Run& run) const {
+  void open(Worker& worker, int64_t layer, const int64_t* rows, int32_t tokens) const {
     Tile& tile = worker.tile;
-    tile.tokens = run.tokens;
-    tile.padded = (run.tokens + kernels_.panel - 1) / kernels_.panel * kernels_.panel;
-    tile.rows = rows_.data() + run.first;
-    tile.partner_end = partner_end_.data() + run.first;
+    tile.tokens = tokens;
+    tile.padded = (tokens + kernels_.panel - 1) / kernels_.panel * kernels_.panel;
+    tile.rows = rows;
     tile.own = nullptr;
-    kernels_.pack(jobs_[size_t(run.layer)], tile, worker.scratch);
+    kernels_.pack(jobs_[size_t(layer)], tile, worker.scratch);
   }
 
   void add_chunk(Worker& worker, int64_t n) {
@@ -231,9 +301,9 @@ class SampledCall {
     const Job& job = jobs_[size_t(chunk.layer)];
     double squares = 0.0;
     for (int32_t done = 0; done < chunk.tokens; done += kTile) {
-      open(worker, {chunk.layer, chunk.unit, chunk.first + done, std::min(kTile, chunk.tokens - done)});
+      open(worker, chunk.layer, rows_.data() + chunk.first + done, std::min(kTile, chunk.tokens - done));
       const Tile& tile = worker.tile;
-      kernels_.model_sums(job, models_[size_t(chunk.layer)], tile, worker.scratch, sums_ + n * sums_stride_, done == 0);
+      kernels_.model_sums(job, models_[size_t(chunk.layer)], tile, worker.scratch, sums_of(n), done == 0);
       for (int32_t t = 0; t < tile.tokens; ++t) {
         const double length = double(tile.norm[t]) * tile.inverse[t];
         squares += length * length;
@@ -242,24 +312,28 @@ class SampledCall {
     of_chunk_[size_t(n)].c = squares;
   }
 
+  size_t sums_stride() const { return size_t(models_[0].padded) * padded_features(); }
+  float* sums_of(int64_t chunk) const { return sums_ + size_t(chunk) * sums_stride(); }
+
   // Into the first.
   void add_chunks_of(int64_t unit) {
     const int64_t first = first_chunk_[size_t(unit)];
-    float* total = sums_ + first * sums_stride_;
+    float* total = sums_of(first);
     for (int64_t n = first + 1; n < first_chunk_[size_t(unit) + 1]; ++n) {
-      const float* sums = sums_ + n * sums_stride_;
-      for (size_t k = 0; k < sums_stride_; ++k) total[k] += sums[k];
+      const float* sums = sums_of(n);
+      for (size_t k = 0; k < sums_stride(); ++k) total[k] += sums[k];
     }
   }
 
   void finish_tile(Worker& worker, int64_t n) {
     const Run& run = tiles_[size_t(n)];
     const Job& job = jobs_[size_t(run.layer)];
-    open(worker, run);
+    open(worker, run.layer, rows_.data() + run.first, run.tokens);
     Tile& tile = worker.tile;
+    tile.partner_end = partner_end_.data() + run.first;
     tile.psi_sum = tile.c_sum = 0.0;
     const bool modelled = args_.grad && modelled_[size_t(run.unit)];
-    const float* sums = modelled ? sums_ + first_chunk_[size_t(run.unit)] * sums_stride_ : nullptr;
+    const float* sums = modelled ? sums_of(first_chunk_[size_t(run.unit)]) : nullptr;
     const float inverse_share = visited() ? float(args_.inverse_share[run.unit]) : 0.0f;
     kernels_.sample(job, modelled ? models_[size_t(run.layer)] : Model{}, tile, worker.scratch, sums, visited(),
                     inverse_share);
@@ -283,9 +357,9 @@ class SampledCall {
     for (size_t u = 0; u < size_t(args_.unit_count); ++u) {
       if (!modelled_[u]) continue;
       // The first feature is 1.
-      const float* total = sums_ + size_t(first_chunk_[u]) * sums_stride_;
+      const float* total = sums_of(first_chunk_[u]);
       for (int64_t f = 0; f < args_.features; ++f) {
-        const double x = total[f / kernels_.panel * kernels_.panel * padded_model() + f % kernels_.panel];
+        const double x = total[f / kernels_.panel * kernels_.panel * models_[0].padded + f % kernels_.panel];
         args_.sums[2 * u + 1] += x * x;
       }
     }
@@ -299,22 +373,25 @@ class SampledCall {
   std::vector<int32_t> partner_end_;
   std::vector<Run> chunks_, tiles_;
   std::vector<int64_t> first_chunk_;  // of each unit
+  std::vector<int64_t> cliques_;      // of each unit
   std::vector<bool> modelled_;        // whether a unit has pairs that are not visited
   std::vector<dk_args> of_layer_;
   std::vector<Job> jobs_;
   std::vector<Model> models_;
   std::vector<Sums> of_chunk_, of_tile_;
-  size_t sums_stride_ = 0;
-  float* sums_ = nullptr;  // [chunks][sums_stride_]
+  std::vector<Fit> fits_;
+  float* sums_ = nullptr;  // of each chunk
   float* directions_ = nullptr;
 };
 
 bool valid(const dk_sampled_args& args) {
   if (args.tokens < 0 || args.features < 1 || args.rows < 1 || args.layer_count < 1) return false;
   if (args.dtype < DK_FLOAT32 || args.dtype > DK_FLOAT16) return false;
-  if (args.model_features != 0 && args.model_features != 1 && args.model_features != kModelFeatures) return false;
-  if ((args.directions != nullptr) != (args.model_features == kModelFeatures)) return false;
-  if (args.unit_count < 0 || args.clique_count < 0 || (!args.clique_count && !args.model_features)) return false;
+  if (args.control_variate < DK_NONE || args.control_variate > DK_AUTO) return false;
+  if (args.draws ? args.fit_groups != kFitGroups || args.fit_tokens != kFitTokens : args.control_variate != DK_NONE)
+    return false;
+  if (args.unit_count < 1 || args.clique_count < 0) return false;
+  if (!args.clique_count && args.control_variate == DK_NONE) return false;
   for (int64_t u = 0; u < args.unit_count; ++u)
     if (args.units[u] < 0 || args.units[u + 1] < args.units[u] || args.units[u + 1] > args.tokens) return false;
   for (int64_t k = 0; k < args.clique_count; ++k)

@@ -696,7 +696,16 @@ void scale(const dk_scale_args& args, int64_t begin, int64_t end) {
   }
 }
 
-constexpr TileKernels kTileKernels = {kPanel, add_rows, pack, within, between, project, finish, model_sums, sample, scale};
+}  // namespace
+}  // namespace dk
+
+#include "fit.h"
+
+namespace dk {
+namespace {
+
+constexpr TileKernels kTileKernels = {kPanel,  add_rows, pack, within,     between, project,
+                                      finish, fit,      model_sums, sample, scale};
 
 }  // namespace
 }  // namespace dk

@@ -1,0 +1,249 @@
+// The model of a sampled call, from the pairs within a few groups of tokens of each layer: what _fit of
+// dispersion_kernels/sampling.py does in PyTorch. Included by tile_kernels.h.
+#pragma once
+
+namespace dk {
+namespace {
+
+// A row of the fit's matrices that lies within token i's group.
+DK_INLINE int first_of_group(int i) { return i / kFitTokens * kFitTokens; }
+
+// psi and slope of the pairs within groups, and some beside them, in units of their own.
+template <class P>
+void weigh_groups(const Job& job, const P& potential, const Tile& tile, const FitScratch& scratch) {
+  for (int i = 0; i < kFitSize; ++i) {
+    const Pack q_i = splat_pack(tile.square[i]);
+    const int first = first_of_group(i);
+    for (int j = first / kPanel * kPanel; j < first + kFitTokens; j += kPanel) {
+      const int64_t at = i * kWeightStride + j;
+      const Weights<Pack> w =
+          potential.weigh(load_pack(scratch.products + at), q_i, load_pack(tile.square + j), job.potential.shift);
+      store_pack(scratch.psi + at, w.psi);
+      store_pack(scratch.slope + at, w.slope);
+    }
+  }
+}
+
+// The expected square of what token i's gradient misses if the partners of its clique stand for all `others`: from the
+// variance of f_ij x_j, in what is orthogonal to x_i, or, where no pair is visited, its mean. f [kFitTokens], 0 where
+// there is no pair. `square`: of the mean itself.
+struct Noise {
+  double noise, square;
+};
+
+Noise noise_of_token(const float* products, int i, int partners, const float* f, double others, double mates) {
+  if (partners < 2) return {0.0, 0.0};
+  const int first = first_of_group(i);
+  const double length = products[i * kWeightStride + i], inverse = length > 0.0 ? 1.0 / length : 0.0;
+  float along[kFitTokens] = {};  // x_k . sum_j f_ij x_j
+  double of_squares = 0.0;
+  for (int j = 0; j < kFitTokens; ++j) {
+    const float* row = products + (first + j) * kWeightStride + first;
+    for (int k = 0; k < kFitTokens; ++k) along[k] += f[j] * row[k];
+    const double c = products[i * kWeightStride + first + j];
+    of_squares += double(f[j]) * f[j] * (row[j] - c * c * inverse);
+  }
+  double of_sum = -double(along[i - first]) * along[i - first] * inverse;
+  for (int k = 0; k < kFitTokens; ++k) of_sum += double(along[k]) * f[k];
+  const double n = partners, variance = fmax((of_squares - of_sum / n) / (n - 1.0), 0.0);
+  const double square = fmax(of_sum / (n * n) - variance / n, 0.0);
+  return {mates > 0.0 ? (1.0 / fmax(mates, 1.0) - 1.0 / others) * variance : square, square};
+}
+
+DK_INLINE double dot(const double* a, const double* b, int64_t count) {
+  double sums[8] = {};
+  for (int64_t f = 0; f < count; f += 8)
+    for (int n = 0; n < 8; ++n) sums[n] += a[f + n] * b[f + n];
+  return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+}
+
+// Orthonormal directions [features][kRank] near the principal ones of the tile's tokens, the first nearest: power
+// iterations from some of the tokens, one, and two more for the first few.
+void find_directions(const Job& job, const Tile& tile, const FitScratch& scratch, float* directions) {
+  float coefficients[kRank][kFitSize];
+  for (int r = 0; r < kRank; ++r)
+    memcpy(coefficients[r], scratch.products + r * (kFitSize / kRank) * kWeightStride, sizeof coefficients[r]);
+  for (int iteration = 0; iteration < 2; ++iteration) {
+    float next[kSquared][kFitSize] = {};
+    for (int r = 0; r < kSquared; ++r)
+      for (int j = 0; j < kFitSize; ++j)
+        for (int k = 0; k < kFitSize; ++k) next[r][k] += coefficients[r][j] * scratch.products[j * kWeightStride + k];
+    memcpy(coefficients, next, sizeof next);
+  }
+  const int64_t stride = job.padded_features;
+  float* rows[kRank];
+  for (int r = 0; r < kRank; ++r) rows[r] = scratch.span + r * stride;
+  for (int64_t column = 0; column < stride; column += kPanel)
+    for (int r = 0; r < kRank; r += kRows)
+      micro_kernel<kFitSize, 1, true>(kFitSize, coefficients[r], tile.token_major + column * tile.padded, rows + r,
+                                      column, 1.0f, 0.0f, [](int) {});
+
+  // Gram and Schmidt by a Cholesky factor L of the products, made regular, and its inverse times the span.
+  double* span[kRank];
+  double factor[kRank][kRank];
+  for (int r = 0; r < kRank; ++r) {
+    span[r] = scratch.orthonormal + r * stride;
+    for (int64_t f = 0; f < stride; ++f) span[r][f] = rows[r][f];
+    const double inverse = 1.0 / fmax(sqrt(dot(span[r], span[r], stride)), 1e-12);
+    for (int64_t f = 0; f < stride; ++f) span[r][f] *= inverse;
+    for (int s = 0; s <= r; ++s) factor[r][s] = dot(span[r], span[s], stride) + (r == s ? 1.8e-12 : 0.0);
+  }
+  for (int r = 0; r < kRank; ++r) {
+    for (int s = 0; s <= r; ++s) {
+      for (int k = 0; k < s; ++k) factor[r][s] -= factor[r][k] * factor[s][k];
+      factor[r][s] = r == s ? sqrt(factor[r][r]) : factor[r][s] / factor[s][s];
+    }
+    for (int s = 0; s < r; ++s)
+      for (int64_t f = 0; f < stride; ++f) span[r][f] -= factor[r][s] * span[s][f];
+    for (int64_t f = 0; f < stride; ++f) span[r][f] /= factor[r][r];
+    for (int64_t f = 0; f < job.args->features; ++f) directions[f * kRank + r] = float(span[r][f]);
+  }
+}
+
+// Least squares from normal equations: the solution, not negative where that is possible, 0 for an unknown whose row
+// is 0.
+template <int kUnknowns>
+void solve(double (&matrix)[kUnknowns][kUnknowns], double (&right)[kUnknowns]) {
+  double scale[kUnknowns];
+  for (int a = 0; a < kUnknowns; ++a) scale[a] = matrix[a][a] > 0.0 ? 1.0 / sqrt(matrix[a][a]) : 0.0;
+  for (int a = 0; a < kUnknowns; ++a) {
+    right[a] *= scale[a];
+    for (int b = 0; b < kUnknowns; ++b) matrix[a][b] *= scale[a] * scale[b];
+    matrix[a][a] += 6.4e-6;  // more than fp32 adds to the products of features that say the same
+  }
+  for (int a = 0; a < kUnknowns; ++a) {
+    for (int b = a + 1; b < kUnknowns; ++b) {
+      const double times = matrix[b][a] / matrix[a][a];
+      for (int k = a; k < kUnknowns; ++k) matrix[b][k] -= times * matrix[a][k];
+      right[b] -= times * right[a];
+    }
+  }
+  for (int a = kUnknowns - 1; a >= 0; --a) {
+    for (int k = a + 1; k < kUnknowns; ++k) right[a] -= matrix[a][k] * right[k];
+    right[a] /= matrix[a][a];
+  }
+  for (int a = 0; a < kUnknowns; ++a) right[a] *= scale[a];
+}
+
+void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrices, float* directions, Fit& fit) {
+  // Tokens that are not finite are 0 here; they make a NaN of the loss elsewhere.
+  for (int t = 0; t < kFitSize; ++t) {
+    if (isfinite(tile.norm[t])) continue;
+    for (int64_t f = 0; f < job.args->features; ++f)
+      tile.feature_major[t / kPanel * kPanel * job.args->features + f * kPanel + t % kPanel] = 0.0f;
+    for (int64_t f = 0; f < job.padded_features; ++f)
+      tile.token_major[f / kPanel * kPanel * tile.padded + t * kPanel + f % kPanel] = 0.0f;
+    tile.square[t] = tile.inverse[t] = 0.0f;
+  }
+  similarities(job, tile, tile, false, matrices.products);
+  with_potential(job.potential, [&](const auto& potential) { weigh_groups(job, potential, tile, matrices); });
+
+  // A token drawn twice is no pair.
+  const auto is_pair = [&](int i, int j) { return tile.rows[i] != tile.rows[j]; };
+  int partners[kFitSize] = {};
+  double pairs = 0.0, psi = 0.0, c = 0.0, squares = 0.0, products = 0.0, weights = 0.0, slopes = 0.0;
+  const auto for_pairs = [&](const auto& work) {
+    for (int i = 0; i < kFitSize; ++i)
+      for (int j = first_of_group(i); j < first_of_group(i) + kFitTokens; ++j)
+        work(i, j, int64_t(i) * kWeightStride + j);
+  };
+  for_pairs([&](int i, int j, int64_t at) {
+    if (!is_pair(i, j)) {
+      matrices.slope[at] = 0.0f;
+      return;
+    }
+    ++partners[i];
+    psi += matrices.psi[at];
+    c += matrices.products[at];
+    // Of slope x_j the token i sees what is orthogonal to it, sqrt(1 - c^2) of its length.
+    const double weight = fmax(1.0 - double(matrices.products[at]) * matrices.products[at], 0.0);
+    weights += weight;
+    slopes += weight * matrices.slope[at];
+  });
+  for (int count : partners) pairs += count;
+  fit.mean_psi = psi / fmax(pairs, 1.0);
+  fit.mean_c = c / fmax(pairs, 1.0);
+  fit.constant = slopes / fmax(weights, 1e-38);
+  for_pairs([&](int i, int j, int64_t at) {
+    if (!is_pair(i, j)) return;
+    const double deviation = matrices.products[at] - fit.mean_c;
+    squares += deviation * deviation;
+    products += deviation * matrices.psi[at];
+  });
+  fit.psi_slope = squares > 0.0 ? products / squares : 0.0;
+
+  // residual(i, j, at): what a model misses of the slope of a pair.
+  const auto noise_of = [&](const auto& residual, FitNoise& noise) {
+    for (int i = 0; i < kFitSize; ++i) {
+      const int group = i / kFitTokens;
+      const double others = fmax(fit.tokens[group] - 1.0, 1.0), factor = others * tile.inverse[i];
+      float f[kFitTokens];
+      for (int j = 0; j < kFitTokens; ++j) {
+        const int other = first_of_group(i) + j;
+        f[j] = is_pair(i, other) ? residual(i, other, int64_t(i) * kWeightStride + other) : 0.0f;
+      }
+      const Noise of_token = noise_of_token(matrices.products, i, partners[i], f, others, fit.mates[group]);
+      noise.of_group[group] += factor * factor * of_token.noise;
+      noise.signal += factor * factor * of_token.square;
+    }
+  };
+  for (int i = 0; i < kFitSize; ++i) fit.counted[i / kFitTokens] += partners[i] > 1;
+  const float constant = fit.constants ? float(fit.constant) : 0.0f;
+  if (fit.noises) {
+    FitNoise of_all;
+    noise_of([&](int, int, int64_t at) { return matrices.slope[at]; }, of_all);
+    fit.signal = of_all.signal;
+    noise_of([&](int, int, int64_t at) { return matrices.slope[at] - constant; }, fit.of_constant);
+  }
+  if (!fit.low_ranks) return;
+
+  find_directions(job, tile, matrices, directions);
+  Model model = {};
+  model.features = kModelFeatures;
+  model.padded = kPaddedModel;
+  model.directions = directions;
+  model_features(job, model, tile, scratch.phi);
+  // h = b0 + b1 p + b2 q + b3 q^2.
+  constexpr int kTerms = 4;
+  double matrix[kTerms][kTerms] = {}, b[kTerms] = {};
+  const auto terms_of = [&](int i, int j, double (&terms)[kTerms]) {
+    float few = 0.0f, all = 0.0f;
+    for (int r = 0; r < kRank; ++r) {
+      const float* y = scratch.phi + (1 + r) * kWeightStride;
+      all += y[i] * y[j];
+      if (r == kSquared - 1) few = all;
+    }
+    terms[0] = 1.0;
+    terms[1] = all;
+    terms[2] = few;
+    terms[3] = double(few) * few;
+  };
+  for_pairs([&](int i, int j, int64_t at) {
+    if (j <= i || !is_pair(i, j)) return;  // symmetric
+    double terms[kTerms];
+    terms_of(i, j, terms);
+    const double weight = fmax(1.0 - double(matrices.products[at]) * matrices.products[at], 0.0);
+    for (int a = 0; a < kTerms; ++a) {
+      b[a] += weight * terms[a] * matrices.slope[at];
+      for (int k = 0; k < kTerms; ++k) matrix[a][k] += weight * terms[a] * terms[k];
+    }
+  });
+  solve(matrix, b);
+  fit.b[0] = float(b[0]);
+  for (int r = 0; r < kRank; ++r) fit.b[1 + r] = float(b[1] + (r < kSquared ? b[2] : 0.0));
+  float* of_products = fit.b + 1 + kRank;
+  for (int one = 0; one < kSquared; ++one)
+    for (int other = one; other < kSquared; ++other) *of_products++ = float(one == other ? b[3] : 2.0 * b[3]);
+  if (!fit.noises) return;
+  noise_of(
+      [&](int i, int j, int64_t at) {
+        double terms[kTerms], h = 0.0;
+        terms_of(i, j, terms);
+        for (int a = 0; a < kTerms; ++a) h += b[a] * terms[a];
+        return float(matrices.slope[at] - h);
+      },
+      fit.of_low_rank);
+}
+
+}  // namespace
+}  // namespace dk
