@@ -63,9 +63,7 @@ def sampled_loss(
     if torch.is_grad_enabled() and any(z.requires_grad for z in layers):
         loss, error = _Sampled.apply(groups, cu_seqlens, *draws, options, recompute, with_error, *layers)
         return loss, error
-    loss, _, _, error = torch.ops.dispersion_kernels.sampled(
-        layers, groups, cu_seqlens, *draws, *options, with_error, with_error
-    )
+    loss, _, _, error = _run_sampled(layers, groups, cu_seqlens, *draws, *options, with_error, with_error)
     return loss, error
 
 
@@ -116,9 +114,7 @@ class _Sampled(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         inputs = (groups, cu_seqlens, shuffle, fit)
         with_grad = with_error or not recompute
-        loss, grad, scale, error = torch.ops.dispersion_kernels.sampled(
-            layers, *inputs, *options, with_grad, with_error
-        )
+        loss, grad, scale, error = _run_sampled(layers, *inputs, *options, with_grad, with_error)
         ctx.save_for_backward(cu_seqlens, *((groups, shuffle, fit, *layers) if recompute else (grad, scale)))
         ctx.options, ctx.recompute, ctx.hooked = options, recompute, _hooks_see_what_is_saved()
         ctx.needed, ctx.dtypes = list(ctx.needs_input_grad[7:]), [z.dtype for z in layers]
@@ -131,9 +127,7 @@ class _Sampled(torch.autograd.Function):
         cu_seqlens, *saved = ctx.saved_tensors
         if ctx.recompute:
             groups, shuffle, fit, *layers = saved
-            _, grad, scale, _ = torch.ops.dispersion_kernels.sampled(
-                layers, groups, cu_seqlens, shuffle, fit, *ctx.options, True, False
-            )
+            _, grad, scale, _ = _run_sampled(layers, groups, cu_seqlens, shuffle, fit, *ctx.options, True, False)
         else:
             grad, scale = saved
         factor = _of_tokens(upstream[0], cu_seqlens, scale.shape[2])
@@ -149,6 +143,23 @@ def _run(
         return _forward(layers, groups, cu_seqlens, *options)
     result: tuple[Tensor, list[Tensor], Tensor] = torch.ops.dispersion_kernels.forward(
         layers, groups, cu_seqlens, *options
+    )
+    return result
+
+
+def _run_sampled(
+    layers: Sequence[Tensor],
+    groups: Tensor | None,
+    cu_seqlens: Tensor | None,
+    shuffle: Tensor,
+    fit: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same for the operator of sampled pairs."""
+    if _unobserved(*layers, groups, cu_seqlens, shuffle, fit):
+        return _sampled(layers, groups, cu_seqlens, shuffle, fit, *options)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.dispersion_kernels.sampled(
+        layers, groups, cu_seqlens, shuffle, fit, *options
     )
     return result
 

@@ -196,16 +196,17 @@ def dispersion(
 class Sampled(NamedTuple):
     """What :func:`sampled` gives."""
 
-    sums: torch.Tensor
-    """``[units, 2]`` float64: an estimate of the sum of psi over the ordered pairs of a unit; and, of c, where there is
-    a model and pairs are left, the sum over all pairs less its estimate; NaN where a token is not finite."""
-    fit: torch.Tensor | None
-    """``[layers, 3 + 3 groups]`` float64: psi's slope against c, mean psi and mean c over the pairs of the fit; and for
-    each group its unit, the expected square of the error of its tokens' gradient by x, over |z|, and of how many."""
+    loss: torch.Tensor
+    """``[sequences]`` float64, 0 for a sequence without a pair, NaN where a token is not finite."""
+    per_pair: torch.Tensor
+    """``[sequences]`` float64: the gradient by x_i is this times sum_j slope(c_ij) x_j."""
     grad: torch.Tensor | None
     scale: torch.Tensor | None
-    """float32 ``[layers, ..., F]``, and of that shape without F: their product, row by row, times twice the derivative
-    of the loss by the sum of psi, is the gradient."""
+    """float32 ``[layers, ..., F]``, and of that shape without F: their product, row by row, is the gradient of every
+    sequence's own loss."""
+    noise: torch.Tensor | None
+    """``[layers, groups, 3]`` float64: of each group of the fit its unit; of its tokens' errors of sum_j slope(c_ij) x_j /
+    |z_i| the expected square, summed; and of how many."""
 
 
 def sampled(
@@ -217,6 +218,8 @@ def sampled(
     units: torch.Tensor,
     cliques: torch.Tensor | None,
     inverse_share: torch.Tensor,
+    sequence: torch.Tensor,
+    pairs: torch.Tensor,
     control_variate: str,
     draws: torch.Tensor | None,
     good_enough: float,
@@ -239,6 +242,8 @@ def sampled(
         cliques: ``[cliques + 1]`` int64, ascending through all units: the bounds of the tokens of which all pairs are
             visited; None: no pair is.
         inverse_share: ``[units]`` float64: what a visited pair stands for.
+        sequence: ``[units]`` int64: whose loss the unit's pairs belong to; as many sequences for each layer.
+        pairs: ``[sequences]`` int64: ordered, visited or not.
         control_variate: the model: ``"none"``, ``"constant"``, ``"low_rank"``, or ``"auto"``, the constant where that
             promises a relative error of the gradient of ``good_enough`` at most in all layers.
         draws: ``[layers, groups, 1 + tokens]`` float32 in [0, 1): of each group of the fit a unit, and tokens of it;
@@ -275,15 +280,18 @@ def sampled(
         tensor if tensor is None else _int64_list(name, tensor)
         for name, tensor in (("order", order), ("cliques", cliques))
     )
-    units = _int64_list("units", units)
+    units, sequence, pairs = (
+        _int64_list(name, tensor) for name, tensor in (("units", units), ("sequence", sequence), ("pairs", pairs))
+    )
     inverse_share = inverse_share.to("cpu", torch.float64).contiguous()
-    sums = torch.empty(units.numel() - 1, 2, dtype=torch.float64, device="cpu")
-    fit = grad = scale = None
+    loss, per_pair = torch.empty(2, pairs.numel(), dtype=torch.float64, device="cpu").unbind()
+    noise = grad = scale = None
     groups = fit_tokens = 0
     if draws is not None:
         draws = draws.to("cpu", torch.float32).contiguous()
         groups, fit_tokens = draws.shape[1], draws.shape[2] - 1
-        fit = torch.empty(len(layers), 3 + 3 * groups, dtype=torch.float64, device="cpu")
+        if need_noise:
+            noise = torch.empty(len(layers), groups, 3, dtype=torch.float64, device="cpu")
     if need_grad:
         grad = torch.empty(len(layers), *first.shape, dtype=torch.float32, device="cpu") if out is None else out
         scale = torch.empty(len(layers), *first.shape[:-1], dtype=torch.float32, device="cpu")
@@ -306,6 +314,9 @@ def sampled(
         cliques=None if cliques is None else cliques.data_ptr(),
         clique_count=0 if cliques is None else cliques.numel() - 1,
         inverse_share=inverse_share.data_ptr(),
+        sequence=sequence.data_ptr(),
+        pairs=pairs.data_ptr(),
+        sequence_count=pairs.numel(),
         params=ctypes.addressof(values),
         potential=_POTENTIALS[potential_name],
         control_variate=_CONTROL_VARIATES[control_variate],
@@ -313,17 +324,17 @@ def sampled(
         draws=None if draws is None else draws.data_ptr(),
         fit_groups=groups,
         fit_tokens=fit_tokens,
-        with_noise=need_noise,
+        loss=loss.data_ptr(),
+        per_pair=per_pair.data_ptr(),
         grad=None if grad is None else grad.data_ptr(),
         scale=None if scale is None else scale.data_ptr(),
-        sums=sums.data_ptr(),
-        fit=None if fit is None else fit.data_ptr(),
+        noise=None if noise is None else noise.data_ptr(),
     )
     status = _library().dk_sampled(ctypes.byref(args))
     if status == _NOT_HERE:
         return None
     _check(status)
-    return Sampled(sums, fit, grad, scale)
+    return Sampled(loss, per_pair, grad, scale, noise)
 
 
 def row_stride(z: torch.Tensor) -> int | None:
@@ -454,6 +465,9 @@ class _SampledArgs(_Call):
         ("cliques", ctypes.c_void_p),
         ("clique_count", ctypes.c_int64),
         ("inverse_share", ctypes.c_void_p),
+        ("sequence", ctypes.c_void_p),
+        ("pairs", ctypes.c_void_p),
+        ("sequence_count", ctypes.c_int64),
         ("params", ctypes.c_void_p),
         ("potential", ctypes.c_int32),
         ("control_variate", ctypes.c_int32),
@@ -461,12 +475,11 @@ class _SampledArgs(_Call):
         ("draws", ctypes.c_void_p),
         ("fit_groups", ctypes.c_int32),
         ("fit_tokens", ctypes.c_int32),
-        ("with_noise", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("loss", ctypes.c_void_p),
+        ("per_pair", ctypes.c_void_p),
         ("grad", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
-        ("sums", ctypes.c_void_p),
-        ("fit", ctypes.c_void_p),
+        ("noise", ctypes.c_void_p),
     ]
 
 

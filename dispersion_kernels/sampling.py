@@ -186,24 +186,43 @@ def _estimate(
     first, count = layers[0], len(layers)
     plan = _plan(draws.shuffle, groups, cu_seqlens, share)
     to_fit = draws.fit if control_variate != "none" or with_error else None
-    found = None
     if sampler is not None:
         found = _in_place(layers, plan, to_fit, share, control_variate, with_grad, with_error, sampler, out)
-    if found is None:
-        fit = None if to_fit is None else _fit(layers, plan, to_fit, potential, control_variate, share)
-        found = _by_sweep(layers, plan, fit, potential, share, sweep, out, scratch)
+        if found is not None:
+            return found
+    fit = None if to_fit is None else _fit(layers, plan, to_fit, potential, control_variate, share)
+    first, count = layers[0], len(layers)
+    rows, wide, dtype = plan.rows, wide_dtype(first.device), accumulation_dtype(first.dtype)
+    tokens = _in_order(layers, plan.order, scratch)
 
     # The mean of psi over the pairs of each sequence: from the cliques, and from what the model has of all pairs.
     logarithmic = potential.reduction == "log_mean"
-    mean = found.mean
-    if found.line is not None and found.missed is not None:
-        missed = found.missed
-        psi_slope, mean_psi, mean_c = (of_layer.repeat_interleave(mean.numel() // count) for of_layer in found.line)
+    pairs = plan.pairs.clamp(min=1).to(wide)
+    losses = grad = scale = None
+    if share > 0:
+        equal = plan.bounds is None
+        losses, grad, scale = sweep(rows.of(tokens) if equal else tokens.unsqueeze(0), plan.groups, plan.bounds)
+        losses = losses.to(wide)
+        means = losses.exp() - potential.log_eps if logarithmic else losses
+        mean = _sum_of_runs(plan.weight * means, plan.cliques_of_sequence)
+    x, inverse, ratio, nonfinite = _transformed(
+        tokens, potential, plan.taking_part, in_place=tokens.dtype == dtype and (plan.order is not None or count > 1)
+    )
+    sums = None
+    if fit is not None:
+        if fit.b is not None and rows.shape[0] > 0:
+            sums = _model_sums(x, ratio, fit, fit.b, rows)
         if share == 0:
-            mean, missed = mean_psi, missed - mean_c
-        corrected = mean + psi_slope * missed
-        # Where a correction is larger than psi itself, a line says nothing of it.
-        mean = torch.where(corrected <= 0, mean, corrected) if logarithmic else corrected
+            mean = _of_sequences(fit.mean_psi, plan).masked_fill(
+                nonfinite.view(plan.pairs.numel(), -1).any(1), math.nan
+            )
+        if sums is not None:
+            missed = _sum_of_runs(sums.products, rows.of_sequence) / pairs
+            if share == 0:
+                missed = missed - _of_sequences(fit.mean_c, plan)
+            corrected = mean + _of_sequences(fit.psi_slope, plan) * missed
+            # Where a correction is larger than psi itself, a line says nothing of it.
+            mean = torch.where(corrected <= 0, mean, corrected) if logarithmic else corrected
     empty = plan.pairs == 0
     loss = ((mean + potential.log_eps).log() if logarithmic else mean).masked_fill(empty, 0.0).view(count, -1)
     error = loss.new_zeros(count)
@@ -213,31 +232,32 @@ def _estimate(
 
     # d loss / dx_i = per_pair sum_j slope(c_ij) x_j.
     slope = (1 / (mean + potential.log_eps) if logarithmic else torch.ones_like(mean)).masked_fill(empty, 0.0)
-    per_pair = 2 * slope / plan.pairs.clamp(min=1)
-    grad, scale = found.gradient(slope, per_pair)
-    if with_error:
-        signal = torch.linalg.vector_norm(grad.flatten(0, 2), dim=1) * scale.flatten()
-        noise = found.noise(per_pair)
-        squares = signal.to(noise.dtype).square().view(count, -1).sum(1)
-        error = (noise / (squares - noise).clamp(min=torch.finfo(grad.dtype).tiny)).sqrt()
-    return Estimate(loss, of_layer, grad, scale, error)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What the tokens give once there is a model."""
-
-    mean: Tensor
-    """``[S]``: of psi over all pairs, estimated from those visited; 0 where none are."""
-    missed: Tensor | None
-    """``[S]``: the mean of c over all pairs less its estimate; None: there is no model."""
-    line: tuple[Tensor, Tensor, Tensor] | None
-    """``[Y]``, from the pairs of the fit: psi's slope against c, and the means of psi and of c; None: there is no fit."""
-    gradient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    """``grad`` ``[Y, B, L, F]`` and ``scale`` ``[Y, B, L]`` from, ``[S]``, the derivative of the loss by the mean of psi
-    and that divided by half of the pairs."""
-    noise: Callable[[Tensor], Tensor]
-    """``[Y]``, from the latter: the expected square of the gradient's error, summed over all tokens."""
+    per_pair = 2 * slope / pairs
+    if grad is None or scale is None or losses is None:
+        assert sums is not None
+        grad = torch.empty_like(x) if out is None else out.view(x.shape)
+        scale = per_pair.to(dtype)[plan.sequence_of_row] * inverse
+        sums.write_to(grad)
+    else:
+        grad, of_sweep = grad.flatten(0, 1), scale.flatten()
+        of_clique = plan.weight * slope[plan.sequence_of_clique]
+        if logarithmic:
+            of_clique = of_clique * losses.exp()  # undoes the logarithm of a clique in its gradient
+        scale = of_clique.to(dtype)[plan.clique_of_token] * of_sweep
+        if sums is not None:
+            # The sweep's sums are in units of their own, the same for the tokens of a clique.
+            unit = (rows.of(of_sweep) / rows.of(inverse)).nan_to_num(0.0, 0.0, 0.0).amax(1).to(wide)
+            unit = unit * of_clique[rows.clique] / per_pair[plan.sequence_of_clique][rows.clique]
+            sums.add_to(grad, torch.where(unit > 0, 1 / unit, 0.0).to(dtype))
+    if fit is not None and with_error:
+        error = _relative_error(grad, scale, _noise(fit, plan, per_pair, share))
+    if plan.order is not None:
+        place = torch.empty_like(plan.order)
+        place[plan.order] = torch.arange(place.numel(), device=first.device)
+        # x has done its work.
+        out = x if out is None else out.view(x.shape)
+        grad, scale = torch.index_select(grad, 0, place, out=out), scale[place]
+    return Estimate(loss, of_layer, grad.view(count, *first.shape), scale.view(count, *first.shape[:2]), error)
 
 
 def _in_place(
@@ -250,14 +270,16 @@ def _in_place(
     with_error: bool,
     sampler: Sampler,
     out: Tensor | None,
-) -> _Found | None:
+) -> Estimate | None:
     """By a kernel that reads the tokens where they lie; None where it cannot."""
     answer = sampler(
         layers,
         order=plan.order,
-        units=torch.nn.functional.pad(plan.unit_tokens.cumsum(0), (1, 0)),
+        units=plan.units,
         cliques=plan.cliques if share > 0 else None,
         inverse_share=plan.unit_inverse_share,
+        sequence=plan.sequence_of_unit,
+        pairs=plan.pairs,
         control_variate=control_variate,
         draws=to_fit,
         good_enough=_GOOD_ENOUGH,
@@ -267,22 +289,21 @@ def _in_place(
     )
     if answer is None:
         return None
-    sums, fit, grad, scale = answer
-    of_sequences = sums.new_zeros(plan.pairs.numel(), 2).index_add_(0, plan.sequence_of_unit, sums)
-    mean, missed = (of_sequences / plan.pairs.clamp(min=1).unsqueeze(1)).unbind(1)
+    loss, per_pair, grad, scale, noise = answer
+    loss = loss.view(len(layers), -1)
+    error = loss.new_zeros(len(layers))
+    if noise is not None and grad is not None and scale is not None:
+        unit, squares, counted = noise.unbind(2)
+        squares = per_pair[plan.sequence_of_unit[unit.long()]].square() * squares
+        error = _relative_error(grad, scale, _of_all(squares, counted, plan))
+    return Estimate(loss, plan.pairs[: loss.shape[1]], grad, scale, error)
 
-    def gradient(slope: Tensor, per_pair: Tensor) -> tuple[Tensor, Tensor]:
-        assert grad is not None and scale is not None
-        return grad, scale.mul_(per_pair.to(scale.dtype)[plan.sequence_of_row].view(scale.shape))
 
-    def noise(per_pair: Tensor) -> Tensor:
-        assert fit is not None
-        unit, squares, counted = fit[:, 3:].unflatten(1, (-1, 3)).unbind(2)
-        factor = per_pair[plan.sequence_of_unit[unit.long()]]
-        return _of_all(factor.square() * squares, counted, plan)
-
-    line = None if fit is None else (fit[:, 0], fit[:, 1], fit[:, 2])
-    return _Found(mean, None if control_variate == "none" else missed, line, gradient, noise)
+def _relative_error(grad: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
+    """``[Y]``: from the gradient's factors and, ``[Y]``, the square of its error."""
+    of_tokens = torch.linalg.vector_norm(grad.view(-1, grad.shape[-1]), dim=1) * scale.flatten()
+    squares = of_tokens.to(noise.dtype).square().view(noise.numel(), -1).sum(1)
+    return (noise / (squares - noise).clamp(min=torch.finfo(grad.dtype).tiny)).sqrt()
 
 
 def _of_all(squares: Tensor, counted: Tensor, plan: _Plan) -> Tensor:
@@ -290,80 +311,9 @@ def _of_all(squares: Tensor, counted: Tensor, plan: _Plan) -> Tensor:
     return squares.sum(1) / counted.sum(1).clamp(min=1) * (plan.unit_tokens.sum() / squares.shape[0])
 
 
-def _by_sweep(
-    layers: Sequence[Tensor],
-    plan: _Plan,
-    fit: _Fit | None,
-    potential: Potential,
-    share: float,
-    sweep: Sweep,
-    out: Tensor | None,
-    scratch: Tensor | None,
-) -> _Found:
-    """By the backend's sweep of the cliques, as short sequences, and matrix products for the model."""
-    first, count = layers[0], len(layers)
-    rows, wide, dtype = plan.rows, wide_dtype(first.device), accumulation_dtype(first.dtype)
-    tokens = _in_order(layers, plan.order, scratch)
-    logarithmic = potential.reduction == "log_mean"
-    pairs = plan.pairs.clamp(min=1).to(wide)
-    mean = torch.zeros_like(pairs)
-    losses = of_cliques = of_sweep = None
-    if share > 0:
-        equal = plan.bounds is None
-        losses, of_cliques, of_sweep = sweep(
-            rows.of(tokens) if equal else tokens.unsqueeze(0), plan.groups, plan.bounds
-        )
-        losses = losses.to(wide)
-        means = losses.exp() - potential.log_eps if logarithmic else losses
-        mean = _sum_of_runs(plan.weight * means, plan.cliques_of_sequence)
-
-    x, inverse, ratio, nonfinite = _transformed(
-        tokens, potential, plan.taking_part, in_place=tokens.dtype == dtype and (plan.order is not None or count > 1)
-    )
-    sums = missed = None
-    if fit is not None and fit.b is not None and rows.shape[0] > 0:
-        sums = _model_sums(x, ratio, fit, fit.b, rows)
-        missed = _sum_of_runs(sums.products, rows.of_sequence) / pairs
-        if share == 0:
-            missed = missed.masked_fill(nonfinite.view(missed.numel(), -1).any(1), math.nan)
-
-    def gradient(slope: Tensor, per_pair: Tensor) -> tuple[Tensor, Tensor]:
-        if of_cliques is None or of_sweep is None or losses is None:
-            assert sums is not None
-            grad = torch.empty_like(x) if out is None else out.view(x.shape)
-            sums.write_to(grad)
-            return _like(grad, first), _like(per_pair.to(dtype)[plan.sequence_of_row] * inverse, first[:, :, 0])
-        grad, scale = of_cliques.flatten(0, 1), of_sweep.flatten()
-        of_clique = plan.weight * slope[plan.sequence_of_clique]
-        if logarithmic:
-            of_clique = of_clique * losses.exp()  # undoes the logarithm of a clique in its gradient
-        if sums is not None:
-            # The sweep's sums are in units of their own, the same for the tokens of a clique.
-            unit = (rows.of(scale) / rows.of(inverse)).nan_to_num(0.0, 0.0, 0.0).amax(1).to(wide)
-            unit = unit * of_clique[rows.clique] / per_pair[plan.sequence_of_clique][rows.clique]
-            sums.add_to(grad, torch.where(unit > 0, 1 / unit, 0.0).to(dtype))
-        scale = of_clique.to(dtype)[plan.clique_of_token] * scale
-        if plan.order is not None:
-            place = torch.empty_like(plan.order)
-            place[plan.order] = torch.arange(place.numel(), device=first.device)
-            # x has done its work.
-            grad, scale = (
-                torch.index_select(grad, 0, place, out=x if out is None else out.view(x.shape)),
-                scale[place],
-            )
-        return _like(grad, first), _like(scale, first[:, :, 0])
-
-    def noise(per_pair: Tensor) -> Tensor:
-        assert fit is not None
-        return _noise(fit, plan, per_pair, share)
-
-    line = None if fit is None else (fit.psi_slope, fit.mean_psi, fit.mean_c)
-    return _Found(mean, missed, line, gradient, noise)
-
-
-def _like(values: Tensor, layer: Tensor) -> Tensor:
-    """``[N, ...]`` as ``[Y, ...]`` with the shape of a layer."""
-    return values.view(-1, *layer.shape)
+def _of_sequences(values: Tensor, plan: _Plan) -> Tensor:
+    """``[Y S]`` from ``[Y]``."""
+    return values.repeat_interleave(plan.pairs.numel() // values.numel())
 
 
 def _transformed(
@@ -464,14 +414,11 @@ class _Plan:
     """``[U]``: the first token, the number of tokens and of cliques of each unit, in the order above."""
     unit_inverse_share: Tensor
     """``[U]``: 1/p, 0 where nothing is visited."""
+    units: Tensor
+    """``[U + 1]``: their bounds."""
+    cliques: Tensor
+    """The bounds of the cliques of tokens that take part."""
     rows: _Rows
-
-    @property
-    def cliques(self) -> Tensor:
-        """The bounds of the cliques of tokens that take part."""
-        if self.bounds is not None:
-            return self.bounds[:-1]
-        return torch.arange(self.weight.numel() + 1, device=self.weight.device) * self.rows.shape[1]
 
 
 def _plan(shuffle: Tensor, groups: Tensor | None, cu_seqlens: Tensor | None, share: float) -> _Plan:
@@ -533,6 +480,8 @@ def _plan_of(sequences: int, length: int, cliques: int, visited: bool, device: t
         unit_tokens=tokens,
         unit_cliques=torch.full_like(begins, cliques),
         unit_inverse_share=inverse_share,
+        units=torch.arange(sequences + 1, device=device) * length,
+        cliques=torch.arange(sequences * cliques + 1, device=device) * size,
         rows=rows,
     )
 
@@ -636,6 +585,8 @@ def _ragged_cliques(groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: T
         unit_tokens=tokens,
         unit_cliques=cliques,
         unit_inverse_share=inverse_share,
+        units=torch.nn.functional.pad(tokens.cumsum(0), (1, 0)),
+        cliques=bounds[:-1],
         rows=rows,
     )
 

@@ -79,6 +79,9 @@ typedef struct {
   const int64_t* cliques;  // [clique_count + 1]: bounds of the tokens whose pairs are visited, ascending from unit to unit
   int64_t clique_count;    // 0: no pair is visited, and cliques NULL
   const double* inverse_share;  // [unit_count]: of the visited pairs
+  const int64_t* sequence;      // [unit_count]: whose loss the unit's pairs belong to; as many for each layer
+  const int64_t* pairs;         // [sequence_count]: ordered, visited or not
+  int64_t sequence_count;
   const double* params;
   int32_t potential;        // dk_potential, of the cosine or the correlation
   int32_t control_variate;  // dk_control_variate
@@ -87,16 +90,14 @@ typedef struct {
   // DK_NONE: there is nothing to fit. dk::kFitGroups and dk::kFitTokens.
   const float* draws;
   int32_t fit_groups, fit_tokens;
-  int32_t with_noise, reserved;
-  // d loss / dz = 2 f'(P) scale * grad of each row. Rows that are in no unit are left untouched. NULL: no gradient.
+  double* loss;      // [sequence_count]: 0 without a pair, NaN if a token is not finite
+  double* per_pair;  // [sequence_count]: d loss / dx_i = per_pair sum_j slope(c_ij) x_j
+  // d loss / dz = scale * grad of each row. Rows that are in no unit are left untouched. NULL: no gradient.
   float* grad;   // [layer_count * rows, features]
   float* scale;  // [layer_count * rows]
-  // [unit_count, 2]: an estimate of the sum of psi over all ordered pairs; of c, where there is a model, the sum over all
-  // pairs less its estimate from those visited. NaN if a token is not finite.
-  double* sums;
-  // [layer_count, 3 + 3 fit_groups]: psi's slope against c, mean psi and mean c over the fit's pairs; of each group its
-  // unit, the expected square of the error of its tokens' G / |z|, if with_noise, and of how many; or NULL
-  double* fit;
+  // [layer_count, 3 fit_groups]: of each group of the fit its unit; of its tokens' errors of sum_j slope(c_ij) x_j / |z_i|
+  // the expected square, summed; and of how many; or NULL
+  double* noise;
 } dk_sampled_args;
 
 // out = grad * scale * factor of each row, rounded once. out may be grad where dtype is DK_FLOAT32.

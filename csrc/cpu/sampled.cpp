@@ -1,4 +1,4 @@
-// Loss sums and gradient from the pairs within cliques and a model of the slope over all pairs of a unit.
+// Loss and gradient from the pairs within cliques and a model of the slope over all pairs of a unit.
 //
 // Tokens are read twice, where they lie. First, in chunks, for the model's sums over their unit, sum_j phi_jk x_j. Then,
 // clique by clique, for the gradient: the visited pairs' residual slopes and the model's features make one matrix
@@ -36,12 +36,11 @@ class SampledCall {
   }
 
   int32_t run() {
-    Reduction reduction;
     Job job = {};
-    if (!describe(args_.potential, args_.params, args_.features, job, reduction)) return DK_INVALID;
+    if (!describe(args_.potential, args_.params, args_.features, job, reduction_)) return DK_INVALID;
     if (job.transform == Transform::kCentre) return DK_INVALID;
     if (job.potential.online) return DK_NOT_HERE;
-    unit_ = reduction.kappa * exp(double(job.potential.shift));
+    unit_ = reduction_.kappa * exp(double(job.potential.shift));
     psi_unit_ = exp(double(job.potential.shift));
     job.gradient = true;  // rows are packed for products with them
     job.padded_features = (args_.features + kernels_.panel - 1) / kernels_.panel * kernels_.panel;
@@ -61,7 +60,7 @@ class SampledCall {
     if (args_.grad)
       advise_huge_pages(args_.grad, size_t(args_.layer_count * args_.rows * args_.features) * sizeof(float));
     sweep(worker, workers);
-    add_up();
+    reduce();
     return DK_OK;
   }
 
@@ -200,7 +199,7 @@ class SampledCall {
       Fit& fit = fits_[size_t(l)];
       fit.constants = args_.control_variate == DK_CONSTANT || may_choose();
       fit.low_ranks = low_rank();
-      fit.noises = args_.with_noise || may_choose();
+      fit.noises = args_.noise || may_choose();
       for (int g = 0; g < kFitGroups; ++g) {
         const float* draws = args_.draws + (l * kFitGroups + g) * (1 + kFitTokens);
         const int64_t unit = unit_of_group[size_t(l * kFitGroups + g)] = unit_drawn(l, draws[0]);
@@ -240,10 +239,8 @@ class SampledCall {
       model.padded = (model.features + kModelGroup - 1) / kModelGroup * kModelGroup;
       std::copy_n(fit.b, kModelFeatures, model.b);
       if (constant) model.b[0] = float(fit.constant);
-      double* out = args_.fit + l * (3 + 3 * kFitGroups);
-      *out++ = fit.psi_slope * psi_unit_;
-      *out++ = fit.mean_psi * psi_unit_;
-      *out++ = fit.mean_c;
+      if (!args_.noise) continue;
+      double* out = args_.noise + l * 3 * kFitGroups;
       for (int g = 0; g < kFitGroups; ++g) {
         *out++ = double(unit_of_group[size_t(l * kFitGroups + g)]);
         *out++ = (model.features == kModelFeatures ? fit.of_low_rank : fit.of_constant).of_group[g] * unit_ * unit_;
@@ -340,34 +337,67 @@ class SampledCall {
     of_tile_[size_t(n)] = {tile.psi_sum * psi_unit_, tile.c_sum, tile.finite};
     if (!args_.grad) return;
     float* scale = args_.scale + run.layer * args_.rows;
-    for (int32_t t = 0; t < tile.tokens; ++t) scale[tile.rows[t]] = float(tile.inverse[t] * unit_);
+    for (int32_t t = 0; t < tile.tokens; ++t) scale[tile.rows[t]] = tile.inverse[t];
   }
 
-  void add_up() {
-    std::fill_n(args_.sums, 2 * args_.unit_count, 0.0);
+  // The loss of each sequence from estimates of the sums over all pairs, and the factors of its gradient.
+  void reduce() {
+    struct Estimate {
+      double psi = 0.0, missed_c = 0.0;  // missed: all pairs less their estimate from those visited
+    };
+    std::vector<Estimate> of_unit(size_t(args_.unit_count)), of_sequence(size_t(args_.sequence_count));
     for (size_t n = 0; n < tiles_.size(); ++n) {
-      const size_t unit = size_t(tiles_[n].unit);
-      const double share = visited() ? args_.inverse_share[unit] : 0.0;
-      double* sums = args_.sums + 2 * unit;
-      sums[0] += share * of_tile_[n].psi;
-      if (modelled_[unit]) sums[1] -= share * of_tile_[n].c;
-      if (!of_tile_[n].finite) sums[0] = sums[1] = std::numeric_limits<double>::quiet_NaN();
+      Estimate& sums = of_unit[size_t(tiles_[n].unit)];
+      const double share = visited() ? args_.inverse_share[tiles_[n].unit] : 0.0;
+      sums.psi += of_tile_[n].finite ? share * of_tile_[n].psi : std::numeric_limits<double>::quiet_NaN();
+      sums.missed_c -= share * of_tile_[n].c;
     }
-    for (size_t n = 0; n < chunks_.size(); ++n) args_.sums[2 * chunks_[n].unit + 1] -= of_chunk_[n].c;
-    for (size_t u = 0; u < size_t(args_.unit_count); ++u) {
+    for (size_t n = 0; n < chunks_.size(); ++n) of_unit[size_t(chunks_[n].unit)].missed_c -= of_chunk_[n].c;
+    for (size_t u = 0; u < of_unit.size(); ++u) {
+      Estimate& sequence = of_sequence[size_t(args_.sequence[u])];
+      sequence.psi += of_unit[u].psi;
       if (!modelled_[u]) continue;
       // The first feature is 1.
       const float* total = sums_of(first_chunk_[u]);
       for (int64_t f = 0; f < args_.features; ++f) {
         const double x = total[f / kernels_.panel * kernels_.panel * models_[0].padded + f % kernels_.panel];
-        args_.sums[2 * u + 1] += x * x;
+        of_unit[u].missed_c += x * x;
       }
+      sequence.missed_c += of_unit[u].missed_c;
+    }
+    const size_t of_layer = of_sequence.size() / size_t(args_.layer_count);
+    for (size_t s = 0; s < of_sequence.size(); ++s) {
+      const double pairs = double(args_.pairs[s]);
+      args_.loss[s] = args_.per_pair[s] = 0.0;
+      if (pairs == 0.0) continue;
+      double mean = of_sequence[s].psi / pairs;
+      if (args_.control_variate != DK_NONE) {
+        const Fit& fit = fits_[s / of_layer];
+        double missed = of_sequence[s].missed_c / pairs;
+        if (!visited()) {
+          mean += fit.mean_psi * psi_unit_;
+          missed -= fit.mean_c;
+        }
+        const double corrected = mean + fit.psi_slope * psi_unit_ * missed;
+        // Where a correction is larger than psi itself, a line says nothing of it.
+        if (!(reduction_.logarithm && corrected <= 0.0)) mean = corrected;
+      }
+      args_.loss[s] = reduction_.logarithm ? log(mean + reduction_.eps) : mean;
+      args_.per_pair[s] = 2.0 / pairs / (reduction_.logarithm ? mean + reduction_.eps : 1.0);
+    }
+    if (!args_.grad) return;
+    for (const Run& tile : tiles_) {
+      const double factor = args_.per_pair[args_.sequence[tile.unit]] * unit_;
+      float* scale = args_.scale + tile.layer * args_.rows;
+      const int64_t* rows = rows_.data() + tile.first;
+      for (int32_t t = 0; t < tile.tokens; ++t) scale[rows[t]] = float(scale[rows[t]] * factor);
     }
   }
 
   const dk_sampled_args& args_;
   const TileKernels& kernels_;
   Threads threads_;
+  Reduction reduction_ = {};
   double unit_ = 1.0, psi_unit_ = 1.0;  // of slopes, and of psi
   std::vector<int64_t> rows_;
   std::vector<int32_t> partner_end_;
@@ -390,10 +420,12 @@ bool valid(const dk_sampled_args& args) {
   if (args.control_variate < DK_NONE || args.control_variate > DK_AUTO) return false;
   if (args.draws ? args.fit_groups != kFitGroups || args.fit_tokens != kFitTokens : args.control_variate != DK_NONE)
     return false;
-  if (args.unit_count < 1 || args.clique_count < 0) return false;
+  if (args.unit_count < 1 || args.clique_count < 0 || args.sequence_count % args.layer_count) return false;
   if (!args.clique_count && args.control_variate == DK_NONE) return false;
   for (int64_t u = 0; u < args.unit_count; ++u)
-    if (args.units[u] < 0 || args.units[u + 1] < args.units[u] || args.units[u + 1] > args.tokens) return false;
+    if (args.units[u] < 0 || args.units[u + 1] < args.units[u] || args.units[u + 1] > args.tokens ||
+        args.sequence[u] < 0 || args.sequence[u] >= args.sequence_count)
+      return false;
   for (int64_t k = 0; k < args.clique_count; ++k)
     if (args.cliques[k] < 0 || args.cliques[k + 1] < args.cliques[k] || args.cliques[k + 1] > args.tokens) return false;
   return true;
