@@ -133,10 +133,7 @@ def dispersion(
         ValueError: if an argument has the wrong type, shape or layout.
     """
     requested = _available_isa()
-    if potential_name not in PARAMETERS:
-        raise ValueError(f"potential_name must be one of {', '.join(PARAMETERS)}, got {potential_name!r}")
-    if len(params) != len(PARAMETERS[potential_name]):
-        raise ValueError(f"{potential_name} takes the parameters {PARAMETERS[potential_name]}, got {tuple(params)}")
+    values = _values(potential_name, params)
     stride = row_stride(z) if z.dim() >= 2 else None
     if stride is None or not z.is_cpu or z.dtype not in _DTYPES:
         raise ValueError(
@@ -167,7 +164,6 @@ def dispersion(
         grad = allocate(shape, dtype=torch.float32, device="cpu")
         scale = allocate(shape[:-1], dtype=torch.float32, device="cpu")
 
-    values = (ctypes.c_double * max(len(params), 1))(*params)
     args = _Args(
         *_call(requested, z.dtype),
         z=z.data_ptr(),
@@ -261,6 +257,7 @@ def sampled(
         ValueError: if an argument has the wrong type, shape or layout.
     """
     requested = _available_isa()
+    values = _values(potential_name, params)
     first = layers[0]
     stride = row_stride(first)
     if stride is None or first.dtype not in _DTYPES:
@@ -298,7 +295,6 @@ def sampled(
         if int(units[-1]) < scale.numel():  # the kernel leaves the rows that are in no unit
             grad.zero_()
             scale.zero_()
-    values = (ctypes.c_double * max(len(params), 1))(*params)
     pointers = (ctypes.c_void_p * len(layers))(*(z.data_ptr() for z in layers))
     args = _SampledArgs(
         *_call(requested, first.dtype),
@@ -399,6 +395,15 @@ def _available_isa() -> str:
     if reason is not None:
         raise RuntimeError(f"the CPU kernel is unavailable: {reason}")
     return requested
+
+
+def _values(potential_name: str, params: Sequence[float]) -> ctypes.Array[ctypes.c_double]:
+    """The parameters as an array that must live as long as the call."""
+    if potential_name not in PARAMETERS:
+        raise ValueError(f"potential_name must be one of {', '.join(PARAMETERS)}, got {potential_name!r}")
+    if len(params) != len(PARAMETERS[potential_name]):
+        raise ValueError(f"{potential_name} takes the parameters {PARAMETERS[potential_name]}, got {tuple(params)}")
+    return (ctypes.c_double * max(len(params), 1))(*params)
 
 
 def _call(requested: str, dtype: torch.dtype) -> tuple[int, int, int | None, int, int]:

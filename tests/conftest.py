@@ -20,6 +20,7 @@ from dispersion_kernels import (
     Potential,
     Uniformity,
     fused_dispersion_loss,
+    native,
     supported,
 )
 
@@ -68,6 +69,24 @@ def _poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     torch.set_default_device(None)
     torch.use_deterministic_algorithms(False)
+
+
+def _isas() -> list[str]:
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("avx2", "avx512", "neon"):
+            patch.setenv("DISPERSION_KERNELS_CPU_ISA", name)
+            if native.unavailable_reason() is None:
+                found.append(name)
+    return found
+
+
+@pytest.fixture(params=_isas())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An instruction set of the CPU kernel: each that this processor has."""
+    monkeypatch.setenv("DISPERSION_KERNELS_CPU_ISA", request.param)
+    assert native.isa() == request.param
+    return str(request.param)
 
 
 def skip_unless_supported(impl: str, z: Tensor, potential: str | Potential = "angular_spread") -> None:

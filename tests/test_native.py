@@ -40,23 +40,6 @@ VARIANTS = [
 ]
 
 
-def _isas() -> list[str]:
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("avx2", "avx512", "neon"):
-            patch.setenv("DISPERSION_KERNELS_CPU_ISA", name)
-            if native.unavailable_reason() is None:
-                found.append(name)
-    return found
-
-
-@pytest.fixture(params=_isas())
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("DISPERSION_KERNELS_CPU_ISA", request.param)
-    assert native.isa() == request.param
-    return str(request.param)
-
-
 def _arccos_clipped(c: torch.Tensor, clamp: float) -> torch.Tensor:
     """Straight through the clip: outside the band the value is the boundary's, and so is the slope."""
     inside = c.detach().clip(clamp - 1, 1 - clamp)
