@@ -264,7 +264,7 @@ def train_table(rows: list[Row]) -> str:
             peak = f"{float(row['peak_bytes']) / 2**20:,.1f}"
             activations = int(row["layers"]) * float(row["activation_bytes"])
             more = f"{(float(row['peak_bytes']) - float(rows[0]['peak_bytes'])) / activations:.2f}"
-        of_time = f"{float(row['of_time_without']):.3f}"
+        of_time = f"{float(row['of_time_without']):.3f} ± {float(row['of_time_error']):.3f}"
         speed = f"{float(row['tokens_per_second']):,.0f}"
         lines.append([row["variant"], speed, of_time, _spread(row), peak, more])
     return table(header, lines)

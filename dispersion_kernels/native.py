@@ -21,7 +21,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["PARAMETERS", "build_info", "dispersion", "isa", "row_stride", "sampled", "scaled", "unavailable_reason"]
+__all__ = [
+    "LARGEST_CLIQUE",
+    "PARAMETERS",
+    "Sampled",
+    "build_info",
+    "dispersion",
+    "isa",
+    "row_stride",
+    "sampled",
+    "scaled",
+    "unavailable_reason",
+]
 
 #: The parameters each potential takes, in the order of the C interface (``params`` of ``dk_args``).
 PARAMETERS: dict[str, tuple[str, ...]] = {
@@ -32,6 +43,9 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "l2_repel": ("tau", "eps", "norm_weight", "include_diagonal"),
     "dispersive_l2": ("tau", "include_diagonal"),
 }
+
+#: Tokens of a clique that :func:`sampled` takes.
+LARGEST_CLIQUE = 256
 
 _ABI_VERSION = 5
 _POTENTIALS = {name: number for number, name in enumerate(PARAMETERS)}
@@ -201,8 +215,8 @@ class Sampled(NamedTuple):
     """float32 ``[layers, ..., F]``, and of that shape without F: their product, row by row, is the gradient of every
     sequence's own loss."""
     noise: torch.Tensor | None
-    """``[layers, groups, 3]`` float64: of each group of the fit its unit; of its tokens' errors of sum_j slope(c_ij) x_j /
-    |z_i| the expected square, summed; and of how many."""
+    """``[layers, groups, 3]`` float64: of each group of the fit its unit; of its tokens' errors of sum_j slope(c_ij)
+    x_j / |z_i| the expected square, summed; and of how many."""
 
 
 def sampled(
@@ -249,8 +263,8 @@ def sampled(
         out: where ``grad`` goes; None: to new memory.
 
     Returns:
-        None where a clique is too large for this kernel, or the exponents need a running maximum: :func:`dispersion`
-        does the cliques there.
+        None where a clique is larger than :data:`LARGEST_CLIQUE`, or the exponents need a running maximum:
+        :func:`dispersion` does the cliques there.
 
     Raises:
         RuntimeError: if the kernel is unavailable (:func:`unavailable_reason`) or the call fails.

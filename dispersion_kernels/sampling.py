@@ -26,6 +26,9 @@ mean over all pairs is known from |sum_j x_j|^2.
 The loss is log(P / n + eps), its gradient G / (P + n eps): P and G are unbiased, their logarithm and quotient biased by
 about Var P / P^2, one part in the number of visited pairs.
 
+A backend sees cliques as short sequences, and the model's sums are PyTorch's, but for the CPU kernel, which does all of
+it at once and reads the tokens where they lie.
+
 With a share of 0 no pairs but those of the fit are visited: G_i is the first sum alone, in time O(L F), and its bias
 sum_j (h_ij - slope(c_ij)) x_j.
 """
@@ -41,7 +44,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dispersion_kernels.native import Sampled
+from dispersion_kernels.native import LARGEST_CLIQUE, Sampled
 from dispersion_kernels.potentials import Potential
 from dispersion_kernels.segments import order_of, segment_of_token
 from dispersion_kernels.sweep import accumulation_dtype, transform, wide_dtype
@@ -55,7 +58,7 @@ _PRODUCTS, _TIMES = ((0, 0, 0, 1, 1, 2), (0, 1, 2, 1, 2, 2)), (1.0, 2.0, 2.0, 1.
 _GOOD_ENOUGH = 0.02
 # The fit sees the pairs within this many groups of this many tokens.
 _FIT_GROUPS, _FIT_TOKENS = 4, 32
-# Layers are taken together up to so many numbers in all: on a CPU fewer, for its cache.
+# Layers are copied together up to so many numbers in all: on a CPU fewer, for its cache.
 _AT_ONCE = {"cpu": 2**21, "else": 2**25}
 # The sweep of smaller cliques costs as much as that of these.
 _SMALLEST_CLIQUE = 16
@@ -120,15 +123,16 @@ def estimate(
     sampler: Sampler | None = None,
 ) -> Estimate:
     """Loss and gradient of tokens ``[B, L, F]``, alike in all layers, from a ``share`` of their pairs; ``groups`` and
-    ``cu_seqlens`` as in :mod:`dispersion_kernels.segments`, None where the share is 0. ``sampler`` does what it can, in
-    place of ``sweep``."""
+    ``cu_seqlens`` as in :mod:`dispersion_kernels.segments`, None where the share is 0. Of ``sampler`` and ``sweep`` the
+    first does what it can."""
     first = layers[0]
-    # Layers of whole sequences are one larger batch, up to a size.
+    if clique_tokens(share, first.shape[1]) > LARGEST_CLIQUE:
+        sampler = None
+    # Layers of whole sequences are one larger batch: of any size where nothing is written but the gradient.
     at_once = 1
     if groups is None and cu_seqlens is None and _equal_parts(share, first.shape[1]):
-        at_once = len(layers)
-        if sampler is None:
-            at_once = max(1, _AT_ONCE["cpu" if first.is_cpu else "else"] // first.numel())
+        of_copies = _AT_ONCE["cpu" if first.is_cpu else "else"] // first.numel()
+        at_once = max(1, of_copies) if sampler is None else len(layers)
     grad = scratch = None
     if at_once < len(layers):
         # New memory takes longer than what is done with it.
@@ -303,7 +307,8 @@ def _relative_error(grad: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
     """``[Y]``: from the gradient's factors and, ``[Y]``, the square of its error."""
     of_tokens = torch.linalg.vector_norm(grad.view(-1, grad.shape[-1]), dim=1) * scale.flatten()
     squares = of_tokens.to(noise.dtype).square().view(noise.numel(), -1).sum(1)
-    return (noise / (squares - noise).clamp(min=torch.finfo(grad.dtype).tiny)).sqrt()
+    error: Tensor = (noise / (squares - noise).clamp(min=torch.finfo(grad.dtype).tiny)).sqrt()
+    return error
 
 
 def _of_all(squares: Tensor, counted: Tensor, plan: _Plan) -> Tensor:
@@ -319,8 +324,8 @@ def _of_sequences(values: Tensor, plan: _Plan) -> Tensor:
 def _transformed(
     tokens: Tensor, potential: Potential, taking_part: Tensor | None, in_place: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x of tokens ``[N, F]``, 0 for those that are left out or not finite; and ``[N]``: the inverse length, its ratio to
-    that of the derivative, and which are not finite."""
+    """x of tokens ``[N, F]``, 0 for those that are left out or not finite; and ``[N]``: the inverse length, its ratio
+    to that of the derivative, and which are not finite."""
     norm = torch.linalg.vector_norm(tokens, dim=1, dtype=accumulation_dtype(tokens.dtype))
     nonfinite = ~norm.isfinite()
     left_out = nonfinite if taking_part is None else nonfinite | ~taking_part

@@ -141,8 +141,11 @@ def test_rows_where_they_lie(isa: str) -> None:
 def test_what_is_left_to_the_sweep(sampled_here: list[bool]) -> None:
     """Cliques larger than a tile, and exponents that need a running maximum."""
     check(tokens(1, 1024, 24), AngularSpread(), 1, pairs=0.5, control_variate="low_rank")
+    assert sampled_here == []
     check(tokens(1, 320, 24), AngularSpread(tau=0.005), 100, pairs=0.1, control_variate="none")
-    assert sampled_here == [False, False]
+    assert sampled_here == [False]
+    assert call(cliques=torch.tensor([0, 300]), **TOKENS_300) is None
+    assert call(cliques=torch.tensor([0, 256, 300]), **TOKENS_300) is not None
 
 
 @pytest.mark.parametrize("control_variate", ["none", "constant", "low_rank", "auto"])
@@ -206,6 +209,9 @@ def test_tokens_that_are_all_the_same_or_zero(isa: str) -> None:
             ours, exact = both(z, AngularSpread(), pairs=pairs, control_variate="low_rank")
             torch.testing.assert_close(ours.loss.double(), exact.loss, rtol=1e-5, atol=1e-5)
             assert ours.grad.isfinite().all()
+
+
+TOKENS_300 = {"layers": [torch.ones(1, 300, 8)], "order": None, "units": torch.tensor([0, 300])}
 
 
 def call(**changes: Any) -> Sampled | None:
