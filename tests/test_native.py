@@ -394,7 +394,7 @@ def test_wrong_arguments(arguments: dict[str, object], message: str) -> None:
     valid: dict[str, object] = {
         "z": torch.zeros(4, 8),
         "potential_name": ANGULAR[0],
-        "params": ANGULAR[1],
+        "params": list(ANGULAR[1].values()),
         "begins": zero,
         "ends": zero + 4,
         "sequence": zero,

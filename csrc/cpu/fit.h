@@ -5,7 +5,7 @@
 namespace dk {
 namespace {
 
-// A row of the fit's matrices that lies within token i's group.
+// Where the group of token i begins.
 DK_INLINE int first_of_group(int i) { return i / kFitTokens * kFitTokens; }
 
 // psi and slope of the pairs within groups, and some beside them, in units of their own.
@@ -50,6 +50,9 @@ Noise noise_of_token(const float* products, int i, int partners, const float* f,
   return {mates > 0.0 ? (1.0 / fmax(mates, 1.0) - 1.0 / others) * variance : square, square};
 }
 
+// What makes a matrix of ones on the diagonal regular: eps^(3/4), of the numbers that it is made from.
+constexpr double kRegular = 1.8e-12, kRegularFloat = 6.4e-6;
+
 DK_INLINE double dot(const double* a, const double* b, int64_t count) {
   double sums[8] = {};
   for (int64_t f = 0; f < count; f += 8)
@@ -86,7 +89,7 @@ void find_directions(const Job& job, const Tile& tile, const FitScratch& scratch
     for (int64_t f = 0; f < stride; ++f) span[r][f] = rows[r][f];
     const double inverse = 1.0 / fmax(sqrt(dot(span[r], span[r], stride)), 1e-12);
     for (int64_t f = 0; f < stride; ++f) span[r][f] *= inverse;
-    for (int s = 0; s <= r; ++s) factor[r][s] = dot(span[r], span[s], stride) + (r == s ? 1.8e-12 : 0.0);
+    for (int s = 0; s <= r; ++s) factor[r][s] = dot(span[r], span[s], stride) + (r == s ? kRegular : 0.0);
   }
   for (int r = 0; r < kRank; ++r) {
     for (int s = 0; s <= r; ++s) {
@@ -100,8 +103,7 @@ void find_directions(const Job& job, const Tile& tile, const FitScratch& scratch
   }
 }
 
-// Least squares from normal equations: the solution, not negative where that is possible, 0 for an unknown whose row
-// is 0.
+// Solves a positive semidefinite system: one of the solutions where there are many, 0 for an unknown whose row is 0.
 template <int kUnknowns>
 void solve(double (&matrix)[kUnknowns][kUnknowns], double (&right)[kUnknowns]) {
   double scale[kUnknowns];
@@ -109,7 +111,7 @@ void solve(double (&matrix)[kUnknowns][kUnknowns], double (&right)[kUnknowns]) {
   for (int a = 0; a < kUnknowns; ++a) {
     right[a] *= scale[a];
     for (int b = 0; b < kUnknowns; ++b) matrix[a][b] *= scale[a] * scale[b];
-    matrix[a][a] += 6.4e-6;  // more than fp32 adds to the products of features that say the same
+    matrix[a][a] += kRegularFloat;
   }
   for (int a = 0; a < kUnknowns; ++a) {
     for (int b = a + 1; b < kUnknowns; ++b) {
@@ -140,32 +142,30 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
 
   // A token drawn twice is no pair.
   const auto is_pair = [&](int i, int j) { return tile.rows[i] != tile.rows[j]; };
-  int partners[kFitSize] = {};
-  double pairs = 0.0, psi = 0.0, c = 0.0, squares = 0.0, products = 0.0, weights = 0.0, slopes = 0.0;
   const auto for_pairs = [&](const auto& work) {
     for (int i = 0; i < kFitSize; ++i)
-      for (int j = first_of_group(i); j < first_of_group(i) + kFitTokens; ++j)
-        work(i, j, int64_t(i) * kWeightStride + j);
+      for (int j = i + 1; j < first_of_group(i) + kFitTokens; ++j)
+        if (is_pair(i, j)) work(i, j, int64_t(i) * kWeightStride + j);
   };
+  // Of slope x_j the token i sees what is orthogonal to it, sqrt(1 - c^2) of its length.
+  const auto weight_of = [&](int64_t at) {
+    return fmax(1.0 - double(matrices.products[at]) * matrices.products[at], 0.0);
+  };
+  int partners[kFitSize] = {};
+  double pairs = 0.0, psi = 0.0, c = 0.0, squares = 0.0, products = 0.0, weights = 0.0, slopes = 0.0;
   for_pairs([&](int i, int j, int64_t at) {
-    if (!is_pair(i, j)) {
-      matrices.slope[at] = 0.0f;
-      return;
-    }
     ++partners[i];
+    ++partners[j];
+    ++pairs;
     psi += matrices.psi[at];
     c += matrices.products[at];
-    // Of slope x_j the token i sees what is orthogonal to it, sqrt(1 - c^2) of its length.
-    const double weight = fmax(1.0 - double(matrices.products[at]) * matrices.products[at], 0.0);
-    weights += weight;
-    slopes += weight * matrices.slope[at];
+    weights += weight_of(at);
+    slopes += weight_of(at) * matrices.slope[at];
   });
-  for (int count : partners) pairs += count;
   fit.mean_psi = psi / fmax(pairs, 1.0);
   fit.mean_c = c / fmax(pairs, 1.0);
   fit.constant = slopes / fmax(weights, 1e-38);
-  for_pairs([&](int i, int j, int64_t at) {
-    if (!is_pair(i, j)) return;
+  for_pairs([&](int, int, int64_t at) {
     const double deviation = matrices.products[at] - fit.mean_c;
     squares += deviation * deviation;
     products += deviation * matrices.psi[at];
@@ -219,10 +219,9 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
     terms[3] = double(few) * few;
   };
   for_pairs([&](int i, int j, int64_t at) {
-    if (j <= i || !is_pair(i, j)) return;  // symmetric
     double terms[kTerms];
     terms_of(i, j, terms);
-    const double weight = fmax(1.0 - double(matrices.products[at]) * matrices.products[at], 0.0);
+    const double weight = weight_of(at);
     for (int a = 0; a < kTerms; ++a) {
       b[a] += weight * terms[a] * matrices.slope[at];
       for (int k = 0; k < kTerms; ++k) matrix[a][k] += weight * terms[a] * terms[k];

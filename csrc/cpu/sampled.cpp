@@ -8,7 +8,6 @@
 #include "dispersion.h"
 
 #include <math.h>
-#include <string.h>
 
 #include <algorithm>
 #include <atomic>
@@ -44,6 +43,8 @@ class SampledCall {
     psi_unit_ = exp(double(job.potential.shift));
     job.gradient = true;  // rows are packed for products with them
     job.padded_features = (args_.features + kernels_.panel - 1) / kernels_.panel * kernels_.panel;
+    // What is packed together where there is a choice: as many whole panels as stay in the second-level cache.
+    tile_tokens_ = std::max(64 / kernels_.panel, 1) * kernels_.panel;
     if (const int32_t status = plan()) return status;
 
     const int64_t workers = std::min<int64_t>(threads_.count, int64_t(tiles_.size()));
@@ -56,7 +57,7 @@ class SampledCall {
     place(worker, arena);
 
     describe_layers(job);
-    if (args_.draws) fit(worker);
+    if (args_.draws && !fit(worker)) return DK_INVALID;
     if (args_.grad)
       advise_huge_pages(args_.grad, size_t(args_.layer_count * args_.rows * args_.features) * sizeof(float));
     sweep(worker, workers);
@@ -65,10 +66,6 @@ class SampledCall {
   }
 
  private:
-  // Tokens that are packed together, where there is a choice, and of a chunk.
-  static constexpr int32_t kTile = 64;
-  static constexpr int64_t kChunk = 256;
-
   struct Worker {
     Tile tile;
     Scratch scratch;
@@ -98,14 +95,13 @@ class SampledCall {
       const int64_t layer = row_of(first) / args_.rows;
       for (int64_t i = first; i < end; ++i) {
         const int64_t row = row_of(i) - layer * args_.rows;
-        if (row < 0 || row >= args_.rows || layer >= args_.layer_count) return DK_INVALID;
+        if (row < 0 || row >= args_.rows) return DK_INVALID;
         rows_[size_t(i)] = row;
       }
       bool whole = false;
       cliques_.push_back(0);
       if (visited()) {
-        // What begins a unit ends the last tile.
-        size_t begins = tiles_.size();
+        const size_t begins = tiles_.size();
         for (; clique < args_.clique_count && args_.cliques[clique + 1] <= end; ++clique) {
           const int64_t begin = args_.cliques[clique], tokens = args_.cliques[clique + 1] - begin;
           if (begin < first || tokens > kLargestTile) return begin < first ? DK_INVALID : DK_NOT_HERE;
@@ -121,11 +117,11 @@ class SampledCall {
         }
         if (tiles_.size() == begins || tiles_.back().first + tiles_.back().tokens != end) return DK_INVALID;
       } else {
-        cut(layer, u, first, end, kTile, tiles_);
+        cut(layer, u, first, end, tile_tokens_, tiles_);
       }
       // Of a unit that is one clique there is nothing left for a model.
       modelled_.push_back(args_.control_variate != DK_NONE && !whole);
-      if (modelled_.back()) cut(layer, u, first, end, kChunk, chunks_);
+      if (modelled_.back()) cut(layer, u, first, end, 4 * tile_tokens_, chunks_);
       first_chunk_.push_back(int64_t(chunks_.size()));
     }
     while (clique < args_.clique_count && args_.cliques[clique] == args_.cliques[clique + 1]) ++clique;
@@ -140,7 +136,7 @@ class SampledCall {
   }
 
   void place(std::vector<Worker>& workers, Arena& arena) {
-    int64_t longest = kTile;
+    int64_t longest = tile_tokens_;
     for (const Run& tile : tiles_) longest = std::max<int64_t>(longest, tile.tokens);
     if (args_.draws) longest = std::max<int64_t>(longest, kFitSize);
     const size_t padded = size_t((longest + kernels_.panel - 1) / kernels_.panel * kernels_.panel);
@@ -168,7 +164,7 @@ class SampledCall {
   size_t padded_features() const {
     return size_t((args_.features + kernels_.panel - 1) / kernels_.panel * kernels_.panel);
   }
-  // Without a gradient the sum of the tokens will do.
+  // Without a gradient a constant will do: of its sums that of the tokens alone is needed.
   bool low_rank() const { return args_.grad && args_.control_variate >= DK_LOW_RANK; }
   // Where nothing is visited no constant is good enough.
   bool may_choose() const { return low_rank() && args_.control_variate == DK_AUTO && visited(); }
@@ -190,8 +186,8 @@ class SampledCall {
     }
   }
 
-  // The model of each layer: of the same kind for all.
-  void fit(std::vector<Worker>& workers) {
+  // The model of each layer: of the same kind for all. False where a unit is not of its layer.
+  bool fit(std::vector<Worker>& workers) {
     const int64_t layers = args_.layer_count;
     fits_.resize(size_t(layers));
     std::vector<int64_t> unit_of_group(size_t(layers) * kFitGroups), rows(size_t(layers) * kFitSize);
@@ -208,8 +204,9 @@ class SampledCall {
         fit.mates[g] = visited() ? double(tokens) / std::max<int64_t>(cliques_[size_t(unit)], 1) - 1.0 : 0.0;
         for (int t = 0; t < kFitTokens; ++t) {
           const int64_t within = std::min(int64_t(draws[1 + t] * float(tokens)), std::max<int64_t>(tokens - 1, 0));
-          rows[size_t(l * kFitSize + g * kFitTokens + t)] =
-              row_of(std::min(first + within, args_.tokens - 1)) - l * args_.rows;
+          const int64_t row = row_of(std::min(first + within, args_.tokens - 1)) - l * args_.rows;
+          if (row < 0 || row >= args_.rows) return false;
+          rows[size_t(l * kFitSize + g * kFitTokens + t)] = row;
         }
       }
     }
@@ -217,10 +214,9 @@ class SampledCall {
     threads_.run(std::min<int64_t>(int64_t(workers.size()), layers), [&](int64_t w) {
       Worker& worker = workers[size_t(w)];
       for (int64_t l; (l = next.fetch_add(1)) < layers;) {
-        Tile& tile = worker.tile;
         open(worker, l, rows.data() + l * kFitSize, kFitSize);
-        kernels_.fit(jobs_[size_t(l)], tile, worker.scratch, worker.fit,
-                     const_cast<float*>(models_[size_t(l)].directions), fits_[size_t(l)]);
+        kernels_.fit(jobs_[size_t(l)], worker.tile, worker.scratch, worker.fit,
+                     directions_ + l * args_.features * kRank, fits_[size_t(l)]);
       }
     });
 
@@ -247,6 +243,7 @@ class SampledCall {
         *out++ = fit.counted[g];
       }
     }
+    return true;
   }
 
   // The unit of a random token of a layer.
@@ -297,8 +294,8 @@ class SampledCall {
     const Run& chunk = chunks_[size_t(n)];
     const Job& job = jobs_[size_t(chunk.layer)];
     double squares = 0.0;
-    for (int32_t done = 0; done < chunk.tokens; done += kTile) {
-      open(worker, chunk.layer, rows_.data() + chunk.first + done, std::min(kTile, chunk.tokens - done));
+    for (int32_t done = 0; done < chunk.tokens; done += tile_tokens_) {
+      open(worker, chunk.layer, rows_.data() + chunk.first + done, std::min(tile_tokens_, chunk.tokens - done));
       const Tile& tile = worker.tile;
       kernels_.model_sums(job, models_[size_t(chunk.layer)], tile, worker.scratch, sums_of(n), done == 0);
       for (int32_t t = 0; t < tile.tokens; ++t) {
@@ -399,6 +396,7 @@ class SampledCall {
   Threads threads_;
   Reduction reduction_ = {};
   double unit_ = 1.0, psi_unit_ = 1.0;  // of slopes, and of psi
+  int32_t tile_tokens_ = 0;
   std::vector<int64_t> rows_;
   std::vector<int32_t> partner_end_;
   std::vector<Run> chunks_, tiles_;
@@ -422,6 +420,10 @@ bool valid(const dk_sampled_args& args) {
     return false;
   if (args.unit_count < 1 || args.clique_count < 0 || args.sequence_count % args.layer_count) return false;
   if (!args.clique_count && args.control_variate == DK_NONE) return false;
+  const int64_t rows = args.layer_count * args.rows;
+  if (!args.order && args.tokens > rows) return false;
+  for (int64_t i = 0; args.order && i < args.tokens; ++i)
+    if (args.order[i] < 0 || args.order[i] >= rows) return false;
   for (int64_t u = 0; u < args.unit_count; ++u)
     if (args.units[u] < 0 || args.units[u + 1] < args.units[u] || args.units[u + 1] > args.tokens ||
         args.sequence[u] < 0 || args.sequence[u] >= args.sequence_count)
