@@ -226,7 +226,7 @@ def fused_dispersion_loss(
             recompute,
             float(pairs),
             control_variate,
-            draw(layers, generator),
+            draw(layers, pairs, generator),
             return_stats,
         )
     else:

@@ -65,12 +65,13 @@ _SMALLEST_CLIQUE = 16
 
 
 class Draws(NamedTuple):
-    """What is random, uniform in [0, 1), of Y layers."""
+    """What is random, of Y layers."""
 
     shuffle: Tensor
-    """``[Y, B, L]``: the order of the tokens."""
+    """``[Y, B, L]`` int64: the tokens of each sequence (of all packed ones) in random order; empty where no pair is
+    visited."""
     fit: Tensor
-    """``[Y, _FIT_GROUPS, 1 + _FIT_TOKENS]``: a unit each, and tokens of it."""
+    """``[Y, _FIT_GROUPS, 1 + _FIT_TOKENS]``, uniform in [0, 1): a unit each, and tokens of it."""
 
 
 class Estimate(NamedTuple):
@@ -95,13 +96,16 @@ Sweep = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, T
 Sampler = Callable[..., Sampled | None]
 
 
-def draw(layers: Sequence[Tensor], generator: torch.Generator | None) -> Draws:
-    """For tokens ``[B, L, F]`` of each layer."""
-    count, device = len(layers), layers[0].device
-    return Draws(
-        torch.rand(count, *layers[0].shape[:2], device=device, generator=generator),
-        torch.rand(count, _FIT_GROUPS, 1 + _FIT_TOKENS, device=device, generator=generator),
-    )
+def draw(layers: Sequence[Tensor], share: float, generator: torch.Generator | None) -> Draws:
+    """For a share of the pairs of tokens ``[B, L, F]`` of each layer."""
+    (batch, length), device, count = layers[0].shape[:2], layers[0].device, len(layers)
+    fit = torch.rand(count, _FIT_GROUPS, 1 + _FIT_TOKENS, device=device, generator=generator)
+    if share == 0:
+        return Draws(fit.new_empty(count, 0, 0, dtype=torch.int64), fit)
+    if device.type == "cpu":  # where sorting takes seven times as long
+        orders = [torch.randperm(length, device=device, generator=generator) for _ in range(count * batch)]
+        return Draws(torch.stack(orders).view(count, batch, length), fit)
+    return Draws(torch.rand(count, batch, length, device=device, generator=generator).argsort(2), fit)
 
 
 def clique_tokens(share: float, length: int) -> int:
@@ -188,7 +192,7 @@ def _estimate(
     """``out`` ``[Y, B, L, F]``: where the gradient goes. ``scratch`` ``[N or more, F]``: where the tokens go. None: to
     new memory."""
     first, count = layers[0], len(layers)
-    plan = _plan(draws.shuffle, groups, cu_seqlens, share)
+    plan = _plan(layers, draws.shuffle, groups, cu_seqlens, share)
     to_fit = draws.fit if control_variate != "none" or with_error else None
     if sampler is not None:
         found = _in_place(layers, plan, to_fit, share, control_variate, with_grad, with_error, sampler, out)
@@ -426,11 +430,18 @@ class _Plan:
     rows: _Rows
 
 
-def _plan(shuffle: Tensor, groups: Tensor | None, cu_seqlens: Tensor | None, share: float) -> _Plan:
-    layers, batch, length = shuffle.shape
+def _plan(
+    layers: Sequence[Tensor], shuffle: Tensor, groups: Tensor | None, cu_seqlens: Tensor | None, share: float
+) -> _Plan:
+    batch, length = layers[0].shape[:2]
     if groups is None and cu_seqlens is None and (cliques := _equal_parts(share, length)):
-        return _equal_cliques(shuffle.flatten(0, 1), cliques, visited=share > 0)
-    assert layers == 1
+        # Kept where no stream and no graph owns memory.
+        make = _kept_plan_of if layers[0].is_cpu else _plan_of
+        plan = make(len(layers) * batch, length, cliques, share > 0, layers[0].device)
+        if share == 0:
+            return plan
+        return replace(plan, order=(shuffle.flatten(0, 1) + plan.unit_begins.unsqueeze(1)).flatten())
+    assert len(layers) == 1
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     size = clique_tokens(share, batch * length // max(1, sequences))
     return _ragged_cliques(groups, cu_seqlens, shuffle[0], size)
@@ -444,16 +455,8 @@ def _equal_parts(share: float, length: int) -> int:
     return next((k for k in range(most, most * 3 // 4, -1) if length % k == 0), 0)
 
 
-def _equal_cliques(shuffle: Tensor, cliques: int, visited: bool) -> _Plan:
-    """Every sequence a unit, and all cliques of the same size."""
-    sequences, length = shuffle.shape
-    # Kept where no stream and no graph owns memory.
-    make = _kept_plan_of if shuffle.is_cpu else _plan_of
-    plan = make(sequences, length, cliques, visited, shuffle.device)
-    return replace(plan, order=(shuffle.argsort(1) + plan.unit_begins.unsqueeze(1)).flatten()) if visited else plan
-
-
 def _plan_of(sequences: int, length: int, cliques: int, visited: bool, device: torch.device) -> _Plan:
+    """Every sequence a unit, and all cliques of the same size; tokens in no order yet."""
     wide, size = wide_dtype(device), length // cliques
     number = torch.arange(sequences * cliques, device=device)
     sequence = torch.arange(sequences, device=device)
@@ -509,7 +512,7 @@ def _ragged_cliques(groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: T
         sequences, sequence_of_row = cu_seqlens.numel() - 1, segment_of_token(cu_seqlens.to(device), count)
 
     # Sorted by sequence, and in it by group and at random, with the tokens that are left out at the end.
-    order = shuffle.flatten().argsort()
+    order = (shuffle + torch.arange(batch, device=device).unsqueeze(1) * length).flatten()
     if groups is None:
         order = order[sequence_of_row[order].argsort(stable=True)]
         taking_part, taken = None, torch.full((), count, device=device)

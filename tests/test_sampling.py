@@ -249,7 +249,7 @@ def test_no_synchronisation_on_an_accelerator(potential: Potential) -> None:
         return result.loss, result.grad, result.scale
 
     for layers, ids, bounds in (([z, z], None, None), ([z, z], groups, None), ([z[:1]], groups[:1], cu_seqlens)):
-        draws = sampling.draw(layers, None)
+        draws = sampling.draw(layers, 0.1, None)
         found = estimate(layers, ids, bounds, potential, draws, 0.1, "auto", True, True, on_meta)
         assert found.grad is not None
         assert found.grad.shape == (len(layers), *layers[0].shape)
@@ -322,7 +322,7 @@ def test_tokens_that_are_nothing(impl: str, control_variate: str) -> None:
 )
 def test_operator_and_compiler(share: float, control_variate: str) -> None:
     z = [tokens(2, 300, 8), tokens(2, 300, 8).transpose(0, 1).contiguous().transpose(0, 1)]
-    draws = sampling.draw(z, seeded(0))
+    draws = sampling.draw(z, share, seeded(0))
     ids = torch.randint(-1, 2, (2, 300)) if share else None
     for groups, with_grad in ((None, True), (ids, True), (None, False)):
         args = (z, groups, None, *draws, "angular_spread", [1.0, 0.25, 0.01], "mean", "auto", share, control_variate)
@@ -350,14 +350,17 @@ def test_module() -> None:
 
 
 @pytest.mark.parametrize("pairs", [0.1, 0.0])
-@pytest.mark.parametrize("at_once", [1, 2, 8])
-def test_a_list_is_the_mean_of_its_layers(at_once: int, pairs: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("impl", "at_once"), [("torch", 1), ("torch", 2), ("torch", 8), ("cpu", 1)])
+def test_a_list_is_the_mean_of_its_layers(
+    impl: str, at_once: int, pairs: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However many of them are taken together, with draws of their own."""
     layers = [tokens(2, 300, 8, cosine=cosine).requires_grad_(n != 1) for n, cosine in enumerate((0.1, 0.5, 0.9))]
+    skip_unless_supported(impl, layers[0])
     monkeypatch.setattr(sampling, "_AT_ONCE", {"cpu": at_once * layers[0].numel(), "else": 0})
     for options in ({}, {"mask": torch.arange(600).view(2, 300) % 7 > 0} if pairs else {}):
-        draws = sampling.draw(layers, seeded(0))
-        arguments = (None if not options else options["mask"].long() - 1, None, AngularSpread(), "mean", "auto", False)
+        draws = sampling.draw(layers, pairs, seeded(0))
+        arguments = (None if not options else options["mask"].long() - 1, None, AngularSpread(), "mean", impl, False)
         together, errors = sampled_loss(layers, *arguments, pairs, "low_rank", draws, True)
         gradients = torch.autograd.grad(together, [layers[0], layers[2]])
         by_themselves = [
