@@ -27,6 +27,7 @@ VARIANTS: dict[str, list[str]] = {
     "no loss": ["--dispersion-weight", "0"],
     "256 tokens": ["--dispersion-tokens", "256"],
     "1/16 of the pairs": ["--pairs", "0.0625"],
+    "1/64 of the pairs": ["--pairs", "0.015625"],
     "no pairs": ["--pairs", "0"],
     "no pairs, constant": ["--pairs", "0", "--control-variate", "constant"],
     "all pairs": [],
