@@ -130,7 +130,7 @@ def estimate(
     ``cu_seqlens`` as in :mod:`dispersion_kernels.segments`, None where the share is 0. Of ``sampler`` and ``sweep`` the
     first does what it can."""
     first = layers[0]
-    if clique_tokens(share, first.shape[1]) > LARGEST_CLIQUE:
+    if cu_seqlens is None and clique_tokens(share, first.shape[1]) > LARGEST_CLIQUE:
         sampler = None
     # Layers of whole sequences are one larger batch: of any size where nothing is written but the gradient.
     at_once = 1
@@ -199,7 +199,6 @@ def _estimate(
         if found is not None:
             return found
     fit = None if to_fit is None else _fit(layers, plan, to_fit, potential, control_variate, share)
-    first, count = layers[0], len(layers)
     rows, wide, dtype = plan.rows, wide_dtype(first.device), accumulation_dtype(first.dtype)
     tokens = _in_order(layers, plan.order, scratch)
 
