@@ -42,8 +42,8 @@ input, in multiples of the input's bytes (MiB), and milliseconds. On a CPU, row-
 does not give back, far more than its tensors.""",
     "train": """\
 A step of the trainer; the runs take a step each in turn. Of the quotients with the step without the loss in the same
-turn the table has the median and its standard error. Peak memory is what a step takes beyond weights and the optimiser's
-state; an activation is the fp32 hidden states of one layer.""",
+turn the table has the median and its standard error. Peak memory is what a step takes beyond weights and the
+optimiser's state; an activation is the fp32 hidden states of one layer.""",
     "accuracy": """\
 Relative error of the gradient (of the loss), against float64 on the same numbers.""",
     "scale": """\
