@@ -211,6 +211,13 @@ def test_tokens_that_are_all_the_same_or_zero(isa: str) -> None:
             assert ours.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("norm", [1e-33, 1e-12, 1e12])
+@pytest.mark.parametrize("pairs", [0.0, 0.1])
+def test_norms(isa: str, norm: float, pairs: float) -> None:
+    z = torch.nn.functional.normalize(tokens(2, 320, 24), dim=2) * norm
+    check(z, Uniformity(), 1, pairs=pairs, control_variate="low_rank")  # which adds nothing to a norm
+
+
 TOKENS_300 = {"layers": [torch.ones(1, 300, 8)], "order": None, "units": torch.tensor([0, 300])}
 
 

@@ -255,6 +255,8 @@ struct TileKernels {
   void (*model_sums)(const Job&, const Model&, const Tile&, Scratch&, float* sums, bool begin);
   // Pairs within the segments of a tile, if visited, and what the model has of all; its finished gradient.
   void (*sample)(const Job&, const Model&, Tile&, Scratch&, const float* sums, bool visited, float inverse_share);
+  // The latter alone, of rows that are normalised and not packed: phi [model.features][tokens], norm and inverse of theirs.
+  void (*expand)(const Job&, const Model&, const Tile&, Scratch&, const float* phi, const float* sums);
   void (*scale)(const dk_scale_args&, int64_t begin, int64_t end);  // of these rows
 };
 

@@ -2,8 +2,9 @@
 //
 // Tokens are read twice, where they lie. First, in chunks, for the model's sums over their unit, sum_j phi_jk x_j. Then,
 // clique by clique, for the gradient: the visited pairs' residual slopes and the model's features make one matrix
-// product with the clique's tokens and one with the sums. Nothing is kept of a tile in between. Chunks and tiles depend
-// on the arguments alone and are summed in their order, so every bit is the same for any number of threads.
+// product with the clique's tokens and one with the sums. Where no pair is visited the features are kept from the first
+// time. Chunks and tiles depend on the arguments alone and are summed in their order, so every bit is the same for any
+// number of threads.
 
 #include "dispersion.h"
 
@@ -41,6 +42,7 @@ class SampledCall {
     if (job.potential.online) return DK_NOT_HERE;
     unit_ = reduction_.kappa * exp(double(job.potential.shift));
     psi_unit_ = exp(double(job.potential.shift));
+    transform_ = job.transform;
     job.gradient = true;  // rows are packed for products with them
     job.padded_features = (args_.features + kernels_.panel - 1) / kernels_.panel * kernels_.panel;
     // What is packed together where there is a choice: as many whole panels as stay in the second-level cache.
@@ -157,6 +159,11 @@ class SampledCall {
       w.fit.span = arena.take<float>(kRank * padded_features());
       w.fit.orthonormal = arena.take<double>(kRank * padded_features());
     }
+    if (keeps_features()) {
+      phi_ = arena.take<float>(size_t(args_.tokens) * kModelFeatures);
+      norm_ = arena.take<float>(size_t(args_.tokens));
+      inverse_ = arena.take<float>(size_t(args_.tokens));
+    }
     sums_ = arena.take<float>(chunks_.size() * kPaddedModel * padded_features());
     directions_ = arena.take<float>(low_rank() ? size_t(args_.layer_count * args_.features) * kRank : 0);
   }
@@ -166,6 +173,8 @@ class SampledCall {
   }
   // Without a gradient a constant will do: of its sums that of the tokens alone is needed.
   bool low_rank() const { return args_.grad && args_.control_variate >= DK_LOW_RANK; }
+  // From the first pass, for tiles that are not packed again.
+  bool keeps_features() const { return args_.grad && !visited() && transform_ == Transform::kNormalise; }
   // Where nothing is visited no constant is good enough.
   bool may_choose() const { return low_rank() && args_.control_variate == DK_AUTO && visited(); }
 
@@ -214,7 +223,7 @@ class SampledCall {
     threads_.run(std::min<int64_t>(int64_t(workers.size()), layers), [&](int64_t w) {
       Worker& worker = workers[size_t(w)];
       for (int64_t l; (l = next.fetch_add(1)) < layers;) {
-        open(worker, l, rows.data() + l * kFitSize, kFitSize);
+        pack(worker.tile, worker, l, rows.data() + l * kFitSize, kFitSize);
         kernels_.fit(jobs_[size_t(l)], worker.tile, worker.scratch, worker.fit,
                      directions_ + l * args_.features * kRank, fits_[size_t(l)]);
       }
@@ -281,30 +290,42 @@ class SampledCall {
     });
   }
 
-  void open(Worker& worker, int64_t layer, const int64_t* rows, int32_t tokens) const {
-    Tile& tile = worker.tile;
+  void outline(Tile& tile, const int64_t* rows, int32_t tokens) const {
     tile.tokens = tokens;
     tile.padded = (tokens + kernels_.panel - 1) / kernels_.panel * kernels_.panel;
     tile.rows = rows;
     tile.own = nullptr;
+  }
+
+  void pack(Tile& tile, Worker& worker, int64_t layer, const int64_t* rows, int32_t tokens) const {
+    outline(tile, rows, tokens);
     kernels_.pack(jobs_[size_t(layer)], tile, worker.scratch);
   }
 
   void add_chunk(Worker& worker, int64_t n) {
     const Run& chunk = chunks_[size_t(n)];
     const Job& job = jobs_[size_t(chunk.layer)];
-    double squares = 0.0;
+    const Model& model = models_[size_t(chunk.layer)];
+    Sums& sums = of_chunk_[size_t(n)];
     for (int32_t done = 0; done < chunk.tokens; done += tile_tokens_) {
-      open(worker, chunk.layer, rows_.data() + chunk.first + done, std::min(tile_tokens_, chunk.tokens - done));
-      const Tile& tile = worker.tile;
-      kernels_.model_sums(job, models_[size_t(chunk.layer)], tile, worker.scratch, sums_of(n), done == 0);
+      Tile& tile = worker.tile;
+      pack(tile, worker, chunk.layer, rows_.data() + chunk.first + done, std::min(tile_tokens_, chunk.tokens - done));
+      kernels_.model_sums(job, model, tile, worker.scratch, sums_of(n), done == 0);
       for (int32_t t = 0; t < tile.tokens; ++t) {
         const double length = double(tile.norm[t]) * tile.inverse[t];
-        squares += length * length;
+        sums.c += length * length;
       }
+      sums.finite = sums.finite && tile.finite;
+      if (!keeps_features()) continue;
+      const int64_t first = chunk.first + done;
+      for (int k = 0; k < model.features; ++k)
+        std::copy_n(worker.scratch.phi + k * kWeightStride, tile.tokens, features_of(first) + k * tile.tokens);
+      std::copy_n(tile.norm, tile.tokens, norm_ + first);
+      std::copy_n(tile.inverse, tile.tokens, inverse_ + first);
     }
-    of_chunk_[size_t(n)].c = squares;
   }
+
+  float* features_of(int64_t first_of_tile) const { return phi_ + first_of_tile * kModelFeatures; }
 
   size_t sums_stride() const { return size_t(models_[0].padded) * padded_features(); }
   float* sums_of(int64_t chunk) const { return sums_ + size_t(chunk) * sums_stride(); }
@@ -320,18 +341,25 @@ class SampledCall {
   }
 
   void finish_tile(Worker& worker, int64_t n) {
+    if (!args_.grad && !visited()) return;
     const Run& run = tiles_[size_t(n)];
     const Job& job = jobs_[size_t(run.layer)];
-    open(worker, run.layer, rows_.data() + run.first, run.tokens);
-    Tile& tile = worker.tile;
-    tile.partner_end = partner_end_.data() + run.first;
-    tile.psi_sum = tile.c_sum = 0.0;
     const bool modelled = args_.grad && modelled_[size_t(run.unit)];
+    const Model model = modelled ? models_[size_t(run.layer)] : Model{};
     const float* sums = modelled ? sums_of(first_chunk_[size_t(run.unit)]) : nullptr;
-    const float inverse_share = visited() ? float(args_.inverse_share[run.unit]) : 0.0f;
-    kernels_.sample(job, modelled ? models_[size_t(run.layer)] : Model{}, tile, worker.scratch, sums, visited(),
-                    inverse_share);
-    of_tile_[size_t(n)] = {tile.psi_sum * psi_unit_, tile.c_sum, tile.finite};
+    Tile tile = worker.tile;
+    if (keeps_features()) {
+      outline(tile, rows_.data() + run.first, run.tokens);
+      tile.norm = norm_ + run.first;
+      tile.inverse = inverse_ + run.first;
+      kernels_.expand(job, model, tile, worker.scratch, features_of(run.first), sums);
+    } else {
+      tile.partner_end = partner_end_.data() + run.first;
+      pack(tile, worker, run.layer, rows_.data() + run.first, run.tokens);
+      const float inverse_share = visited() ? float(args_.inverse_share[run.unit]) : 0.0f;
+      kernels_.sample(job, model, tile, worker.scratch, sums, visited(), inverse_share);
+      if (visited()) of_tile_[size_t(n)] = {tile.psi_sum * psi_unit_, tile.c_sum, tile.finite};
+    }
     if (!args_.grad) return;
     float* scale = args_.scale + run.layer * args_.rows;
     for (int32_t t = 0; t < tile.tokens; ++t) scale[tile.rows[t]] = tile.inverse[t];
@@ -342,14 +370,16 @@ class SampledCall {
     struct Estimate {
       double psi = 0.0, missed_c = 0.0;  // missed: all pairs less their estimate from those visited
     };
+    constexpr double nan = std::numeric_limits<double>::quiet_NaN();
     std::vector<Estimate> of_unit(size_t(args_.unit_count)), of_sequence(size_t(args_.sequence_count));
     for (size_t n = 0; n < tiles_.size(); ++n) {
       Estimate& sums = of_unit[size_t(tiles_[n].unit)];
       const double share = visited() ? args_.inverse_share[tiles_[n].unit] : 0.0;
-      sums.psi += of_tile_[n].finite ? share * of_tile_[n].psi : std::numeric_limits<double>::quiet_NaN();
+      sums.psi += of_tile_[n].finite ? share * of_tile_[n].psi : nan;
       sums.missed_c -= share * of_tile_[n].c;
     }
-    for (size_t n = 0; n < chunks_.size(); ++n) of_unit[size_t(chunks_[n].unit)].missed_c -= of_chunk_[n].c;
+    for (size_t n = 0; n < chunks_.size(); ++n)
+      of_unit[size_t(chunks_[n].unit)].missed_c -= of_chunk_[n].finite ? of_chunk_[n].c : nan;
     for (size_t u = 0; u < of_unit.size(); ++u) {
       Estimate& sequence = of_sequence[size_t(args_.sequence[u])];
       sequence.psi += of_unit[u].psi;
@@ -396,6 +426,7 @@ class SampledCall {
   Threads threads_;
   Reduction reduction_ = {};
   double unit_ = 1.0, psi_unit_ = 1.0;  // of slopes, and of psi
+  Transform transform_ = Transform::kNormalise;
   int32_t tile_tokens_ = 0;
   std::vector<int64_t> rows_;
   std::vector<int32_t> partner_end_;
@@ -409,6 +440,7 @@ class SampledCall {
   std::vector<Sums> of_chunk_, of_tile_;
   std::vector<Fit> fits_;
   float* sums_ = nullptr;  // of each chunk
+  float *phi_ = nullptr, *norm_ = nullptr, *inverse_ = nullptr;
   float* directions_ = nullptr;
 };
 

@@ -643,21 +643,40 @@ void visit(const Job& job, const P& potential, const Model& model, Tile& tile, S
   tile.c_sum = 2.0 * c;
 }
 
+// weighted = b_k phi_ik, and own = h_ii; row k of phi is k phi_stride floats in.
+void weigh_features(const Model& model, const Tile& tile, const float* phi, int64_t phi_stride, float* weighted,
+                    float* own) {
+  const size_t row = sizeof(float) * size_t(tile.padded);
+  memset(own, 0, row);
+  for (int k = 0; k < model.padded; ++k) {
+    float* out = weighted + k * kWeightStride;
+    memset(out, 0, row);
+    if (k >= model.features) continue;
+    const float *in = phi + k * phi_stride, b = model.b[k];
+    for (int t = 0; t < tile.tokens; ++t) {
+      out[t] = b * in[t];
+      own[t] += out[t] * in[t];
+    }
+  }
+}
+
+// grad = beta grad + sum_k b_k phi_ik sums_k.
+void add_model(const Job& job, const Model& model, const Tile& tile, const float* weighted, const float* sums,
+               float beta) {
+  // The sums lie as the rows of a tile do.
+  Tile features = {};
+  features.tokens = features.padded = model.padded;
+  features.token_major = const_cast<float*>(sums);
+  accumulate<1, kWeightStride>(job, tile, features, weighted, 1.0f, beta);
+}
+
 void sample(const Job& job, const Model& model, Tile& tile, Scratch& scratch, const float* sums, bool visited,
             float inverse_share) {
   const bool modelled = model.features > 0;
   if (modelled) {
     model_features(job, model, tile, scratch.phi);
-    for (int t = 0; t < tile.padded; t += kPanel) {
-      Pack own = splat_pack(0.0f);
-      for (int k = 0; k < model.padded; ++k) {
-        const Pack phi = load_pack(scratch.phi + k * kWeightStride + t);
-        const Pack weighted = phi * (k < model.features ? model.b[k] : 0.0f);
-        store_pack(scratch.weighted + k * kWeightStride + t, weighted);
-        own = madd(weighted, phi, own);
-      }
-      store_pack(scratch.column_sum + t, own);
-    }
+    weigh_features(model, tile, scratch.phi, kWeightStride, scratch.weighted, scratch.column_sum);
+    tile.own = scratch.column_sum;
   }
   float* weights = scratch.weights;
   if (visited) {
@@ -671,15 +690,42 @@ void sample(const Job& job, const Model& model, Tile& tile, Scratch& scratch, co
     mirror(tile, weights);
     accumulate<kWeightStride, 1>(job, tile, tile, weights, 1.0f, 0.0f);
   }
-  if (modelled) {
-    // The sums lie as the rows of a tile do.
-    Tile features = {};
-    features.tokens = features.padded = model.padded;
-    features.token_major = const_cast<float*>(sums);
-    accumulate<1, kWeightStride>(job, tile, features, scratch.weighted, 1.0f, visited ? 1.0f : 0.0f);
-    tile.own = scratch.column_sum;
-  }
+  if (modelled) add_model(job, model, tile, scratch.weighted, sums, visited ? 1.0f : 0.0f);
   project(job, tile, scratch);
+}
+
+void expand(const Job& job, const Model& model, const Tile& tile, Scratch& scratch, const float* phi,
+            const float* sums) {
+  weigh_features(model, tile, phi, tile.tokens, scratch.weighted, scratch.column_sum);
+  add_model(job, model, tile, scratch.weighted, sums, 0.0f);
+  const int64_t features = job.args->features, padded_features = job.padded_features;
+  float *row = scratch.rows, *padded_grad = scratch.rows + padded_features + 16;
+  constexpr int kAhead = 8;
+  for (int t = 0; t < tile.tokens; ++t) {
+    if (t + kAhead < tile.tokens) prefetch_row(job, tile.rows[t + kAhead]);
+    const float* x = read_row(job, tile.rows[t], row);
+    float factor = tile.inverse[t];
+    if (!(factor < 1e30f)) {
+      for (int64_t k = 0; k < padded_features; ++k) row[k] = float(double(x[k]) * factor);
+      x = row;
+      factor = 1.0f;
+    }
+    float* grad = job.args->grad + tile.rows[t] * features;
+    float* u = grad;
+    if (features != padded_features) {
+      u = padded_grad;
+      memcpy(u, grad, size_t(features) * sizeof(float));
+      for (int64_t k = features; k < padded_features; ++k) u[k] = 0.0f;
+    }
+    Pack dot = splat_pack(0.0f);
+    for (int64_t k = 0; k < padded_features; k += kPanel) dot = madd(load_pack(x + k), load_pack(u + k), dot);
+    const float length = tile.norm[t] * tile.inverse[t];
+    float own = length > 0.0f ? -factor * sum(sum_vectors(dot)) / length : 0.0f;
+    own = (own - scratch.column_sum[t] * (1.0f - length)) * factor;
+    for (int64_t k = 0; k < padded_features; k += kPanel)
+      store_pack(u + k, madd(load_pack(x + k), own, load_pack(u + k)));
+    if (u != grad) memcpy(grad, u, size_t(features) * sizeof(float));
+  }
 }
 
 // ---- rows out
@@ -718,7 +764,7 @@ namespace dk {
 namespace {
 
 constexpr TileKernels kTileKernels = {kPanel,  add_rows, pack, within,     between, project,
-                                      finish, fit,      model_sums, sample, scale};
+                                      finish, fit,      model_sums, sample, expand,  scale};
 
 }  // namespace
 }  // namespace dk
