@@ -250,7 +250,7 @@ DK_INLINE Pack exponential(Pack x) {
 DK_INLINE Pack keep_columns(Pack a, int first_column, int begin, int end, float replacement) {
   DK_FOR_VECTORS {
     const vec column = lane_numbers() + float(first_column + n * kLanes);
-    a.v[n] = (column >= float(begin)) & (column < float(end)) ? a.v[n] : splat(replacement);
+    a.v[n] = ((column >= float(begin)) & (column < float(end))) ? a.v[n] : splat(replacement);
   }
   return a;
 }
