@@ -108,7 +108,7 @@ class Planner {
       tiles += tiles > 1 ? tiles % 2 : 0;
     }
     const int64_t length = (tokens + tiles - 1) / std::max<int64_t>(tiles, 1);
-    return int32_t((length + panel_ - 1) / panel_ * panel_);
+    return int32_t(round_up(length, panel_));
   }
 
   static void open_tile(Group& group, bool new_unit) {
@@ -184,7 +184,7 @@ class Call {
     if (!describe(args_.potential, args_.params, args_.features, job_, reduction_)) return DK_INVALID;
     job_.args = &args_;
     job_.gradient = args_.grad != nullptr;
-    job_.padded_features = (args_.features + kernels_.panel - 1) / kernels_.panel * kernels_.panel;
+    job_.padded_features = round_up(args_.features, kernels_.panel);
     losses_.assign(size_t(args_.sequences), 0.0);
     if (job_.gradient) {
       advise_huge_pages(args_.grad, size_t(args_.rows) * size_t(args_.features) * sizeof(float));
@@ -410,26 +410,20 @@ DK_EXPORT int32_t dk_abi_version(void) { return DK_ABI_VERSION; }
 DK_EXPORT int32_t dk_resolve_isa(int32_t requested) { return dk::resolve_isa(requested); }
 
 DK_EXPORT int32_t dk_dispersion(const dk_args* args) {
-  if (args->abi_version != DK_ABI_VERSION || !dk::valid(*args)) return DK_INVALID;
-  const int32_t isa = dk::resolve_isa(args->isa);
-  if (!isa) return DK_UNSUPPORTED;
-  try {
-    return dk::Call(*args, dk::kernels_of(isa)).run();
-  } catch (const std::bad_alloc&) {
-    return DK_OUT_OF_MEMORY;
-  }
+  return dk::with_kernels(*args, dk::valid,
+                          [&](const dk::TileKernels& kernels) { return dk::Call(*args, kernels).run(); });
 }
 
 DK_EXPORT int32_t dk_scale(const dk_scale_args* args) {
-  if (args->abi_version != DK_ABI_VERSION || args->rows_per_factor < 1) return DK_INVALID;
-  const int32_t isa = dk::resolve_isa(args->isa);
-  if (!isa) return DK_UNSUPPORTED;
-  constexpr int64_t kWorth = 16384;  // elements that are worth waking a thread for
-  const dk::Threads threads = {args->parallel_for, std::max(1, int(args->threads))};
-  const int64_t rows = args->rows;
-  const int64_t workers = std::clamp<int64_t>(rows * args->features / kWorth, 1, threads.count);
-  threads.run(workers, [&](int64_t worker) {
-    dk::kernels_of(isa).scale(*args, rows * worker / workers, rows * (worker + 1) / workers);
+  const auto valid = [](const dk_scale_args& scale_args) { return scale_args.rows_per_factor >= 1; };
+  return dk::with_kernels(*args, valid, [&](const dk::TileKernels& kernels) {
+    constexpr int64_t kWorth = 16384;  // elements that are worth waking a thread for
+    const dk::Threads threads = {args->parallel_for, std::max(1, int(args->threads))};
+    const int64_t rows = args->rows;
+    const int64_t workers = std::clamp<int64_t>(rows * args->features / kWorth, 1, threads.count);
+    threads.run(workers, [&](int64_t worker) {
+      kernels.scale(*args, rows * worker / workers, rows * (worker + 1) / workers);
+    });
+    return int32_t(DK_OK);
   });
-  return DK_OK;
 }

@@ -62,8 +62,8 @@ typedef struct {
   float* total;  // their sum; or NULL
 } dk_args;
 
-// The pairs within cliques of tokens, and a model of the rest: dispersion_kernels/sampling.py has the formulas. DK_NOT_HERE
-// where a clique is larger than a tile, or exponents need the running maximum of dk_dispersion.
+// The pairs within cliques of tokens, and a model of the rest: dispersion_kernels/sampling.py has the formulas.
+// DK_NOT_HERE where a clique is larger than a tile, or exponents need the running maximum of dk_dispersion.
 typedef struct {
   int32_t abi_version;           // DK_ABI_VERSION
   int32_t isa;                   // dk_isa
@@ -76,7 +76,7 @@ typedef struct {
   int64_t tokens;
   const int64_t* units;  // [unit_count + 1]: bounds of the tokens that pair with each other, of one layer; ascending
   int64_t unit_count;
-  const int64_t* cliques;  // [clique_count + 1]: bounds of the tokens whose pairs are visited, ascending from unit to unit
+  const int64_t* cliques;  // [clique_count + 1]: bounds of tokens whose pairs are visited, ascending through all units
   int64_t clique_count;    // 0: no pair is visited, and cliques NULL
   const double* inverse_share;  // [unit_count]: of the visited pairs
   const int64_t* sequence;      // [unit_count]: whose loss the unit's pairs belong to; as many for each layer
@@ -86,8 +86,8 @@ typedef struct {
   int32_t potential;        // dk_potential, of the cosine or the correlation
   int32_t control_variate;  // dk_control_variate
   double good_enough;       // the relative error of the gradient up to which DK_AUTO is DK_CONSTANT
-  // [layer_count, fit_groups, 1 + fit_tokens] in [0, 1): a unit and tokens of it, whose pairs the model is from; NULL, with
-  // DK_NONE: there is nothing to fit. dk::kFitGroups and dk::kFitTokens.
+  // [layer_count, fit_groups, 1 + fit_tokens] in [0, 1): a unit and tokens of it, whose pairs the model is from; NULL,
+  // with DK_NONE: there is nothing to fit. dk::kFitGroups and dk::kFitTokens.
   const float* draws;
   int32_t fit_groups, fit_tokens;
   double* loss;      // [sequence_count]: 0 without a pair, NaN if a token is not finite
@@ -95,8 +95,8 @@ typedef struct {
   // d loss / dz = scale * grad of each row. Rows that are in no unit are left untouched. NULL: no gradient.
   float* grad;   // [layer_count * rows, features]
   float* scale;  // [layer_count * rows]
-  // [layer_count, 3 fit_groups]: of each group of the fit its unit; of its tokens' errors of sum_j slope(c_ij) x_j / |z_i|
-  // the expected square, summed; and of how many; or NULL
+  // [layer_count, 3 fit_groups]: of each group of the fit its unit; of its tokens' errors of sum_j slope(c_ij) x_j /
+  // |z_i| the expected square, summed; and of how many; or NULL
   double* noise;
 } dk_sampled_args;
 
@@ -124,13 +124,15 @@ DK_EXPORT int32_t dk_scale(const dk_scale_args* args);  // dk_status
 
 namespace dk {
 
+constexpr int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
+
 constexpr int kLargestTile = 256;  // tokens
 // Row stride of the weights: 17 cache lines, so that a column walks through all sets of the cache.
 constexpr int kWeightStride = kLargestTile + 16;
 // A model of the slope is of 1, a token's components along so many directions, and the products of two of the first.
 constexpr int kRank = 16, kSquared = 3, kModelFeatures = 1 + kRank + kSquared * (kSquared + 1) / 2;
 // In groups of as many as the rows of a product, for every instruction set.
-constexpr int kModelGroup = 8, kPaddedModel = (kModelFeatures + kModelGroup - 1) / kModelGroup * kModelGroup;
+constexpr int kModelGroup = 8, kPaddedModel = int(round_up(kModelFeatures, kModelGroup));
 
 // It is fitted to the pairs within so many groups of so many tokens.
 constexpr int kFitGroups = 4, kFitTokens = 32, kFitSize = kFitGroups * kFitTokens;
@@ -160,7 +162,7 @@ struct Tile {
   double c_sum;             // of sampled pairs, as psi_sum
   double psi_sum;           // over ordered pairs, in units of exp(psi_shift)
   double psi_shift, shift;  // shift: log scale of this tile's rows of the gradient and of row_sum
-  const float* own;  // what of x itself is among the sums of its gradient; or NULL
+  const float* own;         // what of x itself is among the sums of its gradient; or NULL
   bool finite;
   int32_t steps;  // of the sweep that the tile takes part in
 };
@@ -231,7 +233,7 @@ struct Fit {
   double psi_slope, mean_psi, mean_c, constant;
   float b[kModelFeatures];  // of low rank
   double counted[kFitGroups] = {};
-  double signal;
+  double signal;  // where there are both to choose from
   FitNoise of_constant, of_low_rank;
 };
 
@@ -255,8 +257,9 @@ struct TileKernels {
   void (*model_sums)(const Job&, const Model&, const Tile&, Scratch&, float* sums, bool begin);
   // Pairs within the segments of a tile, if visited, and what the model has of all; its finished gradient.
   void (*sample)(const Job&, const Model&, Tile&, Scratch&, const float* sums, bool visited, float inverse_share);
-  // The latter alone, of rows that are normalised and not packed: phi [model.features][tokens], norm and inverse of theirs.
-  void (*expand)(const Job&, const Model&, const Tile&, Scratch&, const float* phi, const float* sums);
+  // The latter alone, of rows that are normalised and not packed, whose norm and inverse are known: phi
+  // [model.features][tokens].
+  void (*expand)(const Job&, const Model&, Tile&, Scratch&, const float* phi, const float* sums);
   void (*scale)(const dk_scale_args&, int64_t begin, int64_t end);  // of these rows
 };
 

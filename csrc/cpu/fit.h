@@ -189,12 +189,14 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
   };
   for (int i = 0; i < kFitSize; ++i) fit.counted[i / kFitTokens] += partners[i] > 1;
   const float constant = fit.constants ? float(fit.constant) : 0.0f;
-  if (fit.noises) {
+  const bool chooses = fit.constants && fit.low_ranks;
+  if (chooses) {
     FitNoise of_all;
     noise_of([&](int, int, int64_t at) { return matrices.slope[at]; }, of_all);
     fit.signal = of_all.signal;
-    noise_of([&](int, int, int64_t at) { return matrices.slope[at] - constant; }, fit.of_constant);
   }
+  if (fit.noises && (chooses || !fit.low_ranks))
+    noise_of([&](int, int, int64_t at) { return matrices.slope[at] - constant; }, fit.of_constant);
   if (!fit.low_ranks) return;
 
   find_directions(job, tile, matrices, directions);

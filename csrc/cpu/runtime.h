@@ -65,7 +65,7 @@ class Workspace {
     return block;
   }
   static Block* allocate(size_t bytes) {
-    const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    const size_t rounded = size_t(round_up(int64_t(bytes), int64_t(kHugePage)));
 #if defined(_WIN32)
     char* data = (char*)_aligned_malloc(rounded, 4096);
 #else

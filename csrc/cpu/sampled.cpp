@@ -1,7 +1,7 @@
 // Loss and gradient from the pairs within cliques and a model of the slope over all pairs of a unit.
 //
-// Tokens are read twice, where they lie. First, in chunks, for the model's sums over their unit, sum_j phi_jk x_j. Then,
-// clique by clique, for the gradient: the visited pairs' residual slopes and the model's features make one matrix
+// Tokens are read twice, where they lie. First, in chunks, for the model's sums over their unit, sum_j phi_jk x_j.
+// Then, clique by clique, for the gradient: the visited pairs' residual slopes and the model's features make one matrix
 // product with the clique's tokens and one with the sums. Where no pair is visited the features are kept from the first
 // time. Chunks and tiles depend on the arguments alone and are summed in their order, so every bit is the same for any
 // number of threads.
@@ -44,7 +44,7 @@ class SampledCall {
     psi_unit_ = exp(double(job.potential.shift));
     transform_ = job.transform;
     job.gradient = true;  // rows are packed for products with them
-    job.padded_features = (args_.features + kernels_.panel - 1) / kernels_.panel * kernels_.panel;
+    job.padded_features = int64_t(padded_features());
     // What is packed together where there is a choice: as many whole panels as stay in the second-level cache.
     tile_tokens_ = std::max(64 / kernels_.panel, 1) * kernels_.panel;
     if (const int32_t status = plan()) return status;
@@ -141,7 +141,7 @@ class SampledCall {
     int64_t longest = tile_tokens_;
     for (const Run& tile : tiles_) longest = std::max<int64_t>(longest, tile.tokens);
     if (args_.draws) longest = std::max<int64_t>(longest, kFitSize);
-    const size_t padded = size_t((longest + kernels_.panel - 1) / kernels_.panel * kernels_.panel);
+    const size_t padded = size_t(round_up(longest, kernels_.panel));
     for (Worker& w : workers) {
       w.scratch.weights = arena.take<float>(size_t(kLargestTile + 8) * kWeightStride);
       w.scratch.column_sum = arena.take<float>(kWeightStride);
@@ -168,9 +168,7 @@ class SampledCall {
     directions_ = arena.take<float>(low_rank() ? size_t(args_.layer_count * args_.features) * kRank : 0);
   }
 
-  size_t padded_features() const {
-    return size_t((args_.features + kernels_.panel - 1) / kernels_.panel * kernels_.panel);
-  }
+  size_t padded_features() const { return size_t(round_up(args_.features, kernels_.panel)); }
   // Without a gradient a constant will do: of its sums that of the tokens alone is needed.
   bool low_rank() const { return args_.grad && args_.control_variate >= DK_LOW_RANK; }
   // From the first pass, for tiles that are not packed again.
@@ -241,7 +239,7 @@ class SampledCall {
       const Fit& fit = fits_[size_t(l)];
       Model& model = models_[size_t(l)];
       model.features = args_.control_variate == DK_NONE ? 0 : constant ? 1 : kModelFeatures;
-      model.padded = (model.features + kModelGroup - 1) / kModelGroup * kModelGroup;
+      model.padded = int(round_up(model.features, kModelGroup));
       std::copy_n(fit.b, kModelFeatures, model.b);
       if (constant) model.b[0] = float(fit.constant);
       if (!args_.noise) continue;
@@ -292,7 +290,7 @@ class SampledCall {
 
   void outline(Tile& tile, const int64_t* rows, int32_t tokens) const {
     tile.tokens = tokens;
-    tile.padded = (tokens + kernels_.panel - 1) / kernels_.panel * kernels_.panel;
+    tile.padded = int32_t(round_up(tokens, kernels_.panel));
     tile.rows = rows;
     tile.own = nullptr;
   }
@@ -469,12 +467,6 @@ bool valid(const dk_sampled_args& args) {
 }  // namespace dk
 
 DK_EXPORT int32_t dk_sampled(const dk_sampled_args* args) {
-  if (args->abi_version != DK_ABI_VERSION || !dk::valid(*args)) return DK_INVALID;
-  const int32_t isa = dk::resolve_isa(args->isa);
-  if (!isa) return DK_UNSUPPORTED;
-  try {
-    return dk::SampledCall(*args, dk::kernels_of(isa)).run();
-  } catch (const std::bad_alloc&) {
-    return DK_OUT_OF_MEMORY;
-  }
+  return dk::with_kernels(*args, dk::valid,
+                          [&](const dk::TileKernels& kernels) { return dk::SampledCall(*args, kernels).run(); });
 }

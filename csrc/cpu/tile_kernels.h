@@ -57,6 +57,9 @@ DK_INLINE const float* read_row(const Job& job, int64_t row, float* out) {
   return out;
 }
 
+// Rows in no order of their own are fetched so many ahead: no hardware does it.
+constexpr int kRowsAhead = 8;
+
 DK_INLINE void prefetch_row(const Job& job, int64_t row) {
   const int64_t size = job.args->dtype == DK_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
   const char* first = (const char*)job.args->z + row * job.args->row_stride * size;
@@ -158,12 +161,10 @@ void pack(const Job& job, Tile& tile, Scratch& scratch) {
   ScaledRow rows[kPanel];
   tile.finite = true;
   tile.square_sum = 0.0;
-  // Rows in no order of their own are fetched well ahead: no hardware does it.
-  constexpr int kAhead = 8;
-  for (int t = 0; t < kAhead && t < tile.tokens; ++t) prefetch_row(job, tile.rows[t]);
+  for (int t = 0; t < kRowsAhead && t < tile.tokens; ++t) prefetch_row(job, tile.rows[t]);
   for (int first = 0; first < tile.padded; first += kPanel) {
     for (int t = 0; t < kPanel; ++t) {
-      if (first + t + kAhead < tile.tokens) prefetch_row(job, tile.rows[first + t + kAhead]);
+      if (first + t + kRowsAhead < tile.tokens) prefetch_row(job, tile.rows[first + t + kRowsAhead]);
       rows[t] = transform_row(job, tile, first + t, scratch.rows + t * (padded_features + 16));
     }
     float* out = tile.feature_major + first * features;
@@ -524,41 +525,45 @@ void between(const Job& job, Tile& tile, Tile& other, Scratch& scratch) {
 
 // With G_i = sum_j w_ij x_j: G_i - x_i sum_j w_ij for distances; else, with x = z / (r + eps),
 // dz = (G - x (x . G) (r + eps) / r) / (r + eps), whose last division is left to the scale. In place of G, as soon as
-// the tile's last pair is summed and much of it is still in the cache.
-void project(const Job& job, const Tile& tile, Scratch& scratch) {
+// the tile's last pair is summed and much of it is still in the cache. x lies in panels of features x_step apart and is
+// to be multiplied by a factor.
+DK_INLINE void project_row(const Job& job, const Tile& tile, int t, const float* x, int64_t x_step, float factor,
+                           float* spare) {
   const int64_t features = job.args->features, padded_features = job.padded_features;
-  const int64_t x_step = int64_t(tile.padded) * kPanel;
   const bool in_place = features == padded_features;
-  for (int t = 0; t < tile.tokens; ++t) {
-    float* grad = job.args->grad + tile.rows[t] * features;
-    const float* x = tile.token_major + t * kPanel;
-    float* u = in_place ? grad : scratch.rows;
-    if (!in_place) {
-      memcpy(u, grad, size_t(features) * sizeof(float));
-      for (int64_t k = features; k < padded_features; ++k) u[k] = 0.0f;
-    }
-    float own, mean = 0.0f;
-    if (job.transform == Transform::kCentre) {
-      own = -tile.row_sum[t];
-    } else {
-      Pack dot = splat_pack(0.0f), total = splat_pack(0.0f);
-      const float* xk = x;
-      for (int64_t k = 0; k < padded_features; k += kPanel, xk += x_step) {
-        const Pack uk = load_pack(u + k);
-        dot = madd(load_pack(xk), uk, dot);
-        total = total + uk;
-      }
-      const float length = tile.norm[t] * tile.inverse[t];
-      own = length > 0.0f ? -sum(sum_vectors(dot)) / length : 0.0f;
-      // Of h x, what is not along x: h x - x (x . h x) / |x|.
-      if (tile.own) own -= tile.own[t] * (1.0f - length);
-      if (job.transform == Transform::kCentredNormalise) mean = sum(sum_vectors(total)) / float(features);
-    }
-    const float* xk = x;
-    for (int64_t k = 0; k < padded_features; k += kPanel, xk += x_step)
-      store_pack(u + k, madd(load_pack(xk), own, load_pack(u + k)) - mean);
-    if (!in_place) memcpy(grad, u, size_t(features) * sizeof(float));
+  float* grad = job.args->grad + tile.rows[t] * features;
+  float* u = in_place ? grad : spare;
+  if (!in_place) {
+    memcpy(u, grad, size_t(features) * sizeof(float));
+    for (int64_t k = features; k < padded_features; ++k) u[k] = 0.0f;
   }
+  float own, mean = 0.0f;
+  if (job.transform == Transform::kCentre) {
+    own = -tile.row_sum[t];
+  } else {
+    Pack dot = splat_pack(0.0f), total = splat_pack(0.0f);
+    const float* xk = x;
+    for (int64_t k = 0; k < padded_features; k += kPanel, xk += x_step) {
+      const Pack uk = load_pack(u + k);
+      dot = madd(load_pack(xk), uk, dot);
+      total = total + uk;
+    }
+    const float length = tile.norm[t] * tile.inverse[t];
+    own = length > 0.0f ? -factor * sum(sum_vectors(dot)) / length : 0.0f;
+    // Of h x, what is not along x: h x - x (x . h x) / |x|.
+    if (tile.own) own -= tile.own[t] * (1.0f - length);
+    if (job.transform == Transform::kCentredNormalise) mean = sum(sum_vectors(total)) / float(features);
+  }
+  own *= factor;
+  const float* xk = x;
+  for (int64_t k = 0; k < padded_features; k += kPanel, xk += x_step)
+    store_pack(u + k, madd(load_pack(xk), own, load_pack(u + k)) - mean);
+  if (!in_place) memcpy(grad, u, size_t(features) * sizeof(float));
+}
+
+void project(const Job& job, const Tile& tile, Scratch& scratch) {
+  for (int t = 0; t < tile.tokens; ++t)
+    project_row(job, tile, t, tile.token_major + t * kPanel, int64_t(tile.padded) * kPanel, 1.0f, scratch.rows);
 }
 
 // Once the sequence's loss is known: the scale of each row, and the norm term, which has another and so takes a pass.
@@ -624,7 +629,8 @@ void visit(const Job& job, const P& potential, const Model& model, Tile& tile, S
       Pack s = load_pack(row + j);
       Weights<Pack> w = potential.weigh(s, q_i, load_pack(tile.square + j), job.potential.shift);
       for (int k = 0; k < model.features; ++k)
-        w.slope = madd(load_pack(scratch.phi + k * kWeightStride + j), -scratch.weighted[k * kWeightStride + i], w.slope);
+        w.slope =
+            madd(load_pack(scratch.phi + k * kWeightStride + j), -scratch.weighted[k * kWeightStride + i], w.slope);
       w.slope = w.slope * inverse_share;
       if (j < begin || j + kPanel > end) {
         s = keep_columns(s, j, begin, end, 0.0f);
@@ -694,37 +700,21 @@ void sample(const Job& job, const Model& model, Tile& tile, Scratch& scratch, co
   project(job, tile, scratch);
 }
 
-void expand(const Job& job, const Model& model, const Tile& tile, Scratch& scratch, const float* phi,
-            const float* sums) {
+void expand(const Job& job, const Model& model, Tile& tile, Scratch& scratch, const float* phi, const float* sums) {
   weigh_features(model, tile, phi, tile.tokens, scratch.weighted, scratch.column_sum);
   add_model(job, model, tile, scratch.weighted, sums, 0.0f);
-  const int64_t features = job.args->features, padded_features = job.padded_features;
-  float *row = scratch.rows, *padded_grad = scratch.rows + padded_features + 16;
-  constexpr int kAhead = 8;
+  tile.own = scratch.column_sum;
+  float *row = scratch.rows, *spare = scratch.rows + job.padded_features + 16;
   for (int t = 0; t < tile.tokens; ++t) {
-    if (t + kAhead < tile.tokens) prefetch_row(job, tile.rows[t + kAhead]);
+    if (t + kRowsAhead < tile.tokens) prefetch_row(job, tile.rows[t + kRowsAhead]);
     const float* x = read_row(job, tile.rows[t], row);
     float factor = tile.inverse[t];
     if (!(factor < 1e30f)) {
-      for (int64_t k = 0; k < padded_features; ++k) row[k] = float(double(x[k]) * factor);
+      for (int64_t k = 0; k < job.padded_features; ++k) row[k] = float(double(x[k]) * factor);
       x = row;
       factor = 1.0f;
     }
-    float* grad = job.args->grad + tile.rows[t] * features;
-    float* u = grad;
-    if (features != padded_features) {
-      u = padded_grad;
-      memcpy(u, grad, size_t(features) * sizeof(float));
-      for (int64_t k = features; k < padded_features; ++k) u[k] = 0.0f;
-    }
-    Pack dot = splat_pack(0.0f);
-    for (int64_t k = 0; k < padded_features; k += kPanel) dot = madd(load_pack(x + k), load_pack(u + k), dot);
-    const float length = tile.norm[t] * tile.inverse[t];
-    float own = length > 0.0f ? -factor * sum(sum_vectors(dot)) / length : 0.0f;
-    own = (own - scratch.column_sum[t] * (1.0f - length)) * factor;
-    for (int64_t k = 0; k < padded_features; k += kPanel)
-      store_pack(u + k, madd(load_pack(x + k), own, load_pack(u + k)));
-    if (u != grad) memcpy(grad, u, size_t(features) * sizeof(float));
+    project_row(job, tile, t, x, kPanel, factor, spare);
   }
 }
 
