@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def dispersion_loss(
     if torch.is_grad_enabled() and any(z.requires_grad for z in layers):
         loss: Tensor = _Dispersion.apply(groups, cu_seqlens, options, recompute, *layers)
         return loss
-    loss, _, _ = _run(layers, groups, cu_seqlens, *options, [False] * len(layers))
+    loss, _, _ = _run("forward", layers, groups, cu_seqlens, *options, [False] * len(layers))
     return loss
 
 
@@ -63,7 +63,7 @@ def sampled_loss(
     if torch.is_grad_enabled() and any(z.requires_grad for z in layers):
         loss, error = _Sampled.apply(groups, cu_seqlens, *draws, options, recompute, with_error, *layers)
         return loss, error
-    loss, _, _, error = _run_sampled(layers, groups, cu_seqlens, *draws, *options, with_error, with_error)
+    loss, _, _, error = _run("sampled", layers, groups, cu_seqlens, *draws, *options, with_error, with_error)
     return loss, error
 
 
@@ -79,7 +79,8 @@ class _Dispersion(torch.autograd.Function):
     ) -> Tensor:
         needed: list[bool] = list(ctx.needs_input_grad[4:])
         now = [False] * len(layers) if recompute else needed
-        loss, grads, scale = _run(layers, groups, cu_seqlens, *options, now)
+        loss: Tensor
+        loss, grads, scale = _run("forward", layers, groups, cu_seqlens, *options, now)
         ctx.save_for_backward(cu_seqlens, *((groups, *layers) if recompute else (*grads, scale)))
         ctx.options, ctx.recompute, ctx.needed, ctx.hooked = options, recompute, needed, _hooks_see_what_is_saved()
         ctx.dtypes = [z.dtype for z in layers]
@@ -91,7 +92,7 @@ class _Dispersion(torch.autograd.Function):
         cu_seqlens, *saved = ctx.saved_tensors
         if ctx.recompute:
             groups, *layers = saved
-            _, grads, scale = _run(layers, groups, cu_seqlens, *ctx.options, ctx.needed)
+            _, grads, scale = _run("forward", layers, groups, cu_seqlens, *ctx.options, ctx.needed)
         else:
             *grads, scale = saved
         factor = _of_tokens(upstream[0], cu_seqlens, scale.shape[2])
@@ -114,7 +115,7 @@ class _Sampled(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         inputs = (groups, cu_seqlens, shuffle, fit)
         with_grad = with_error or not recompute
-        loss, grad, scale, error = _run_sampled(layers, *inputs, *options, with_grad, with_error)
+        loss, grad, scale, error = _run("sampled", layers, *inputs, *options, with_grad, with_error)
         ctx.save_for_backward(cu_seqlens, *((groups, shuffle, fit, *layers) if recompute else (grad, scale)))
         ctx.options, ctx.recompute, ctx.hooked = options, recompute, _hooks_see_what_is_saved()
         ctx.needed, ctx.dtypes = list(ctx.needs_input_grad[7:]), [z.dtype for z in layers]
@@ -127,7 +128,7 @@ class _Sampled(torch.autograd.Function):
         cu_seqlens, *saved = ctx.saved_tensors
         if ctx.recompute:
             groups, shuffle, fit, *layers = saved
-            _, grad, scale, _ = _run_sampled(layers, groups, cu_seqlens, shuffle, fit, *ctx.options, True, False)
+            _, grad, scale, _ = _run("sampled", layers, groups, cu_seqlens, shuffle, fit, *ctx.options, True, False)
         else:
             grad, scale = saved
         factor = _of_tokens(upstream[0], cu_seqlens, scale.shape[2])
@@ -135,33 +136,12 @@ class _Sampled(torch.autograd.Function):
         return None, None, None, None, None, None, None, *dz
 
 
-def _run(
-    layers: Sequence[Tensor], groups: Tensor | None, cu_seqlens: Tensor | None, *options: Any
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The operator; past the dispatcher, which takes 20 us or more, where nobody watches it."""
-    if _unobserved(*layers, groups, cu_seqlens):
-        return _forward(layers, groups, cu_seqlens, *options)
-    result: tuple[Tensor, list[Tensor], Tensor] = torch.ops.dispersion_kernels.forward(
-        layers, groups, cu_seqlens, *options
-    )
-    return result
-
-
-def _run_sampled(
-    layers: Sequence[Tensor],
-    groups: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shuffle: Tensor,
-    fit: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same for the operator of sampled pairs."""
-    if _unobserved(*layers, groups, cu_seqlens, shuffle, fit):
-        return _sampled(layers, groups, cu_seqlens, shuffle, fit, *options)
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.dispersion_kernels.sampled(
-        layers, groups, cu_seqlens, shuffle, fit, *options
-    )
-    return result
+def _run(name: Literal["forward", "sampled"], layers: Sequence[Tensor], *rest: Any) -> Any:
+    """The operator of that name; past the dispatcher, which takes 20 us or more, where nobody watches it."""
+    if _unobserved(*layers, *(value for value in rest if isinstance(value, Tensor))):
+        implementation: Callable[..., Any] = _forward if name == "forward" else _sampled
+        return implementation(layers, *rest)
+    return getattr(torch.ops.dispersion_kernels, name)(layers, *rest)
 
 
 def _unobserved(*tensors: Tensor | None) -> bool:
