@@ -431,7 +431,7 @@ def _sampled(
     chosen = choose(impl, z, potential)
     run = _SWEEPS[chosen]
     formula = Potential.from_params(potential, params)
-    sampler = None
+    sampler: Sampler | None = None
     if chosen == "cpu" and (cu_seqlens is not None or clique_tokens(share, z.shape[1]) <= native.LARGEST_CLIQUE):
         sampler = _native_sampled
     elif chosen == "triton":

@@ -92,8 +92,8 @@ class Estimate(NamedTuple):
 # A backend's sweep of tokens ``[R, L, F]``, each row a sequence, or packed ones ``[1, N, F]`` with groups and bounds:
 # the loss of each, and of its gradient the two factors, as ``autograd.py`` has them.
 Sweep = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
-# A kernel that samples by itself, reading the tokens where they lie; None for what it leaves to the sweep. Where it does
-# not state the noise it is that of the request's fit.
+# A kernel that samples by itself and reads the tokens where they lie; None for what it leaves to the sweep. The noise
+# that it does not state is that of the request's fit.
 Sampler = Callable[["Request"], Sampled | None]
 
 

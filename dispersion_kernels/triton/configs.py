@@ -112,9 +112,13 @@ def row_config(
 def clique_config(arch: str, dtype: torch.dtype, precision: str, clique: int) -> CliqueConfig:
     """For cliques of up to so many tokens."""
     block = min(64, max(16, 1 << (clique - 1).bit_length()))
+    amd = arch.startswith("gfx")
     if arch == _INTERPRETER:
         return CliqueConfig(min(block, 32), 16, 32, 64, 1, 1)
-    return CliqueConfig(block, block, 64 if dtype != torch.float32 else 32, 64, block // 16, 2)
+    # The products of features are of fp32 in three parts: wider tiles leave too few registers.
+    if dtype == torch.float32:
+        return CliqueConfig(block, min(block, 32), 32, 32, 4, 1 if amd else 2)
+    return CliqueConfig(block, block, 64, max(32, block), 4 if amd or block < 64 else 8, 1 if amd else 2)
 
 
 def tile_candidates(config: TileConfig) -> list[TileConfig]:

@@ -1,8 +1,8 @@
 """Sampled pairs in Triton: the model's sums, the sweep of the cliques, and the loss from their sums.
 
 The tokens are read where they lie, through the order of the plan, and each gradient is written once, at its own place.
-What is left to PyTorch has the size of the fit or of the cliques. Nothing is read back from the device, and every launch
-depends on shapes alone.
+What is left to PyTorch has the size of the fit or of the cliques. Nothing is read back from the device, and every
+launch depends on shapes alone.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ class _Sample:
             features, phi = _FEATURES, self._empty(self.statistics.norm.numel(), _FEATURES)
             self.kernels.features(self.tokens, self.epilogue, self.statistics, fit.directions.contiguous(), phi)
         chunks = _chunks(plan)
-        sums, squares = self._empty(chunks.unit.numel(), features, self.tokens.features), self._empty(chunks.unit.numel())
+        count = chunks.unit.numel()
+        sums, squares = self._empty(count, features, self.tokens.features), self._empty(count)
         self.kernels.model_sums(
             self.tokens, self.epilogue, self.statistics, phi, plan.order, chunks.begins, chunks.ends, sums, squares
         )
@@ -135,10 +136,8 @@ class _Sample:
             missed=sum_of_runs((of_units / number)[chunks.unit], chunks.of_sequence),
         )
 
-    def _sweep(
-        self, model: _Model | None, unit: Tensor, inverse_share: Tensor, grad: Tensor | None
-    ) -> Tensor | None:
-        """``[2, K]``: sums of psi and of c over the pairs of each clique, if any are visited; the gradient to ``grad``."""
+    def _sweep(self, model: _Model | None, unit: Tensor, inverse_share: Tensor, grad: Tensor | None) -> Tensor | None:
+        """``[2, K]``: sums of psi and of c over the pairs of each clique, if they are visited. Writes ``grad``."""
         if not self.visited and grad is None:
             return None
         largest = self.plan.rows.shape[1]
@@ -179,7 +178,7 @@ class _Sample:
         return losses_of(self.request, mean, None if missed is None else missed - c)
 
     def _alone(self, plan: Plan, bounds: Tensor) -> Tensor:
-        """``[N]``, of the tokens as they lie: those that are left out or have no partner, whose gradient nobody wrote."""
+        """``[N]``, of the tokens as they lie: those without a partner or left out, whose gradient nobody wrote."""
         assert plan.order is not None
         alone = bounds.diff()[plan.clique_of_token] < 2
         if plan.taking_part is not None:

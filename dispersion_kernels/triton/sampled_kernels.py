@@ -24,11 +24,7 @@ def _x(z, inverse, extra, features, TRANSFORM: tl.constexpr):
 @triton.jit
 def _token(order_ptr, place, valid, other, HAS_ORDER: tl.constexpr):
     """Which token is at a place of the order, ``other`` where it is not valid."""
-    if HAS_ORDER:
-        token = tl.load(order_ptr + place, mask=valid, other=other)
-    else:
-        token = tl.where(valid, place, other)
-    return token
+    return tl.load(order_ptr + place, mask=valid, other=other) if HAS_ORDER else tl.where(valid, place, other)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -120,10 +116,7 @@ def model_sums_kernel(
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     k = tl.arange(0, MODEL)
     squares = tl.zeros((BLOCK_M,), tl.float32)
-    if MODEL > 1:
-        total = tl.zeros((MODEL, BLOCK_F), tl.float32)
-    else:
-        total = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+    total = tl.zeros((MODEL if MODEL > 1 else BLOCK_M, BLOCK_F), tl.float32)
     for start in range(begin, end, BLOCK_M):
         place = start + tl.arange(0, BLOCK_M)
         valid = place < end
