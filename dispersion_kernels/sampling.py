@@ -26,8 +26,10 @@ mean over all pairs is known from |sum_j x_j|^2.
 The loss is log(P / n + eps), its gradient G / (P + n eps): P and G are unbiased, their logarithm and quotient biased by
 about Var P / P^2, one part in the number of visited pairs.
 
-A backend sees cliques as short sequences, and the model's sums are PyTorch's. The CPU kernel does all of it at once and
-reads the tokens where they lie, unless a clique is too large for it or the exponents need a running maximum.
+A backend sees cliques as short sequences, and the model's sums are PyTorch's. Two samplers read the tokens where they
+lie instead of a copy in order: the CPU kernel does all of it at once, unless a clique is too large for it or the
+exponents need a running maximum; the Triton kernels do all but the fit, unless the exponents need a running maximum or
+there are more sequences than a launch has rows.
 
 With a share of 0 no pairs but those of the fit are visited: G_i is the first sum alone, in time O(L F), and its bias
 sum_j (h_ij - slope(c_ij)) x_j.

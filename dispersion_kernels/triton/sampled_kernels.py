@@ -335,7 +335,7 @@ def clique_sweep_kernel(
                     gradient = _dot(weights, z_j, tl.zeros((BLOCK_M, BLOCK_F), tl.float32), PRECISION)
                     gradient = gradient * (inverse_share / weight_scale)
                     if tile_j > 0:
-                        gradient += tl.load(out + f[None, :], mask=inside, other=0.0)
+                        gradient += tl.load(out + f[None, :], mask=valid_i[:, None] & inside, other=0.0)
                     elif MODEL > 0:
                         z_i = tl.load(z + read_i[:, None] + at_f, mask=inside, other=0.0)
                         gradient += _expanded(
