@@ -116,9 +116,9 @@ def clique_config(arch: str, dtype: torch.dtype, precision: str, clique: int) ->
     if arch == _INTERPRETER:
         return CliqueConfig(min(block, 32), 16, 32, 64, 1, 1)
     # The products of features are of fp32 in three parts: wider tiles leave too few registers.
-    stages = 1 if amd or block == 32 else 2
+    stages = 1 if amd or block == 32 or (arch == "sm_120" and precision == "tf32x3") else 2
     if dtype == torch.float32:
-        return CliqueConfig(block, min(block, 32), 32, 32, 4, 1 if arch == "sm_120" else stages)
+        return CliqueConfig(block, min(block, 32), 32, 32, 4, stages)
     if block < 64 or arch == "sm_120":
         return CliqueConfig(block, min(block, 32), 32, 32, 4 if amd or block < 64 else 8, stages)
     return CliqueConfig(block, block, 64, 64, 4 if amd else 8, stages)
