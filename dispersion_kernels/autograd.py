@@ -204,7 +204,8 @@ def _finished(
         in_place = ctx.recompute or (not ctx.hooked and _graph_is_freed())
         factor = factor.flatten().contiguous()  # the gradient of a sum is one number, expanded
         return [
-            native.scaled(g, s, factor, dtype, in_place=in_place) if need else None
+            # As memory of its own, not a part of that of all layers: autograd adds to the one in place.
+            torch.from_dlpack(native.scaled(g, s, factor, dtype, in_place=in_place)) if need else None
             for g, s, dtype, need in zip(grads, scale.unbind(), dtypes, needed, strict=True)
         ]
     of_layers = zip(grads, (scale * factor).unsqueeze(3), dtypes, needed, strict=True)
