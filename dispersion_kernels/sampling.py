@@ -562,9 +562,10 @@ def _ragged_cliques(groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: T
     partial, unit_of = partial[index], unit_of[index]
     table = bounds[index].unsqueeze(1) + torch.arange(size, device=device)
     table = table.masked_fill((table >= bounds[index + 1].unsqueeze(1)) | ~partial.unsqueeze(1), count)
-    dense = ((unit_of.diff() != 0) | (partial.diff() != 0)).cumsum(0)
+    # The rows that are none, at the end, count as one unit: as many of them may be of as many units.
+    dense = ((partial[1:] & (unit_of.diff() != 0)) | (partial.diff() != 0)).cumsum(0)
     dense = torch.cat([dense.new_zeros(min(1, index.numel())), dense])
-    of_unit = int(dense[-1]) + 1 if read and dense.numel() else count // size + 2
+    of_unit = int(dense[-1]) + 1 if read and dense.numel() else min(count // size, units) + 1
     last_sequence = torch.full_like(index, max(0, sequences - 1))
     of_row = torch.where(partial, sequence_of_clique[index], last_sequence)
     rows = _Rows(

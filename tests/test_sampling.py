@@ -221,11 +221,17 @@ def test_backends_agree(potential: Potential, dtype: torch.dtype, impl: str) -> 
             assert difference < fit + rounding
 
 
-@pytest.mark.parametrize("case", ["mask", "documents", "packed"])
+@pytest.mark.parametrize("case", ["mask", "documents", "packed", "many small ones"])
 def test_lengths_that_are_not_read(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an accelerator does, where bounds known from shapes take the place of lengths, on the CPU."""
     monkeypatch.setattr(sampling, "_SMALLEST_CLIQUE", 8)
-    options = {"pairs": 0.2, "control_variate": "low_rank", "impl": "torch", **cases()[case]}
+    small = {"document_ids": (torch.arange(50) - 8).clamp(min=0).view(1, 50) // 2}  # but for the first
+    options = {
+        "pairs": 0.2,
+        "control_variate": "low_rank",
+        "impl": "torch",
+        **{**cases(), "many small ones": small}[case],
+    }
     z = tokens(50, 6, dtype=torch.float64)
     z = z if case == "packed" else z.unsqueeze(0)
     expected = evaluate(z, "angular_spread", generator=seeded(0), **options)
