@@ -54,12 +54,13 @@ def sampled_loss(
     recompute: bool,
     share: float,
     control_variate: str,
+    rank: int,
     draws: Draws,
     with_error: bool,
 ) -> tuple[Tensor, Tensor]:
     """The mean over ``layers``, each ``[B, L, F]`` and alike, of their reduced loss, from a share of the pairs
     (:mod:`dispersion_kernels.sampling`), and the relative error to expect of the gradient of each."""
-    options = (potential.name(), potential.params(), reduction, impl, share, control_variate)
+    options = (potential.name(), potential.params(), reduction, impl, share, control_variate, rank)
     if torch.is_grad_enabled() and any(z.requires_grad for z in layers):
         loss, error = _Sampled.apply(groups, cu_seqlens, *draws, options, recompute, with_error, *layers)
         return loss, error
@@ -108,7 +109,7 @@ class _Sampled(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         shuffle: Tensor,
         fit: Tensor,
-        options: tuple[str, list[float], str, str, float, str],
+        options: tuple[str, list[float], str, str, float, str, int],
         recompute: bool,
         with_error: bool,
         *layers: Tensor,
@@ -399,8 +400,8 @@ def _forward_fake(
 
 _library.define(
     "sampled(Tensor[] layers, Tensor? groups, Tensor? cu_seqlens, Tensor shuffle, Tensor fit, str potential,"
-    " float[] params, str reduction, str impl, float share, str control_variate, bool with_grad, bool with_error)"
-    " -> (Tensor loss, Tensor grad, Tensor scale, Tensor error)",
+    " float[] params, str reduction, str impl, float share, str control_variate, int rank, bool with_grad,"
+    " bool with_error) -> (Tensor loss, Tensor grad, Tensor scale, Tensor error)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -418,6 +419,7 @@ def _sampled(
     impl: str,
     share: float,
     control_variate: str,
+    rank: int,
     with_grad: bool,
     with_error: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -447,6 +449,7 @@ def _sampled(
             Draws(shuffle, fit),
             share,
             control_variate,
+            rank,
             with_grad,
             with_error,
             sweep_cliques,
@@ -475,6 +478,7 @@ def _sampled_fake(
     impl: str,
     share: float,
     control_variate: str,
+    rank: int,
     with_grad: bool,
     with_error: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -402,9 +402,9 @@ def test_sampled_pairs(backend: str) -> None:
         return result.loss, result.grad, result.scale
 
     for z, groups in ((tokens(1, 132, 200), None), (tokens(1, 132, 36), (torch.arange(132) % 9 > 0).long()[None] - 1)):
-        draws = sampling.draw([z], 0.5, None)
+        draws = sampling.draw([z], 0.5, 16, None)
         found, exact = (
-            sampling.estimate([x], groups, None, AngularSpread(), draws, 0.5, "low_rank", True, False, of)
+            sampling.estimate([x], groups, None, AngularSpread(), draws, 0.5, "low_rank", 16, True, False, of)
             for x, of in ((z, emulated), (z.double(), in_float64))
         )
         torch.testing.assert_close(found.loss, exact.loss, rtol=1e-3, atol=1e-3)
