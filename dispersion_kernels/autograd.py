@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.dlpack import from_dlpack
 
 from dispersion_kernels import native
 from dispersion_kernels.backends import choose
@@ -206,7 +207,7 @@ def _finished(
         factor = factor.flatten().contiguous()  # the gradient of a sum is one number, expanded
         return [
             # As memory of its own, not a part of that of all layers: autograd adds to the one in place.
-            torch.from_dlpack(native.scaled(g, s, factor, dtype, in_place=in_place)) if need else None
+            from_dlpack(native.scaled(g, s, factor, dtype, in_place=in_place)) if need else None
             for g, s, dtype, need in zip(grads, scale.unbind(), dtypes, needed, strict=True)
         ]
     of_layers = zip(grads, (scale * factor).unsqueeze(3), dtypes, needed, strict=True)
