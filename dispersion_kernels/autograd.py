@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,9 +21,12 @@ from dispersion_kernels.backends import choose
 from dispersion_kernels.cuda import CudaKernels
 from dispersion_kernels.gpu import launch
 from dispersion_kernels.potentials import Potential
-from dispersion_kernels.sampling import Draws, estimate
+from dispersion_kernels.sampling import GOOD_ENOUGH, Draws, Request, Sampler, clique_tokens, estimate
 from dispersion_kernels.segments import check_cu_seqlens, host_segments, segment_of_token
 from dispersion_kernels.sweep import accumulation_dtype, in_blocks, sweep
+
+if TYPE_CHECKING:
+    from dispersion_kernels.triton.backend import TritonKernels
 
 
 def dispersion_loss(
@@ -286,7 +289,7 @@ def _gpu_sweep(
     return total.float(), grads, total.new_empty(0, dtype=torch.float32) if scale is None else scale * weight
 
 
-def _triton_kernels(z: Tensor) -> launch.Kernels:
+def _triton_kernels(z: Tensor) -> TritonKernels:
     from dispersion_kernels.triton.backend import TritonKernels  # imports Triton
 
     return TritonKernels(z)
@@ -431,11 +434,12 @@ def _sampled(
         check_cu_seqlens(cu_seqlens, z.shape[1])
     chosen = choose(impl, z, potential)
     run = _SWEEPS[chosen]
-    sampler = None
-    if chosen == "cpu":
-        sampler = partial(native.sampled, potential_name=potential, params=params)
-        if any(native.row_stride(layer) is None or layer.stride() != z.stride() for layer in layers):
-            layers = [layer.contiguous() for layer in layers]
+    formula = Potential.from_params(potential, params)
+    sampler: Sampler | None = None
+    if chosen == "cpu" and (cu_seqlens is not None or clique_tokens(share, z.shape[1]) <= native.LARGEST_CLIQUE):
+        sampler = _native_sampled
+    elif chosen == "triton":
+        sampler = _triton_sampler(layers, formula)
 
     def sweep_cliques(tokens: Tensor, groups: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         loss, grads, scale = run([tokens], groups, bounds, potential, params, "none", [with_grad])
@@ -446,7 +450,7 @@ def _sampled(
             layers,
             groups,
             cu_seqlens,
-            Potential.from_params(potential, params),
+            formula,
             Draws(shuffle, fit),
             share,
             control_variate,
@@ -464,6 +468,35 @@ def _sampled(
     else:
         grad, scale = found.grad, (found.scale * weight).to(dtype)
     return loss.to(dtype), grad, scale, found.error.to(dtype)
+
+
+def _native_sampled(request: Request) -> native.Sampled | None:
+    layers, plan = request.layers, request.plan
+    if any(native.row_stride(z) is None or z.stride() != layers[0].stride() for z in layers):
+        layers = [z.contiguous() for z in layers]
+    return native.sampled(
+        layers,
+        potential_name=request.potential.name(),
+        params=request.potential.params(),
+        order=plan.order,
+        units=plan.units,
+        cliques=plan.cliques if request.share > 0 else None,
+        inverse_share=plan.unit_inverse_share,
+        sequence=plan.sequence_of_unit,
+        pairs=plan.pairs,
+        control_variate=request.control_variate,
+        draws=request.uniform,
+        good_enough=GOOD_ENOUGH,
+        need_grad=request.with_grad,
+        need_noise=request.with_error,
+        out=request.out,
+    )
+
+
+def _triton_sampler(layers: Sequence[Tensor], potential: Potential) -> Sampler | None:
+    from dispersion_kernels.triton.sampled import sampler_of  # imports Triton
+
+    return sampler_of(_triton_kernels(layers[0]), layers, potential)
 
 
 @torch.library.register_fake("dispersion_kernels::sampled")

@@ -18,7 +18,7 @@ which of the designs with m partners a token is taken, cliques or blocks at rand
 The model h_ij = sum_k b_k phi_ik phi_jk is of low rank, so that its sums over *all* pairs, and over those of a clique,
 are thin matrix products: sum_j h_ij x_j = sum_k b_k phi_ik sum_j phi_jk x_j. ``constant`` has phi = 1. ``low_rank`` has
 h_ij = b0 + b1 p_ij + b2 q_ij + b3 q_ij^2, a parabola in an estimate of c: p is the product of the two tokens'
-projections to ``rank`` directions, near the principal ones, and q that of their projections to the first _SQUARED of
+projections to ``rank`` directions, near the principal ones, and q that of their projections to the first SQUARED of
 them; phi are 1, the components along the directions, and the products of two of the first. At full rank, where p = c,
 that part of the sum is b1 (X^T X) x_i: O(L F^2), and right for tokens without principal directions, too. Directions and
 coefficients are from the pairs of a few random tokens, drawn independently of the shuffle, and those of more than RANK
@@ -28,9 +28,10 @@ has the control variate d1 c, whose mean over all pairs is known from |sum_j x_j
 The loss is log(P / n + eps), its gradient G / (P + n eps): P and G are unbiased, their logarithm and quotient biased by
 about Var P / P^2, one part in the number of visited pairs.
 
-A backend sees cliques as short sequences, and the model's sums are PyTorch's. The CPU kernel does all of it at once and
-reads the tokens where they lie, unless the rank is not RANK, a clique is too large for it or the exponents need a
-running maximum.
+A backend sees cliques as short sequences, and the model's sums are PyTorch's. Two samplers read the tokens where they
+lie instead of a copy in order, where the rank is RANK: the CPU kernel does all of it at once, unless a clique is too
+large for it or the exponents need a running maximum; the Triton kernels do all but the fit, unless the exponents need a
+running maximum or there are more sequences than a launch has rows.
 
 With a share of 0 no pairs but those of the fit are visited: G_i is the first sum alone, in time O(L F), or O(L F^2) at
 full rank, and its bias sum_j (h_ij - slope(c_ij)) x_j.
@@ -47,7 +48,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dispersion_kernels.native import LARGEST_CLIQUE, Sampled
+from dispersion_kernels.native import Sampled
 from dispersion_kernels.potentials import Potential
 from dispersion_kernels.segments import order_of, segment_of_token
 from dispersion_kernels.sweep import accumulation_dtype, transform, wide_dtype
@@ -55,14 +56,14 @@ from dispersion_kernels.sweep import accumulation_dtype, transform, wide_dtype
 CONTROL_VARIATES = ("auto", "none", "constant", "low_rank")
 # Directions of ``low_rank``, where nothing else is said, and those of them whose products of two are features, too:
 # which two, and how often each product is in the square of a sum.
-RANK, _SQUARED = 16, 3
+RANK, SQUARED = 16, 3
 _PRODUCTS, _TIMES = ((0, 0, 0, 1, 1, 2), (0, 1, 2, 1, 2, 2)), (1.0, 2.0, 2.0, 1.0, 2.0, 1.0)
 # The relative error of the gradient up to which "auto" leaves it at a constant, where it can know without waiting.
-_GOOD_ENOUGH = 0.02
+GOOD_ENOUGH = 0.02
 # The fit sees the pairs within this many groups of this many tokens.
 _FIT_GROUPS, _FIT_TOKENS = 4, 32
 # The fewest directions, and the most: as many as the tokens that they are found from.
-RANKS = (_SQUARED, _FIT_GROUPS * _FIT_TOKENS)
+RANKS = (SQUARED, _FIT_GROUPS * _FIT_TOKENS)
 # Layers are copied together up to so many numbers in all: on a CPU fewer, for its cache.
 _AT_ONCE = {"cpu": 2**21, "else": 2**25}
 # The sweep of smaller cliques costs as much as that of these.
@@ -98,8 +99,9 @@ class Estimate(NamedTuple):
 # A backend's sweep of tokens ``[R, L, F]``, each row a sequence, or packed ones ``[1, N, F]`` with groups and bounds:
 # the loss of each, and of its gradient the two factors, as ``autograd.py`` has them.
 Sweep = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
-# A kernel that fits and samples by itself: ``native.sampled`` of a potential.
-Sampler = Callable[..., Sampled | None]
+# A kernel that samples by itself and reads the tokens where they lie; None for what it leaves to the sweep. The noise
+# that it does not state is that of the request's fit.
+Sampler = Callable[["Request"], Sampled | None]
 
 
 def draw(layers: Sequence[Tensor], share: float, rank: int, generator: torch.Generator | None) -> Draws:
@@ -139,8 +141,8 @@ def estimate(
     first does what it can."""
     first = layers[0]
     if first.shape[2] <= min(rank, RANK):
-        rank = RANK  # which span all features, in the kernel as here
-    if rank != RANK or (cu_seqlens is None and clique_tokens(share, first.shape[1]) > LARGEST_CLIQUE):
+        rank = RANK  # which span all features, in the kernels as here
+    if rank != RANK:
         sampler = None
     # Layers of whole sequences are one larger batch: of any size where nothing is written but the gradient.
     at_once = 1
@@ -154,25 +156,23 @@ def estimate(
             scratch = first.new_empty(at_once * first.shape[0] * first.shape[1], first.shape[2])
         if with_grad:
             grad = first.new_empty(len(layers), *first.shape, dtype=accumulation_dtype(first.dtype))
-    parts = [
-        _estimate(
-            layers[n : n + at_once],
-            groups,
-            cu_seqlens,
-            potential,
-            Draws(draws.shuffle[n : n + at_once], draws.fit[n : n + at_once]),
-            share,
-            control_variate,
-            rank,
-            with_grad,
-            with_error,
-            sweep,
-            sampler,
-            None if grad is None else grad[n : n + at_once],
-            scratch,
+    parts = []
+    for n in range(0, len(layers), at_once):
+        of_part, shuffle = layers[n : n + at_once], draws.shuffle[n : n + at_once]
+        request = Request(
+            layers=of_part,
+            plan=_plan(of_part, shuffle, groups, cu_seqlens, share),
+            potential=potential,
+            share=share,
+            control_variate=control_variate,
+            rank=rank,
+            uniform=draws.fit[n : n + at_once] if control_variate != "none" or with_error else None,
+            with_grad=with_grad,
+            with_error=with_error,
+            out=None if grad is None else grad[n : n + at_once],
         )
-        for n in range(0, len(layers), at_once)
-    ]
+        sampled = None if sampler is None else sampler(request)
+        parts.append(_swept(request, sweep, scratch) if sampled is None else _sampled(request, sampled))
     if len(parts) == 1:
         return parts[0]
     scales = [part.scale for part in parts if part.scale is not None]
@@ -185,73 +185,79 @@ def estimate(
     )
 
 
-def _estimate(
-    layers: Sequence[Tensor],
-    groups: Tensor | None,
-    cu_seqlens: Tensor | None,
-    potential: Potential,
-    draws: Draws,
-    share: float,
-    control_variate: str,
-    rank: int,
-    with_grad: bool,
-    with_error: bool,
-    sweep: Sweep,
-    sampler: Sampler | None,
-    out: Tensor | None,
-    scratch: Tensor | None,
-) -> Estimate:
-    """``out`` ``[Y, B, L, F]``: where the gradient goes. ``scratch`` ``[N or more, F]``: where the tokens go. None: to
-    new memory."""
-    first, count = layers[0], len(layers)
-    plan = _plan(layers, draws.shuffle, groups, cu_seqlens, share)
-    to_fit = draws.fit if control_variate != "none" or with_error else None
-    if sampler is not None:
-        found = _in_place(layers, plan, to_fit, share, control_variate, with_grad, with_error, sampler, out)
-        if found is not None:
-            return found
-    fit = None if to_fit is None else _fit(layers, plan, to_fit, potential, control_variate, rank, share)
+@dataclass(frozen=True)
+class Request:
+    """What is asked for, of layers that are taken together."""
+
+    layers: Sequence[Tensor]
+    plan: Plan
+    potential: Potential
+    share: float
+    control_variate: str
+    rank: int
+    uniform: Tensor | None
+    """``Draws.fit``; None where there is nothing to fit."""
+    with_grad: bool
+    with_error: bool
+    out: Tensor | None
+    """``[Y, B, L, F]``: where the gradient goes; None: to new memory."""
+
+    @functools.cached_property
+    def fit(self) -> Fit | None:
+        if self.uniform is None:
+            return None
+        return _fit(self.layers, self.plan, self.uniform, self.potential, self.control_variate, self.rank, self.share)
+
+
+def _sampled(request: Request, sampled: Sampled) -> Estimate:
+    """What a kernel made of it."""
+    plan, count = request.plan, len(request.layers)
+    loss, per_pair, grad, scale, noise = sampled
+    loss = loss.view(count, -1)
+    error = loss.new_zeros(count)
+    if request.with_error and grad is not None and scale is not None:
+        if noise is not None:
+            unit, squares, counted = noise.unbind(2)
+            squares = per_pair[plan.sequence_of_unit[unit.long()]].square() * squares
+            error = _relative_error(grad, scale, _of_all(squares, counted, plan))
+        elif request.fit is not None:
+            error = _relative_error(grad, scale, _noise(request.fit, plan, per_pair, request.share))
+    return Estimate(loss, plan.pairs[: loss.shape[1]], grad, scale, error)
+
+
+def _swept(request: Request, sweep: Sweep, scratch: Tensor | None) -> Estimate:
+    """From a sweep of the cliques. ``scratch`` ``[N or more, F]``: where the tokens go; None: to new memory."""
+    layers, plan, potential, share, out = request.layers, request.plan, request.potential, request.share, request.out
+    first, count, fit = layers[0], len(layers), request.fit
     rows, wide, dtype = plan.rows, wide_dtype(first.device), accumulation_dtype(first.dtype)
     tokens = _in_order(layers, plan.order, scratch)
 
     # The mean of psi over the pairs of each sequence: from the cliques, and from what the model has of all pairs.
     logarithmic = potential.reduction == "log_mean"
-    pairs = plan.pairs.clamp(min=1).to(wide)
     losses = grad = scale = None
     if share > 0:
         equal = plan.bounds is None
         losses, grad, scale = sweep(rows.of(tokens) if equal else tokens.unsqueeze(0), plan.groups, plan.bounds)
         losses = losses.to(wide)
         means = losses.exp() - potential.log_eps if logarithmic else losses
-        mean = _sum_of_runs(plan.weight * means, plan.cliques_of_sequence)
+        mean = sum_of_runs(plan.weight * means, plan.cliques_of_sequence)
     x, inverse, ratio, nonfinite = _transformed(
         tokens, potential, plan.taking_part, in_place=tokens.dtype == dtype and (plan.order is not None or count > 1)
     )
-    sums = None
-    if fit is not None:
-        if fit.b is not None and rows.shape[0] > 0:
-            sums = _model_sums(x, ratio, fit, fit.b, rows)
-        if share == 0:
-            mean = _of_sequences(fit.mean_psi, plan).masked_fill(
-                nonfinite.view(plan.pairs.numel(), -1).any(1), math.nan
-            )
-        if sums is not None:
-            missed = _sum_of_runs(sums.products, rows.of_sequence) / pairs
-            if share == 0:
-                missed = missed - _of_sequences(fit.mean_c, plan)
-            corrected = mean + _of_sequences(fit.psi_slope, plan) * missed
-            # Where a correction is larger than psi itself, a line says nothing of it.
-            mean = torch.where(corrected <= 0, mean, corrected) if logarithmic else corrected
-    empty = plan.pairs == 0
-    loss = ((mean + potential.log_eps).log() if logarithmic else mean).masked_fill(empty, 0.0).view(count, -1)
+    sums = missed = None
+    if fit is not None and fit.b is not None and rows.shape[0] > 0:
+        sums = _model_sums(x, ratio, fit, fit.b, rows)
+        missed = sum_of_runs(sums.products, rows.of_sequence)
+    if share == 0:
+        assert fit is not None
+        mean = of_sequences(fit.mean_psi, plan).masked_fill(nonfinite.view(plan.pairs.numel(), -1).any(1), math.nan)
+    loss, per_pair = losses_of(request, mean, missed)
+    loss = loss.view(count, -1)
     error = loss.new_zeros(count)
     of_layer = plan.pairs[: loss.shape[1]]
-    if not with_grad:
+    if not request.with_grad:
         return Estimate(loss, of_layer, None, None, error)
 
-    # d loss / dx_i = per_pair sum_j slope(c_ij) x_j.
-    slope = (1 / (mean + potential.log_eps) if logarithmic else torch.ones_like(mean)).masked_fill(empty, 0.0)
-    per_pair = 2 * slope / pairs
     if grad is None or scale is None or losses is None:
         assert sums is not None
         grad = torch.empty_like(x) if out is None else out.view(x.shape)
@@ -259,7 +265,7 @@ def _estimate(
         sums.write_to(grad)
     else:
         grad, of_sweep = grad.flatten(0, 1), scale.flatten()
-        of_clique = plan.weight * slope[plan.sequence_of_clique]
+        of_clique = plan.weight * (per_pair * plan.pairs / 2)[plan.sequence_of_clique]
         if logarithmic:
             of_clique = of_clique * losses.exp()  # undoes the logarithm of a clique in its gradient
         scale = of_clique.to(dtype)[plan.clique_of_token] * of_sweep
@@ -268,7 +274,7 @@ def _estimate(
             unit = (rows.of(of_sweep) / rows.of(inverse)).nan_to_num(0.0, 0.0, 0.0).amax(1).to(wide)
             unit = unit * of_clique[rows.clique] / per_pair[plan.sequence_of_clique][rows.clique]
             sums.add_to(grad, torch.where(unit > 0, 1 / unit, 0.0).to(dtype))
-    if fit is not None and with_error:
+    if fit is not None and request.with_error:
         error = _relative_error(grad, scale, _noise(fit, plan, per_pair, share))
     if plan.order is not None:
         place = torch.empty_like(plan.order)
@@ -279,43 +285,24 @@ def _estimate(
     return Estimate(loss, of_layer, grad.view(count, *first.shape), scale.view(count, *first.shape[:2]), error)
 
 
-def _in_place(
-    layers: Sequence[Tensor],
-    plan: _Plan,
-    to_fit: Tensor | None,
-    share: float,
-    control_variate: str,
-    with_grad: bool,
-    with_error: bool,
-    sampler: Sampler,
-    out: Tensor | None,
-) -> Estimate | None:
-    """By a kernel that reads the tokens where they lie; None where it cannot."""
-    answer = sampler(
-        layers,
-        order=plan.order,
-        units=plan.units,
-        cliques=plan.cliques if share > 0 else None,
-        inverse_share=plan.unit_inverse_share,
-        sequence=plan.sequence_of_unit,
-        pairs=plan.pairs,
-        control_variate=control_variate,
-        draws=to_fit,
-        good_enough=_GOOD_ENOUGH,
-        need_grad=with_grad,
-        need_noise=with_error,
-        out=out,
-    )
-    if answer is None:
-        return None
-    loss, per_pair, grad, scale, noise = answer
-    loss = loss.view(len(layers), -1)
-    error = loss.new_zeros(len(layers))
-    if noise is not None and grad is not None and scale is not None:
-        unit, squares, counted = noise.unbind(2)
-        squares = per_pair[plan.sequence_of_unit[unit.long()]].square() * squares
-        error = _relative_error(grad, scale, _of_all(squares, counted, plan))
-    return Estimate(loss, plan.pairs[: loss.shape[1]], grad, scale, error)
+def losses_of(request: Request, mean: Tensor, missed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``[Y S]``: the loss of each sequence, and d loss / dx_i over sum_j slope(c_ij) x_j. ``mean``: that of psi, from
+    the pairs visited or from the fit. ``missed``: the sum of c over all pairs less its estimate from those visited, for
+    the control variate."""
+    plan, potential, fit = request.plan, request.potential, request.fit
+    pairs = plan.pairs.clamp(min=1).to(mean.dtype)
+    logarithmic = potential.reduction == "log_mean"
+    if missed is not None and fit is not None:
+        missed = missed / pairs
+        if request.share == 0:
+            missed = missed - of_sequences(fit.mean_c, plan)
+        corrected = mean + of_sequences(fit.psi_slope, plan) * missed
+        # Where a correction is larger than psi itself, a line says nothing of it.
+        mean = torch.where(corrected <= 0, mean, corrected) if logarithmic else corrected
+    empty = plan.pairs == 0
+    loss = (mean + potential.log_eps).log() if logarithmic else mean
+    slope = 1 / (mean + potential.log_eps) if logarithmic else torch.ones_like(mean)
+    return loss.masked_fill(empty, 0.0), 2 * slope.masked_fill(empty, 0.0) / pairs
 
 
 def _relative_error(grad: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
@@ -326,12 +313,12 @@ def _relative_error(grad: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
     return error
 
 
-def _of_all(squares: Tensor, counted: Tensor, plan: _Plan) -> Tensor:
+def _of_all(squares: Tensor, counted: Tensor, plan: Plan) -> Tensor:
     """``[Y]``: a sum over all tokens from that over those of the fit."""
     return squares.sum(1) / counted.sum(1).clamp(min=1) * (plan.unit_tokens.sum() / squares.shape[0])
 
 
-def _of_sequences(values: Tensor, plan: _Plan) -> Tensor:
+def of_sequences(values: Tensor, plan: Plan) -> Tensor:
     """``[Y S]`` from ``[Y]``."""
     return values.repeat_interleave(plan.pairs.numel() // values.numel())
 
@@ -368,22 +355,22 @@ def _in_order(layers: Sequence[Tensor], order: Tensor | None, scratch: Tensor | 
 
 
 # What a run of rows has in common: their number, where it is the same for all, or the bounds of the runs.
-_Runs = int | Tensor
+Runs = int | Tensor
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """The cliques that are a part of their unit and not all of it, as rows of ``shape``, padded where they differ in
     length. (Of a unit that is one clique all pairs are visited, and the model has nothing to add.)"""
 
     shape: tuple[int, int]
     table: Tensor | None
     """``[R, size]``: the place of each token in the order of the plan, N for none; None: as they follow."""
-    of_unit: _Runs
+    of_unit: Runs
     """The rows of each unit that has rows."""
     unit: Tensor
     """``[R]``: which of these units."""
-    of_sequence: _Runs
+    of_sequence: Runs
     """The rows of each sequence."""
     clique: Tensor
     """``[R]``."""
@@ -407,7 +394,7 @@ class _Rows:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """Which tokens meet: N tokens in K cliques, of S sequences."""
 
     order: Tensor | None
@@ -422,7 +409,7 @@ class _Plan:
     """``[S]`` int64: of each sequence."""
     weight: Tensor
     """``[K]``: what the mean over the pairs of a clique counts in the mean of its sequence."""
-    cliques_of_sequence: _Runs
+    cliques_of_sequence: Runs
     sequence_of_clique: Tensor
     clique_of_token: Tensor
     sequence_of_row: Tensor
@@ -438,12 +425,12 @@ class _Plan:
     """``[U + 1]``: their bounds."""
     cliques: Tensor
     """The bounds of the cliques of tokens that take part."""
-    rows: _Rows
+    rows: Rows
 
 
 def _plan(
     layers: Sequence[Tensor], shuffle: Tensor, groups: Tensor | None, cu_seqlens: Tensor | None, share: float
-) -> _Plan:
+) -> Plan:
     batch, length = layers[0].shape[:2]
     if groups is None and cu_seqlens is None and (cliques := _equal_parts(share, length)):
         # Kept where no stream and no graph owns memory.
@@ -466,7 +453,7 @@ def _equal_parts(share: float, length: int) -> int:
     return next((k for k in range(most, most * 3 // 4, -1) if length % k == 0), 0)
 
 
-def _plan_of(sequences: int, length: int, cliques: int, visited: bool, device: torch.device) -> _Plan:
+def _plan_of(sequences: int, length: int, cliques: int, visited: bool, device: torch.device) -> Plan:
     """Every sequence a unit, and all cliques of the same size; tokens in no order yet."""
     wide, size = wide_dtype(device), length // cliques
     number = torch.arange(sequences * cliques, device=device)
@@ -474,7 +461,7 @@ def _plan_of(sequences: int, length: int, cliques: int, visited: bool, device: t
     begins = sequence * length
     tokens = torch.full_like(begins, length)
     inverse_share = torch.full_like(begins, (length - 1) / max(1, size - 1) if visited else 0.0, dtype=wide)
-    rows = _Rows(
+    rows = Rows(
         shape=(sequences * cliques, size),
         table=None,
         of_unit=cliques,
@@ -483,7 +470,7 @@ def _plan_of(sequences: int, length: int, cliques: int, visited: bool, device: t
         clique=number,
         inverse_share=inverse_share[number // cliques],
     )
-    return _Plan(
+    return Plan(
         order=None,
         bounds=None,
         groups=None,
@@ -508,7 +495,7 @@ def _plan_of(sequences: int, length: int, cliques: int, visited: bool, device: t
 _kept_plan_of = functools.lru_cache(maxsize=16)(_plan_of)
 
 
-def _ragged_cliques(groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: Tensor, size: int) -> _Plan:
+def _ragged_cliques(groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: Tensor, size: int) -> Plan:
     """Units of any length, each cut into the fewest cliques of at most ``size`` tokens that differ by one at most.
 
     On an accelerator the number of units and cliques is not read: bounds of it, known from shapes, take its place, and
@@ -580,7 +567,7 @@ def _ragged_cliques(groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: T
     of_unit = int(dense[-1]) + 1 if read and dense.numel() else min(count // size, units) + 1
     last_sequence = torch.full_like(index, max(0, sequences - 1))
     of_row = torch.where(partial, sequence_of_clique[index], last_sequence)
-    rows = _Rows(
+    rows = Rows(
         shape=(index.numel(), size),
         table=table,
         of_unit=torch.searchsorted(dense, torch.arange(of_unit + 1, device=device)),
@@ -589,7 +576,7 @@ def _ragged_cliques(groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: T
         clique=index,
         inverse_share=inverse_share[unit_of],
     )
-    return _Plan(
+    return Plan(
         order=order,
         bounds=bounds,
         groups=None if taking_part is None else taking_part.long().unsqueeze(0) - 1,
@@ -617,13 +604,13 @@ def _may_read(device: torch.device) -> bool:
 
 
 @dataclass(frozen=True)
-class _Fit:
+class Fit:
     """A model of the slope and of psi for each of Y layers, and the pairs that they are from."""
 
     b: Tensor | None
     """``[Y, k]``, of the features; None where there is no model."""
     directions: Tensor | None
-    """``[Y, rank, F]``, of ``low_rank``; ``[Y, _SQUARED, F]`` at full rank."""
+    """``[Y, rank, F]``, of ``low_rank``; ``[Y, SQUARED, F]`` at full rank."""
     b_of_c: Tensor | None
     """``[Y]``: the coefficient of c itself, at full rank."""
     psi_slope: Tensor
@@ -654,13 +641,13 @@ class _Fit:
 
 def _fit(
     layers: Sequence[Tensor],
-    plan: _Plan,
+    plan: Plan,
     uniform: Tensor,
     potential: Potential,
     control_variate: str,
     rank: int,
     share: float,
-) -> _Fit:
+) -> Fit:
     count, of_layer = len(layers), layers[0].shape[0] * layers[0].shape[1]
     # A group is of one unit, which is drawn as the unit of a token. What is a place in the order is a token that does
     # not depend on the shuffle.
@@ -702,12 +689,12 @@ def _fit(
         factor = (others * inverse).square()
         noise = _of_layer(factor * _noise_of_tokens(_moments(residual, tokens, c, there), others, plan, unit, share))
         signal = _of_layer(factor * _moments(slope, tokens, c, there).mean_squared)
-        control_variate = "constant" if (noise <= _GOOD_ENOUGH**2 * signal).all() else "low_rank"
+        control_variate = "constant" if (noise <= GOOD_ENOUGH**2 * signal).all() else "low_rank"
     if control_variate in ("low_rank", "auto"):
         full = rank >= x.shape[1] > RANK
-        directions = _directions(of_directions, _SQUARED if full else rank)
+        directions = _directions(of_directions, SQUARED if full else rank)
         y = tokens @ directions.unsqueeze(1).mT
-        few = y[:, :, :, :_SQUARED]
+        few = y[:, :, :, :SQUARED]
         products = few @ few.mT
         basis = torch.stack([there, (c if full else y @ y.mT) * there, products * there, products.square() * there], 1)
         flat, weighted = basis.flatten(2), (basis * weight.unsqueeze(1)).flatten(2)
@@ -717,11 +704,11 @@ def _fit(
         squares = squares * squares.new_tensor(_TIMES)
         if full:
             b_of_c = all_of_them.squeeze(1)
-            b = torch.cat([one, few_of_them.expand(-1, _SQUARED), squares], 1)
+            b = torch.cat([one, few_of_them.expand(-1, SQUARED), squares], 1)
         else:
-            of_few = (all_of_them + few_of_them).expand(-1, _SQUARED)
-            b = torch.cat([one, of_few, all_of_them.expand(-1, rank - _SQUARED), squares], 1)
-    return _Fit(
+            of_few = (all_of_them + few_of_them).expand(-1, SQUARED)
+            b = torch.cat([one, of_few, all_of_them.expand(-1, rank - SQUARED), squares], 1)
+    return Fit(
         b=b,
         directions=directions,
         b_of_c=b_of_c,
@@ -747,8 +734,8 @@ def _directions(tokens: Tensor, rank: int) -> Tensor:
     # Power iterations from some of the tokens: one, and two more for the first few.
     products = tokens @ tokens.mT
     some = products[:, :: tokens.shape[1] // rank][:, :rank]
-    few = some[:, :_SQUARED] @ products @ products
-    span = torch.cat([few, some[:, _SQUARED:]], 1) @ tokens
+    few = some[:, :SQUARED] @ products @ products
+    span = torch.cat([few, some[:, SQUARED:]], 1) @ tokens
     span = torch.nn.functional.normalize(span, dim=2).to(wide_dtype(tokens.device))
     # Orthonormal by Gram and Schmidt, in the form that needs no check of what it finds, and so does not synchronise.
     factor = torch.linalg.cholesky_ex(_regular(span @ span.mT)).L
@@ -776,7 +763,7 @@ class _ModelSums:
     """What the model has of all pairs, less 1/p times what it has of those visited: the sum over j of h_ij x_j is the
     sum over k of b_k phi_ik T_k, and at full rank b1 (X^T X) x_i."""
 
-    rows: _Rows
+    rows: Rows
     x: Tensor
     """``[R, size, F]``."""
     weighted: Tensor
@@ -824,12 +811,12 @@ class _ModelSums:
         return (own + self.ratio * (inner - own * self.squares)).unsqueeze(2)
 
 
-def _model_sums(x: Tensor, ratio: Tensor, fit: _Fit, b: Tensor, rows: _Rows) -> _ModelSums:
+def _model_sums(x: Tensor, ratio: Tensor, fit: Fit, b: Tensor, rows: Rows) -> _ModelSums:
     wide = wide_dtype(x.device)
     phi, row_x, ratio = rows.of(fit.features(x)), rows.of(x), rows.of(ratio)
     squares = torch.where(ratio > 0, ratio.square().reciprocal(), 0.0)
     sums = phi.mT @ row_x
-    of_units = _sum_of_runs(sums, rows.of_unit)
+    of_units = sum_of_runs(sums, rows.of_unit)
     share = rows.inverse_share.to(x.dtype).view(-1, 1, 1)
     if isinstance(rows.of_unit, int):
         by_unit = sums.unflatten(0, (-1, rows.of_unit))
@@ -840,8 +827,8 @@ def _model_sums(x: Tensor, ratio: Tensor, fit: _Fit, b: Tensor, rows: _Rows) -> 
     # phi begins with 1.
     of_row = squares.to(wide).sum(1)
     products = sums[:, 0].to(wide).square().sum(1) - of_row
-    products_of_unit = of_units[:, 0].to(wide).square().sum(1) - _sum_of_runs(of_row, rows.of_unit)
-    number = _sum_of_runs(torch.ones_like(of_row), rows.of_unit)
+    products_of_unit = of_units[:, 0].to(wide).square().sum(1) - sum_of_runs(of_row, rows.of_unit)
+    number = sum_of_runs(torch.ones_like(of_row), rows.of_unit)
     rows_of_layer = phi.shape[0] // b.shape[0]
     b = b.repeat_interleave(rows_of_layer, 0)
     b_of_c = None if fit.b_of_c is None else fit.b_of_c.repeat_interleave(rows_of_layer)
@@ -861,7 +848,7 @@ def _model_sums(x: Tensor, ratio: Tensor, fit: _Fit, b: Tensor, rows: _Rows) -> 
     )
 
 
-def _add_moments(out: Tensor, x: Tensor, b: Tensor, rows: _Rows) -> None:
+def _add_moments(out: Tensor, x: Tensor, b: Tensor, rows: Rows) -> None:
     """Adds ``b`` ``[R]`` times (X^T X) x_i, of the unit less 1/p times of the row, to ``out`` ``[R, size, F]``. Of a
     row it is (X X^T) X that is computed where that is less."""
     count, size, features = x.shape
@@ -875,7 +862,7 @@ def _add_moments(out: Tensor, x: Tensor, b: Tensor, rows: _Rows) -> None:
             out.baddbmm_((x @ x.mT).mul_(b * -share), x)
         else:
             moments = x.mT @ x
-            of_units = _sum_of_runs(moments, rows.of_unit).unsqueeze(1)
+            of_units = sum_of_runs(moments, rows.of_unit).unsqueeze(1)
             moments.mul_(-share).unflatten(0, (-1, rows.of_unit)).add_(of_units)
             out.baddbmm_(x, moments.mul_(b))
         return
@@ -884,7 +871,7 @@ def _add_moments(out: Tensor, x: Tensor, b: Tensor, rows: _Rows) -> None:
     parts = [slice(n, n + step) for n in range(0, count, step)]
     of_units = x.new_zeros(rows.of_unit.numel() - 1, features, features)
     for part in parts:
-        of_units += _sum_of_runs(x[part].mT @ x[part], rows.of_unit.clamp(part.start, part.stop) - part.start)
+        of_units += sum_of_runs(x[part].mT @ x[part], rows.of_unit.clamp(part.start, part.stop) - part.start)
     for part in parts:
         moments = of_units[rows.unit[part]]
         if size < features:
@@ -894,7 +881,7 @@ def _add_moments(out: Tensor, x: Tensor, b: Tensor, rows: _Rows) -> None:
         out[part].baddbmm_(x[part], moments.mul_(b[part]))
 
 
-def _noise(fit: _Fit, plan: _Plan, per_pair: Tensor, share: float) -> Tensor:
+def _noise(fit: Fit, plan: Plan, per_pair: Tensor, share: float) -> Tensor:
     """``[Y]``: the expected square of the gradient's error, summed over all tokens, from that of the fit's tokens.
     ``per_pair`` ``[S]`` and the inverse length are what G is multiplied by."""
     others = (plan.unit_tokens[fit.unit] - 1).clamp(min=1).unsqueeze(2)
@@ -904,7 +891,7 @@ def _noise(fit: _Fit, plan: _Plan, per_pair: Tensor, share: float) -> Tensor:
     return _of_all(squares.flatten(1).to(wide_dtype(squares.device)), counted.flatten(1), plan)
 
 
-def _noise_of_tokens(moments: _Moments, others: Tensor, plan: _Plan, unit: Tensor, share: float) -> Tensor:
+def _noise_of_tokens(moments: _Moments, others: Tensor, plan: Plan, unit: Tensor, share: float) -> Tensor:
     """``[Y, groups, tokens]``: the expected square of the error of G / others, where the units have ``others`` tokens
     more."""
     if share == 0:
@@ -934,7 +921,7 @@ def _moments(factor: Tensor, tokens: Tensor, c: Tensor, pairs: Tensor) -> _Momen
     return _Moments(variance, mean_squared)
 
 
-def _sum_of_runs(values: Tensor, runs: _Runs) -> Tensor:
+def sum_of_runs(values: Tensor, runs: Runs) -> Tensor:
     """``[runs, ...]`` from ``[R, ...]``."""
     if isinstance(runs, int):
         return values.view(-1, runs, *values.shape[1:]).sum(1)

@@ -388,7 +388,8 @@ def test_slices_of_the_gradient(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sampled_pairs(backend: str) -> None:
-    """Two cliques of 66 tokens, as rows of their own and, without some tokens, as packed sequences."""
+    """Two cliques of 66 tokens, as they lie (Triton), as rows of their own and, without some tokens, as packed
+    sequences; and the model alone."""
 
     def emulated(x: Tensor, groups: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         losses = dispersion([x], AngularSpread(), backend, groups=groups, cu_seqlens=bounds)
@@ -401,12 +402,20 @@ def test_sampled_pairs(backend: str) -> None:
         assert result.scale is not None
         return result.loss, result.grad, result.scale
 
-    for z, groups in ((tokens(1, 132, 200), None), (tokens(1, 132, 36), (torch.arange(132) % 9 > 0).long()[None] - 1)):
-        draws = sampling.draw([z], 0.5, 16, None)
-        found, exact = (
-            sampling.estimate([x], groups, None, AngularSpread(), draws, 0.5, "low_rank", 16, True, False, of)
-            for x, of in ((z, emulated), (z.double(), in_float64))
-        )
+    name, arch = backend.split("-")
+    mask = (torch.arange(132) % 9 > 0).long()[None] - 1
+    cases = [
+        (tokens(1, 132, 200), None, 0.5, "low_rank"),
+        (tokens(1, 132, 36), mask, 0.5, "low_rank"),
+        (tokens(1, 132, 36, dtype=torch.float16), None, 0.5, "constant"),
+        (tokens(1, 70, 36), None, 0.0, "low_rank"),
+    ]
+    for z, groups, share, control_variate in cases[: 4 if name == "triton" else 2]:
+        draws = sampling.draw([z], share, 16, None)
+        options = (groups, None, AngularSpread(), draws, share, control_variate, 16, True, False)
+        with KERNELS[name](z, arch) as kernels:
+            found = sampling.estimate([z], *options, emulated, _sampler_of(kernels, z) if name == "triton" else None)
+        exact = sampling.estimate([z.double()], *options, in_float64)
         torch.testing.assert_close(found.loss, exact.loss, rtol=1e-3, atol=1e-3)
         gradients = []
         for each in (found, exact):
@@ -414,6 +423,14 @@ def test_sampled_pairs(backend: str) -> None:
             assert each.scale is not None
             gradients.append(each.grad * each.scale.unsqueeze(-1))
         assert (gradients[0] - gradients[1]).norm() < 5e-3 * gradients[1].norm()
+
+
+def _sampler_of(kernels: launch.Kernels, z: Tensor) -> sampling.Sampler:
+    from dispersion_kernels.triton.sampled import sampler_of
+
+    sampler = sampler_of(kernels, [z], AngularSpread())
+    assert sampler is not None
+    return sampler
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

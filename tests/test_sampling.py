@@ -323,6 +323,31 @@ def test_no_synchronisation_on_an_accelerator(potential: Potential, rank: int) -
         assert found.loss.shape == (len(layers), 4 if bounds is not None else 2)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.0])
+def test_no_synchronisation_of_the_triton_sampler(share: float) -> None:
+    """As above; and its launches are five, whatever the plan, because they depend on shapes alone."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from dispersion_kernels.triton.backend import TritonKernels
+    from dispersion_kernels.triton.sampled import sampler_of
+
+    def no_sweep(*_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        raise AssertionError("the cliques are swept")
+
+    z = torch.empty(2, 300, 64, device="meta", dtype=torch.bfloat16)
+    groups = torch.empty(2, 300, device="meta", dtype=torch.int64)
+    cu_seqlens = torch.empty(5, device="meta", dtype=torch.int32)
+    cases = [([z, z], None, None), ([z], groups, None), ([z[:1]], groups[:1], cu_seqlens)]
+    for layers, ids, bounds in cases[: 3 if share else 1]:
+        launched: list[str] = []
+        kernels = TritonKernels(z, "sm_90", None, lambda kernel, *_, to=launched: to.append(kernel.__name__))
+        sampler = sampler_of(kernels, layers, AngularSpread())
+        draws = sampling.draw(layers, share, 16, None)
+        found = estimate(layers, ids, bounds, AngularSpread(), draws, share, "auto", 16, True, True, no_sweep, sampler)
+        assert found.grad is not None
+        assert found.grad.shape == (len(layers), *layers[0].shape)
+        assert len(launched) == 5
+
+
 def test_all_pairs_where_sampling_saves_nothing() -> None:
     z = tokens(2, 200, 16)
     exact = evaluate(z, "angular_spread")

@@ -32,7 +32,7 @@ WORKSPACE_BYTES = 32 << 20
 # Up to here the resident kernel's 4 L^2 F FLOPs should cost less than the swept one's 3 and its traffic of slopes.
 _RESIDENT_FEATURES = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
 # Of a grid's second dimension.
-_MAX_ROWS = 65_535
+MAX_ROWS = 65_535
 _LN2 = math.log(2)
 _NO_GROUP = 2**31 - 1
 
@@ -241,7 +241,7 @@ def dispersion(
     if len(layers) > kernels.max_layers:
         halves = layers[: len(layers) // 2], layers[len(layers) // 2 :]
         return _of_all_layers([dispersion(half, potential, groups, cu_seqlens, with_grad, kernels) for half in halves])
-    if batch > 1 and len(layers) * batch > _MAX_ROWS:
+    if batch > 1 and len(layers) * batch > MAX_ROWS:
         parts = [slice(0, batch // 2), slice(batch // 2, batch)]
         return _of_all_batches(
             [

@@ -17,9 +17,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dispersion_kernels.gpu import launch
-from dispersion_kernels.gpu.shipped import calls
+from dispersion_kernels.gpu.shipped import calls, sampled_calls
 from dispersion_kernels.potentials import Potential
+from dispersion_kernels.sampling import RANK, draw, estimate
 from dispersion_kernels.triton.backend import TritonKernels
+from dispersion_kernels.triton.sampled import sampler_of
 
 _TYPES = {
     torch.float64: "fp64",
@@ -146,6 +148,34 @@ def record(
     return launches
 
 
+def record_sampled(
+    layers: list[Tensor],
+    potential: Potential,
+    groups: Tensor | None,
+    share: float,
+    control_variate: str,
+    with_grad: bool,
+    arch: str,
+    precision: str | None = None,
+) -> list[Launch]:
+    """As :func:`record`, of a share of the pairs; none where the sampler leaves them to the sweep."""
+    launches: list[Launch] = []
+
+    def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]) -> None:
+        launches.append(Launch(kernel, grid, arguments, options))
+
+    def no_sweep(*_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        raise AssertionError("the sampler left the cliques to the sweep")
+
+    sampler = sampler_of(TritonKernels(layers[0], arch, precision, run), layers, potential)
+    if sampler is not None:
+        draws = draw(layers, share, RANK, None)
+        estimate(
+            layers, groups, None, potential, draws, share, control_variate, RANK, with_grad, False, no_sweep, sampler
+        )
+    return launches
+
+
 def shipped(arch: str, every: bool = False) -> list[Variant]:
     """The kernels of every potential in bf16, and of angular_spread in every dtype, for few and for many features, with
     and without groups; with ``every``, those of every potential in every dtype, each once."""
@@ -165,6 +195,21 @@ def _all_variants(arch: str, every: bool) -> Iterator[Variant]:
             [call.z], call.potential, call.groups, call.cu_seqlens, call.with_grad, arch, call.precision
         ):
             yield _variant(recorded, call.name, arch, call.z)
+    for sampled in sampled_calls(every):
+        if sampled.precision == "tf32" and arch.startswith("gfx"):
+            continue
+        share = sampled.clique / sampled.z.shape[1]
+        for recorded in record_sampled(
+            [sampled.z],
+            sampled.potential,
+            None,
+            share,
+            sampled.control_variate,
+            sampled.with_grad,
+            arch,
+            sampled.precision,
+        ):
+            yield _variant(recorded, sampled.name, arch, sampled.z)
 
 
 def _variant(recorded: Launch, potential: str, arch: str, z: Tensor) -> Variant:
@@ -197,6 +242,25 @@ def _variant(recorded: Launch, potential: str, arch: str, z: Tensor) -> Variant:
         )
         # What is outside of the loop over tiles is shared by those of 1,024 tokens.
         trips = {0: block_n / 1024, 1: 1.0, 2: features / arguments["BLOCK_K"]}
+    elif "clique sweep" in name:
+        block_m, block_n, model = arguments["BLOCK_M"], arguments["BLOCK_N"], arguments["MODEL"]
+        slices = features / arguments["BLOCK_F"]
+        if arguments["VISITED"]:
+            part, tile = "gradient" if arguments["GRADIENT"] else "loss", (block_m, block_n)
+            flops = (2.0 * block_m * block_n * features * (1 + arguments["GRADIENT"]), 0.0)
+            # What is outside of the loop over tiles is shared by those of a clique of 128 tokens.
+            trips = {0: block_n / 128, 1: 1.0, 2: slices}
+        else:
+            part, tile, trips = "no pairs", (block_m, 1), {0: 1.0, 1: slices}
+            flops = (2.0 * block_m * model * features if model > 1 else 0.0, 0.0)
+        label = f"{name}, {part}, {model} of the model, {what}"
+    elif name in ("features", "model sums"):
+        block_m, model = arguments["BLOCK_M"], arguments["MODEL"]
+        width = features if name == "features" else arguments["BLOCK_F"]
+        label, tile = f"{name}, {model} of the model, {arguments['TRANSFORM']}, {what}", (block_m, 1)
+        flops = (2.0 * block_m * model * width if model > 1 else 0.0, 0.0)
+        # Sums are stored once for 256 tokens.
+        trips = {0: 1.0, 1: features / arguments["BLOCK_K"]} if name == "features" else {0: block_m / 256, 1: 1.0}
     else:
         transform = arguments.get("TRANSFORM", "")
         label = f"{name}, {transform}, {_TYPES[z.dtype]}" if transform else f"{name}"
@@ -215,15 +279,16 @@ def _variant(recorded: Launch, potential: str, arch: str, z: Tensor) -> Variant:
         tensor_flops=flops[0],
         library_flops=flops[1],
         trips=trips,
-        tensor_kind=_tensor_kind(arch) if flops[0] else "",
+        tensor_kind=_tensor_kind(arch, tile[0]) if flops[0] else "",
     )
 
 
-def _tensor_kind(arch: str) -> str:
+def _tensor_kind(arch: str, rows: int) -> str:
+    """``rows``: of the tile, of which the wider instructions take 64."""
     if arch.startswith("gfx"):
         return "v_mfma"
-    if arch == "sm_90":
+    if arch == "sm_90" and rows >= 64:
         return "HGMMA"
-    if arch == "sm_100":
+    if arch == "sm_100" and rows >= 64:
         return "UTC[A-Z]*MMA"
     return "HMMA"

@@ -35,6 +35,18 @@ class RowConfig:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class CliqueConfig:
+    """Of ``clique_sweep_kernel``; ``block_f`` is the width of a slice of the gradient."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    block_f: int
+    num_warps: int
+    num_stages: int
+
+
 _INTERPRETER = "interpreter"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
 
@@ -95,6 +107,21 @@ def row_config(
             return RowConfig(64, 32, 64, width, True, 4, 1)
         return RowConfig(64, 32 if arch == "sm_100" else 64, 64, width, True, 4, 2)
     return RowConfig(64, 64, 64, 256, False, 8, 2)
+
+
+def clique_config(arch: str, dtype: torch.dtype, precision: str, clique: int) -> CliqueConfig:
+    """For cliques of up to so many tokens."""
+    block = min(64, max(16, 1 << (clique - 1).bit_length()))
+    amd = arch.startswith("gfx")
+    if arch == _INTERPRETER:
+        return CliqueConfig(min(block, 32), 16, 32, 64, 1, 1)
+    # The products of features are of fp32 in three parts: wider tiles leave too few registers.
+    stages = 1 if amd or block == 32 or (arch == "sm_120" and precision == "tf32x3") else 2
+    if dtype == torch.float32:
+        return CliqueConfig(block, min(block, 32), 32, 32, 4, stages)
+    if block < 64 or arch == "sm_120":
+        return CliqueConfig(block, min(block, 32), 32, 32, 4 if amd or block < 64 else 8, stages)
+    return CliqueConfig(block, block, 64, 64, 4 if amd else 8, stages)
 
 
 def tile_candidates(config: TileConfig) -> list[TileConfig]:
