@@ -51,7 +51,8 @@ Loss and gradient of one sequence, in a process whose memory beyond the input ha
     "sampling": """\
 Relative error of the gradient, of its part that is orthogonal to each token, and milliseconds of forward and backward
 for one of four layers in a call.
-*n partners*: each token meets so many others, a share n / L of the pairs; *0*: the model of the slope alone.""",
+*n partners*: each token meets so many others, a share n / L of the pairs; *0*: the model of the slope alone. *Low rank*
+has 16 directions, *full rank* the cosine itself.""",
     "convergence": """\
 The trainer's nano GPT-2 from several seeds: mean and standard deviation, and of the difference from all pairs, seed by
 seed, mean and standard error.""",
@@ -328,9 +329,13 @@ def sampling_short(rows: list[Row]) -> str:
         "low_rank, 64",
         "constant, 0",
         "low_rank, 0",
+        "full rank, 0",
+        "low_rank, 1/16",
+        "full rank, 1/16",
         "all pairs",
     ]
-    return _sampling([row for row in rows if float(row["tau"]) == tau], variants)
+    measured = {row["variant"] for row in rows}
+    return _sampling([row for row in rows if float(row["tau"]) == tau], [name for name in variants if name in measured])
 
 
 def _sampling(rows: list[Row], variants: list[str]) -> str:
@@ -345,6 +350,8 @@ def _sampling(rows: list[Row], variants: list[str]) -> str:
 
 def _partners(variant: str) -> str:
     model, _, number = variant.partition(", ")
+    if "/" in number:
+        return f"{model.replace('_', ' ')}, {number} of the pairs"
     return f"{model.replace('_', ' ')}, {number} partners" if number.isdigit() else variant
 
 
@@ -393,7 +400,12 @@ def plot_sampling(rows: list[Row], path: Path) -> Path:
     taus = list(dict.fromkeys(row["tau"] for row in rows))
     figure = figure_class(figsize=(4.4 * len(lengths), 3.4 * len(taus)), layout="constrained")
     panels = figure.subplots(len(taus), len(lengths), squeeze=False, sharey="row", sharex="col")
-    models = {"none": "pairs, no model", "constant": "pairs, constant", "low_rank": "pairs, low rank"}
+    models = {
+        "none": "pairs, no model",
+        "constant": "pairs, constant",
+        "low_rank": "pairs, low rank",
+        "full rank": "pairs, full rank",
+    }
     for line, tau in zip(panels, taus, strict=True):
         for axes, length in zip(line, lengths, strict=True):
             case = [row for row in rows if (row["L"], row["tau"]) == (length, tau)]
@@ -403,7 +415,7 @@ def plot_sampling(rows: list[Row], path: Path) -> Path:
             )
             axes.plot(*at["256 tokens"], "+", color="0.2", markersize=11, markeredgewidth=2.5, label="256 tokens, ours")
             for (model, label), colour, marker in zip(models.items(), COLOURS, MARKERS, strict=False):
-                curve = [point for name, point in at.items() if re.fullmatch(rf"{model}, [1-9]\d*", name)]
+                curve = sorted(point for name, point in at.items() if re.fullmatch(rf"{model}, [1-9][\d/]*", name))
                 axes.plot(
                     *zip(*curve, strict=True), color=colour, marker=marker, markersize=5, linewidth=2, label=label
                 )
@@ -429,7 +441,8 @@ def plot_sampling(rows: list[Row], path: Path) -> Path:
         axes.set_ylabel("error of the gradient")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    figure.suptitle(f"{source}, F = {rows[0]['F']}; filled: 32 to 256 partners a token; open: no pairs", fontsize=11)
+    filled = "filled: 32 to 256 partners a token, and 1/16 of the pairs"
+    figure.suptitle(f"{source}, F = {rows[0]['F']}; {filled}; open: no pairs", fontsize=11)
     return _saved(figure, path)
 
 

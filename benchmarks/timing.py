@@ -3,6 +3,7 @@ medians with quartiles."""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -33,17 +34,16 @@ def interleaved(
 ) -> dict[Name, list[float]]:
     """Seconds a call of each variant, once a round, each figure the mean of a batch of at least ``seconds``.
 
-    Each round begins with another variant, so that none is always the one after the heaviest.
+    Each round is in another order, so that none is always the one after the heaviest.
     """
     counts = {}
     for name, call in variants.items():
         call()
         counts[name] = max(1, round(seconds / _batch(call, 1, 0.0, device)))
     times: dict[Name, list[float]] = {name: [] for name in variants}
-    names = list(variants)
-    for turn in range(rounds):
-        first = turn * len(names) // rounds
-        for name in names[first:] + names[:first]:
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(variants), len(variants)):
             times[name].append(_batch(variants[name], counts[name], seconds, device))
     return times
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.dlpack import from_dlpack
 
 from dispersion_kernels import native
 from dispersion_kernels.backends import choose
@@ -57,12 +58,13 @@ def sampled_loss(
     recompute: bool,
     share: float,
     control_variate: str,
+    rank: int,
     draws: Draws,
     with_error: bool,
 ) -> tuple[Tensor, Tensor]:
     """The mean over ``layers``, each ``[B, L, F]`` and alike, of their reduced loss, from a share of the pairs
     (:mod:`dispersion_kernels.sampling`), and the relative error to expect of the gradient of each."""
-    options = (potential.name(), potential.params(), reduction, impl, share, control_variate)
+    options = (potential.name(), potential.params(), reduction, impl, share, control_variate, rank)
     if torch.is_grad_enabled() and any(z.requires_grad for z in layers):
         loss, error = _Sampled.apply(groups, cu_seqlens, *draws, options, recompute, with_error, *layers)
         return loss, error
@@ -111,7 +113,7 @@ class _Sampled(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         shuffle: Tensor,
         fit: Tensor,
-        options: tuple[str, list[float], str, str, float, str],
+        options: tuple[str, list[float], str, str, float, str, int],
         recompute: bool,
         with_error: bool,
         *layers: Tensor,
@@ -207,7 +209,8 @@ def _finished(
         in_place = ctx.recompute or (not ctx.hooked and _graph_is_freed())
         factor = factor.flatten().contiguous()  # the gradient of a sum is one number, expanded
         return [
-            native.scaled(g, s, factor, dtype, in_place=in_place) if need else None
+            # As memory of its own, not a part of that of all layers: autograd adds to the one in place.
+            from_dlpack(native.scaled(g, s, factor, dtype, in_place=in_place)) if need else None
             for g, s, dtype, need in zip(grads, scale.unbind(), dtypes, needed, strict=True)
         ]
     of_layers = zip(grads, (scale * factor).unsqueeze(3), dtypes, needed, strict=True)
@@ -401,8 +404,8 @@ def _forward_fake(
 
 _library.define(
     "sampled(Tensor[] layers, Tensor? groups, Tensor? cu_seqlens, Tensor shuffle, Tensor fit, str potential,"
-    " float[] params, str reduction, str impl, float share, str control_variate, bool with_grad, bool with_error)"
-    " -> (Tensor loss, Tensor grad, Tensor scale, Tensor error)",
+    " float[] params, str reduction, str impl, float share, str control_variate, int rank, bool with_grad,"
+    " bool with_error) -> (Tensor loss, Tensor grad, Tensor scale, Tensor error)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -420,6 +423,7 @@ def _sampled(
     impl: str,
     share: float,
     control_variate: str,
+    rank: int,
     with_grad: bool,
     with_error: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -450,6 +454,7 @@ def _sampled(
             Draws(shuffle, fit),
             share,
             control_variate,
+            rank,
             with_grad,
             with_error,
             sweep_cliques,
@@ -507,6 +512,7 @@ def _sampled_fake(
     impl: str,
     share: float,
     control_variate: str,
+    rank: int,
     with_grad: bool,
     with_error: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -21,7 +21,7 @@ from dispersion_kernels.potentials import (
     Potential,
     resolve_potential,
 )
-from dispersion_kernels.sampling import CONTROL_VARIATES, clique_tokens, draw
+from dispersion_kernels.sampling import CONTROL_VARIATES, RANK, RANKS, clique_tokens, draw
 from dispersion_kernels.segments import make_groups, sample_packed_tokens, sample_tokens
 
 Reduction = Literal["mean", "sum", "none"]
@@ -56,6 +56,7 @@ def fused_dispersion_loss(
     max_tokens: int | None = None,
     pairs: Pairs = "all",
     control_variate: ControlVariate = "auto",
+    rank: int = RANK,
     generator: torch.Generator | None = None,
     return_stats: Literal[False] = False,
     reduction: Reduction = "mean",
@@ -76,6 +77,7 @@ def fused_dispersion_loss(
     max_tokens: int | None = None,
     pairs: Pairs = "all",
     control_variate: ControlVariate = "auto",
+    rank: int = RANK,
     generator: torch.Generator | None = None,
     return_stats: Literal[True],
     reduction: Reduction = "mean",
@@ -95,6 +97,7 @@ def fused_dispersion_loss(
     max_tokens: int | None = None,
     pairs: Pairs = "all",
     control_variate: ControlVariate = "auto",
+    rank: int = RANK,
     generator: torch.Generator | None = None,
     return_stats: bool = False,
     reduction: Reduction = "mean",
@@ -138,6 +141,13 @@ def fused_dispersion_loss(
             slope; ``"low_rank"``, a parabola in an estimate of c, for some more passes over the tokens. ``"auto"``:
             all pairs of up to 512 tokens, where sampling saves nothing; beyond, ``"low_rank"``, but on a CPU, where
             looking does not synchronise, ``"constant"`` while that promises an error of 2% at most.
+        rank: of ``"low_rank"``, whose slope is ``b0 + b1 p_ij + b2 q_ij + b3 q_ij^2``: p is the product of the two
+            tokens' projections to so many directions, 3 to 128, near the principal ones, and q to 3 of them, in 4 B L F
+            rank FLOPs. F or more: p = c itself, for tokens that are alike in all directions, of which a few say
+            nothing: at a share of 1/16 of the pairs of random directions the error is some 0.5%, and with 16 directions
+            5% and more. That takes 4 to 8 B L F^2 FLOPs and, for a sequence or document, an F x F matrix: for L several
+            times F, or on a GPU, where it is a few matrix products. The CPU kernel of sampled pairs has 16 directions;
+            other ranks take more passes over the tokens there.
         generator: for these draws; on the device of ``z``.
         return_stats: also return :class:`SamplingStats`.
         reduction: ``"mean"`` over the sequences that have a pair, their ``"sum"``, or ``"none"``: one loss a sequence,
@@ -163,14 +173,14 @@ def fused_dispersion_loss(
     check_impl(impl)
     check_reduction(reduction)
     check_max_tokens(max_tokens)
-    check_pairs(pairs, control_variate, resolved, max_tokens)
+    check_pairs(pairs, control_variate, rank, resolved, max_tokens)
     layers = [z] if isinstance(z, Tensor) else list(z)
     if not layers:
         raise ValueError("z is an empty list; it must hold the hidden states of at least one layer")
     for layer in layers:
         _check_inputs(layer, mask, cu_seqlens, document_ids)
     if pairs != "all":
-        _check_sampled(pairs, mask, cu_seqlens, document_ids, impl)
+        _check_sampled(pairs, rank, layers, mask, cu_seqlens, document_ids, impl)
     first = layers[0]
     alike = all(
         (layer.shape, layer.dtype, layer.device) == (first.shape, first.dtype, first.device) for layer in layers
@@ -187,6 +197,7 @@ def fused_dispersion_loss(
                 max_tokens=max_tokens,
                 pairs=pairs,
                 control_variate=control_variate,
+                rank=rank,
                 generator=generator,
                 return_stats=True,
                 reduction=reduction,
@@ -226,7 +237,8 @@ def fused_dispersion_loss(
             recompute,
             float(pairs),
             control_variate,
-            draw(layers, pairs, generator),
+            rank,
+            draw(layers, pairs, rank, generator),
             return_stats,
         )
     else:
@@ -251,7 +263,7 @@ class DispersionLoss(nn.Module):
         clamp_threshold: clamp of ``angular_spread`` and ``orthogonalization``.
         max_tokens: tokens drawn for each sequence. None, all of them, is the one default that differs from the
             published code's.
-        pairs, control_variate, reduction, recompute, impl: as in :func:`fused_dispersion_loss`.
+        pairs, control_variate, rank, reduction, recompute, impl: as in :func:`fused_dispersion_loss`.
 
     A variant takes what it has of these and leaves the rest. Errors are raised here, as there.
     """
@@ -268,6 +280,7 @@ class DispersionLoss(nn.Module):
         *,
         pairs: Pairs = "all",
         control_variate: ControlVariate = "auto",
+        rank: int = RANK,
         reduction: Reduction = "mean",
         recompute: bool = False,
         impl: str = "auto",
@@ -290,8 +303,8 @@ class DispersionLoss(nn.Module):
         check_impl(impl)
         check_reduction(reduction)
         check_max_tokens(max_tokens)
-        check_pairs(pairs, control_variate, self.potential, max_tokens)
-        self.max_tokens, self.pairs, self.control_variate = max_tokens, pairs, control_variate
+        check_pairs(pairs, control_variate, rank, self.potential, max_tokens)
+        self.max_tokens, self.pairs, self.control_variate, self.rank = max_tokens, pairs, control_variate, rank
         self.reduction, self.recompute, self.impl = reduction, recompute, impl
 
     def forward(
@@ -313,6 +326,7 @@ class DispersionLoss(nn.Module):
             max_tokens=self.max_tokens,
             pairs=self.pairs,
             control_variate=self.control_variate,
+            rank=self.rank,
             generator=generator,
             reduction=self.reduction,
             recompute=self.recompute,
@@ -322,8 +336,8 @@ class DispersionLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.potential}, max_tokens={self.max_tokens}, pairs={self.pairs!r}, "
-            f"control_variate={self.control_variate!r}, reduction={self.reduction!r}, recompute={self.recompute}, "
-            f"impl={self.impl!r}"
+            f"control_variate={self.control_variate!r}, rank={self.rank}, reduction={self.reduction!r}, "
+            f"recompute={self.recompute}, impl={self.impl!r}"
         )
 
 
@@ -350,9 +364,24 @@ def check_max_tokens(max_tokens: int | None) -> None:
         )
 
 
-def check_pairs(pairs: Pairs, control_variate: str, potential: Potential, max_tokens: int | None) -> None:
+def check_pairs(pairs: Pairs, control_variate: str, rank: int, potential: Potential, max_tokens: int | None) -> None:
     if control_variate not in CONTROL_VARIATES:
         raise ValueError(f"unknown control_variate {control_variate!r}; available: {', '.join(CONTROL_VARIATES)}")
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(
+            f"rank must be an integer, the number of directions of low_rank, got {rank!r}; for c itself give the "
+            "number of features of z"
+        )
+    if rank < RANKS[0]:
+        raise ValueError(
+            f"rank must be from {RANKS[0]} to {RANKS[1]}, or at least the number of features of z, for c itself, got "
+            f"{rank}; for fewer directions take control_variate='constant', which has none"
+        )
+    if rank != RANK and control_variate in ("none", "constant"):
+        raise ValueError(
+            f"rank={rank} was given, but control_variate={control_variate!r} has no directions; take "
+            "control_variate='low_rank'"
+        )
     if isinstance(pairs, str):
         if pairs != "all":
             raise ValueError(f"pairs must be 'all' or a share of the pairs from 0 to 1, got {pairs!r}")
@@ -360,6 +389,11 @@ def check_pairs(pairs: Pairs, control_variate: str, potential: Potential, max_to
             raise ValueError(
                 f"control_variate={control_variate!r} was given, but pairs is 'all', and of all pairs there is nothing "
                 "to estimate; give pairs a share, as 1/16"
+            )
+        if rank != RANK:
+            raise ValueError(
+                f"rank={rank} was given, but pairs is 'all', and of all pairs there is nothing to estimate; give pairs "
+                "a share, as 1/16"
             )
         return
     if isinstance(pairs, bool) or not isinstance(pairs, int | float) or not 0 <= pairs <= 1:
@@ -383,6 +417,8 @@ def check_pairs(pairs: Pairs, control_variate: str, potential: Potential, max_to
 
 def _check_sampled(
     pairs: float,
+    rank: int,
+    layers: Sequence[Tensor],
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     document_ids: Tensor | None,
@@ -394,6 +430,12 @@ def _check_sampled(
     for name, value in given.items():
         if pairs == 0 and value is not None:
             raise ValueError(f"pairs=0 is for whole sequences, and {name} was given; take a small share, as pairs=1/64")
+    for z in layers:
+        if RANKS[1] < rank < z.shape[-1]:
+            raise ValueError(
+                f"rank must be from {RANKS[0]} to {RANKS[1]}, or at least the number of features of z, for c itself, "
+                f"got {rank} for {z.shape[-1]} features; take rank={RANKS[1]} or rank={z.shape[-1]}"
+            )
 
 
 def _visits_all(pairs: float, control_variate: str, z: Tensor, cu_seqlens: Tensor | None) -> bool:

@@ -254,8 +254,8 @@ def sampled(
         inverse_share: ``[units]`` float64: what a visited pair stands for.
         sequence: ``[units]`` int64: whose loss the unit's pairs belong to; as many sequences for each layer.
         pairs: ``[sequences]`` int64: ordered, visited or not.
-        control_variate: the model: ``"none"``, ``"constant"``, ``"low_rank"``, or ``"auto"``, the constant where that
-            promises a relative error of the gradient of ``good_enough`` at most in all layers.
+        control_variate: the model: ``"none"``, ``"constant"``, ``"low_rank"`` of 16 directions, or ``"auto"``, the
+            constant where that promises a relative error of the gradient of ``good_enough`` at most in all layers.
         draws: ``[layers, groups, 1 + tokens]`` float32 in [0, 1): of each group of the fit a unit, and tokens of it;
             None: there is nothing to fit.
         need_grad: whether to compute the gradient.

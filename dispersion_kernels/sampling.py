@@ -18,21 +18,23 @@ which of the designs with m partners a token is taken, cliques or blocks at rand
 The model h_ij = sum_k b_k phi_ik phi_jk is of low rank, so that its sums over *all* pairs, and over those of a clique,
 are thin matrix products: sum_j h_ij x_j = sum_k b_k phi_ik sum_j phi_jk x_j. ``constant`` has phi = 1. ``low_rank`` has
 h_ij = b0 + b1 p_ij + b2 q_ij + b3 q_ij^2, a parabola in an estimate of c: p is the product of the two tokens'
-projections to RANK directions, near the principal ones, and q that of their projections to the first SQUARED of
-them; phi are 1, the components along the directions, and the products of two of the first. Directions and coefficients
-are from the pairs of a few random tokens, drawn independently of the shuffle. psi has the control variate d1 c, whose
-mean over all pairs is known from |sum_j x_j|^2.
+projections to ``rank`` directions, near the principal ones, and q that of their projections to the first SQUARED of
+them; phi are 1, the components along the directions, and the products of two of the first. At full rank, where p = c,
+that part of the sum is b1 (X^T X) x_i: O(L F^2), and right for tokens without principal directions, too. Directions and
+coefficients are from the pairs of a few random tokens, drawn independently of the shuffle, and those of more than RANK
+directions from other tokens than the coefficients: p would be too good an estimate of c on tokens it was made from. psi
+has the control variate d1 c, whose mean over all pairs is known from |sum_j x_j|^2.
 
 The loss is log(P / n + eps), its gradient G / (P + n eps): P and G are unbiased, their logarithm and quotient biased by
 about Var P / P^2, one part in the number of visited pairs.
 
 A backend sees cliques as short sequences, and the model's sums are PyTorch's. Two samplers read the tokens where they
-lie instead of a copy in order: the CPU kernel does all of it at once, unless a clique is too large for it or the
-exponents need a running maximum; the Triton kernels do all but the fit, unless the exponents need a running maximum or
-there are more sequences than a launch has rows.
+lie instead of a copy in order, where the rank is RANK: the CPU kernel does all of it at once, unless a clique is too
+large for it or the exponents need a running maximum; the Triton kernels do all but the fit, unless the exponents need a
+running maximum or there are more sequences than a launch has rows.
 
-With a share of 0 no pairs but those of the fit are visited: G_i is the first sum alone, in time O(L F), and its bias
-sum_j (h_ij - slope(c_ij)) x_j.
+With a share of 0 no pairs but those of the fit are visited: G_i is the first sum alone, in time O(L F), or O(L F^2) at
+full rank, and its bias sum_j (h_ij - slope(c_ij)) x_j.
 """
 
 from __future__ import annotations
@@ -52,14 +54,16 @@ from dispersion_kernels.segments import order_of, segment_of_token
 from dispersion_kernels.sweep import accumulation_dtype, transform, wide_dtype
 
 CONTROL_VARIATES = ("auto", "none", "constant", "low_rank")
-# Directions of ``low_rank``, and those of them whose products of two are features, too: which two, and how often each
-# product is in the square of a sum.
+# Directions of ``low_rank``, where nothing else is said, and those of them whose products of two are features, too:
+# which two, and how often each product is in the square of a sum.
 RANK, SQUARED = 16, 3
 _PRODUCTS, _TIMES = ((0, 0, 0, 1, 1, 2), (0, 1, 2, 1, 2, 2)), (1.0, 2.0, 2.0, 1.0, 2.0, 1.0)
 # The relative error of the gradient up to which "auto" leaves it at a constant, where it can know without waiting.
 GOOD_ENOUGH = 0.02
 # The fit sees the pairs within this many groups of this many tokens.
 _FIT_GROUPS, _FIT_TOKENS = 4, 32
+# The fewest directions, and the most: as many as the tokens that they are found from.
+RANKS = (SQUARED, _FIT_GROUPS * _FIT_TOKENS)
 # Layers are copied together up to so many numbers in all: on a CPU fewer, for its cache.
 _AT_ONCE = {"cpu": 2**21, "else": 2**25}
 # The sweep of smaller cliques costs as much as that of these.
@@ -73,7 +77,8 @@ class Draws(NamedTuple):
     """``[Y, B, L]`` int64: the tokens of each sequence (of all packed ones) in random order; empty where no pair is
     visited."""
     fit: Tensor
-    """``[Y, _FIT_GROUPS, 1 + _FIT_TOKENS]``, uniform in [0, 1): a unit each, and tokens of it."""
+    """``[Y, groups, 1 + _FIT_TOKENS]``, uniform in [0, 1): a unit each, and tokens of it. _FIT_GROUPS for the
+    coefficients, and as many more for the directions where they are from other tokens."""
 
 
 class Estimate(NamedTuple):
@@ -99,10 +104,11 @@ Sweep = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, T
 Sampler = Callable[["Request"], Sampled | None]
 
 
-def draw(layers: Sequence[Tensor], share: float, generator: torch.Generator | None) -> Draws:
-    """For a share of the pairs of tokens ``[B, L, F]`` of each layer."""
-    (batch, length), device, count = layers[0].shape[:2], layers[0].device, len(layers)
-    fit = torch.rand(count, _FIT_GROUPS, 1 + _FIT_TOKENS, device=device, generator=generator)
+def draw(layers: Sequence[Tensor], share: float, rank: int, generator: torch.Generator | None) -> Draws:
+    """For a share of the pairs of tokens ``[B, L, F]`` of each layer, and so many directions."""
+    (batch, length, features), device, count = layers[0].shape, layers[0].device, len(layers)
+    groups = _FIT_GROUPS * (2 if RANK < rank < features else 1)
+    fit = torch.rand(count, groups, 1 + _FIT_TOKENS, device=device, generator=generator)
     if share == 0:
         return Draws(fit.new_empty(count, 0, 0, dtype=torch.int64), fit)
     if device.type == "cpu":  # where sorting takes seven times as long
@@ -124,6 +130,7 @@ def estimate(
     draws: Draws,
     share: float,
     control_variate: str,
+    rank: int,
     with_grad: bool,
     with_error: bool,
     sweep: Sweep,
@@ -133,6 +140,10 @@ def estimate(
     ``cu_seqlens`` as in :mod:`dispersion_kernels.segments`, None where the share is 0. Of ``sampler`` and ``sweep`` the
     first does what it can."""
     first = layers[0]
+    if first.shape[2] <= min(rank, RANK):
+        rank = RANK  # which span all features, in the kernels as here
+    if rank != RANK:
+        sampler = None
     # Layers of whole sequences are one larger batch: of any size where nothing is written but the gradient.
     at_once = 1
     if groups is None and cu_seqlens is None and _equal_parts(share, first.shape[1]):
@@ -154,6 +165,7 @@ def estimate(
             potential=potential,
             share=share,
             control_variate=control_variate,
+            rank=rank,
             uniform=draws.fit[n : n + at_once] if control_variate != "none" or with_error else None,
             with_grad=with_grad,
             with_error=with_error,
@@ -182,6 +194,7 @@ class Request:
     potential: Potential
     share: float
     control_variate: str
+    rank: int
     uniform: Tensor | None
     """``Draws.fit``; None where there is nothing to fit."""
     with_grad: bool
@@ -193,7 +206,7 @@ class Request:
     def fit(self) -> Fit | None:
         if self.uniform is None:
             return None
-        return _fit(self.layers, self.plan, self.uniform, self.potential, self.control_variate, self.share)
+        return _fit(self.layers, self.plan, self.uniform, self.potential, self.control_variate, self.rank, self.share)
 
 
 def _sampled(request: Request, sampled: Sampled) -> Estimate:
@@ -548,9 +561,10 @@ def _ragged_cliques(groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: T
     partial, unit_of = partial[index], unit_of[index]
     table = bounds[index].unsqueeze(1) + torch.arange(size, device=device)
     table = table.masked_fill((table >= bounds[index + 1].unsqueeze(1)) | ~partial.unsqueeze(1), count)
-    dense = ((unit_of.diff() != 0) | (partial.diff() != 0)).cumsum(0)
+    # The rows that are none, at the end, count as one unit: as many of them may be of as many units.
+    dense = ((partial[1:] & (unit_of.diff() != 0)) | (partial.diff() != 0)).cumsum(0)
     dense = torch.cat([dense.new_zeros(min(1, index.numel())), dense])
-    of_unit = int(dense[-1]) + 1 if read and dense.numel() else count // size + 2
+    of_unit = int(dense[-1]) + 1 if read and dense.numel() else min(count // size, units) + 1
     last_sequence = torch.full_like(index, max(0, sequences - 1))
     of_row = torch.where(partial, sequence_of_clique[index], last_sequence)
     rows = Rows(
@@ -596,7 +610,9 @@ class Fit:
     b: Tensor | None
     """``[Y, k]``, of the features; None where there is no model."""
     directions: Tensor | None
-    """``[Y, RANK, F]``, of ``low_rank``."""
+    """``[Y, rank, F]``, of ``low_rank``; ``[Y, SQUARED, F]`` at full rank."""
+    b_of_c: Tensor | None
+    """``[Y]``: the coefficient of c itself, at full rank."""
     psi_slope: Tensor
     mean_psi: Tensor
     mean_c: Tensor
@@ -624,7 +640,13 @@ class Fit:
 
 
 def _fit(
-    layers: Sequence[Tensor], plan: Plan, uniform: Tensor, potential: Potential, control_variate: str, share: float
+    layers: Sequence[Tensor],
+    plan: Plan,
+    uniform: Tensor,
+    potential: Potential,
+    control_variate: str,
+    rank: int,
+    share: float,
 ) -> Fit:
     count, of_layer = len(layers), layers[0].shape[0] * layers[0].shape[1]
     # A group is of one unit, which is drawn as the unit of a token. What is a place in the order is a token that does
@@ -641,6 +663,10 @@ def _fit(
     taking_part = None if plan.taking_part is None else plan.taking_part[positions].flatten()
     x, inverse, _, _ = _transformed(drawn, potential, taking_part)
     tokens, inverse = x.unflatten(0, positions.shape), inverse.view(positions.shape)
+    of_directions = tokens[:, -_FIT_GROUPS:].flatten(1, 2)
+    tokens, inverse, positions, unit, of_unit = (
+        values[:, :_FIT_GROUPS] for values in (tokens, inverse, positions, unit, of_unit)
+    )
     c = tokens @ tokens.mT
     there = (positions.unsqueeze(2) != positions.unsqueeze(3)).to(x.dtype)
     number = _of_layer(there).clamp(min=1)
@@ -652,7 +678,7 @@ def _fit(
 
     # Of slope x_j the token i sees what is orthogonal to it, sqrt(1 - c^2) of its length.
     weight = there * (1 - c.square()).clamp(min=0)
-    directions = b = None
+    directions = b = b_of_c = None
     residual = slope
     if control_variate in ("constant", "auto"):
         constant = _of_layer(slope * weight) / _of_layer(weight).clamp(min=torch.finfo(x.dtype).tiny)
@@ -665,27 +691,27 @@ def _fit(
         signal = _of_layer(factor * _moments(slope, tokens, c, there).mean_squared)
         control_variate = "constant" if (noise <= GOOD_ENOUGH**2 * signal).all() else "low_rank"
     if control_variate in ("low_rank", "auto"):
-        directions = _directions(tokens.flatten(1, 2))
+        full = rank >= x.shape[1] > RANK
+        directions = _directions(of_directions, SQUARED if full else rank)
         y = tokens @ directions.unsqueeze(1).mT
         few = y[:, :, :, :SQUARED]
         products = few @ few.mT
-        basis = torch.stack([there, (y @ y.mT) * there, products * there, products.square() * there], 1)
+        basis = torch.stack([there, (c if full else y @ y.mT) * there, products * there, products.square() * there], 1)
         flat, weighted = basis.flatten(2), (basis * weight.unsqueeze(1)).flatten(2)
         of_basis = _solve(weighted @ flat.mT, weighted @ slope.view(count, -1, 1))
         residual = slope - (of_basis.mT @ flat).view(slope.shape)
         one, all_of_them, few_of_them, squares = of_basis.unbind(1)
-        b = torch.cat(
-            [
-                one,
-                (all_of_them + few_of_them).expand(-1, SQUARED),
-                all_of_them.expand(-1, RANK - SQUARED),
-                squares * squares.new_tensor(_TIMES),
-            ],
-            1,
-        )
+        squares = squares * squares.new_tensor(_TIMES)
+        if full:
+            b_of_c = all_of_them.squeeze(1)
+            b = torch.cat([one, few_of_them.expand(-1, SQUARED), squares], 1)
+        else:
+            of_few = (all_of_them + few_of_them).expand(-1, SQUARED)
+            b = torch.cat([one, of_few, all_of_them.expand(-1, rank - SQUARED), squares], 1)
     return Fit(
         b=b,
         directions=directions,
+        b_of_c=b_of_c,
         psi_slope=psi_slope,
         mean_psi=mean_psi,
         mean_c=mean_c,
@@ -703,11 +729,11 @@ def _of_layer(values: Tensor) -> Tensor:
     return values.flatten(1).sum(1, dtype=wide_dtype(values.device))
 
 
-def _directions(tokens: Tensor) -> Tensor:
-    """``[Y, RANK, F]``, orthonormal: near the principal directions of ``tokens`` ``[Y, N, F]``, the first nearest."""
+def _directions(tokens: Tensor, rank: int) -> Tensor:
+    """``[Y, rank, F]``, orthonormal: near the principal directions of ``tokens`` ``[Y, N, F]``, the first nearest."""
     # Power iterations from some of the tokens: one, and two more for the first few.
     products = tokens @ tokens.mT
-    some = products[:, :: tokens.shape[1] // RANK][:, :RANK]
+    some = products[:, :: tokens.shape[1] // rank][:, :rank]
     few = some[:, :SQUARED] @ products @ products
     span = torch.cat([few, some[:, SQUARED:]], 1) @ tokens
     span = torch.nn.functional.normalize(span, dim=2).to(wide_dtype(tokens.device))
@@ -735,7 +761,7 @@ def _regular(matrix: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class _ModelSums:
     """What the model has of all pairs, less 1/p times what it has of those visited: the sum over j of h_ij x_j is the
-    sum over k of b_k phi_ik T_k."""
+    sum over k of b_k phi_ik T_k, and at full rank b1 (X^T X) x_i."""
 
     rows: Rows
     x: Tensor
@@ -744,6 +770,8 @@ class _ModelSums:
     """``[R, size, k]``: b_k phi_ik."""
     missed: Tensor
     """``[R, k, F]``: T."""
+    b_of_c: Tensor | None
+    """``[R]``: b1, at full rank."""
     ratio: Tensor
     """``[R, size]``: of the row transform, 1 / |x|, or 0."""
     squares: Tensor
@@ -757,10 +785,20 @@ class _ModelSums:
         """Puts them, seen through the row transform, into ``grad``, in which nothing is."""
         out = grad.view(self.x.shape)
         torch.bmm(self.weighted, self.missed, out=out)
+        if self.b_of_c is not None:
+            _add_moments(out, self.x, self.b_of_c, self.rows)
         out.addcmul_(self.x, self._along(self.own, torch.linalg.vecdot(out, self.x)), value=-1)
 
     def add_to(self, grad: Tensor, factor: Tensor) -> None:
         """Adds them times ``factor`` ``[R]``, seen through the row transform, to the sums of the visited pairs."""
+        if self.b_of_c is not None:
+            of_rows = torch.empty_like(self.x)
+            self.write_to(of_rows)
+            if self.rows.table is None:
+                grad.view(self.x.shape).addcmul_(of_rows, factor.view(-1, 1, 1))
+            else:
+                self.rows.add_to(grad, of_rows.mul_(factor.view(-1, 1, 1)))
+            return
         weighted, own = self.weighted * factor.view(-1, 1, 1), self.own * factor.unsqueeze(1)
         along = self._along(own, (weighted.mT * (self.missed @ self.x.mT)).sum(1))
         if self.rows.table is None:
@@ -791,17 +829,56 @@ def _model_sums(x: Tensor, ratio: Tensor, fit: Fit, b: Tensor, rows: Rows) -> _M
     products = sums[:, 0].to(wide).square().sum(1) - of_row
     products_of_unit = of_units[:, 0].to(wide).square().sum(1) - sum_of_runs(of_row, rows.of_unit)
     number = sum_of_runs(torch.ones_like(of_row), rows.of_unit)
-    b = b.repeat_interleave(phi.shape[0] // b.shape[0], 0)
+    rows_of_layer = phi.shape[0] // b.shape[0]
+    b = b.repeat_interleave(rows_of_layer, 0)
+    b_of_c = None if fit.b_of_c is None else fit.b_of_c.repeat_interleave(rows_of_layer)
+    own = (phi.square() @ b.unsqueeze(2)).squeeze(2)
+    if b_of_c is not None:
+        own = torch.addcmul(own, b_of_c.unsqueeze(1), squares)
     return _ModelSums(
         rows=rows,
         x=row_x,
         weighted=phi * b.unsqueeze(1),
         missed=missed,
+        b_of_c=b_of_c,
         ratio=ratio,
         squares=squares,
-        own=(phi.square() @ b.unsqueeze(2)).squeeze(2) * (1 - share.squeeze(2)),
+        own=own * (1 - share.squeeze(2)),
         products=(products_of_unit / number)[rows.unit] - products * rows.inverse_share,
     )
+
+
+def _add_moments(out: Tensor, x: Tensor, b: Tensor, rows: Rows) -> None:
+    """Adds ``b`` ``[R]`` times (X^T X) x_i, of the unit less 1/p times of the row, to ``out`` ``[R, size, F]``. Of a
+    row it is (X X^T) X that is computed where that is less."""
+    count, size, features = x.shape
+    b = b.view(-1, 1, 1)
+    share = rows.inverse_share.to(x.dtype).view(-1, 1, 1)
+    if isinstance(rows.of_unit, int):
+        if rows.of_unit > 1 and size < features:
+            of_unit = x.view(count // rows.of_unit, -1, features)
+            moments = (of_unit.mT @ of_unit).mul_(b[:: rows.of_unit])
+            out.view(of_unit.shape).baddbmm_(of_unit, moments)
+            out.baddbmm_((x @ x.mT).mul_(b * -share), x)
+        else:
+            moments = x.mT @ x
+            of_units = sum_of_runs(moments, rows.of_unit).unsqueeze(1)
+            moments.mul_(-share).unflatten(0, (-1, rows.of_unit)).add_(of_units)
+            out.baddbmm_(x, moments.mul_(b))
+        return
+    # So many rows at a time that their matrices take no more memory than x.
+    step = max(1, count * size // features)
+    parts = [slice(n, n + step) for n in range(0, count, step)]
+    of_units = x.new_zeros(rows.of_unit.numel() - 1, features, features)
+    for part in parts:
+        of_units += sum_of_runs(x[part].mT @ x[part], rows.of_unit.clamp(part.start, part.stop) - part.start)
+    for part in parts:
+        moments = of_units[rows.unit[part]]
+        if size < features:
+            out[part].baddbmm_((x[part] @ x[part].mT).mul_(b[part] * -share[part]), x[part])
+        else:
+            moments.baddbmm_(x[part].mT, x[part] * -share[part])
+        out[part].baddbmm_(x[part], moments.mul_(b[part]))
 
 
 def _noise(fit: Fit, plan: Plan, per_pair: Tensor, share: float) -> Tensor:

@@ -72,24 +72,30 @@ def cases(copies: int = 1) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("case", "control_variate"),
-    [("equal", "none"), ("equal", "constant"), *((case, "low_rank") for case in cases())],
+    ("case", "control_variate", "rank"),
+    [
+        ("equal", "none", 16),
+        ("equal", "constant", 16),
+        *((case, "low_rank", 16) for case in cases()),
+        *((case, "low_rank", 18) for case in ("equal", "ragged", "documents")),
+    ],
 )
-def test_unbiased(case: str, control_variate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unbiased(case: str, control_variate: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean over many draws, of copies of one sequence, is the exact number, within what its own scatter allows."""
     monkeypatch.setattr(sampling, "_SMALLEST_CLIQUE", 8)
     copies = 150
     options = cases(copies)[case]
     potential: Potential = Orthogonalization(margin=0.9) if case == "mask" else AngularSpread(tau=0.5)
-    z = tokens(48 if case == "equal" else 50, 6, dtype=torch.float64).expand(copies, -1, -1)
+    features = 6 if rank <= 16 else rank  # all of which 18 directions are
+    z = tokens(48 if case == "equal" else 50, features, dtype=torch.float64).expand(copies, -1, -1)
     if case == "packed":
         z = z.flatten(0, 1)
     exact = oracle(z, potential, **options)
-    drawn = evaluate(z, potential, pairs=0.2, control_variate=control_variate, impl="torch", **options)
+    drawn = evaluate(z, potential, pairs=0.2, control_variate=control_variate, rank=rank, impl="torch", **options)
     if case == "packed":
         # Of the four sequences of a copy the first is estimated, and the others are visited whole.
         torch.testing.assert_close(drawn.loss.view(copies, 4)[:, 1:], exact.loss.view(copies, 4)[:, 1:])
-        exact, drawn = (Answer(answer.loss[::4], answer.grad.view(copies, 50, 6)[:, :40]) for answer in (exact, drawn))
+        exact, drawn = (Answer(answer.loss[::4], answer.grad.view(copies, 50, -1)[:, :40]) for answer in (exact, drawn))
     if potential.reduction == "log_mean":
         # It is the mean of psi and its gradient that are unbiased.
         exact, drawn = (
@@ -133,6 +139,41 @@ def test_two_clusters() -> None:
     assert low_rank < 0.25 * constant
 
 
+def test_full_rank_sees_what_16_directions_do_not() -> None:
+    z = torch.randn(1, 1024, 576)
+    exact = oracle(z, "angular_spread")
+
+    def error(pairs: float, rank: int) -> float:
+        answer = evaluate(z, "angular_spread", pairs=pairs, control_variate="low_rank", rank=rank)
+        return ((answer.grad - exact.grad).norm() / exact.grad.norm()).item()
+
+    assert error(1 / 16, 576) < 0.012 < 0.25 * error(1 / 16, 16)
+    assert error(0, 576) < 0.5 * error(0, 16)
+
+
+@pytest.mark.parametrize("features", [5, 20, 70])
+@pytest.mark.parametrize("case", ["equal", "whole", "ragged"])
+def test_second_moments(case: str, features: int) -> None:
+    """In either order of the products, of cliques larger and smaller than a token, and of so many of them at a time."""
+    if case == "ragged":
+        ids = torch.tensor([0] * 35 + [-1] * 3 + [1] * 17 + [2] * 5)
+        plan = sampling._ragged_cliques(ids.view(1, 60), None, torch.randperm(60).view(1, 60), 10)
+    else:
+        plan = sampling._plan_of(2, 60, 6 if case == "equal" else 1, case == "equal", torch.device("cpu"))
+    rows = plan.rows
+    x = rows.of(torch.randn(60 if case == "ragged" else 120, features, dtype=torch.float64))
+    row = torch.arange(rows.shape[0]).repeat_interleave(rows.shape[1])
+    flat, unit = x.flatten(0, 1), rows.unit[row]
+    b = 1.0 + rows.unit
+    # The sum over j of c_ij x_j as it reads, over the unit, less 1/p times that over the row.
+    weight = (unit.unsqueeze(1) == unit).double()
+    weight -= rows.inverse_share[row].unsqueeze(1) * (row.unsqueeze(1) == row)
+    expected = b[row].unsqueeze(1) * ((flat @ flat.mT * weight) @ flat)
+    out = torch.ones_like(x)
+    sampling._add_moments(out, x, b.double(), rows)
+    torch.testing.assert_close(out.flatten(0, 1), 1 + expected)
+
+
 @pytest.mark.parametrize("impl", ["torch", "cpu"])
 def test_auto_takes_what_is_enough(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow, wide = (
@@ -156,8 +197,10 @@ def test_auto_takes_what_is_enough(impl: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("pairs", [1 / 16, 1 / 4, 0.0])
-@pytest.mark.parametrize("control_variate", ["none", "constant", "low_rank"])
-def test_the_stated_error_is_the_true_one(control_variate: str, pairs: float) -> None:
+@pytest.mark.parametrize(
+    ("control_variate", "rank"), [("none", 16), ("constant", 16), ("low_rank", 16), ("low_rank", 28), ("low_rank", 32)]
+)
+def test_the_stated_error_is_the_true_one(control_variate: str, rank: int, pairs: float) -> None:
     if pairs == 0 and control_variate == "none":
         pytest.skip("that leaves nothing of the loss")
     z = tokens(2, 512, 32)
@@ -173,6 +216,7 @@ def test_the_stated_error_is_the_true_one(control_variate: str, pairs: float) ->
             of_seed,
             pairs=pairs,
             control_variate=control_variate,  # type: ignore[arg-type]
+            rank=rank,
             generator=seeded(seed),
             return_stats=True,
             reduction="sum",
@@ -182,7 +226,7 @@ def test_the_stated_error_is_the_true_one(control_variate: str, pairs: float) ->
         true.append((tangent(of_seed.grad - exact.grad).norm() / tangent(exact.grad).norm()).item())
         stated.append(stats.relative_error.item())
     ratio = sum(stated) / sum(true)
-    print(f"{control_variate}, pairs={pairs:g}: true {sum(true) / 4:.4f}, stated {sum(stated) / 4:.4f}")
+    print(f"{control_variate}, rank={rank}, pairs={pairs:g}: true {sum(true) / 4:.4f}, stated {sum(stated) / 4:.4f}")
     assert 0.67 < ratio < 1.5
 
 
@@ -221,12 +265,34 @@ def test_backends_agree(potential: Potential, dtype: torch.dtype, impl: str) -> 
             assert difference < fit + rounding
 
 
-@pytest.mark.parametrize("case", ["mask", "documents", "packed"])
-def test_lengths_that_are_not_read(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("rank", [3, 20, 24])
+def test_backends_agree_at_other_ranks(rank: int, impl: str) -> None:
+    z = tokens(2, 320, 24, dtype=torch.bfloat16)
+    skip_unless_supported(impl, z, AngularSpread())
+    ids = torch.randint(-1, 2, (2, 320))
+    for options in ({"pairs": 0.1}, {"pairs": 0.1, "document_ids": ids}, {"pairs": 0}):
+        options |= {"control_variate": "low_rank", "rank": rank}
+        exact = evaluate(z.double(), "angular_spread", impl="torch", generator=seeded(3), **options)
+        answer = evaluate(z, "angular_spread", impl=impl, generator=seeded(3), **options)
+        torch.testing.assert_close(answer.loss.double(), exact.loss, rtol=2e-5, atol=2e-5)
+        assert (answer.grad.double() - exact.grad).norm() < (2e-4 + 2**-8) * exact.grad.norm()
+
+
+@pytest.mark.parametrize("rank", [16, 20])
+@pytest.mark.parametrize("case", ["mask", "documents", "packed", "many small ones"])
+def test_lengths_that_are_not_read(case: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an accelerator does, where bounds known from shapes take the place of lengths, on the CPU."""
     monkeypatch.setattr(sampling, "_SMALLEST_CLIQUE", 8)
-    options = {"pairs": 0.2, "control_variate": "low_rank", "impl": "torch", **cases()[case]}
-    z = tokens(50, 6, dtype=torch.float64)
+    small = {"document_ids": (torch.arange(50) - 8).clamp(min=0).view(1, 50) // 2}  # but for the first
+    options = {
+        "pairs": 0.2,
+        "control_variate": "low_rank",
+        "rank": rank,
+        "impl": "torch",
+        **{**cases(), "many small ones": small}[case],
+    }
+    z = tokens(50, 20, dtype=torch.float64)
     z = z if case == "packed" else z.unsqueeze(0)
     expected = evaluate(z, "angular_spread", generator=seeded(0), **options)
     monkeypatch.setattr(sampling, "_may_read", lambda device: False)
@@ -235,8 +301,9 @@ def test_lengths_that_are_not_read(case: str, monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(answer.grad, expected.grad)
 
 
+@pytest.mark.parametrize("rank", [16, 32, 64])
 @pytest.mark.parametrize("potential", [*SAMPLED.values(), AngularSpread(tau=0.001)], ids=repr)
-def test_no_synchronisation_on_an_accelerator(potential: Potential) -> None:
+def test_no_synchronisation_on_an_accelerator(potential: Potential, rank: int) -> None:
     """Meta tensors hold no numbers: whatever reads one fails here as it would stall a GPU."""
     z = torch.empty(2, 300, 64, device="meta", dtype=torch.bfloat16)
     groups = torch.empty(2, 300, device="meta", dtype=torch.int64)
@@ -249,8 +316,8 @@ def test_no_synchronisation_on_an_accelerator(potential: Potential) -> None:
         return result.loss, result.grad, result.scale
 
     for layers, ids, bounds in (([z, z], None, None), ([z, z], groups, None), ([z[:1]], groups[:1], cu_seqlens)):
-        draws = sampling.draw(layers, 0.1, None)
-        found = estimate(layers, ids, bounds, potential, draws, 0.1, "auto", True, True, on_meta)
+        draws = sampling.draw(layers, 0.1, rank, None)
+        found = estimate(layers, ids, bounds, potential, draws, 0.1, "auto", rank, True, True, on_meta)
         assert found.grad is not None
         assert found.grad.shape == (len(layers), *layers[0].shape)
         assert found.loss.shape == (len(layers), 4 if bounds is not None else 2)
@@ -274,8 +341,8 @@ def test_no_synchronisation_of_the_triton_sampler(share: float) -> None:
         launched: list[str] = []
         kernels = TritonKernels(z, "sm_90", None, lambda kernel, *_, to=launched: to.append(kernel.__name__))
         sampler = sampler_of(kernels, layers, AngularSpread())
-        draws = sampling.draw(layers, share, None)
-        found = estimate(layers, ids, bounds, AngularSpread(), draws, share, "auto", True, True, no_sweep, sampler)
+        draws = sampling.draw(layers, share, 16, None)
+        found = estimate(layers, ids, bounds, AngularSpread(), draws, share, "auto", 16, True, True, no_sweep, sampler)
         assert found.grad is not None
         assert found.grad.shape == (len(layers), *layers[0].shape)
         assert len(launched) == 5
@@ -312,19 +379,18 @@ def test_seeds(pairs: float) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("control_variate", ["none", "low_rank"])
-def test_tokens_that_are_nothing(impl: str, control_variate: str) -> None:
+@pytest.mark.parametrize(("control_variate", "rank"), [("none", 16), ("low_rank", 16), ("low_rank", 24)])
+def test_tokens_that_are_nothing(impl: str, control_variate: str, rank: int) -> None:
     """Zero tokens, a NaN that is left out, one that is not, and sequences with nothing to pair."""
-    z = tokens(4, 320, 16)
+    z = tokens(4, 320, 24)
     skip_unless_supported(impl, z)
     mask = torch.ones(4, 320, dtype=torch.bool)
     z[0, :7] = 0
     z[1, 5], mask[1, 5] = torch.nan, False
     z[2, 9] = torch.nan
     mask[3, 1:] = False
-    answer = evaluate(
-        z, "angular_spread", mask=mask, pairs=0.1, control_variate=control_variate, generator=seeded(0), impl=impl
-    )
+    options: dict[str, Any] = {"control_variate": control_variate, "rank": rank, "impl": impl}
+    answer = evaluate(z, "angular_spread", mask=mask, pairs=0.1, generator=seeded(0), **options)
     assert answer.loss.isnan().tolist() == [False, False, True, False]
     assert answer.loss[3] == 0
     assert answer.grad[:2].isfinite().all()
@@ -333,34 +399,38 @@ def test_tokens_that_are_nothing(impl: str, control_variate: str) -> None:
     nothing = evaluate(z, "angular_spread", mask=torch.zeros_like(mask), pairs=0.1, impl=impl)
     assert (nothing.loss == 0).all()
     assert (nothing.grad == 0).all()
-    model_alone = evaluate(z, "angular_spread", pairs=0, control_variate="low_rank", generator=seeded(0), impl=impl)
+    options["control_variate"] = "low_rank"
+    model_alone = evaluate(z, "angular_spread", pairs=0, generator=seeded(0), **options)
     assert model_alone.loss.isnan().tolist() == [False, True, True, False]
     assert model_alone.grad[[0, 3]].isfinite().all()
-    equal = z[:1, :1].expand(1, 320, 16).clone()
-    same = evaluate(equal, "angular_spread", pairs=0.1, control_variate="low_rank", impl=impl)
+    equal = z[:1, :1].expand(1, 320, 24).clone()
+    same = evaluate(equal, "angular_spread", pairs=0.1, **options)
     assert same.loss.isfinite().all()
     assert same.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(
-    ("share", "control_variate"), [(0.1, "auto"), (0.0, "low_rank"), (0.1, "none")], ids=lambda value: str(value)
+    ("share", "control_variate", "rank"),
+    [(0.1, "auto", 16), (0.0, "low_rank", 16), (0.1, "none", 16), (0.1, "low_rank", 20)],
+    ids=lambda value: str(value),
 )
-def test_operator_and_compiler(share: float, control_variate: str) -> None:
-    z = [tokens(2, 300, 8), tokens(2, 300, 8).transpose(0, 1).contiguous().transpose(0, 1)]
-    draws = sampling.draw(z, share, seeded(0))
+def test_operator_and_compiler(share: float, control_variate: Any, rank: int) -> None:
+    z = [tokens(2, 300, 20), tokens(2, 300, 20).transpose(0, 1).contiguous().transpose(0, 1)]
+    draws = sampling.draw(z, share, rank, seeded(0))
     ids = torch.randint(-1, 2, (2, 300)) if share else None
     for groups, with_grad in ((None, True), (ids, True), (None, False)):
-        args = (z, groups, None, *draws, "angular_spread", [1.0, 0.25, 0.01], "mean", "auto", share, control_variate)
-        torch.library.opcheck(torch.ops.dispersion_kernels.sampled.default, (*args, with_grad, with_grad))
+        options = ("angular_spread", [1.0, 0.25, 0.01], "mean", "auto", share, control_variate, rank)
+        args = (z, groups, None, *draws, *options, with_grad, with_grad)
+        torch.library.opcheck(torch.ops.dispersion_kernels.sampled.default, args)
 
     def loss(x: Tensor) -> Tensor:
-        return fused_dispersion_loss([torch.tanh(x), x], pairs=share, control_variate=control_variate)  # type: ignore
+        return fused_dispersion_loss([torch.tanh(x), x], pairs=share, control_variate=control_variate, rank=rank)
 
     compiled: Callable[[Tensor], Tensor] = torch.compile(loss, fullgraph=True, backend="aot_eager")
     gradients = []
     for call in (loss, compiled):
         torch.manual_seed(5)
-        x = tokens(1, 600, 8).requires_grad_()
+        x = tokens(1, 600, 20).requires_grad_()
         call(x).backward()
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients)
@@ -368,28 +438,31 @@ def test_operator_and_compiler(share: float, control_variate: str) -> None:
 
 def test_module() -> None:
     z = tokens(2, 400, 16)
-    module = DispersionLoss(pairs=0.1, control_variate="constant")
-    expected = fused_dispersion_loss(z, pairs=0.1, control_variate="constant", generator=seeded(0))
+    module = DispersionLoss(pairs=0.1, control_variate="low_rank", rank=8)
+    expected = fused_dispersion_loss(z, pairs=0.1, control_variate="low_rank", rank=8, generator=seeded(0))
     assert torch.equal(module(z, generator=seeded(0)), expected)
-    assert "pairs=0.1, control_variate='constant'" in repr(module)
+    assert "pairs=0.1, control_variate='low_rank', rank=8" in repr(module)
 
 
 @pytest.mark.parametrize("pairs", [0.1, 0.0])
-@pytest.mark.parametrize(("impl", "at_once"), [("torch", 1), ("torch", 2), ("torch", 8), ("cpu", 1)])
+@pytest.mark.parametrize(
+    ("impl", "at_once", "rank"),
+    [("torch", 1, 16), ("torch", 2, 16), ("torch", 8, 16), ("cpu", 1, 16), ("torch", 2, 20), ("torch", 2, 18)],
+)
 def test_a_list_is_the_mean_of_its_layers(
-    impl: str, at_once: int, pairs: float, monkeypatch: pytest.MonkeyPatch
+    impl: str, at_once: int, rank: int, pairs: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many of them are taken together, with draws of their own."""
-    layers = [tokens(2, 300, 8, cosine=cosine).requires_grad_(n != 1) for n, cosine in enumerate((0.1, 0.5, 0.9))]
+    layers = [tokens(2, 300, 20, cosine=cosine).requires_grad_(n != 1) for n, cosine in enumerate((0.1, 0.5, 0.9))]
     skip_unless_supported(impl, layers[0])
     monkeypatch.setattr(sampling, "_AT_ONCE", {"cpu": at_once * layers[0].numel(), "else": 0})
     for options in ({}, {"mask": torch.arange(600).view(2, 300) % 7 > 0} if pairs else {}):
-        draws = sampling.draw(layers, pairs, seeded(0))
+        draws = sampling.draw(layers, pairs, rank, seeded(0))
         arguments = (None if not options else options["mask"].long() - 1, None, AngularSpread(), "mean", impl, False)
-        together, errors = sampled_loss(layers, *arguments, pairs, "low_rank", draws, True)
+        together, errors = sampled_loss(layers, *arguments, pairs, "low_rank", rank, draws, True)
         gradients = torch.autograd.grad(together, [layers[0], layers[2]])
         by_themselves = [
-            sampled_loss([layer], *arguments, pairs, "low_rank", Draws(*(d[n : n + 1] for d in draws)), True)
+            sampled_loss([layer], *arguments, pairs, "low_rank", rank, Draws(*(d[n : n + 1] for d in draws)), True)
             for n, layer in enumerate(layers)
         ]
         torch.testing.assert_close(together, torch.stack([loss for loss, _ in by_themselves]).mean())
@@ -417,6 +490,10 @@ def test_a_list_is_the_mean_of_its_layers(
         ({"pairs": 0.1, "impl": "reference"}, "impl='reference' materialises all pairs"),
         ({"pairs": 0, "mask": torch.ones(2, 300, dtype=torch.bool)}, "pairs=0 is for whole sequences, and mask"),
         ({"pairs": 0, "document_ids": torch.zeros(2, 300, dtype=torch.int64)}, "and document_ids was given"),
+        ({"pairs": 0.1, "rank": 2}, "rank must be from 3 to 128, or at least.*got 2; for fewer directions take"),
+        ({"pairs": 0.1, "rank": 8, "control_variate": "constant"}, "rank=8.*'constant' has no directions; take"),
+        ({"pairs": 0.1, "rank": 8, "control_variate": "none"}, "rank=8.*'none' has no directions"),
+        ({"rank": 8}, "rank=8 was given, but pairs is 'all'.*give pairs a share"),
     ],
 )
 def test_errors(options: dict[str, Any], message: str) -> None:
@@ -427,3 +504,15 @@ def test_errors(options: dict[str, Any], message: str) -> None:
             DispersionLoss(
                 options.get("potential", "angular_spread"), **{k: v for k, v in options.items() if k != "potential"}
             )
+
+
+def test_wrong_ranks() -> None:
+    for rank in (True, 8.0, "full", None):
+        for call in (DispersionLoss, lambda **options: fused_dispersion_loss(torch.randn(2, 300, 8), **options)):
+            with pytest.raises(TypeError, match=f"rank must be an integer.*got {rank!r}; for c itself give the number"):
+                call(pairs=0.1, rank=rank)
+    # Which one is too many is known where the tokens are.
+    module = DispersionLoss(pairs=0.1, control_variate="low_rank", rank=129)
+    module(torch.randn(300, 129))
+    with pytest.raises(ValueError, match=r"from 3 to 128, or.*got 129 for 130 features; take rank=128 or rank=130"):
+        module(torch.randn(300, 130))

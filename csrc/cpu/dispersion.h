@@ -129,10 +129,10 @@ constexpr int64_t round_up(int64_t count, int64_t multiple) { return (count + mu
 constexpr int kLargestTile = 256;  // tokens
 // Row stride of the weights: 17 cache lines, so that a column walks through all sets of the cache.
 constexpr int kWeightStride = kLargestTile + 16;
-// A model of the slope is of 1, a token's components along so many directions, and the products of two of the first.
-constexpr int kRank = 16, kSquared = 3, kModelFeatures = 1 + kRank + kSquared * (kSquared + 1) / 2;
-// In groups of as many as the rows of a product, for every instruction set.
-constexpr int kModelGroup = 8, kPaddedModel = int(round_up(kModelFeatures, kModelGroup));
+// The features of a model of the slope: 1, the products of two of a token's first components, zeros up to a group, and
+// its components along kRank directions. Groups are as large as the rows of a product, for every instruction set.
+constexpr int kRank = 16, kSquared = 3, kModelGroup = 8, kModelFeatures = kModelGroup + kRank;
+static_assert(1 + kSquared * (kSquared + 1) / 2 <= kModelGroup);
 
 // It is fitted to the pairs within so many groups of so many tokens.
 constexpr int kFitGroups = 4, kFitTokens = 32, kFitSize = kFitGroups * kFitTokens;
@@ -210,8 +210,8 @@ struct Scratch {
   float* column_sum;  // [kLargestTile]
   float* rows;        // [panel][padded_features + 16]
   // Only of a sampled call:
-  float* phi;       // [kPaddedModel][kWeightStride]: the features of a tile's tokens
-  float* weighted;  // [kPaddedModel][kWeightStride]: b_k phi_ik
+  float* phi;       // [kModelFeatures][kWeightStride]: of a tile's tokens
+  float* weighted;  // [kLargestTile + 8][kModelFeatures]: b_k phi_ik
 };
 
 // Of the tokens of a fit: [kFitSize][kWeightStride], and [kRank][padded_features].
@@ -253,12 +253,12 @@ struct TileKernels {
   void (*finish)(const Job&, const Tile&, const Finish&, Scratch&);
   // Of a tile of kFitSize tokens; directions [features][kRank].
   void (*fit)(const Job&, Tile&, Scratch&, const FitScratch&, float* directions, Fit&);
-  // sums [panel of features][model.padded][panel]: adds, or begins with, sum over the tile of phi_k x
-  void (*model_sums)(const Job&, const Model&, const Tile&, Scratch&, float* sums, bool begin);
-  // Pairs within the segments of a tile, if visited, and what the model has of all; its finished gradient.
-  void (*sample)(const Job&, const Model&, Tile&, Scratch&, const float* sums, bool visited, float inverse_share);
-  // The latter alone, of rows that are normalised and not packed, whose norm and inverse are known: phi
-  // [model.features][tokens].
+  // Of a tile that is not packed, to phi [rows][kModelFeatures], where there is more than a constant; and to sums
+  // [panel of features][model.padded][panel]: sum over the tile of phi_k x.
+  void (*model_sums)(const Job&, const Model&, Tile&, Scratch&, float* phi, float* sums);
+  // Pairs within the segments of a packed tile, and what the model has of all; its finished gradient.
+  void (*sample)(const Job&, const Model&, Tile&, Scratch&, const float* phi, const float* sums, float inverse_share);
+  // The latter alone, of a tile that is not packed.
   void (*expand)(const Job&, const Model&, Tile&, Scratch&, const float* phi, const float* sums);
   void (*scale)(const dk_scale_args&, int64_t begin, int64_t end);  // of these rows
 };

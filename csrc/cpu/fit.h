@@ -78,8 +78,8 @@ void find_directions(const Job& job, const Tile& tile, const FitScratch& scratch
   for (int r = 0; r < kRank; ++r) rows[r] = scratch.span + r * stride;
   for (int64_t column = 0; column < stride; column += kPanel)
     for (int r = 0; r < kRank; r += kRows)
-      micro_kernel<kFitSize, 1, true>(kFitSize, coefficients[r], tile.token_major + column * tile.padded, rows + r,
-                                      column, 1.0f, 0.0f, [](int) {});
+      micro_kernel<true>(kFitSize, {coefficients[r], kFitSize, 1},
+                         {tile.token_major + column * tile.padded, kPanel}, rows + r, column, 1.0f, 0.0f, [](int) {});
 
   // Gram and Schmidt by a Cholesky factor L of the products, made regular, and its inverse times the span.
   double* span[kRank];
@@ -201,18 +201,19 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
 
   find_directions(job, tile, matrices, directions);
   Model model = {};
-  model.features = kModelFeatures;
-  model.padded = kPaddedModel;
   model.directions = directions;
-  model_features(job, model, tile, scratch.phi);
+  float ones[kFitSize];
+  for (float& one : ones) one = 1.0f;
+  float* phi = scratch.phi;
+  model_features(job, model, tile.token_major, kPanel, int64_t(tile.padded) * kPanel, kFitSize, ones, phi);
   // h = b0 + b1 p + b2 q + b3 q^2.
   constexpr int kTerms = 4;
   double matrix[kTerms][kTerms] = {}, b[kTerms] = {};
   const auto terms_of = [&](int i, int j, double (&terms)[kTerms]) {
     float few = 0.0f, all = 0.0f;
+    const float *y_i = phi + i * kModelFeatures + kModelGroup, *y_j = phi + j * kModelFeatures + kModelGroup;
     for (int r = 0; r < kRank; ++r) {
-      const float* y = scratch.phi + (1 + r) * kWeightStride;
-      all += y[i] * y[j];
+      all += y_i[r] * y_j[r];
       if (r == kSquared - 1) few = all;
     }
     terms[0] = 1.0;
@@ -230,11 +231,12 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
     }
   });
   solve(matrix, b);
-  fit.b[0] = float(b[0]);
-  for (int r = 0; r < kRank; ++r) fit.b[1 + r] = float(b[1] + (r < kSquared ? b[2] : 0.0));
-  float* of_products = fit.b + 1 + kRank;
+  float* of_products = fit.b;
+  *of_products++ = float(b[0]);
   for (int one = 0; one < kSquared; ++one)
     for (int other = one; other < kSquared; ++other) *of_products++ = float(one == other ? b[3] : 2.0 * b[3]);
+  while (of_products < fit.b + kModelGroup) *of_products++ = 0.0f;
+  for (int r = 0; r < kRank; ++r) fit.b[kModelGroup + r] = float(b[1] + (r < kSquared ? b[2] : 0.0));
   if (!fit.noises) return;
   noise_of(
       [&](int i, int j, int64_t at) {

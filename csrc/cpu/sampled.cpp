@@ -1,10 +1,10 @@
 // Loss and gradient from the pairs within cliques and a model of the slope over all pairs of a unit.
 //
-// Tokens are read twice, where they lie. First, in chunks, for the model's sums over their unit, sum_j phi_jk x_j.
-// Then, clique by clique, for the gradient: the visited pairs' residual slopes and the model's features make one matrix
-// product with the clique's tokens and one with the sums. Where no pair is visited the features are kept from the first
-// time. Chunks and tiles depend on the arguments alone and are summed in their order, so every bit is the same for any
-// number of threads.
+// Tokens are read twice, where they lie. First, in chunks, for the model's sums over their unit, sum_j phi_jk x_j, in
+// the order of the rows where the unit has all rows between its first and last. Then, clique by clique, for the
+// gradient: the visited pairs' residual slopes and the model's features, kept from the first time, make one matrix
+// product with the clique's tokens and one with the sums. Chunks and tiles depend on the arguments alone and are summed
+// in their order, so every bit is the same for any number of threads.
 
 #include "dispersion.h"
 
@@ -23,10 +23,14 @@
 namespace dk {
 namespace {
 
-// Tokens of one unit that a worker takes at once.
+// Tokens of one unit that a worker takes at once: a clique, or in the first pass, and the second where no pair is
+// visited, so many.
+constexpr int64_t kChunkTokens = 256, kExpandedTokens = 64;
+
 struct Run {
   int64_t layer, unit, first;
   int32_t tokens;
+  const int64_t* rows;
 };
 
 class SampledCall {
@@ -42,11 +46,8 @@ class SampledCall {
     if (job.potential.online) return DK_NOT_HERE;
     unit_ = reduction_.kappa * exp(double(job.potential.shift));
     psi_unit_ = exp(double(job.potential.shift));
-    transform_ = job.transform;
     job.gradient = true;  // rows are packed for products with them
     job.padded_features = int64_t(padded_features());
-    // What is packed together where there is a choice: as many whole panels as stay in the second-level cache.
-    tile_tokens_ = std::max(64 / kernels_.panel, 1) * kernels_.panel;
     if (const int32_t status = plan()) return status;
 
     const int64_t workers = std::min<int64_t>(threads_.count, int64_t(tiles_.size()));
@@ -84,6 +85,8 @@ class SampledCall {
   int32_t plan() {
     rows_.resize(size_t(args_.tokens));
     partner_end_.resize(size_t(args_.tokens));
+    ascending_.resize(size_t(args_.rows));
+    std::iota(ascending_.begin(), ascending_.end(), 0);
     first_chunk_.push_back(0);
     int64_t clique = 0;
     for (int64_t u = 0; u < args_.unit_count; ++u) {
@@ -95,11 +98,16 @@ class SampledCall {
         continue;
       }
       const int64_t layer = row_of(first) / args_.rows;
+      int64_t least = args_.rows, most = 0;
       for (int64_t i = first; i < end; ++i) {
         const int64_t row = row_of(i) - layer * args_.rows;
         if (row < 0 || row >= args_.rows) return DK_INVALID;
         rows_[size_t(i)] = row;
+        least = std::min(least, row);
+        most = std::max(most, row);
       }
+      const int64_t* rows = rows_.data() + first;
+      const int64_t* in_any_order = most - least == end - first - 1 ? ascending_.data() + least : rows;
       bool whole = false;
       cliques_.push_back(0);
       if (visited()) {
@@ -112,18 +120,18 @@ class SampledCall {
           whole = whole || tokens == end - first;
           // Pairs across the cliques of a tile are wasted: small cliques fill a panel, and no more.
           if (tiles_.size() == begins || tiles_.back().tokens + tokens > kernels_.panel)
-            tiles_.push_back({layer, u, begin, 0});
+            tiles_.push_back({layer, u, begin, 0, rows + (begin - first)});
           Run& tile = tiles_.back();
           tile.tokens += int32_t(tokens);
           std::fill_n(partner_end_.begin() + begin, tokens, tile.tokens);
         }
         if (tiles_.size() == begins || tiles_.back().first + tiles_.back().tokens != end) return DK_INVALID;
       } else {
-        cut(layer, u, first, end, tile_tokens_, tiles_);
+        cut({layer, u, first, 0, in_any_order}, end, kExpandedTokens, tiles_);
       }
       // Of a unit that is one clique there is nothing left for a model.
       modelled_.push_back(args_.control_variate != DK_NONE && !whole);
-      if (modelled_.back()) cut(layer, u, first, end, 4 * tile_tokens_, chunks_);
+      if (modelled_.back()) cut({layer, u, first, 0, in_any_order}, end, kChunkTokens, chunks_);
       first_chunk_.push_back(int64_t(chunks_.size()));
     }
     while (clique < args_.clique_count && args_.cliques[clique] == args_.cliques[clique + 1]) ++clique;
@@ -132,47 +140,46 @@ class SampledCall {
 
   int64_t row_of(int64_t token) const { return args_.order ? args_.order[token] : token; }
 
-  static void cut(int64_t layer, int64_t unit, int64_t first, int64_t end, int64_t length, std::vector<Run>& runs) {
-    for (; first < end; first += length)
-      runs.push_back({layer, unit, first, int32_t(std::min(length, end - first))});
+  static void cut(Run rest, int64_t end, int64_t length, std::vector<Run>& runs) {
+    for (; rest.first < end; rest.first += length, rest.rows += length) {
+      rest.tokens = int32_t(std::min(length, end - rest.first));
+      runs.push_back(rest);
+    }
   }
 
   void place(std::vector<Worker>& workers, Arena& arena) {
-    int64_t longest = tile_tokens_;
-    for (const Run& tile : tiles_) longest = std::max<int64_t>(longest, tile.tokens);
-    if (args_.draws) longest = std::max<int64_t>(longest, kFitSize);
-    const size_t padded = size_t(round_up(longest, kernels_.panel));
+    int64_t longest = kChunkTokens, packed = args_.draws ? kFitSize : 0;
+    for (const Run& tile : tiles_) {
+      longest = std::max<int64_t>(longest, tile.tokens);
+      if (visited()) packed = std::max<int64_t>(packed, tile.tokens);
+    }
+    longest = round_up(longest, kernels_.panel);
+    packed = round_up(packed, kernels_.panel);
     for (Worker& w : workers) {
       w.scratch.weights = arena.take<float>(size_t(kLargestTile + 8) * kWeightStride);
       w.scratch.column_sum = arena.take<float>(kWeightStride);
       w.scratch.rows = arena.take<float>(size_t(kernels_.panel) * (padded_features() + 16));
-      w.scratch.phi = arena.take<float>(size_t(kPaddedModel) * kWeightStride);
-      w.scratch.weighted = arena.take<float>(size_t(kPaddedModel) * kWeightStride);
+      w.scratch.phi = arena.take<float>(size_t(kModelFeatures) * kWeightStride);
+      w.scratch.weighted = arena.take<float>(size_t(kLargestTile + 8) * kModelFeatures);
       w.tile = {};
       for (float** of_token : {&w.tile.norm, &w.tile.inverse, &w.tile.square, &w.tile.row_sum})
-        *of_token = arena.take<float>(padded);
-      w.tile.feature_major = arena.take<float>(padded * size_t(args_.features));
-      w.tile.token_major = arena.take<float>(padded * padded_features());
+        *of_token = arena.take<float>(size_t(longest));
+      w.tile.feature_major = arena.take<float>(size_t(packed * args_.features));
+      w.tile.token_major = arena.take<float>(size_t(packed) * padded_features());
       if (!args_.draws) continue;
       for (float** matrix : {&w.fit.products, &w.fit.psi, &w.fit.slope})
         *matrix = arena.take<float>(size_t(kFitSize) * kWeightStride);
       w.fit.span = arena.take<float>(kRank * padded_features());
       w.fit.orthonormal = arena.take<double>(kRank * padded_features());
     }
-    if (keeps_features()) {
-      phi_ = arena.take<float>(size_t(args_.tokens) * kModelFeatures);
-      norm_ = arena.take<float>(size_t(args_.tokens));
-      inverse_ = arena.take<float>(size_t(args_.tokens));
-    }
-    sums_ = arena.take<float>(chunks_.size() * kPaddedModel * padded_features());
+    phi_ = arena.take<float>(low_rank() ? size_t(args_.layer_count * args_.rows) * kModelFeatures : 0);
+    sums_ = arena.take<float>(chunks_.size() * kModelFeatures * padded_features());
     directions_ = arena.take<float>(low_rank() ? size_t(args_.layer_count * args_.features) * kRank : 0);
   }
 
   size_t padded_features() const { return size_t(round_up(args_.features, kernels_.panel)); }
   // Without a gradient a constant will do: of its sums that of the tokens alone is needed.
   bool low_rank() const { return args_.grad && args_.control_variate >= DK_LOW_RANK; }
-  // From the first pass, for tiles that are not packed again.
-  bool keeps_features() const { return args_.grad && !visited() && transform_ == Transform::kNormalise; }
   // Where nothing is visited no constant is good enough.
   bool may_choose() const { return low_rank() && args_.control_variate == DK_AUTO && visited(); }
 
@@ -221,7 +228,8 @@ class SampledCall {
     threads_.run(std::min<int64_t>(int64_t(workers.size()), layers), [&](int64_t w) {
       Worker& worker = workers[size_t(w)];
       for (int64_t l; (l = next.fetch_add(1)) < layers;) {
-        pack(worker.tile, worker, l, rows.data() + l * kFitSize, kFitSize);
+        outline(worker.tile, rows.data() + l * kFitSize, kFitSize);
+        kernels_.pack(jobs_[size_t(l)], worker.tile, worker.scratch);
         kernels_.fit(jobs_[size_t(l)], worker.tile, worker.scratch, worker.fit,
                      directions_ + l * args_.features * kRank, fits_[size_t(l)]);
       }
@@ -295,35 +303,21 @@ class SampledCall {
     tile.own = nullptr;
   }
 
-  void pack(Tile& tile, Worker& worker, int64_t layer, const int64_t* rows, int32_t tokens) const {
-    outline(tile, rows, tokens);
-    kernels_.pack(jobs_[size_t(layer)], tile, worker.scratch);
-  }
-
   void add_chunk(Worker& worker, int64_t n) {
     const Run& chunk = chunks_[size_t(n)];
-    const Job& job = jobs_[size_t(chunk.layer)];
-    const Model& model = models_[size_t(chunk.layer)];
+    Tile& tile = worker.tile;
+    outline(tile, chunk.rows, chunk.tokens);
+    kernels_.model_sums(jobs_[size_t(chunk.layer)], models_[size_t(chunk.layer)], tile, worker.scratch,
+                        features_of(chunk.layer), sums_of(n));
     Sums& sums = of_chunk_[size_t(n)];
-    for (int32_t done = 0; done < chunk.tokens; done += tile_tokens_) {
-      Tile& tile = worker.tile;
-      pack(tile, worker, chunk.layer, rows_.data() + chunk.first + done, std::min(tile_tokens_, chunk.tokens - done));
-      kernels_.model_sums(job, model, tile, worker.scratch, sums_of(n), done == 0);
-      for (int32_t t = 0; t < tile.tokens; ++t) {
-        const double length = double(tile.norm[t]) * tile.inverse[t];
-        sums.c += length * length;
-      }
-      sums.finite = sums.finite && tile.finite;
-      if (!keeps_features()) continue;
-      const int64_t first = chunk.first + done;
-      for (int k = 0; k < model.features; ++k)
-        std::copy_n(worker.scratch.phi + k * kWeightStride, tile.tokens, features_of(first) + k * tile.tokens);
-      std::copy_n(tile.norm, tile.tokens, norm_ + first);
-      std::copy_n(tile.inverse, tile.tokens, inverse_ + first);
+    sums.finite = tile.finite;
+    for (int32_t t = 0; t < tile.tokens; ++t) {
+      const double length = double(tile.norm[t]) * tile.inverse[t];
+      sums.c += length * length;
     }
   }
 
-  float* features_of(int64_t first_of_tile) const { return phi_ + first_of_tile * kModelFeatures; }
+  float* features_of(int64_t layer) const { return phi_ + layer * args_.rows * kModelFeatures; }
 
   size_t sums_stride() const { return size_t(models_[0].padded) * padded_features(); }
   float* sums_of(int64_t chunk) const { return sums_ + size_t(chunk) * sums_stride(); }
@@ -345,18 +339,16 @@ class SampledCall {
     const bool modelled = args_.grad && modelled_[size_t(run.unit)];
     const Model model = modelled ? models_[size_t(run.layer)] : Model{};
     const float* sums = modelled ? sums_of(first_chunk_[size_t(run.unit)]) : nullptr;
-    Tile tile = worker.tile;
-    if (keeps_features()) {
-      outline(tile, rows_.data() + run.first, run.tokens);
-      tile.norm = norm_ + run.first;
-      tile.inverse = inverse_ + run.first;
-      kernels_.expand(job, model, tile, worker.scratch, features_of(run.first), sums);
-    } else {
+    const float* phi = features_of(run.layer);
+    Tile& tile = worker.tile;
+    outline(tile, run.rows, run.tokens);
+    if (visited()) {
       tile.partner_end = partner_end_.data() + run.first;
-      pack(tile, worker, run.layer, rows_.data() + run.first, run.tokens);
-      const float inverse_share = visited() ? float(args_.inverse_share[run.unit]) : 0.0f;
-      kernels_.sample(job, model, tile, worker.scratch, sums, visited(), inverse_share);
-      if (visited()) of_tile_[size_t(n)] = {tile.psi_sum * psi_unit_, tile.c_sum, tile.finite};
+      kernels_.pack(job, tile, worker.scratch);
+      kernels_.sample(job, model, tile, worker.scratch, phi, sums, float(args_.inverse_share[run.unit]));
+      of_tile_[size_t(n)] = {tile.psi_sum * psi_unit_, tile.c_sum, tile.finite};
+    } else {
+      kernels_.expand(job, model, tile, worker.scratch, phi, sums);
     }
     if (!args_.grad) return;
     float* scale = args_.scale + run.layer * args_.rows;
@@ -414,8 +406,10 @@ class SampledCall {
     for (const Run& tile : tiles_) {
       const double factor = args_.per_pair[args_.sequence[tile.unit]] * unit_;
       float* scale = args_.scale + tile.layer * args_.rows;
-      const int64_t* rows = rows_.data() + tile.first;
-      for (int32_t t = 0; t < tile.tokens; ++t) scale[rows[t]] = float(scale[rows[t]] * factor);
+      for (int32_t t = 0; t < tile.tokens; ++t) {
+        float& of_row = scale[tile.rows[t]];
+        of_row = float(of_row * factor);
+      }
     }
   }
 
@@ -424,9 +418,7 @@ class SampledCall {
   Threads threads_;
   Reduction reduction_ = {};
   double unit_ = 1.0, psi_unit_ = 1.0;  // of slopes, and of psi
-  Transform transform_ = Transform::kNormalise;
-  int32_t tile_tokens_ = 0;
-  std::vector<int64_t> rows_;
+  std::vector<int64_t> rows_, ascending_;
   std::vector<int32_t> partner_end_;
   std::vector<Run> chunks_, tiles_;
   std::vector<int64_t> first_chunk_;  // of each unit
@@ -438,7 +430,7 @@ class SampledCall {
   std::vector<Sums> of_chunk_, of_tile_;
   std::vector<Fit> fits_;
   float* sums_ = nullptr;  // of each chunk
-  float *phi_ = nullptr, *norm_ = nullptr, *inverse_ = nullptr;
+  float* phi_ = nullptr;   // of each row of each layer
   float* directions_ = nullptr;
 };
 

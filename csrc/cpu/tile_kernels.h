@@ -203,17 +203,28 @@ void pack(const Job& job, Tile& tile, Scratch& scratch) {
 
 // ---- products
 
+// A: element (i, k) is at[i * row + k * step]. B: k-th row at[k * step], of kPanel columns.
+struct Left {
+  const float* at;
+  int64_t row, step;
+};
+struct Right {
+  const float* at;
+  int64_t step;
+};
+
 // C[0:kRows, column:column+kPanel] = beta C + alpha A B; c holds the rows of C, which is not read where beta is 0.
 // kNear: C need not be fetched ahead, and alpha is 1. kSkip: vectors of C left out at the left.
 // Tiles come from the last-level cache, whose latency no reordering hides: ahead(n), called every kBlock steps, fetches
 // what the next calls will need.
 constexpr int kBlock = 8;
 
-template <int64_t kARow, int64_t kAStep, bool kNear, int kSkip = 0, class Ahead>
-DK_INLINE void micro_kernel(int64_t depth, const float* a, const float* b, float* const* c, int64_t column, float alpha,
+template <bool kNear, int kSkip = 0, class Ahead>
+DK_INLINE void micro_kernel(int64_t depth, Left left, Right right, float* const* c, int64_t column, float alpha,
                             float beta, const Ahead& ahead) {
   vec acc[kRows][kVectors];
   const bool scaled = alpha != 1.0f || beta != 1.0f;
+  const float *a = left.at, *b = right.at;
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
     if (!kNear) {
@@ -229,12 +240,12 @@ DK_INLINE void micro_kernel(int64_t depth, const float* a, const float* b, float
     for (int n = kSkip; n < kVectors; ++n) operand[n] = keep_in_register(load(b + n * kLanes));
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const vec factor = splat(a[i * kARow]);
+      const vec factor = splat(a[i * left.row]);
 #pragma GCC unroll 8
       for (int n = kSkip; n < kVectors; ++n) acc[i][n] += factor * operand[n];
     }
-    a += kAStep;
-    b += kPanel;
+    a += left.step;
+    b += right.step;
   };
   const int blocks = int(depth / kBlock);
   for (int block = 0; block < blocks; ++block) {
@@ -267,7 +278,7 @@ void edge_kernel(int64_t depth, const float* a, const float* b, float* const* c,
   float product[kRows][kPanel];
   float* product_rows[kRows];
   for (int i = 0; i < kRows; ++i) product_rows[i] = product[i];
-  micro_kernel<kARow, kAStep, false>(depth, a, b, product_rows, 0, alpha, 0.0f, [](int) {});
+  micro_kernel<false>(depth, {a, kARow, kAStep}, {b, kPanel}, product_rows, 0, alpha, 0.0f, [](int) {});
   for (int i = 0; i < rows; ++i) {
     float* out = c[i] + column;
     for (int64_t j = 0; j < columns; ++j) out[j] = beta != 0.0f ? beta * out[j] + product[i][j] : product[i][j];
@@ -291,24 +302,23 @@ void similarities(const Job& job, const Tile& tile, const Tile& other, bool uppe
       for (int i = 0; i < last_row; i += kRows) {
         const int panel = i / kPanel * kPanel, within_panel = i - panel;
         const float* panel_slice = tile.feature_major + panel * features + begin * kPanel;
+        const Left a = {panel_slice + within_panel, 1, kPanel};
         const float beta = slice ? 1.0f : 0.0f;
         // Each of the kernels on this panel of A fetches its part of the next slice of B and, the first time through
         // A, of A's next panel.
         const float* next_b = b + depth * kPanel + i * depth * kPanel / last_row;
         if (upper && i >= column + kHalf * kLanes) {
-          micro_kernel<1, kPanel, true, kHalf>(depth, panel_slice + within_panel, b, rows + i, column, 1.0f, beta,
-                                               [&](int block) { prefetch_far(next_b + block * kLine); });
+          micro_kernel<true, kHalf>(depth, a, {b, kPanel}, rows + i, column, 1.0f, beta,
+                                    [&](int block) { prefetch_far(next_b + block * kLine); });
         } else if (column == 0 && !upper) {
           const float* next_a = panel_slice + kPanel * features + within_panel * depth;
-          micro_kernel<1, kPanel, true>(depth, panel_slice + within_panel, b, rows + i, column, 1.0f, beta,
-                                        [&](int block) {
-                                          prefetch_far(next_b + block * kLine);
-                                          for (int n = 0; n < kBlock * kRows; n += kLine)
-                                            prefetch_far(next_a + block * kBlock * kRows + n);
-                                        });
+          micro_kernel<true>(depth, a, {b, kPanel}, rows + i, column, 1.0f, beta, [&](int block) {
+            prefetch_far(next_b + block * kLine);
+            for (int n = 0; n < kBlock * kRows; n += kLine) prefetch_far(next_a + block * kBlock * kRows + n);
+          });
         } else {
-          micro_kernel<1, kPanel, true>(depth, panel_slice + within_panel, b, rows + i, column, 1.0f, beta,
-                                        [&](int block) { prefetch_far(next_b + block * kLine); });
+          micro_kernel<true>(depth, a, {b, kPanel}, rows + i, column, 1.0f, beta,
+                             [&](int block) { prefetch_far(next_b + block * kLine); });
         }
       }
     }
@@ -330,11 +340,12 @@ void accumulate(const Job& job, const Tile& tile, const Tile& other, const float
       if (columns >= kPanel && i + kRows <= tile.tokens) {
         const float* next_b = b + other.padded * kPanel + i * (other.padded * kPanel / tile.tokens);
         float* const* next_rows = rows + i + kRows;
-        micro_kernel<kARow, kAStep, false>(other.tokens, a, b, rows + i, column, alpha, beta, [&](int block) {
+        const auto ahead = [&](int block) {
           prefetch_far(next_b + block * kLine);
           // Where a load a step is the bottleneck, this one costs more than it saves.
           if (kLanes == 16) prefetch_far(next_rows[block / 2 % kRows] + column + (block & 1) * kLine);
-        });
+        };
+        micro_kernel<false>(other.tokens, {a, kARow, kAStep}, {b, kPanel}, rows + i, column, alpha, beta, ahead);
       } else {
         edge_kernel<kARow, kAStep>(other.tokens, a, b, rows + i, column, alpha, beta,
                                    tile.tokens - i < kRows ? tile.tokens - i : kRows,
@@ -524,19 +535,12 @@ void between(const Job& job, Tile& tile, Tile& other, Scratch& scratch) {
 // ---- the gradient through the row transform
 
 // With G_i = sum_j w_ij x_j: G_i - x_i sum_j w_ij for distances; else, with x = z / (r + eps),
-// dz = (G - x (x . G) (r + eps) / r) / (r + eps), whose last division is left to the scale. In place of G, as soon as
-// the tile's last pair is summed and much of it is still in the cache. x lies in panels of features x_step apart and is
-// to be multiplied by a factor.
+// dz = (G - x (x . G) (r + eps) / r) / (r + eps), whose last division is left to the scale. As soon as the tile's last
+// pair is summed and much of it is still in the cache. u is G, padded, in the gradient itself or in memory that may be
+// written to. x lies in panels of features x_step apart and is to be multiplied by a factor.
 DK_INLINE void project_row(const Job& job, const Tile& tile, int t, const float* x, int64_t x_step, float factor,
-                           float* spare) {
+                           float* u) {
   const int64_t features = job.args->features, padded_features = job.padded_features;
-  const bool in_place = features == padded_features;
-  float* grad = job.args->grad + tile.rows[t] * features;
-  float* u = in_place ? grad : spare;
-  if (!in_place) {
-    memcpy(u, grad, size_t(features) * sizeof(float));
-    for (int64_t k = features; k < padded_features; ++k) u[k] = 0.0f;
-  }
   float own, mean = 0.0f;
   if (job.transform == Transform::kCentre) {
     own = -tile.row_sum[t];
@@ -555,15 +559,23 @@ DK_INLINE void project_row(const Job& job, const Tile& tile, int t, const float*
     if (job.transform == Transform::kCentredNormalise) mean = sum(sum_vectors(total)) / float(features);
   }
   own *= factor;
-  const float* xk = x;
-  for (int64_t k = 0; k < padded_features; k += kPanel, xk += x_step)
-    store_pack(u + k, madd(load_pack(xk), own, load_pack(u + k)) - mean);
-  if (!in_place) memcpy(grad, u, size_t(features) * sizeof(float));
+  float* grad = job.args->grad + tile.rows[t] * features;
+  float* out = features == padded_features ? grad : u;
+  for (int64_t k = 0; k < padded_features; k += kPanel, x += x_step)
+    store_pack(out + k, madd(load_pack(x), own, load_pack(u + k)) - mean);
+  if (out != grad) memcpy(grad, out, size_t(features) * sizeof(float));
 }
 
 void project(const Job& job, const Tile& tile, Scratch& scratch) {
-  for (int t = 0; t < tile.tokens; ++t)
-    project_row(job, tile, t, tile.token_major + t * kPanel, int64_t(tile.padded) * kPanel, 1.0f, scratch.rows);
+  const int64_t features = job.args->features, padded_features = job.padded_features;
+  for (int t = 0; t < tile.tokens; ++t) {
+    float* u = job.args->grad + tile.rows[t] * features;
+    if (features != padded_features) {
+      u = (float*)memcpy(scratch.rows, u, size_t(features) * sizeof(float));
+      for (int64_t k = features; k < padded_features; ++k) u[k] = 0.0f;
+    }
+    project_row(job, tile, t, tile.token_major + t * kPanel, int64_t(tile.padded) * kPanel, 1.0f, u);
+  }
 }
 
 // Once the sequence's loss is known: the scale of each row, and the norm term, which has another and so takes a pass.
@@ -582,46 +594,124 @@ void finish(const Job& job, const Tile& tile, const Finish& result, Scratch& scr
 
 // ---- sampled pairs and the model of the rest
 
-// The features [model.padded][kWeightStride] of a tile's tokens, 0 for what pads either.
-void model_features(const Job& job, const Model& model, const Tile& tile, float* phi) {
-  const int64_t features = job.args->features;
-  for (int t = 0; t < tile.padded; ++t) phi[t] = t < tile.tokens ? 1.0f : 0.0f;
-  if (model.features > 1) {
-    float* components[kRank];
-    for (int r = 0; r < kRank; ++r) components[r] = phi + (1 + r) * kWeightStride;
-    for (int column = 0; column < tile.padded; column += kPanel)
-      for (int r = 0; r < kRank; r += kRows)
-        micro_kernel<1, kRank, true>(features, model.directions + r, tile.feature_major + column * features,
-                                     components + r, column, 1.0f, 0.0f, [](int) {});
-    float* product = phi + (1 + kRank) * kWeightStride;
-    for (int a = 0; a < kSquared; ++a)
-      for (int b = a; b < kSquared; ++b, product += kWeightStride)
-        for (int t = 0; t < tile.padded; t += kPanel)
-          store_pack(product + t, load_pack(components[a] + t) * load_pack(components[b] + t));
+// Rows of up to kPanel tokens, evenly spaced: row t is to be multiplied by factor[t].
+struct EvenRows {
+  const float* at;
+  int64_t stride;
+  float factor[kPanel];
+};
+
+// The tokens of a tile from `first` on, and zeros up to whole groups of kRows: where they lie, if they are as evenly
+// spaced as their rows, else in `spare`.
+EvenRows even_rows(const Job& job, Tile& tile, int first, float* spare) {
+  const int64_t stride = job.padded_features + 16;
+  const int left = tile.tokens - first, count = left < kPanel ? int(round_up(left, kRows)) : kPanel;
+  EvenRows rows = {nullptr, job.args->row_stride, {}};
+  const float* at[kPanel];
+  bool evenly = true;
+  for (int t = 0; t < count; ++t) {
+    const int ahead = first + t + kRowsAhead;
+    if (ahead < tile.tokens && tile.rows[ahead] != tile.rows[ahead - 1] + 1) prefetch_row(job, tile.rows[ahead]);
+    const ScaledRow row = transform_row(job, tile, first + t, spare + t * stride);
+    at[t] = row.row;
+    rows.factor[t] = row.factor;
+    evenly = evenly && at[t] == at[0] + t * rows.stride;
   }
-  for (int k = model.features; k < model.padded; ++k)
-    memset(phi + k * kWeightStride, 0, sizeof(float) * size_t(tile.padded));
+  rows.at = at[0];
+  if (evenly) return rows;
+  for (int t = 0; t < count; ++t)
+    if (at[t] != spare + t * stride) memcpy(spare + t * stride, at[t], size_t(job.padded_features) * sizeof(float));
+  rows.at = spare;
+  rows.stride = stride;
+  return rows;
 }
 
-void model_sums(const Job& job, const Model& model, const Tile& tile, Scratch& scratch, float* sums, bool begin) {
-  model_features(job, model, tile, scratch.phi);
-  for (int64_t column = 0; column < job.padded_features; column += kPanel) {
-    float* rows[kPaddedModel];
-    for (int k = 0; k < model.padded; ++k) rows[k] = sums + column * model.padded + k * kPanel;
-    for (int k = 0; k < model.padded; k += kRows)
-      micro_kernel<kWeightStride, 1, true>(tile.tokens, scratch.phi + k * kWeightStride,
-                                           tile.token_major + column * tile.padded, rows + k, 0, 1.0f,
-                                           begin ? 0.0f : 1.0f, [](int) {});
+// phi [count][kModelFeatures] of whole groups of kRows tokens: row t of x is at x + t * x_row, in panels of features
+// x_panel apart, and is to be multiplied by factor[t].
+void model_features(const Job& job, const Model& model, const float* x, int64_t x_row, int64_t x_panel, int count,
+                    const float* factor, float* phi) {
+  constexpr int kSkip = kVectors - kRank / kLanes;
+  const int64_t features = job.args->features;
+  for (int i = 0; i < count; i += kRows) {
+    float* components[kRows];
+    for (int t = 0; t < kRows; ++t) components[t] = phi + (i + t) * kModelFeatures + kModelGroup - kSkip * kLanes;
+    for (int64_t column = 0; column < features; column += kPanel) {
+      const int64_t depth = features - column < kPanel ? features - column : kPanel;
+      micro_kernel<true, kSkip>(depth, {x + column / kPanel * x_panel + i * x_row, x_row, 1},
+                                {model.directions + column * kRank - kSkip * kLanes, kRank}, components, 0, 1.0f,
+                                column ? 1.0f : 0.0f, [](int) {});
+    }
+  }
+  for (int t = 0; t < count; ++t) {
+    float* of_token = phi + t * kModelFeatures;
+    float* y = of_token + kModelGroup;
+    for (int r = 0; r < kRank; ++r) y[r] *= factor[t];
+    float* product = of_token;
+    *product++ = 1.0f;
+    for (int a = 0; a < kSquared; ++a)
+      for (int b = a; b < kSquared; ++b) *product++ = y[a] * y[b];
+    while (product < y) *product++ = 0.0f;
+  }
+}
+
+void model_sums(const Job& job, const Model& model, Tile& tile, Scratch& scratch, float* phi, float* sums) {
+  tile.finite = true;
+  for (int first = 0; first < tile.tokens; first += kPanel) {
+    const EvenRows x = even_rows(job, tile, first, scratch.rows);
+    const int count = tile.tokens - first < kPanel ? tile.tokens - first : kPanel;
+    float features[kPanel * kModelFeatures];
+    if (model.features > 1) {
+      model_features(job, model, x.at, x.stride, kPanel, int(round_up(count, kRows)), x.factor, features);
+      for (int t = 0; t < count; ++t) {
+        float* of_token = features + t * kModelFeatures;
+        memcpy(phi + tile.rows[first + t] * kModelFeatures, of_token, sizeof(float) * kModelFeatures);
+        for (int k = 0; k < kModelFeatures; ++k) of_token[k] *= x.factor[t];
+      }
+    } else {
+      for (int t = 0; t < count; ++t) {
+        memset(features + t * kModelFeatures, 0, sizeof(float) * size_t(model.padded));
+        features[t * kModelFeatures] = x.factor[t];
+      }
+    }
+    for (int64_t column = 0; column < job.padded_features; column += kPanel) {
+      float* rows[kModelFeatures];
+      for (int k = 0; k < model.padded; ++k) rows[k] = sums + column * model.padded + k * kPanel;
+      for (int k = 0; k < model.padded; k += kRows)
+        micro_kernel<true>(count, {features + k, 1, kModelFeatures}, {x.at + column, x.stride}, rows + k, 0, 1.0f,
+                           first ? 1.0f : 0.0f, [](int) {});
+    }
+  }
+}
+
+// The tile's weighted features b_k phi_ik, 0 up to whole groups of kRows tokens, and h_ii, to column_sum.
+void weigh_features(const Model& model, const Tile& tile, const float* phi, Scratch& scratch) {
+  for (int t = 0; t < int(round_up(tile.tokens, kRows)); ++t) {
+    float* weighted = scratch.weighted + t * kModelFeatures;
+    float own = 0.0f;
+    if (t >= tile.tokens || model.features == 1) {
+      memset(weighted, 0, sizeof(float) * size_t(model.padded));
+      if (t < tile.tokens) own = weighted[0] = model.b[0];
+    } else {
+      const float* of_token = phi + tile.rows[t] * kModelFeatures;
+      for (int k = 0; k < kModelFeatures; ++k) {
+        weighted[k] = model.b[k] * of_token[k];
+        own += weighted[k] * of_token[k];
+      }
+    }
+    scratch.column_sum[t] = own;
   }
 }
 
 // Replaces the similarities above the diagonal by inverse_share (slope - h), 0 between segments, and sums psi and c.
+// features [model.features][kWeightStride] are phi_jk.
 template <class P>
-void visit(const Job& job, const P& potential, const Model& model, Tile& tile, Scratch& scratch, float inverse_share) {
+void visit(const Job& job, const P& potential, const Model& model, Tile& tile, Scratch& scratch, const float* features,
+           float inverse_share) {
   double psi = 0.0, c = 0.0;
   for (int i = 0; i < tile.tokens; ++i) {
     const int begin = i + 1, end = tile.partner_end[i];
     float* row = scratch.weights + i * kWeightStride;
+    const float* weighted = scratch.weighted + i * kModelFeatures;
     const Pack q_i = splat_pack(tile.square[i]);
     Pack psi_of_row = splat_pack(0.0f), c_of_row = splat_pack(0.0f);
     int j = begin / kPanel * kPanel;
@@ -629,8 +719,7 @@ void visit(const Job& job, const P& potential, const Model& model, Tile& tile, S
       Pack s = load_pack(row + j);
       Weights<Pack> w = potential.weigh(s, q_i, load_pack(tile.square + j), job.potential.shift);
       for (int k = 0; k < model.features; ++k)
-        w.slope =
-            madd(load_pack(scratch.phi + k * kWeightStride + j), -scratch.weighted[k * kWeightStride + i], w.slope);
+        w.slope = madd(load_pack(features + k * kWeightStride + j), -weighted[k], w.slope);
       w.slope = w.slope * inverse_share;
       if (j < begin || j + kPanel > end) {
         s = keep_columns(s, j, begin, end, 0.0f);
@@ -649,72 +738,64 @@ void visit(const Job& job, const P& potential, const Model& model, Tile& tile, S
   tile.c_sum = 2.0 * c;
 }
 
-// weighted = b_k phi_ik, and own = h_ii; row k of phi is k phi_stride floats in.
-void weigh_features(const Model& model, const Tile& tile, const float* phi, int64_t phi_stride, float* weighted,
-                    float* own) {
-  const size_t row = sizeof(float) * size_t(tile.padded);
-  memset(own, 0, row);
-  for (int k = 0; k < model.padded; ++k) {
-    float* out = weighted + k * kWeightStride;
-    memset(out, 0, row);
-    if (k >= model.features) continue;
-    const float *in = phi + k * phi_stride, b = model.b[k];
-    for (int t = 0; t < tile.tokens; ++t) {
-      out[t] = b * in[t];
-      own[t] += out[t] * in[t];
-    }
+// u [kRows][padded_features], of the tokens from i on: what the pairs with tokens `begin` to `end` of the tile have of
+// their gradient, and what the model has.
+void add_up(const Job& job, const Model& model, const Tile& tile, const Scratch& scratch, const float* sums, int i,
+            int begin, int end, float* u) {
+  float* rows[kRows];
+  for (int t = 0; t < kRows; ++t) rows[t] = u + t * job.padded_features;
+  for (int64_t column = 0; column < job.padded_features; column += kPanel) {
+    if (begin < end)
+      micro_kernel<true>(end - begin, {scratch.weights + i * kWeightStride + begin, kWeightStride, 1},
+                         {tile.token_major + column * tile.padded + begin * kPanel, kPanel}, rows, column, 1.0f, 0.0f,
+                         [](int) {});
+    if (model.features)
+      micro_kernel<true>(model.padded, {scratch.weighted + i * kModelFeatures, kModelFeatures, 1},
+                         {sums + column * model.padded, kPanel}, rows, column, 1.0f, begin < end ? 1.0f : 0.0f,
+                         [](int) {});
   }
 }
 
-// grad = beta grad + sum_k b_k phi_ik sums_k.
-void add_model(const Job& job, const Model& model, const Tile& tile, const float* weighted, const float* sums,
-               float beta) {
-  // The sums lie as the rows of a tile do.
-  Tile features = {};
-  features.tokens = features.padded = model.padded;
-  features.token_major = const_cast<float*>(sums);
-  accumulate<1, kWeightStride>(job, tile, features, weighted, 1.0f, beta);
-}
-
-void sample(const Job& job, const Model& model, Tile& tile, Scratch& scratch, const float* sums, bool visited,
+void sample(const Job& job, const Model& model, Tile& tile, Scratch& scratch, const float* phi, const float* sums,
             float inverse_share) {
-  const bool modelled = model.features > 0;
-  if (modelled) {
-    model_features(job, model, tile, scratch.phi);
-    weigh_features(model, tile, scratch.phi, kWeightStride, scratch.weighted, scratch.column_sum);
+  if (model.features) {
+    weigh_features(model, tile, phi, scratch);
     tile.own = scratch.column_sum;
   }
-  float* weights = scratch.weights;
-  if (visited) {
-    similarities(job, tile, tile, true, weights);
-    with_potential(job.potential, [&](const auto& potential) {
-      visit(job, potential, model, tile, scratch, inverse_share);
-    });
+  float* features = scratch.phi;
+  for (int t = 0; t < tile.padded; ++t) {
+    const float* of_token = t < tile.tokens && model.features > 1 ? phi + tile.rows[t] * kModelFeatures : nullptr;
+    for (int k = 0; k < model.features; ++k) features[k * kWeightStride + t] = of_token ? of_token[k] : 1.0f;
   }
+  similarities(job, tile, tile, true, scratch.weights);
+  with_potential(job.potential, [&](const auto& potential) {
+    visit(job, potential, model, tile, scratch, features, inverse_share);
+  });
   if (!job.args->grad) return;
-  if (visited) {
-    mirror(tile, weights);
-    accumulate<kWeightStride, 1>(job, tile, tile, weights, 1.0f, 0.0f);
+  mirror(tile, scratch.weights);
+  const int64_t x_step = int64_t(tile.padded) * kPanel;
+  int begin = 0;  // of the segment of token i
+  for (int i = 0; i < tile.tokens; i += kRows) {
+    const int next = i + kRows < tile.tokens ? i + kRows : tile.tokens;
+    while (tile.partner_end[begin] <= i) begin = tile.partner_end[begin];
+    add_up(job, model, tile, scratch, sums, i, begin, tile.partner_end[next - 1], scratch.rows);
+    for (int t = i; t < next; ++t)
+      project_row(job, tile, t, tile.token_major + t * kPanel, x_step, 1.0f,
+                  scratch.rows + (t - i) * job.padded_features);
   }
-  if (modelled) add_model(job, model, tile, scratch.weighted, sums, visited ? 1.0f : 0.0f);
-  project(job, tile, scratch);
 }
 
 void expand(const Job& job, const Model& model, Tile& tile, Scratch& scratch, const float* phi, const float* sums) {
-  weigh_features(model, tile, phi, tile.tokens, scratch.weighted, scratch.column_sum);
-  add_model(job, model, tile, scratch.weighted, sums, 0.0f);
+  weigh_features(model, tile, phi, scratch);
   tile.own = scratch.column_sum;
-  float *row = scratch.rows, *spare = scratch.rows + job.padded_features + 16;
-  for (int t = 0; t < tile.tokens; ++t) {
-    if (t + kRowsAhead < tile.tokens) prefetch_row(job, tile.rows[t + kRowsAhead]);
-    const float* x = read_row(job, tile.rows[t], row);
-    float factor = tile.inverse[t];
-    if (!(factor < 1e30f)) {
-      for (int64_t k = 0; k < job.padded_features; ++k) row[k] = float(double(x[k]) * factor);
-      x = row;
-      factor = 1.0f;
+  float *u = scratch.rows, *x = u + kRows * job.padded_features;
+  for (int i = 0; i < tile.tokens; i += kRows) {
+    add_up(job, model, tile, scratch, sums, i, 0, 0, u);
+    for (int t = i; t < i + kRows && t < tile.tokens; ++t) {
+      if (t + kRowsAhead < tile.tokens) prefetch_row(job, tile.rows[t + kRowsAhead]);
+      const ScaledRow row = transform_row(job, tile, t, x);
+      project_row(job, tile, t, row.row, kPanel, row.factor, u + (t - i) * job.padded_features);
     }
-    project_row(job, tile, t, x, kPanel, factor, spare);
   }
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..sampling import CONTROL_VARIATES
+from ..sampling import CONTROL_VARIATES, RANK, RANKS
 from .model import PRESETS
 from .runtime import checkpoints, read_checkpoint
 
@@ -156,6 +156,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="share of the pairs of tokens to visit, or all (default: all)",
     )
     add("--control-variate", choices=CONTROL_VARIATES, default="auto", help="for the rest (default: %(default)s)")
+    add(
+        "--control-variate-rank",
+        type=at_least(RANKS[0]),
+        default=RANK,
+        metavar="N",
+        help="directions of low_rank; the width or more: all (default: %(default)s)",
+    )
     add("--impl", default="auto", help="backend of the loss (default: %(default)s)")
 
     add = parser.add_argument_group("optimiser (defaults: the preset's)").add_argument

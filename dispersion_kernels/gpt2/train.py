@@ -125,9 +125,11 @@ class Run:
             max_tokens=options.dispersion_tokens,
             pairs=options.pairs,
             control_variate=options.control_variate,
+            rank=options.control_variate_rank,
             impl=options.impl,
         )
-        self.dispersion(torch.randn(1, 2, 2, device=self.device))  # what it does not take should fail before the work
+        # What it does not take should fail before the work.
+        self.dispersion(torch.randn(1, 2, config.width, device=self.device))
         self.windows = validation_windows(self.data.validation, self.context, options.validation_windows)
         self.optimizer = build_optimizer(self.model, options, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.dtype == "float16")

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from dispersion_kernels.gpu import launch
 from dispersion_kernels.gpu.shipped import calls, sampled_calls
 from dispersion_kernels.potentials import Potential
-from dispersion_kernels.sampling import draw, estimate
+from dispersion_kernels.sampling import RANK, draw, estimate
 from dispersion_kernels.triton.backend import TritonKernels
 from dispersion_kernels.triton.sampled import sampler_of
 
@@ -169,8 +169,10 @@ def record_sampled(
 
     sampler = sampler_of(TritonKernels(layers[0], arch, precision, run), layers, potential)
     if sampler is not None:
-        draws = draw(layers, share, None)
-        estimate(layers, groups, None, potential, draws, share, control_variate, with_grad, False, no_sweep, sampler)
+        draws = draw(layers, share, RANK, None)
+        estimate(
+            layers, groups, None, potential, draws, share, control_variate, RANK, with_grad, False, no_sweep, sampler
+        )
     return launches
 
 
