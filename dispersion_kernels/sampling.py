@@ -31,7 +31,7 @@ about Var P / P^2, one part in the number of visited pairs.
 A backend sees cliques as short sequences, and the model's sums are PyTorch's. Two samplers read the tokens where they
 lie instead of a copy in order, where the rank is RANK: the CPU kernel does all of it at once, unless a clique is too
 large for it or the exponents need a running maximum; the Triton kernels do all but the fit, unless the exponents need a
-running maximum or there are more sequences than a launch has rows.
+running maximum, there are more sequences than a launch has rows, or, on AMD's processors, psi is no exponential.
 
 With a share of 0 no pairs but those of the fit are visited: G_i is the first sum alone, in time O(L F), or O(L F^2) at
 full rank, and its bias sum_j (h_ij - slope(c_ij)) x_j.

@@ -30,11 +30,14 @@ _CHUNK = 256
 
 
 def sampler_of(kernels: TritonKernels, layers: Sequence[Tensor], potential: Potential) -> Sampler | None:
-    """None where exponents need a running maximum, where the tokens have no row transform, and for a batch that no
-    launch holds."""
+    """None where exponents need a running maximum, where the tokens have no row transform, for a batch that no launch
+    holds, and on AMD's processors for psi that is no exponential: its masks take more scalar registers than there
+    are."""
     batch, _, features = layers[0].shape
     epilogue = epilogue_of(potential, features, narrow_range=layers[0].dtype == torch.float16)
     if epilogue.online or epilogue.transform == "none" or not 0 < len(layers) * batch <= MAX_ROWS:
+        return None
+    if kernels.arch.startswith("gfx") and not epilogue.exponential:
         return None
     return functools.partial(_sample, kernels, epilogue)
 
