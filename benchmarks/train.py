@@ -1,10 +1,9 @@
 """What the loss costs in training: tokens per second and peak memory of the GPT-2 trainer with no loss, with the naive
 one on 256 tokens and on all of them, and with ours on all, on a share of the pairs, and on none.
 
-They take a step in turn, in an order drawn anew each turn, so that a machine that slows down slows all of them, and
-each step is compared with the one without the loss in the same turn. All of them train one model: a second one
-somewhere else in memory is 1 or 2% faster or slower, however often it is timed. Before that, the naive loss on all
-tokens and ours must give the same cross-entropy, dispersion and gradient norm in the first step of a model each.
+The runs live in one process and take a step in turn, so that a machine that slows down slows all of them, and each
+step is compared with the one without the loss in the same turn. Before that, the naive loss on all tokens and ours must
+give the same cross-entropy, dispersion and gradient norm in the first step.
 """
 
 from __future__ import annotations
@@ -50,9 +49,6 @@ def run(quick: bool, options: list[str] | None = None) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         runs = {name: _run(Path(folder, str(n)), [*recipe, *VARIANTS[name]]) for n, name in enumerate(VARIANTS)}
         _check({name: one.train_step(True) for name, one in runs.items()})
-        shared = runs["no loss"]
-        for one in runs.values():
-            one.model, one.forward, one.optimizer = shared.model, shared.forward, shared.optimizer
         for one in runs.values():
             _step(one)  # the optimiser's state is there from now on
         steps = {name: partial(_step, one) for name, one in runs.items()}
