@@ -119,7 +119,7 @@ def clique_config(arch: str, dtype: torch.dtype, precision: str, clique: int) ->
     stages = 1 if amd or block == 32 or (arch == "sm_120" and precision == "tf32x3") else 2
     if dtype == torch.float32:
         return CliqueConfig(block, min(block, 32), 32, 32, 4, stages)
-    if block < 64 or arch in ("sm_100", "sm_120"):
+    if block < 64 or not (amd or arch == "sm_90"):
         return CliqueConfig(block, min(block, 32), 32, 32, 4 if amd or block < 64 else 8, stages)
     return CliqueConfig(block, block, 64, 64, 4 if amd else 8, stages)
 
