@@ -1,10 +1,11 @@
 """What the loss costs in training: tokens per second and peak memory of the GPT-2 trainer with no loss, with the naive
 one on 256 tokens and on all of them, and with ours on all, on a share of the pairs, and on none.
 
-The runs live in one process and take a step in turn, in an order drawn anew each turn, so that a machine that slows down
-slows all of them, and each step is compared with the one without the loss in the same turn. Each turn they pass their
-models on: where one lies in memory makes its steps 1 or 2% faster or slower, however often they are timed. Before that, the naive loss on all tokens and ours must
-give the same cross-entropy, dispersion and gradient norm in the first step.
+The runs live in one process and take a step in turn, in an order drawn anew each turn, so that a machine that slows
+down slows all of them, and each step is compared with the one without the loss in the same turn. Each turn they pass
+their models on: where one lies in memory makes its steps 1 or 2% faster or slower, however often they are timed. Before
+that, the naive loss on all tokens and ours must give the same cross-entropy, dispersion and gradient norm in the first
+step.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.nn import Module
-from torch.optim import Optimizer
+from torch.optim import AdamW
 
 from benchmarks.machine import describe, peak_memory, pick_device
 from benchmarks.timing import interleaved, quartiles
@@ -106,7 +107,7 @@ def _run(out: Path, arguments: list[str]) -> Run:
     return Run(options, out, options.dispersion_weight)
 
 
-def _step(run: Run, models: Iterator[tuple[GPT2, Module, Optimizer]]) -> None:
+def _step(run: Run, models: Iterator[tuple[GPT2, Module, AdamW]]) -> None:
     run.model, run.forward, run.optimizer = next(models)
     run.train_step(False)
     run.step += 1
