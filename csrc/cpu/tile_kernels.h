@@ -703,10 +703,8 @@ void weigh_features(const Model& model, const Tile& tile, const float* phi, Scra
 }
 
 // Replaces the similarities above the diagonal by inverse_share (slope - h), 0 between segments, and sums psi and c.
-// features [model.features][kWeightStride] are phi_jk.
 template <class P>
-void visit(const Job& job, const P& potential, const Model& model, Tile& tile, Scratch& scratch, const float* features,
-           float inverse_share) {
+void visit(const Job& job, const P& potential, const Model& model, Tile& tile, Scratch& scratch, float inverse_share) {
   double psi = 0.0, c = 0.0;
   for (int i = 0; i < tile.tokens; ++i) {
     const int begin = i + 1, end = tile.partner_end[i];
@@ -719,7 +717,7 @@ void visit(const Job& job, const P& potential, const Model& model, Tile& tile, S
       Pack s = load_pack(row + j);
       Weights<Pack> w = potential.weigh(s, q_i, load_pack(tile.square + j), job.potential.shift);
       for (int k = 0; k < model.features; ++k)
-        w.slope = madd(load_pack(features + k * kWeightStride + j), -weighted[k], w.slope);
+        w.slope = madd(load_pack(scratch.phi + k * kWeightStride + j), -weighted[k], w.slope);
       w.slope = w.slope * inverse_share;
       if (j < begin || j + kPanel > end) {
         s = keep_columns(s, j, begin, end, 0.0f);
@@ -762,14 +760,13 @@ void sample(const Job& job, const Model& model, Tile& tile, Scratch& scratch, co
     weigh_features(model, tile, phi, scratch);
     tile.own = scratch.column_sum;
   }
-  float* features = scratch.phi;
   for (int t = 0; t < tile.padded; ++t) {
     const float* of_token = t < tile.tokens && model.features > 1 ? phi + tile.rows[t] * kModelFeatures : nullptr;
-    for (int k = 0; k < model.features; ++k) features[k * kWeightStride + t] = of_token ? of_token[k] : 1.0f;
+    for (int k = 0; k < model.features; ++k) scratch.phi[k * kWeightStride + t] = of_token ? of_token[k] : 1.0f;
   }
   similarities(job, tile, tile, true, scratch.weights);
   with_potential(job.potential, [&](const auto& potential) {
-    visit(job, potential, model, tile, scratch, features, inverse_share);
+    visit(job, potential, model, tile, scratch, inverse_share);
   });
   if (!job.args->grad) return;
   mirror(tile, scratch.weights);

@@ -138,12 +138,7 @@ def record(
     precision: str | None = None,
 ) -> list[Launch]:
     """The launches of a call on ``arch``, none of which is run."""
-    launches: list[Launch] = []
-
-    def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]) -> None:
-        launches.append(Launch(kernel, grid, arguments, options))
-
-    kernels = TritonKernels(layers[0], arch, precision, run)
+    kernels, launches = _recorder(layers[0], arch, precision)
     launch.dispersion(layers, potential, groups, cu_seqlens, with_grad, kernels)
     return launches
 
@@ -151,7 +146,6 @@ def record(
 def record_sampled(
     layers: list[Tensor],
     potential: Potential,
-    groups: Tensor | None,
     share: float,
     control_variate: str,
     with_grad: bool,
@@ -159,21 +153,28 @@ def record_sampled(
     precision: str | None = None,
 ) -> list[Launch]:
     """As :func:`record`, of a share of the pairs; none where the sampler leaves them to the sweep."""
+    kernels, launches = _recorder(layers[0], arch, precision)
+
+    def no_sweep(*_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        raise AssertionError("the sampler left the cliques to the sweep")
+
+    sampler = sampler_of(kernels, layers, potential)
+    if sampler is not None:
+        draws = draw(layers, share, RANK, None)
+        estimate(
+            layers, None, None, potential, draws, share, control_variate, RANK, with_grad, False, no_sweep, sampler
+        )
+    return launches
+
+
+def _recorder(z: Tensor, arch: str, precision: str | None) -> tuple[TritonKernels, list[Launch]]:
+    """Kernels that run nothing, and what they were to launch."""
     launches: list[Launch] = []
 
     def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]) -> None:
         launches.append(Launch(kernel, grid, arguments, options))
 
-    def no_sweep(*_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        raise AssertionError("the sampler left the cliques to the sweep")
-
-    sampler = sampler_of(TritonKernels(layers[0], arch, precision, run), layers, potential)
-    if sampler is not None:
-        draws = draw(layers, share, RANK, None)
-        estimate(
-            layers, groups, None, potential, draws, share, control_variate, RANK, with_grad, False, no_sweep, sampler
-        )
-    return launches
+    return TritonKernels(z, arch, precision, run), launches
 
 
 def shipped(arch: str, every: bool = False) -> list[Variant]:
@@ -202,7 +203,6 @@ def _all_variants(arch: str, every: bool) -> Iterator[Variant]:
         for recorded in record_sampled(
             [sampled.z],
             sampled.potential,
-            None,
             share,
             sampled.control_variate,
             sampled.with_grad,
