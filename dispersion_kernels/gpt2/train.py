@@ -211,6 +211,7 @@ class Run:
         starts = training_windows(self.data.train, self.context, count, seed=options.seed, step=self.step)
         cross_entropy = torch.zeros((), device=self.device)
         dispersion = torch.zeros(len(self.layers), device=self.device)
+        cosine = torch.zeros(self.model.config.layers, device=self.device)
         for micro in range(options.accumulate):
             first = (micro * world() + rank()) * size
             tokens, targets = windows_at(self.data.train, starts[first : first + size], self.context)
@@ -221,15 +222,18 @@ class Run:
                 with self.autocast():
                     output = self.forward(tokens.to(self.device), targets.to(self.device), wants_hidden)
                     loss = output.loss
-                    if wants_hidden:
-                        hidden = self.dispersed(output.hidden)
                     if self.weight != 0:
-                        loss = loss + self.weight * self.dispersion(hidden)
+                        loss = loss + self.weight * self.dispersion(self.dispersed(output.hidden))
                     if measure:
                         with torch.no_grad():  # the call above has the mean alone
-                            dispersion += torch.stack([self.dispersion(z) for z in hidden]) / options.accumulate
+                            of_layers = [self.dispersion(z) for z in self.dispersed(output.hidden)]
+                            dispersion += torch.stack(of_layers) / options.accumulate
+                cross_entropy += output.loss.detach() / options.accumulate
+                if measure:
+                    cosine += condensation_by_layer([z.detach() for z in output.hidden]) / options.accumulate
+                # Hidden states are freed as the backward pass goes on, where nothing else holds them.
+                del output
                 self.scaler.scale(loss / options.accumulate).backward()
-            cross_entropy += output.loss.detach() / options.accumulate
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip or math.inf)
         self.scaler.step(self.optimizer)
@@ -237,7 +241,7 @@ class Run:
         self.optimizer.zero_grad()
         if not measure:
             return {}
-        measured = torch.cat([cross_entropy[None], dispersion, condensation_by_layer(output.hidden)])
+        measured = torch.cat([cross_entropy[None], dispersion, cosine])
         values = mean_over_ranks(measured).tolist()
         split = 1 + len(self.layers)
         return {
