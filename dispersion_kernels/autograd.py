@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from torch.utils.dlpack import from_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from dispersion_kernels import native
 from dispersion_kernels.backends import choose
@@ -88,7 +88,7 @@ class _Dispersion(torch.autograd.Function):
         loss, grads, scale = _run("forward", layers, groups, cu_seqlens, *options, now)
         ctx.save_for_backward(cu_seqlens, *((groups, *layers) if recompute else (*grads, scale)))
         ctx.options, ctx.recompute, ctx.needed, ctx.hooked = options, recompute, needed, _hooks_see_what_is_saved()
-        ctx.dtypes = [z.dtype for z in layers]
+        ctx.dtype = layers[0].dtype
         return loss
 
     @staticmethod
@@ -101,7 +101,7 @@ class _Dispersion(torch.autograd.Function):
         else:
             *grads, scale = saved
         factor = _of_tokens(upstream[0], cu_seqlens, scale.shape[2])
-        dz = _finished(ctx, grads, scale, factor, ctx.dtypes, ctx.needed)
+        dz = _finished(ctx, grads, scale, factor)
         return None, None, None, None, *dz
 
 
@@ -123,7 +123,7 @@ class _Sampled(torch.autograd.Function):
         loss, grad, scale, error = _run("sampled", layers, *inputs, *options, with_grad, with_error)
         ctx.save_for_backward(cu_seqlens, *((groups, shuffle, fit, *layers) if recompute else (grad, scale)))
         ctx.options, ctx.recompute, ctx.hooked = options, recompute, _hooks_see_what_is_saved()
-        ctx.needed, ctx.dtypes = list(ctx.needs_input_grad[7:]), [z.dtype for z in layers]
+        ctx.needed, ctx.dtype = list(ctx.needs_input_grad[7:]), layers[0].dtype
         ctx.mark_non_differentiable(error)
         return loss, error
 
@@ -137,7 +137,7 @@ class _Sampled(torch.autograd.Function):
         else:
             grad, scale = saved
         factor = _of_tokens(upstream[0], cu_seqlens, scale.shape[2])
-        dz = _finished(ctx, grad.unbind(), scale, factor, ctx.dtypes, ctx.needed)
+        dz = _finished(ctx, grad.unbind(), scale, factor)
         return None, None, None, None, None, None, None, *dz
 
 
@@ -194,27 +194,19 @@ def _of_tokens(upstream: Tensor, cu_seqlens: Tensor | None, length: int) -> Tens
     return upstream[segment_of_token(cu_seqlens.to(upstream.device), length)]
 
 
-def _finished(
-    ctx: Any,
-    grads: Sequence[Tensor],
-    scale: Tensor,
-    factor: Tensor,
-    dtypes: Sequence[torch.dtype],
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
+def _finished(ctx: Any, grads: Sequence[Tensor], scale: Tensor, factor: Tensor) -> list[Tensor | None]:
     """``grads`` ``[B, L, F]``, one a layer, times ``scale`` ``[layers, B, L]`` and ``factor`` of the tokens, each
     rounded once; in place where ``ctx`` will not be asked for them again."""
+    needed = [grad if need else None for grad, need in zip(grads, ctx.needed, strict=True)]
     fp32_on_cpu = scale.is_cpu and scale.dtype == torch.float32
-    if fp32_on_cpu and _unobserved(*grads, scale, factor) and native.unavailable_reason() is None:
+    if fp32_on_cpu and _unobserved(*needed, scale, factor) and native.unavailable_reason() is None:
         in_place = ctx.recompute or (not ctx.hooked and _graph_is_freed())
         factor = factor.flatten().contiguous()  # the gradient of a sum is one number, expanded
-        return [
-            # As memory of its own, not a part of that of all layers: autograd adds to the one in place.
-            from_dlpack(native.scaled(g, s, factor, dtype, in_place=in_place)) if need else None
-            for g, s, dtype, need in zip(grads, scale.unbind(), dtypes, needed, strict=True)
-        ]
-    of_layers = zip(grads, (scale * factor).unsqueeze(3), dtypes, needed, strict=True)
-    return [_scaled(g, s, dtype) if need else None for g, s, dtype, need in of_layers]
+        finished = native.scaled(needed, scale, factor, ctx.dtype, in_place=in_place)
+        # As memory of its own, not a part of that of all layers: autograd adds to the one in place.
+        return [None if grad is None else from_dlpack(to_dlpack(grad)) for grad in finished]
+    of_layers = zip(needed, (scale * factor).unsqueeze(3), strict=True)
+    return [None if grad is None else _scaled(grad, of_layer, ctx.dtype) for grad, of_layer in of_layers]
 
 
 def _graph_is_freed() -> bool:
@@ -283,7 +275,7 @@ def _gpu_sweep(
     with torch.cuda.device_of(layers[0]):  # Triton launches on the current device
         kernels = kernels_for(layers[0])
         loss, pairs, gradients, scale = launch.dispersion(layers, chosen, groups, cu_seqlens, any(with_grad), kernels)
-    weight = _weight(len(layers), reduction, pairs)
+    weight = _weight(len(layers), reduction, (pairs > 0).sum())
     total = (loss.sum(0) if reduction == "none" else loss.sum()) * weight
     grads = [gradients[n] if need else total.new_empty(0, dtype=torch.float32) for n, need in enumerate(with_grad)]
     return total.float(), grads, total.new_empty(0, dtype=torch.float32) if scale is None else scale * weight
@@ -349,7 +341,7 @@ def _torch_sweep(
     scales: list[Tensor] = []
     for z, need_grad in zip(layers, with_grad, strict=True):
         loss, pairs, grad, scale = sweep(z, chosen, groups, cu_seqlens, need_grad)
-        weight = _weight(len(layers), reduction, pairs)
+        weight = _weight(len(layers), reduction, (pairs > 0).sum())
         losses.append((loss if reduction == "none" else loss.sum()) * weight)
         grads.append(loss.new_empty(0) if grad is None else grad)
         scales.append(loss.new_empty(0) if scale is None else scale * weight)
@@ -364,9 +356,12 @@ _SWEEPS: dict[str, Callable[..., tuple[Tensor, list[Tensor], Tensor]]] = {
 }
 
 
-def _weight(layers: int, reduction: str, pairs: Tensor) -> Tensor | float:
-    """What the loss of each sequence is multiplied by."""
-    return 1 / (layers * (pairs > 0).sum().clamp(min=1)) if reduction == "mean" else 1 / layers
+def _weight(layers: int, reduction: str, with_pairs: int | Tensor) -> float | Tensor:
+    """What the loss of each sequence is multiplied by, so many of which, in a layer, have a pair."""
+    if reduction != "mean":
+        return 1 / layers
+    counted = with_pairs.clamp(min=1) if isinstance(with_pairs, Tensor) else max(1, with_pairs)
+    return 1 / (layers * counted)
 
 
 def _joined(grads: list[Tensor], scales: list[Tensor], with_grad: list[bool]) -> tuple[list[Tensor], Tensor]:
@@ -460,7 +455,7 @@ def _sampled(
             sweep_cliques,
             sampler,
         )
-    weight = _weight(len(layers), reduction, found.pairs)
+    weight = _weight(len(layers), reduction, found.with_pairs)
     dtype = accumulation_dtype(z.dtype)
     loss = (found.loss.sum(0) if reduction == "none" else found.loss.sum()) * weight
     if found.grad is None or found.scale is None:

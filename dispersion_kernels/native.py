@@ -47,7 +47,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
 #: Tokens of a clique that :func:`sampled` takes.
 LARGEST_CLIQUE = 256
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 _POTENTIALS = {name: number for number, name in enumerate(PARAMETERS)}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ISAS = {"": 0, "avx2": 1, "avx512": 2, "neon": 3}
@@ -309,7 +309,7 @@ def sampled(
         if int(units[-1]) < scale.numel():  # the kernel leaves the rows that are in no unit
             grad.zero_()
             scale.zero_()
-    pointers = (ctypes.c_void_p * len(layers))(*(z.data_ptr() for z in layers))
+    pointers = _addresses(layers)
     args = _SampledArgs(
         *_call(requested, first.dtype),
         layers=ctypes.addressof(pointers),
@@ -360,47 +360,66 @@ def row_stride(z: torch.Tensor) -> int | None:
 
 
 def scaled(
-    grad: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, *, in_place: bool = False
-) -> torch.Tensor:
-    """``grad * (scale * factor)`` row by row, rounded once, to ``dtype``.
+    grads: Sequence[torch.Tensor | None],
+    scale: torch.Tensor,
+    factor: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    in_place: bool = False,
+) -> list[torch.Tensor | None]:
+    """``grad * (scale * factor)`` of each layer, row by row, rounded once, to ``dtype``.
 
     Args:
-        grad: float32 ``[..., F]``, CPU, contiguous.
-        scale: float32, of the shape of ``grad`` without F, CPU, contiguous.
-        factor: float32 ``[]``; or ``[n]``, one for each n-th of the rows. CPU, contiguous.
+        grads: of each layer float32 ``[..., F]``, CPU, contiguous, alike; or None, which stays None.
+        scale: float32 ``[layers, ...]``, CPU, contiguous.
+        factor: float32 ``[]``; or ``[n]``, one for each n-th of the rows of a layer. CPU, contiguous.
         dtype: float32, bfloat16 or float16.
-        in_place: whether ``grad`` may be written to, which is done where ``dtype`` is float32.
+        in_place: whether ``grads`` may be written to, which is done where ``dtype`` is float32.
 
     Raises:
         RuntimeError: if the kernel is unavailable (:func:`unavailable_reason`).
         ValueError: if an argument has the wrong type, shape or layout.
     """
     requested = _available_isa()
-    for name, tensor in (("grad", grad), ("scale", scale), ("factor", factor)):
+    present = [grad for grad in grads if grad is not None]
+    for name, tensor in (*(("grads", grad) for grad in present), ("scale", scale), ("factor", factor)):
         if tensor.dtype != torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
             raise ValueError(
-                f"{name} must be a contiguous float32 CPU tensor, "
+                f"{name} must be contiguous, float32 and on the CPU, "
                 f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
             )
-    rows, factors = scale.numel(), factor.numel()
-    if grad.shape[:-1] != scale.shape or dtype not in _DTYPES or factors == 0 or rows % factors:
+    shape, factors = scale.shape[1:], factor.numel()
+    rows = shape.numel()
+    fits = len(grads) == len(scale) and all(grad.shape == (*shape, present[0].shape[-1]) for grad in present)
+    if not fits or dtype not in _DTYPES or factors == 0 or rows % factors:
+        shapes = [None if grad is None else tuple(grad.shape) for grad in grads]
         raise ValueError(
-            "grad must be [..., F], scale [...], factor [] or [n] with n a divisor of the rows and dtype float32, "
-            f"bfloat16 or float16, got {tuple(grad.shape)}, {tuple(scale.shape)}, {tuple(factor.shape)} and {dtype}"
+            "grads must be layers of [..., F], scale [layers, ...], factor [] or [n] with n a divisor of the rows and "
+            f"dtype float32, bfloat16 or float16, got {shapes}, {tuple(scale.shape)}, {tuple(factor.shape)} and {dtype}"
         )
-    out = grad if in_place and dtype == torch.float32 else torch.empty_like(grad, dtype=dtype)
+    if not present:
+        return list(grads)
+    new = not in_place or dtype != torch.float32
+    out = [torch.empty_like(grad, dtype=dtype) if new and grad is not None else grad for grad in grads]
+    from_grads, to_out = _addresses(grads), _addresses(out)
     args = _ScaleArgs(
         *_call(requested, dtype),
-        grad=grad.data_ptr(),
+        grads=ctypes.addressof(from_grads),
         scale=scale.data_ptr(),
         factor=factor.data_ptr(),
+        layer_count=len(grads),
         rows=rows,
-        features=grad.shape[-1],
+        features=present[0].shape[-1],
         rows_per_factor=max(1, rows // factors),
-        out=out.data_ptr(),
+        out=ctypes.addressof(to_out),
     )
     _check(_library().dk_scale(ctypes.byref(args)))
     return out
+
+
+def _addresses(tensors: Sequence[torch.Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    """As an array that must live as long as the call."""
+    return (ctypes.c_void_p * len(tensors))(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
 
 
 def _available_isa() -> str:
@@ -506,9 +525,10 @@ class _ScaleArgs(_Call):
     """``dk_scale_args`` of csrc/cpu/dispersion.h, field by field after those."""
 
     _fields_ = [
-        ("grad", ctypes.c_void_p),
+        ("grads", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
         ("factor", ctypes.c_void_p),
+        ("layer_count", ctypes.c_int64),
         ("rows", ctypes.c_int64),
         ("features", ctypes.c_int64),
         ("rows_per_factor", ctypes.c_int64),

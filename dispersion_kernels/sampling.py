@@ -86,8 +86,8 @@ class Estimate(NamedTuple):
 
     loss: Tensor
     """``[Y, S]`` in :func:`wide_dtype`; 0 for a sequence without a pair."""
-    pairs: Tensor
-    """``[S]`` int64: the ordered pairs of each sequence, visited or not."""
+    with_pairs: int | Tensor
+    """How many sequences of a layer have a pair, visited or not."""
     grad: Tensor | None
     """``[Y, B, L, F]``: d loss of its sequence / d z, but for its scale; None where it was not asked for."""
     scale: Tensor | None
@@ -178,7 +178,7 @@ def estimate(
     scales = [part.scale for part in parts if part.scale is not None]
     return Estimate(
         torch.cat([part.loss for part in parts]),
-        parts[0].pairs,
+        parts[0].with_pairs,
         grad,
         torch.cat(scales) if scales else None,
         torch.cat([part.error for part in parts]),
@@ -222,7 +222,7 @@ def _sampled(request: Request, sampled: Sampled) -> Estimate:
             error = _relative_error(grad, scale, _of_all(squares, counted, plan))
         elif request.fit is not None:
             error = _relative_error(grad, scale, _noise(request.fit, plan, per_pair, request.share))
-    return Estimate(loss, plan.pairs[: loss.shape[1]], grad, scale, error)
+    return Estimate(loss, plan.with_pairs // count, grad, scale, error)
 
 
 def _swept(request: Request, sweep: Sweep, scratch: Tensor | None) -> Estimate:
@@ -254,9 +254,9 @@ def _swept(request: Request, sweep: Sweep, scratch: Tensor | None) -> Estimate:
     loss, per_pair = losses_of(request, mean, missed)
     loss = loss.view(count, -1)
     error = loss.new_zeros(count)
-    of_layer = plan.pairs[: loss.shape[1]]
+    with_pairs = plan.with_pairs // count
     if not request.with_grad:
-        return Estimate(loss, of_layer, None, None, error)
+        return Estimate(loss, with_pairs, None, None, error)
 
     if grad is None or scale is None or losses is None:
         assert sums is not None
@@ -282,7 +282,7 @@ def _swept(request: Request, sweep: Sweep, scratch: Tensor | None) -> Estimate:
         # x has done its work.
         out = x if out is None else out.view(x.shape)
         grad, scale = torch.index_select(grad, 0, place, out=out), scale[place]
-    return Estimate(loss, of_layer, grad.view(count, *first.shape), scale.view(count, *first.shape[:2]), error)
+    return Estimate(loss, with_pairs, grad.view(count, *first.shape), scale.view(count, *first.shape[:2]), error)
 
 
 def losses_of(request: Request, mean: Tensor, missed: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -407,6 +407,8 @@ class Plan:
     """``[N]``, boolean; None: all."""
     pairs: Tensor
     """``[S]`` int64: of each sequence."""
+    with_pairs: int | Tensor
+    """How many of these are not 0."""
     weight: Tensor
     """``[K]``: what the mean over the pairs of a clique counts in the mean of its sequence."""
     cliques_of_sequence: Runs
@@ -476,6 +478,7 @@ def _plan_of(sequences: int, length: int, cliques: int, visited: bool, device: t
         groups=None,
         taking_part=None,
         pairs=tokens * (length - 1),
+        with_pairs=sequences if length > 1 else 0,
         weight=torch.full_like(number, 1 / cliques, dtype=wide),
         cliques_of_sequence=cliques,
         sequence_of_clique=rows.unit,
@@ -582,6 +585,7 @@ def _ragged_cliques(groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: T
         groups=None if taking_part is None else taking_part.long().unsqueeze(0) - 1,
         taking_part=taking_part,
         pairs=pairs,
+        with_pairs=(pairs > 0).sum(),
         weight=weight,
         cliques_of_sequence=torch.searchsorted(sequence_of_clique, torch.arange(sequences + 1, device=device)),
         sequence_of_clique=sequence_of_clique,

@@ -414,42 +414,56 @@ def test_segments_out_of_range(begins: list[int], ends: list[int]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_scaled_is_rounded_once(dtype: torch.dtype, isa: str) -> None:
-    grad = torch.randn(4, 50, 300) * 2.0 ** torch.randint(-40, 40, (4, 50, 300))
-    grad[0, 0, :5] = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0])
-    grad[1, 0, :2] = torch.finfo(torch.float32).max
-    scale, factor = torch.randn(4, 50), torch.randn(4)
-    scale[1, 0] = factor[1] = 1.0
+    grad = torch.randn(2, 4, 50, 300) * 2.0 ** torch.randint(-40, 40, (2, 4, 50, 300))
+    grad[0, 0, 0, :5] = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0])
+    grad[1, 1, 0, :2] = torch.finfo(torch.float32).max
+    scale, factor = torch.randn(2, 4, 50), torch.randn(4)
+    scale[1, 1, 0] = factor[1] = 1.0
     for grad_of, factors in (
         (grad, factor),
         (grad, factor[0]),
-        (grad[:, :, :37].contiguous(), torch.randn(200)),  # features that are no whole vectors
-        (grad[:0], factor),
+        (grad[..., :37], torch.randn(200)),  # features that are no whole vectors
+        (grad[:, :0], factor),
     ):
-        scale_of = scale[: len(grad_of)]
-        rows = factors.repeat_interleave(scale_of.numel() // factors.numel()).view(scale_of.shape)
-        expected = (grad_of * (scale_of * rows).unsqueeze(2)).to(dtype)
-        before = grad_of.clone()
-        scaled = native.scaled(grad_of, scale_of, factors, dtype)
-        torch.testing.assert_close(scaled, expected, rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(grad_of, before, rtol=0, atol=0, equal_nan=True)
-        in_place = native.scaled(before, scale_of, factors, dtype, in_place=True)
-        torch.testing.assert_close(in_place, expected, rtol=0, atol=0, equal_nan=True)
-        assert (in_place.data_ptr() == before.data_ptr()) == (dtype == torch.float32 or before.numel() == 0)
+        scale_of = scale[:, : grad_of.shape[1]].contiguous()
+        rows = factors.repeat_interleave(scale_of[0].numel() // factors.numel()).view(scale_of.shape[1:])
+        expected = (grad_of * (scale_of * rows).unsqueeze(3)).to(dtype)
+        given = [of_layer.contiguous() for of_layer in grad_of]
+        before = [of_layer.clone() for of_layer in given]
+        scaled = native.scaled(given, scale_of, factors, dtype)
+        torch.testing.assert_close(scaled, list(expected), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(given, before, rtol=0, atol=0, equal_nan=True)
+        without, of_second = native.scaled([None, given[1]], scale_of, factors, dtype, in_place=True)
+        assert without is None
+        assert of_second is not None
+        torch.testing.assert_close(of_second, expected[1], rtol=0, atol=0, equal_nan=True)
+        assert (of_second.data_ptr() == given[1].data_ptr()) == (dtype == torch.float32 or not of_second.numel())
+
+
+def test_nothing_to_scale() -> None:
+    assert native.scaled([None], torch.zeros(1, 3), torch.ones(1), torch.float32) == [None]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"grad": torch.zeros(2, 3, 4, dtype=torch.float64)}, "grad must be a contiguous float32"),
-        ({"grad": torch.zeros(2, 4, 3).transpose(1, 2)}, "grad must be a contiguous float32"),
-        ({"scale": torch.zeros(3, 2)}, "grad must be .*, scale"),
+        ({"grads": [torch.zeros(2, 3, 4, dtype=torch.float64)]}, "grads must be contiguous, float32"),
+        ({"grads": [torch.zeros(2, 4, 3).transpose(1, 2)]}, "grads must be contiguous, float32"),
+        ({"grads": [torch.zeros(2, 3, 4)] * 2}, "grads must be layers"),
+        ({"grads": [torch.zeros(2, 4, 4)]}, "grads must be layers"),
+        ({"scale": torch.zeros(1, 3, 2)}, "grads must be .*, scale"),
         ({"factor": torch.zeros(4)}, "divisor of the rows"),
         ({"factor": torch.zeros(0)}, "divisor of the rows"),
         ({"dtype": torch.int32}, "dtype float32"),
     ],
 )
 def test_scaled_refuses_wrong_arguments(arguments: dict[str, object], message: str) -> None:
-    valid = {"grad": torch.zeros(2, 3, 4), "scale": torch.zeros(2, 3), "factor": torch.zeros(2), "dtype": torch.float32}
+    valid = {
+        "grads": [torch.zeros(2, 3, 4)],
+        "scale": torch.zeros(1, 2, 3),
+        "factor": torch.zeros(2),
+        "dtype": torch.float32,
+    }
     call: Callable[..., object] = native.scaled
     with pytest.raises(ValueError, match=message):
         call(**(valid | arguments))

@@ -419,10 +419,14 @@ DK_EXPORT int32_t dk_scale(const dk_scale_args* args) {
   return dk::with_kernels(*args, valid, [&](const dk::TileKernels& kernels) {
     constexpr int64_t kWorth = 16384;  // elements that are worth waking a thread for
     const dk::Threads threads = {args->parallel_for, std::max(1, int(args->threads))};
-    const int64_t rows = args->rows;
-    const int64_t workers = std::clamp<int64_t>(rows * args->features / kWorth, 1, threads.count);
+    const int64_t rows = args->rows, layers = args->layer_count;
+    const int64_t workers = std::clamp<int64_t>(layers * rows * args->features / kWorth, 1, threads.count);
     threads.run(workers, [&](int64_t worker) {
-      kernels.scale(*args, rows * worker / workers, rows * (worker + 1) / workers);
+      const int64_t begin = layers * rows * worker / workers, end = layers * rows * (worker + 1) / workers;
+      for (int64_t l = 0; l < layers; ++l) {
+        const int64_t first = std::max<int64_t>(begin - l * rows, 0), last = std::min(end - l * rows, rows);
+        if (args->grads[l] && first < last) kernels.scale(*args, l, first, last);
+      }
     });
     return int32_t(DK_OK);
   });

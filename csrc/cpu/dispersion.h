@@ -11,7 +11,7 @@
 #define DK_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-#define DK_ABI_VERSION 5
+#define DK_ABI_VERSION 6
 
 extern "C" {
 
@@ -100,18 +100,18 @@ typedef struct {
   double* noise;
 } dk_sampled_args;
 
-// out = grad * scale * factor of each row, rounded once. out may be grad where dtype is DK_FLOAT32.
+// out = grad * scale * factor of each row of each layer, rounded once. out may be grad where dtype is DK_FLOAT32.
 typedef struct {
   int32_t abi_version;           // DK_ABI_VERSION
   int32_t isa;                   // dk_isa
   dk_parallel_for parallel_for;  // NULL: one thread
   int32_t threads;
-  int32_t dtype;       // dk_dtype of out
-  const float* grad;   // [rows, features]
-  const float* scale;  // [rows]
-  const float* factor;
-  int64_t rows, features, rows_per_factor;
-  void* out;  // [rows, features]
+  int32_t dtype;              // dk_dtype of out
+  const float* const* grads;  // [layer_count]: [rows, features] each, or NULL
+  const float* scale;         // [layer_count * rows]
+  const float* factor;        // of so many rows of a layer each
+  int64_t layer_count, rows, features, rows_per_factor;
+  void* const* out;  // [layer_count]: [rows, features] each
 } dk_scale_args;
 
 DK_EXPORT int32_t dk_abi_version(void);
@@ -260,7 +260,7 @@ struct TileKernels {
   void (*sample)(const Job&, const Model&, Tile&, Scratch&, const float* phi, const float* sums, float inverse_share);
   // The latter alone, of a tile that is not packed.
   void (*expand)(const Job&, const Model&, Tile&, Scratch&, const float* phi, const float* sums);
-  void (*scale)(const dk_scale_args&, int64_t begin, int64_t end);  // of these rows
+  void (*scale)(const dk_scale_args&, int64_t layer, int64_t begin, int64_t end);  // of these rows
 };
 
 #if defined(__aarch64__)

@@ -799,12 +799,12 @@ void expand(const Job& job, const Model& model, Tile& tile, Scratch& scratch, co
 // ---- rows out
 
 template <class T, class Narrow>
-void scale_rows(const dk_scale_args& args, int64_t begin, int64_t end, const Narrow& narrow) {
+void scale_rows(const dk_scale_args& args, int64_t layer, int64_t begin, int64_t end, const Narrow& narrow) {
   const int64_t features = args.features, whole = features / kLanes * kLanes;
   for (int64_t row = begin; row < end; ++row) {
-    const float factor = args.scale[row] * args.factor[row / args.rows_per_factor];
-    const float* grad = args.grad + row * features;
-    T* out = (T*)args.out + row * features;
+    const float factor = args.scale[layer * args.rows + row] * args.factor[row / args.rows_per_factor];
+    const float* grad = args.grads[layer] + row * features;
+    T* out = (T*)args.out[layer] + row * features;
     for (int64_t k = 0; k < whole; k += kLanes) narrow(out + k, load(grad + k) * factor);
     if (whole == features) continue;
     float last[kLanes] = {};
@@ -815,11 +815,14 @@ void scale_rows(const dk_scale_args& args, int64_t begin, int64_t end, const Nar
   }
 }
 
-void scale(const dk_scale_args& args, int64_t begin, int64_t end) {
+void scale(const dk_scale_args& args, int64_t layer, int64_t begin, int64_t end) {
+  const auto as_float = [](float* p, vec v) { store(p, v); };
+  const auto as_bfloat16 = [](uint16_t* p, vec v) { store_bfloat16(p, v); };
+  const auto as_float16 = [](uint16_t* p, vec v) { store_float16(p, v); };
   switch (args.dtype) {
-    case DK_FLOAT32: return scale_rows<float>(args, begin, end, [](float* p, vec v) { store(p, v); });
-    case DK_BFLOAT16: return scale_rows<uint16_t>(args, begin, end, [](uint16_t* p, vec v) { store_bfloat16(p, v); });
-    default: return scale_rows<uint16_t>(args, begin, end, [](uint16_t* p, vec v) { store_float16(p, v); });
+    case DK_FLOAT32: return scale_rows<float>(args, layer, begin, end, as_float);
+    case DK_BFLOAT16: return scale_rows<uint16_t>(args, layer, begin, end, as_bfloat16);
+    default: return scale_rows<uint16_t>(args, layer, begin, end, as_float16);
   }
 }
 
