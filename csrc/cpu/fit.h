@@ -127,6 +127,37 @@ void solve(double (&matrix)[kUnknowns][kUnknowns], double (&right)[kUnknowns]) {
   for (int a = 0; a < kUnknowns; ++a) right[a] *= scale[a];
 }
 
+// A number for each pair within the groups.
+using GroupMatrix = float[kFitSize][kFitTokens];
+
+template <int kTerms>
+struct Terms {
+  vec of[kTerms];
+};
+template <int kTerms>
+struct Sums {
+  double of[kTerms] = {};
+};
+
+// The sums of terms(i, j) over the pairs of each token i, of whose group kLanes tokens from the j-th on are taken at
+// once. In fp32 over a group only.
+template <int kTerms, class Work>
+Sums<kTerms> sum_pairs(const GroupMatrix& there, const Work& terms) {
+  Sums<kTerms> sums;
+  for (int first = 0; first < kFitSize; first += kFitTokens) {
+    Terms<kTerms> of_group = {};
+    for (int i = first; i < first + kFitTokens; ++i) {
+      for (int j = 0; j < kFitTokens; j += kLanes) {
+        const Terms<kTerms> of_pairs = terms(i, j);
+        const vec one = load(there[i] + j);
+        for (int n = 0; n < kTerms; ++n) of_group.of[n] += one * of_pairs.of[n];
+      }
+    }
+    for (int n = 0; n < kTerms; ++n) sums.of[n] += double(sum(of_group.of[n]));
+  }
+  return sums;
+}
+
 void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrices, float* directions, Fit& fit) {
   // Tokens that are not finite are 0 here; they make a NaN of the loss elsewhere.
   for (int t = 0; t < kFitSize; ++t) {
@@ -140,49 +171,45 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
   similarities(job, tile, tile, false, matrices.products);
   with_potential(job.potential, [&](const auto& potential) { weigh_groups(job, potential, tile, matrices); });
 
-  // A token drawn twice is no pair.
-  const auto is_pair = [&](int i, int j) { return tile.rows[i] != tile.rows[j]; };
-  const auto for_pairs = [&](const auto& work) {
-    for (int i = 0; i < kFitSize; ++i)
-      for (int j = i + 1; j < first_of_group(i) + kFitTokens; ++j)
-        if (is_pair(i, j)) work(i, j, int64_t(i) * kWeightStride + j);
-  };
-  // Of slope x_j the token i sees what is orthogonal to it, sqrt(1 - c^2) of its length.
-  const auto weight_of = [&](int64_t at) {
-    return fmax(1.0 - double(matrices.products[at]) * matrices.products[at], 0.0);
-  };
+  // 1 where there is a pair: a token drawn twice is none.
+  GroupMatrix there;
   int partners[kFitSize] = {};
-  double pairs = 0.0, psi = 0.0, c = 0.0, squares = 0.0, products = 0.0, weights = 0.0, slopes = 0.0;
-  for_pairs([&](int i, int j, int64_t at) {
-    ++partners[i];
-    ++partners[j];
-    ++pairs;
-    psi += matrices.psi[at];
-    c += matrices.products[at];
-    weights += weight_of(at);
-    slopes += weight_of(at) * matrices.slope[at];
+  for (int i = 0; i < kFitSize; ++i) {
+    for (int j = 0; j < kFitTokens; ++j) there[i][j] = tile.rows[i] != tile.rows[first_of_group(i) + j] ? 1.0f : 0.0f;
+    for (const float one : there[i]) partners[i] += one > 0.0f;
+  }
+  const auto at = [](int i, int j) { return int64_t(i) * kWeightStride + first_of_group(i) + j; };
+  const float *c = matrices.products, *psi = matrices.psi, *slope = matrices.slope;
+  // Of slope x_j the token i sees what is orthogonal to it, sqrt(1 - c^2) of its length.
+  const auto weight_of = [&](int64_t pair) {
+    const vec squared = 1.0f - load(c + pair) * load(c + pair);
+    return squared > 0.0f ? squared : vec{};
+  };
+  // Taken away before c is summed: the mean of what is all the same is exact, and its variance 0.
+  const float first_c = c[at(0, 1)];
+  const Sums<5> of_pairs = sum_pairs<5>(there, [&](int i, int j) {
+    const int64_t pair = at(i, j);
+    const vec weight = weight_of(pair);
+    return Terms<5>{{splat(1.0f), load(psi + pair), load(c + pair) - first_c, weight, weight * load(slope + pair)}};
   });
-  fit.mean_psi = psi / fmax(pairs, 1.0);
-  fit.mean_c = c / fmax(pairs, 1.0);
-  fit.constant = slopes / fmax(weights, 1e-38);
-  for_pairs([&](int, int, int64_t at) {
-    const double deviation = matrices.products[at] - fit.mean_c;
-    squares += deviation * deviation;
-    products += deviation * matrices.psi[at];
+  const double pairs = fmax(of_pairs.of[0], 1.0);
+  fit.mean_psi = of_pairs.of[1] / pairs;
+  fit.mean_c = first_c + of_pairs.of[2] / pairs;
+  fit.constant = of_pairs.of[4] / fmax(of_pairs.of[3], 1e-38);
+  const Sums<2> of_deviations = sum_pairs<2>(there, [&, mean = float(fit.mean_c)](int i, int j) {
+    const vec deviation = load(c + at(i, j)) - mean;
+    return Terms<2>{{deviation * deviation, deviation * load(psi + at(i, j))}};
   });
-  fit.psi_slope = squares > 0.0 ? products / squares : 0.0;
+  fit.psi_slope = of_deviations.of[0] > 0.0 ? of_deviations.of[1] / of_deviations.of[0] : 0.0;
 
-  // residual(i, j, at): what a model misses of the slope of a pair.
+  // residual(i, j): what a model misses of the slopes of kLanes pairs.
   const auto noise_of = [&](const auto& residual, FitNoise& noise) {
     for (int i = 0; i < kFitSize; ++i) {
       const int group = i / kFitTokens;
       const double others = fmax(fit.tokens[group] - 1.0, 1.0), factor = others * tile.inverse[i];
       float f[kFitTokens];
-      for (int j = 0; j < kFitTokens; ++j) {
-        const int other = first_of_group(i) + j;
-        f[j] = is_pair(i, other) ? residual(i, other, int64_t(i) * kWeightStride + other) : 0.0f;
-      }
-      const Noise of_token = noise_of_token(matrices.products, i, partners[i], f, others, fit.mates[group]);
+      for (int j = 0; j < kFitTokens; j += kLanes) store(f + j, load(there[i] + j) * residual(i, j));
+      const Noise of_token = noise_of_token(c, i, partners[i], f, others, fit.mates[group]);
       noise.of_group[group] += factor * factor * of_token.noise;
       noise.signal += factor * factor * of_token.square;
     }
@@ -192,11 +219,11 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
   const bool chooses = fit.constants && fit.low_ranks;
   if (chooses) {
     FitNoise of_all;
-    noise_of([&](int, int, int64_t at) { return matrices.slope[at]; }, of_all);
+    noise_of([&](int i, int j) { return load(slope + at(i, j)); }, of_all);
     fit.signal = of_all.signal;
   }
   if (fit.noises && (chooses || !fit.low_ranks))
-    noise_of([&](int, int, int64_t at) { return matrices.slope[at] - constant; }, fit.of_constant);
+    noise_of([&](int i, int j) { return load(slope + at(i, j)) - constant; }, fit.of_constant);
   if (!fit.low_ranks) return;
 
   find_directions(job, tile, matrices, directions);
@@ -206,30 +233,37 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
   for (float& one : ones) one = 1.0f;
   float* phi = scratch.phi;
   model_features(job, model, tile.token_major, kPanel, int64_t(tile.padded) * kPanel, kFitSize, ones, phi);
+  float y[kRank][kFitSize];
+  for (int r = 0; r < kRank; ++r)
+    for (int t = 0; t < kFitSize; ++t) y[r][t] = phi[t * kModelFeatures + kModelGroup + r];
+  GroupMatrix few, all;  // the products q of the first components of two tokens, and p of all
+  for (int i = 0; i < kFitSize; ++i) {
+    for (int j = 0; j < kFitTokens; j += kLanes) {
+      vec product = {};
+      for (int r = 0; r < kRank; ++r) {
+        product += y[r][i] * load(y[r] + first_of_group(i) + j);
+        if (r == kSquared - 1) store(few[i] + j, product);
+      }
+      store(all[i] + j, product);
+    }
+  }
   // h = b0 + b1 p + b2 q + b3 q^2.
-  constexpr int kTerms = 4;
-  double matrix[kTerms][kTerms] = {}, b[kTerms] = {};
-  const auto terms_of = [&](int i, int j, double (&terms)[kTerms]) {
-    float few = 0.0f, all = 0.0f;
-    const float *y_i = phi + i * kModelFeatures + kModelGroup, *y_j = phi + j * kModelFeatures + kModelGroup;
-    for (int r = 0; r < kRank; ++r) {
-      all += y_i[r] * y_j[r];
-      if (r == kSquared - 1) few = all;
-    }
-    terms[0] = 1.0;
-    terms[1] = all;
-    terms[2] = few;
-    terms[3] = double(few) * few;
-  };
-  for_pairs([&](int i, int j, int64_t at) {
-    double terms[kTerms];
-    terms_of(i, j, terms);
-    const double weight = weight_of(at);
-    for (int a = 0; a < kTerms; ++a) {
-      b[a] += weight * terms[a] * matrices.slope[at];
-      for (int k = 0; k < kTerms; ++k) matrix[a][k] += weight * terms[a] * terms[k];
-    }
+  constexpr int kTerms = 4, kProducts = kTerms * (kTerms + 1) / 2;
+  const Sums<kProducts + kTerms> of_terms = sum_pairs<kProducts + kTerms>(there, [&](int i, int j) {
+    const vec p = load(all[i] + j), q = load(few[i] + j), weight = weight_of(at(i, j));
+    const vec term[kTerms] = {splat(1.0f), p, q, q * q};
+    Terms<kProducts + kTerms> terms;
+    vec* out = terms.of;
+    for (int a = 0; a < kTerms; ++a)
+      for (int k = a; k < kTerms; ++k) *out++ = weight * term[a] * term[k];
+    for (int a = 0; a < kTerms; ++a) *out++ = weight * term[a] * load(slope + at(i, j));
+    return terms;
   });
+  double matrix[kTerms][kTerms], b[kTerms];
+  const double* of_term = of_terms.of;
+  for (int a = 0; a < kTerms; ++a)
+    for (int k = a; k < kTerms; ++k) matrix[a][k] = matrix[k][a] = *of_term++;
+  for (double& right : b) right = *of_term++;
   solve(matrix, b);
   float* of_products = fit.b;
   *of_products++ = float(b[0]);
@@ -239,11 +273,9 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
   for (int r = 0; r < kRank; ++r) fit.b[kModelGroup + r] = float(b[1] + (r < kSquared ? b[2] : 0.0));
   if (!fit.noises) return;
   noise_of(
-      [&](int i, int j, int64_t at) {
-        double terms[kTerms], h = 0.0;
-        terms_of(i, j, terms);
-        for (int a = 0; a < kTerms; ++a) h += b[a] * terms[a];
-        return float(matrices.slope[at] - h);
+      [&](int i, int j) {
+        const vec p = load(all[i] + j), q = load(few[i] + j);
+        return load(slope + at(i, j)) - (float(b[0]) + float(b[1]) * p + (float(b[2]) + float(b[3]) * q) * q);
       },
       fit.of_low_rank);
 }

@@ -27,6 +27,9 @@ namespace {
 // visited, so many.
 constexpr int64_t kChunkTokens = 256, kExpandedTokens = 64;
 
+// A unit of so many numbers stays in a core's cache from the first pass to the second.
+constexpr int64_t kOwnNumbers = int64_t(1) << 18;
+
 struct Run {
   int64_t layer, unit, first;
   int32_t tokens;
@@ -88,6 +91,7 @@ class SampledCall {
     ascending_.resize(size_t(args_.rows));
     std::iota(ascending_.begin(), ascending_.end(), 0);
     first_chunk_.push_back(0);
+    first_tile_.push_back(0);
     int64_t clique = 0;
     for (int64_t u = 0; u < args_.unit_count; ++u) {
       const int64_t first = args_.units[u], end = args_.units[u + 1];
@@ -95,6 +99,7 @@ class SampledCall {
         modelled_.push_back(false);
         cliques_.push_back(0);
         first_chunk_.push_back(int64_t(chunks_.size()));
+        first_tile_.push_back(int64_t(tiles_.size()));
         continue;
       }
       const int64_t layer = row_of(first) / args_.rows;
@@ -133,6 +138,7 @@ class SampledCall {
       modelled_.push_back(args_.control_variate != DK_NONE && !whole);
       if (modelled_.back()) cut({layer, u, first, 0, in_any_order}, end, kChunkTokens, chunks_);
       first_chunk_.push_back(int64_t(chunks_.size()));
+      first_tile_.push_back(int64_t(tiles_.size()));
     }
     while (clique < args_.clique_count && args_.cliques[clique] == args_.cliques[clique + 1]) ++clique;
     return clique == args_.clique_count ? DK_OK : DK_INVALID;
@@ -270,28 +276,42 @@ class SampledCall {
   }
 
   void sweep(std::vector<Worker>& workers, int64_t count) {
-    const int64_t chunks = int64_t(chunks_.size()), tiles = int64_t(tiles_.size());
     of_chunk_.assign(chunks_.size(), {});
     of_tile_.assign(tiles_.size(), {});
-    const size_t units = size_t(args_.unit_count);
-    std::vector<std::atomic<int32_t>> left(units), ready(units);
-    for (size_t u = 0; u < units; ++u) {
+    const int64_t units = args_.unit_count;
+    // Small units are a worker's own, and what it read for their sums is in its cache for their gradient. Of the last
+    // ones, and of large ones, all workers take chunks and tiles.
+    std::vector<bool> alone(static_cast<size_t>(units));
+    for (int64_t u = 0; u < units - count; ++u)
+      alone[size_t(u)] = (args_.units[u + 1] - args_.units[u]) * args_.features <= kOwnNumbers;
+    std::vector<std::atomic<int32_t>> left(static_cast<size_t>(units)), ready(static_cast<size_t>(units));
+    for (size_t u = 0; u < left.size(); ++u) {
       left[u].store(int32_t(first_chunk_[u + 1] - first_chunk_[u]), std::memory_order_relaxed);
       ready[u].store(modelled_[u] ? 0 : 1, std::memory_order_relaxed);
     }
-    std::atomic<int64_t> next_chunk{0}, next_tile{0};
+    std::atomic<int64_t> next_unit{0}, next_chunk{0}, next_tile{0};
     threads_.run(count, [&](int64_t w) {
-      for (int64_t n; (n = next_chunk.fetch_add(1)) < chunks;) {
-        add_chunk(workers[size_t(w)], n);
-        const size_t unit = size_t(chunks_[size_t(n)].unit);
-        if (left[unit].fetch_sub(1) == 1) {
-          add_chunks_of(int64_t(unit));
-          ready[unit].store(1, std::memory_order_release);
+      Worker& worker = workers[size_t(w)];
+      for (int64_t u; (u = next_unit.fetch_add(1)) < units;) {
+        if (!alone[size_t(u)]) continue;
+        for (int64_t n = first_chunk_[size_t(u)]; n < first_chunk_[size_t(u) + 1]; ++n) add_chunk(worker, n);
+        add_chunks_of(u);
+        for (int64_t n = first_tile_[size_t(u)]; n < first_tile_[size_t(u) + 1]; ++n) finish_tile(worker, n);
+      }
+      for (int64_t n; (n = next_chunk.fetch_add(1)) < int64_t(chunks_.size());) {
+        const int64_t unit = chunks_[size_t(n)].unit;
+        if (alone[size_t(unit)]) continue;
+        add_chunk(worker, n);
+        if (left[size_t(unit)].fetch_sub(1) == 1) {
+          add_chunks_of(unit);
+          ready[size_t(unit)].store(1, std::memory_order_release);
         }
       }
-      for (int64_t n; (n = next_tile.fetch_add(1)) < tiles;) {
-        wait_for(ready[size_t(tiles_[size_t(n)].unit)], 1);
-        finish_tile(workers[size_t(w)], n);
+      for (int64_t n; (n = next_tile.fetch_add(1)) < int64_t(tiles_.size());) {
+        const int64_t unit = tiles_[size_t(n)].unit;
+        if (alone[size_t(unit)]) continue;
+        wait_for(ready[size_t(unit)], 1);
+        finish_tile(worker, n);
       }
     });
   }
@@ -421,7 +441,7 @@ class SampledCall {
   std::vector<int64_t> rows_, ascending_;
   std::vector<int32_t> partner_end_;
   std::vector<Run> chunks_, tiles_;
-  std::vector<int64_t> first_chunk_;  // of each unit
+  std::vector<int64_t> first_chunk_, first_tile_;  // of each unit
   std::vector<int64_t> cliques_;      // of each unit
   std::vector<bool> modelled_;        // whether a unit has pairs that are not visited
   std::vector<dk_args> of_layer_;

@@ -34,6 +34,7 @@ typedef int32_t ivec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t uvec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t half_uvec __attribute__((vector_size(2 * kLanes)));
 typedef float quad __attribute__((vector_size(16)));
+typedef float octet __attribute__((vector_size(32)));
 
 DK_INLINE vec load(const float* p) {
   vec v;
@@ -58,13 +59,27 @@ DK_INLINE vec lane_numbers() {
   return v;
 }
 
-DK_INLINE float sum(vec v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+// Sums over the lanes: of the halves, of their halves, and so on.
+DK_INLINE float sum(quad v) {
+#if defined(__aarch64__)
+  return vaddv_f32(vadd_f32(vget_low_f32(v), vget_high_f32(v)));
+#else
+  v += (quad)_mm_movehl_ps(v, v);
+  return v[0] + v[1];
+#endif
 }
+DK_INLINE float sum(octet v) {
+  quad halves[2];
+  memcpy(halves, &v, sizeof v);
+  return sum(halves[0] + halves[1]);
+}
+#if defined(__AVX512F__)
+DK_INLINE float sum(vec v) {
+  octet halves[2];
+  memcpy(halves, &v, sizeof v);
+  return sum(halves[0] + halves[1]);
+}
+#endif
 
 DK_INLINE float largest(vec v) {
   float m = v[0];

@@ -610,8 +610,7 @@ EvenRows even_rows(const Job& job, Tile& tile, int first, float* spare) {
   const float* at[kPanel];
   bool evenly = true;
   for (int t = 0; t < count; ++t) {
-    const int ahead = first + t + kRowsAhead;
-    if (ahead < tile.tokens && tile.rows[ahead] != tile.rows[ahead - 1] + 1) prefetch_row(job, tile.rows[ahead]);
+    if (first + t + kRowsAhead < tile.tokens) prefetch_row(job, tile.rows[first + t + kRowsAhead]);
     const ScaledRow row = transform_row(job, tile, first + t, spare + t * stride);
     at[t] = row.row;
     rows.factor[t] = row.factor;
@@ -687,18 +686,22 @@ void model_sums(const Job& job, const Model& model, Tile& tile, Scratch& scratch
 void weigh_features(const Model& model, const Tile& tile, const float* phi, Scratch& scratch) {
   for (int t = 0; t < int(round_up(tile.tokens, kRows)); ++t) {
     float* weighted = scratch.weighted + t * kModelFeatures;
-    float own = 0.0f;
     if (t >= tile.tokens || model.features == 1) {
       memset(weighted, 0, sizeof(float) * size_t(model.padded));
-      if (t < tile.tokens) own = weighted[0] = model.b[0];
-    } else {
-      const float* of_token = phi + tile.rows[t] * kModelFeatures;
-      for (int k = 0; k < kModelFeatures; ++k) {
-        weighted[k] = model.b[k] * of_token[k];
-        own += weighted[k] * of_token[k];
-      }
+      scratch.column_sum[t] = t < tile.tokens ? weighted[0] = model.b[0] : 0.0f;
+      continue;
     }
-    scratch.column_sum[t] = own;
+    const float* of_token = phi + tile.rows[t] * kModelFeatures;
+    octet own = {};
+    for (int k = 0; k < kModelFeatures; k += kModelGroup) {
+      octet b, phi_k;
+      memcpy(&b, model.b + k, sizeof b);
+      memcpy(&phi_k, of_token + k, sizeof phi_k);
+      b *= phi_k;
+      own += b * phi_k;
+      memcpy(weighted + k, &b, sizeof b);
+    }
+    scratch.column_sum[t] = sum(own);
   }
 }
 
