@@ -7,6 +7,7 @@ tokens: what a GradScaler multiplies in is there before an fp16 gradient could u
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +24,7 @@ from dispersion_kernels.gpu import launch
 from dispersion_kernels.potentials import Potential
 from dispersion_kernels.sampling import GOOD_ENOUGH, Draws, Request, Sampler, clique_tokens, estimate
 from dispersion_kernels.segments import check_cu_seqlens, host_segments, segment_of_token
-from dispersion_kernels.sweep import accumulation_dtype, in_blocks, sweep
+from dispersion_kernels.sweep import accumulation_dtype, in_blocks, loss_weight, sweep
 
 if TYPE_CHECKING:
     from dispersion_kernels.triton.backend import TritonKernels
@@ -255,10 +256,14 @@ def _forward(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])
     run = _SWEEPS[choose(impl, z, potential)]
-    if not torch.is_autocast_enabled(z.device.type):
+    with _without_autocast(z.device):
         return run(layers, groups, cu_seqlens, potential, params, reduction, with_grad)
-    with torch.autocast(z.device.type, enabled=False):  # products are fp32 inside of it, too
-        return run(layers, groups, cu_seqlens, potential, params, reduction, with_grad)
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Products are fp32 inside of autocast, too. (Where it is off, to say so takes as long as several operators.)"""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
 
 
 def _gpu_sweep(
@@ -275,7 +280,7 @@ def _gpu_sweep(
     with torch.cuda.device_of(layers[0]):  # Triton launches on the current device
         kernels = kernels_for(layers[0])
         loss, pairs, gradients, scale = launch.dispersion(layers, chosen, groups, cu_seqlens, any(with_grad), kernels)
-    weight = _weight(len(layers), reduction, (pairs > 0).sum())
+    weight = loss_weight(len(layers), reduction, (pairs > 0).sum())
     total = (loss.sum(0) if reduction == "none" else loss.sum()) * weight
     grads = [gradients[n] if need else total.new_empty(0, dtype=torch.float32) for n, need in enumerate(with_grad)]
     return total.float(), grads, total.new_empty(0, dtype=torch.float32) if scale is None else scale * weight
@@ -341,7 +346,7 @@ def _torch_sweep(
     scales: list[Tensor] = []
     for z, need_grad in zip(layers, with_grad, strict=True):
         loss, pairs, grad, scale = sweep(z, chosen, groups, cu_seqlens, need_grad)
-        weight = _weight(len(layers), reduction, (pairs > 0).sum())
+        weight = loss_weight(len(layers), reduction, (pairs > 0).sum())
         losses.append((loss if reduction == "none" else loss.sum()) * weight)
         grads.append(loss.new_empty(0) if grad is None else grad)
         scales.append(loss.new_empty(0) if scale is None else scale * weight)
@@ -354,14 +359,6 @@ _SWEEPS: dict[str, Callable[..., tuple[Tensor, list[Tensor], Tensor]]] = {
     "cpu": _native_sweep,
     "torch": _torch_sweep,
 }
-
-
-def _weight(layers: int, reduction: str, with_pairs: int | Tensor) -> float | Tensor:
-    """What the loss of each sequence is multiplied by, so many of which, in a layer, have a pair."""
-    if reduction != "mean":
-        return 1 / layers
-    counted = with_pairs.clamp(min=1) if isinstance(with_pairs, Tensor) else max(1, with_pairs)
-    return 1 / (layers * counted)
 
 
 def _joined(grads: list[Tensor], scales: list[Tensor], with_grad: list[bool]) -> tuple[list[Tensor], Tensor]:
@@ -440,7 +437,7 @@ def _sampled(
         loss, grads, scale = run([tokens], groups, bounds, potential, params, "none", [with_grad])
         return loss, grads[0], scale
 
-    with torch.autocast(z.device.type, enabled=False):
+    with _without_autocast(z.device):
         found = estimate(
             layers,
             groups,
@@ -450,19 +447,17 @@ def _sampled(
             share,
             control_variate,
             rank,
+            reduction,
             with_grad,
             with_error,
             sweep_cliques,
             sampler,
         )
-    weight = _weight(len(layers), reduction, found.with_pairs)
     dtype = accumulation_dtype(z.dtype)
-    loss = (found.loss.sum(0) if reduction == "none" else found.loss.sum()) * weight
+    loss, error = found.loss.to(dtype), found.error.to(dtype)
     if found.grad is None or found.scale is None:
-        grad, scale = z.new_empty(0, dtype=dtype), z.new_empty(0, dtype=dtype)
-    else:
-        grad, scale = found.grad, (found.scale * weight).to(dtype)
-    return loss.to(dtype), grad, scale, found.error.to(dtype)
+        return loss, loss.new_empty(0), loss.new_empty(0), error
+    return loss, found.grad, found.scale, error
 
 
 def _native_sampled(request: Request) -> native.Sampled | None:
@@ -482,6 +477,8 @@ def _native_sampled(request: Request) -> native.Sampled | None:
         control_variate=request.control_variate,
         draws=request.uniform,
         good_enough=GOOD_ENOUGH,
+        weight=float(request.weight),
+        total=request.reduction != "none",
         need_grad=request.with_grad,
         need_noise=request.with_error,
         out=request.out,

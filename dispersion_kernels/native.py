@@ -207,9 +207,10 @@ class Sampled(NamedTuple):
     """What :func:`sampled` gives."""
 
     loss: torch.Tensor
-    """``[sequences]`` float64, 0 for a sequence without a pair, NaN where a token is not finite."""
+    """Float64, of each sequence the sum over the layers, 0 without a pair, NaN where a token is not finite; or
+    float32 ``[]``, their sum."""
     per_pair: torch.Tensor
-    """``[sequences]`` float64: the gradient by x_i is this times sum_j slope(c_ij) x_j."""
+    """``[layers * sequences]`` float64: the gradient by x_i is this times sum_j slope(c_ij) x_j."""
     grad: torch.Tensor | None
     scale: torch.Tensor | None
     """float32 ``[layers, ..., F]``, and of that shape without F: their product, row by row, is the gradient of every
@@ -233,8 +234,10 @@ def sampled(
     control_variate: str,
     draws: torch.Tensor | None,
     good_enough: float,
+    weight: float = 1.0,
     need_grad: bool,
     need_noise: bool,
+    total: bool = False,
     out: torch.Tensor | None = None,
 ) -> Sampled | None:
     """The pairs within cliques, and a model of all others, with the gradient of both
@@ -256,10 +259,12 @@ def sampled(
         pairs: ``[sequences]`` int64: ordered, visited or not.
         control_variate: the model: ``"none"``, ``"constant"``, ``"low_rank"`` of 16 directions, or ``"auto"``, the
             constant where that promises a relative error of the gradient of ``good_enough`` at most in all layers.
+        weight: a factor of every loss, and so of its gradient.
         draws: ``[layers, groups, 1 + tokens]`` float32 in [0, 1): of each group of the fit a unit, and tokens of it;
             None: there is nothing to fit.
         need_grad: whether to compute the gradient.
         need_noise: whether to estimate its error.
+        total: whether to return the sum of the losses in their place.
         out: where ``grad`` goes; None: to new memory.
 
     Returns:
@@ -295,7 +300,11 @@ def sampled(
         _int64_list(name, tensor) for name, tensor in (("units", units), ("sequence", sequence), ("pairs", pairs))
     )
     inverse_share = inverse_share.to("cpu", torch.float64).contiguous()
-    loss, per_pair = torch.empty(2, pairs.numel(), dtype=torch.float64, device="cpu").unbind()
+    per_pair = torch.empty(pairs.numel(), dtype=torch.float64, device="cpu")
+    if total:
+        loss = torch.empty((), dtype=torch.float32, device="cpu")
+    else:
+        loss = torch.empty(pairs.numel() // len(layers), dtype=torch.float64, device="cpu")
     noise = grad = scale = None
     groups = fit_tokens = 0
     if draws is not None:
@@ -328,13 +337,15 @@ def sampled(
         pairs=pairs.data_ptr(),
         sequence_count=pairs.numel(),
         params=ctypes.addressof(values),
+        weight=weight,
         potential=_POTENTIALS[potential_name],
         control_variate=_CONTROL_VARIATES[control_variate],
         good_enough=good_enough,
         draws=None if draws is None else draws.data_ptr(),
         fit_groups=groups,
         fit_tokens=fit_tokens,
-        loss=loss.data_ptr(),
+        loss=None if total else loss.data_ptr(),
+        total=loss.data_ptr() if total else None,
         per_pair=per_pair.data_ptr(),
         grad=None if grad is None else grad.data_ptr(),
         scale=None if scale is None else scale.data_ptr(),
@@ -507,6 +518,7 @@ class _SampledArgs(_Call):
         ("pairs", ctypes.c_void_p),
         ("sequence_count", ctypes.c_int64),
         ("params", ctypes.c_void_p),
+        ("weight", ctypes.c_double),
         ("potential", ctypes.c_int32),
         ("control_variate", ctypes.c_int32),
         ("good_enough", ctypes.c_double),
@@ -514,6 +526,7 @@ class _SampledArgs(_Call):
         ("fit_groups", ctypes.c_int32),
         ("fit_tokens", ctypes.c_int32),
         ("loss", ctypes.c_void_p),
+        ("total", ctypes.c_void_p),
         ("per_pair", ctypes.c_void_p),
         ("grad", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),

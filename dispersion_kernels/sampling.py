@@ -51,7 +51,7 @@ from torch import Tensor
 from dispersion_kernels.native import Sampled
 from dispersion_kernels.potentials import Potential
 from dispersion_kernels.segments import order_of, segment_of_token
-from dispersion_kernels.sweep import accumulation_dtype, transform, wide_dtype
+from dispersion_kernels.sweep import accumulation_dtype, loss_weight, transform, wide_dtype
 
 CONTROL_VARIATES = ("auto", "none", "constant", "low_rank")
 # Directions of ``low_rank``, where nothing else is said, and those of them whose products of two are features, too:
@@ -85,11 +85,10 @@ class Estimate(NamedTuple):
     """What the sampled pairs give, of Y layers."""
 
     loss: Tensor
-    """``[Y, S]`` in :func:`wide_dtype`; 0 for a sequence without a pair."""
-    with_pairs: int | Tensor
-    """How many sequences of a layer have a pair, visited or not."""
+    """The mean over the layers of their reduced loss, ``[S]`` for "none", in any dtype; of a sequence without a pair
+    0."""
     grad: Tensor | None
-    """``[Y, B, L, F]``: d loss of its sequence / d z, but for its scale; None where it was not asked for."""
+    """``[Y, B, L, F]``: d loss (of its sequence) / d z, but for its scale; None where it was not asked for."""
     scale: Tensor | None
     """``[Y, B, L]``."""
     error: Tensor
@@ -131,6 +130,7 @@ def estimate(
     share: float,
     control_variate: str,
     rank: int,
+    reduction: str,
     with_grad: bool,
     with_error: bool,
     sweep: Sweep,
@@ -159,14 +159,17 @@ def estimate(
     parts = []
     for n in range(0, len(layers), at_once):
         of_part, shuffle = layers[n : n + at_once], draws.shuffle[n : n + at_once]
+        plan = _plan(of_part, shuffle, groups, cu_seqlens, share)
         request = Request(
             layers=of_part,
-            plan=_plan(of_part, shuffle, groups, cu_seqlens, share),
+            plan=plan,
             potential=potential,
             share=share,
             control_variate=control_variate,
             rank=rank,
             uniform=draws.fit[n : n + at_once] if control_variate != "none" or with_error else None,
+            reduction=reduction,
+            weight=loss_weight(len(layers), reduction, plan.with_pairs // len(of_part)),
             with_grad=with_grad,
             with_error=with_error,
             out=None if grad is None else grad[n : n + at_once],
@@ -177,8 +180,7 @@ def estimate(
         return parts[0]
     scales = [part.scale for part in parts if part.scale is not None]
     return Estimate(
-        torch.cat([part.loss for part in parts]),
-        parts[0].with_pairs,
+        torch.stack([part.loss for part in parts]).sum(0),
         grad,
         torch.cat(scales) if scales else None,
         torch.cat([part.error for part in parts]),
@@ -197,6 +199,9 @@ class Request:
     rank: int
     uniform: Tensor | None
     """``Draws.fit``; None where there is nothing to fit."""
+    reduction: str
+    weight: float | Tensor
+    """What the loss of each sequence is multiplied by."""
     with_grad: bool
     with_error: bool
     out: Tensor | None
@@ -211,10 +216,9 @@ class Request:
 
 def _sampled(request: Request, sampled: Sampled) -> Estimate:
     """What a kernel made of it."""
-    plan, count = request.plan, len(request.layers)
+    plan = request.plan
     loss, per_pair, grad, scale, noise = sampled
-    loss = loss.view(count, -1)
-    error = loss.new_zeros(count)
+    error = torch.zeros(len(request.layers), device=loss.device)
     if request.with_error and grad is not None and scale is not None:
         if noise is not None:
             unit, squares, counted = noise.unbind(2)
@@ -222,7 +226,7 @@ def _sampled(request: Request, sampled: Sampled) -> Estimate:
             error = _relative_error(grad, scale, _of_all(squares, counted, plan))
         elif request.fit is not None:
             error = _relative_error(grad, scale, _noise(request.fit, plan, per_pair, request.share))
-    return Estimate(loss, plan.with_pairs // count, grad, scale, error)
+    return Estimate(loss, grad, scale, error)
 
 
 def _swept(request: Request, sweep: Sweep, scratch: Tensor | None) -> Estimate:
@@ -252,11 +256,9 @@ def _swept(request: Request, sweep: Sweep, scratch: Tensor | None) -> Estimate:
         assert fit is not None
         mean = of_sequences(fit.mean_psi, plan).masked_fill(nonfinite.view(plan.pairs.numel(), -1).any(1), math.nan)
     loss, per_pair = losses_of(request, mean, missed)
-    loss = loss.view(count, -1)
     error = loss.new_zeros(count)
-    with_pairs = plan.with_pairs // count
     if not request.with_grad:
-        return Estimate(loss, with_pairs, None, None, error)
+        return Estimate(loss, None, None, error)
 
     if grad is None or scale is None or losses is None:
         assert sums is not None
@@ -282,13 +284,13 @@ def _swept(request: Request, sweep: Sweep, scratch: Tensor | None) -> Estimate:
         # x has done its work.
         out = x if out is None else out.view(x.shape)
         grad, scale = torch.index_select(grad, 0, place, out=out), scale[place]
-    return Estimate(loss, with_pairs, grad.view(count, *first.shape), scale.view(count, *first.shape[:2]), error)
+    return Estimate(loss, grad.view(count, *first.shape), scale.view(count, *first.shape[:2]), error)
 
 
 def losses_of(request: Request, mean: Tensor, missed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``[Y S]``: the loss of each sequence, and d loss / dx_i over sum_j slope(c_ij) x_j. ``mean``: that of psi, from
-    the pairs visited or from the fit. ``missed``: the sum of c over all pairs less its estimate from those visited, for
-    the control variate."""
+    """The loss as in :class:`Estimate`, and ``[Y S]``: d loss / dx_i over sum_j slope(c_ij) x_j. ``mean`` ``[Y S]``:
+    that of psi, from the pairs visited or from the fit. ``missed`` ``[Y S]``: the sum of c over all pairs less its
+    estimate from those visited, for the control variate."""
     plan, potential, fit = request.plan, request.potential, request.fit
     pairs = plan.pairs.clamp(min=1).to(mean.dtype)
     logarithmic = potential.reduction == "log_mean"
@@ -300,9 +302,10 @@ def losses_of(request: Request, mean: Tensor, missed: Tensor | None) -> tuple[Te
         # Where a correction is larger than psi itself, a line says nothing of it.
         mean = torch.where(corrected <= 0, mean, corrected) if logarithmic else corrected
     empty = plan.pairs == 0
-    loss = (mean + potential.log_eps).log() if logarithmic else mean
+    losses = ((mean + potential.log_eps).log() if logarithmic else mean).masked_fill(empty, 0.0)
     slope = 1 / (mean + potential.log_eps) if logarithmic else torch.ones_like(mean)
-    return loss.masked_fill(empty, 0.0), 2 * slope.masked_fill(empty, 0.0) / pairs
+    loss = losses.view(len(request.layers), -1).sum(0) if request.reduction == "none" else losses.sum()
+    return loss * request.weight, 2 * request.weight * slope.masked_fill(empty, 0.0) / pairs
 
 
 def _relative_error(grad: Tensor, scale: Tensor, noise: Tensor) -> Tensor:

@@ -146,6 +146,14 @@ def mean_loss(potential: Potential, total: Tensor, count: Tensor) -> tuple[Tenso
     return mean, 2 / count
 
 
+def loss_weight(layers: int, reduction: str, with_pairs: int | Tensor) -> float | Tensor:
+    """What the loss of each sequence is multiplied by, so many of which, in a layer, have a pair."""
+    if reduction != "mean":
+        return 1 / layers
+    counted = with_pairs.clamp(min=1) if isinstance(with_pairs, Tensor) else max(1, with_pairs)
+    return 1 / (layers * counted)
+
+
 def _nothing(z: Tensor, sequences: int, with_grad: bool) -> Result:
     """The result where there is no pair at all."""
     dtype = accumulation_dtype(z.dtype)

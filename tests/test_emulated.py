@@ -412,7 +412,7 @@ def test_sampled_pairs(backend: str) -> None:
     ]
     for z, groups, share, control_variate in cases[: 4 if name == "triton" else 2]:
         draws = sampling.draw([z], share, 16, None)
-        options = (groups, None, AngularSpread(), draws, share, control_variate, 16, True, False)
+        options = (groups, None, AngularSpread(), draws, share, control_variate, 16, "none", True, False)
         with KERNELS[name](z, arch) as kernels:
             found = sampling.estimate([z], *options, emulated, _sampler_of(kernels, z) if name == "triton" else None)
         exact = sampling.estimate([z.double()], *options, in_float64)

@@ -317,10 +317,10 @@ def test_no_synchronisation_on_an_accelerator(potential: Potential, rank: int) -
 
     for layers, ids, bounds in (([z, z], None, None), ([z, z], groups, None), ([z[:1]], groups[:1], cu_seqlens)):
         draws = sampling.draw(layers, 0.1, rank, None)
-        found = estimate(layers, ids, bounds, potential, draws, 0.1, "auto", rank, True, True, on_meta)
+        found = estimate(layers, ids, bounds, potential, draws, 0.1, "auto", rank, "none", True, True, on_meta)
         assert found.grad is not None
         assert found.grad.shape == (len(layers), *layers[0].shape)
-        assert found.loss.shape == (len(layers), 4 if bounds is not None else 2)
+        assert found.loss.shape == (4 if bounds is not None else 2,)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.0])
@@ -342,7 +342,8 @@ def test_no_synchronisation_of_the_triton_sampler(share: float) -> None:
         kernels = TritonKernels(z, "sm_90", None, lambda kernel, *_, to=launched: to.append(kernel.__name__))
         sampler = sampler_of(kernels, layers, AngularSpread())
         draws = sampling.draw(layers, share, 16, None)
-        found = estimate(layers, ids, bounds, AngularSpread(), draws, share, "auto", 16, True, True, no_sweep, sampler)
+        options = ("auto", 16, "mean", True, True)
+        found = estimate(layers, ids, bounds, AngularSpread(), draws, share, *options, no_sweep, sampler)
         assert found.grad is not None
         assert found.grad.shape == (len(layers), *layers[0].shape)
         assert len(launched) == 5

@@ -83,6 +83,7 @@ typedef struct {
   const int64_t* pairs;         // [sequence_count]: ordered, visited or not
   int64_t sequence_count;
   const double* params;
+  double weight;            // of every loss, and so of its gradient
   int32_t potential;        // dk_potential, of the cosine or the correlation
   int32_t control_variate;  // dk_control_variate
   double good_enough;       // the relative error of the gradient up to which DK_AUTO is DK_CONSTANT
@@ -90,7 +91,9 @@ typedef struct {
   // with DK_NONE: there is nothing to fit. dk::kFitGroups and dk::kFitTokens.
   const float* draws;
   int32_t fit_groups, fit_tokens;
-  double* loss;      // [sequence_count]: 0 without a pair, NaN if a token is not finite
+  double* loss;      // [sequence_count / layer_count], summed over layers: 0 without a pair, NaN if a token is not
+                     // finite; or NULL
+  float* total;      // their sum; or NULL
   double* per_pair;  // [sequence_count]: d loss / dx_i = per_pair sum_j slope(c_ij) x_j
   // d loss / dz = scale * grad of each row. Rows that are in no unit are left untouched. NULL: no gradient.
   float* grad;   // [layer_count * rows, features]

@@ -403,9 +403,10 @@ class SampledCall {
       sequence.missed_c += of_unit[u].missed_c;
     }
     const size_t of_layer = of_sequence.size() / size_t(args_.layer_count);
+    std::vector<double> loss(of_layer);
     for (size_t s = 0; s < of_sequence.size(); ++s) {
       const double pairs = double(args_.pairs[s]);
-      args_.loss[s] = args_.per_pair[s] = 0.0;
+      args_.per_pair[s] = 0.0;
       if (pairs == 0.0) continue;
       double mean = of_sequence[s].psi / pairs;
       if (args_.control_variate != DK_NONE) {
@@ -419,9 +420,11 @@ class SampledCall {
         // Where a correction is larger than psi itself, a line says nothing of it.
         if (!(reduction_.logarithm && corrected <= 0.0)) mean = corrected;
       }
-      args_.loss[s] = reduction_.logarithm ? log(mean + reduction_.eps) : mean;
-      args_.per_pair[s] = 2.0 / pairs / (reduction_.logarithm ? mean + reduction_.eps : 1.0);
+      loss[s % of_layer] += args_.weight * (reduction_.logarithm ? log(mean + reduction_.eps) : mean);
+      args_.per_pair[s] = args_.weight * 2.0 / pairs / (reduction_.logarithm ? mean + reduction_.eps : 1.0);
     }
+    if (args_.loss) std::copy(loss.begin(), loss.end(), args_.loss);
+    if (args_.total) *args_.total = float(std::accumulate(loss.begin(), loss.end(), 0.0));
     if (!args_.grad) return;
     for (const Run& tile : tiles_) {
       const double factor = args_.per_pair[args_.sequence[tile.unit]] * unit_;

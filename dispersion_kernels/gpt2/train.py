@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dispersion_kernels import fused_dispersion_loss
 
 from ..condensation import condensation_by_layer, plot_condensation
+from ..potentials import resolve_potential
 from .data import TokenData, load_data, mixed_seed, training_windows, validation_windows, windows_at
 from .model import GPT2, GPT2Config, load_weights, save_weights
 from .options import DTYPES, SHAPE, parse_options
@@ -120,8 +121,7 @@ class Run:
         self.layers = dispersion_layers(options.dispersion_layers, config.layers)
         self.dispersion = partial(
             fused_dispersion_loss,
-            potential=options.potential,
-            tau=options.tau,
+            potential=resolve_potential(options.potential, tau=options.tau),
             max_tokens=options.dispersion_tokens,
             pairs=options.pairs,
             control_variate=options.control_variate,

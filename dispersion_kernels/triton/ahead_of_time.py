@@ -161,9 +161,8 @@ def record_sampled(
     sampler = sampler_of(kernels, layers, potential)
     if sampler is not None:
         draws = draw(layers, share, RANK, None)
-        estimate(
-            layers, None, None, potential, draws, share, control_variate, RANK, with_grad, False, no_sweep, sampler
-        )
+        options = (control_variate, RANK, "mean", with_grad, False)
+        estimate(layers, None, None, potential, draws, share, *options, no_sweep, sampler)
     return launches
 
 
