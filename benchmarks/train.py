@@ -24,6 +24,7 @@ from benchmarks.machine import describe, peak_memory, pick_device
 from benchmarks.timing import interleaved, quartiles
 from dispersion_kernels.gpt2.model import GPT2
 from dispersion_kernels.gpt2.options import parse_options
+from dispersion_kernels.gpt2.runtime import keep_freed_memory
 from dispersion_kernels.gpt2.train import Run
 
 # Windows of 1,024 tokens on both: nano's own 256 would make 256 random tokens all of them.
@@ -54,6 +55,7 @@ def run(quick: bool, options: list[str] | None = None) -> list[dict[str, Any]]:
     recipe = [*RECIPE[device.type], *(QUICK if quick else []), *(options or [])]
     print(f"machine: {describe()}")
     print(f"a step of dispersion-gpt2 {' '.join(recipe)}\n")
+    keep_freed_memory()  # as the trainer does
     with tempfile.TemporaryDirectory() as folder:
         runs = {name: _run(Path(folder, str(n)), [*recipe, *VARIANTS[name]]) for n, name in enumerate(VARIANTS)}
         _check({name: one.train_step(True) for name, one in runs.items()})

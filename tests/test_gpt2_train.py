@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -36,6 +37,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def memory_goes_back(monkeypatch):
+    """Other tests of this process measure memory."""
+    monkeypatch.setattr(train, "keep_freed_memory", lambda: None)
 
 
 @pytest.fixture
@@ -182,7 +189,7 @@ def test_accumulated_batches_equal_the_large_one(run, tmp_path):
     one = run(tmp_path / "one", "--batch-size", "6", "--dispersion-weight", "0.5")
     two = run(tmp_path / "two", "--batch-size", "2", "--accumulate", "3", "--dispersion-weight", "0.5")
     for first, second in zip(one, two, strict=True):
-        for name in ("cross_entropy", "dispersion", "grad_norm"):
+        for name in ("cross_entropy", "dispersion", "cosine", "grad_norm"):
             assert first[name] == pytest.approx(second[name], rel=1e-4), name
     assert_same_weights(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=1e-4)
 
@@ -515,6 +522,24 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth():
     assert rates[60] == pytest.approx(1.1)
     assert rates[110] == pytest.approx(0.2)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators do as they please")
+def test_freed_memory_is_kept():
+    resident = 'int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")'
+    code = f"""
+import os, torch
+from dispersion_kernels.gpt2.runtime import keep_freed_memory
+def left():
+    before = {resident}
+    torch.ones(2**26)
+    return {resident} - before
+gives_back = left()
+keep_freed_memory()
+print(gives_back < 2**26, left() > 2**27)
+"""
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert printed.split() == ["True", "True"]
 
 
 def test_presets_choose_shape_and_recipe():

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -28,6 +29,18 @@ def process_group(options: argparse.Namespace) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+# Of mallopt, from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> None:
+    """Leaves what a step frees with the process, for the next step. glibc gives large tensors' memory back to the
+    system at once, and what it gets again is cleared page by page: some 2% of a step of the nano GPT-2 on a CPU."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for parameter, value in ((_M_TRIM_THRESHOLD, -1), (_M_MMAP_MAX, 0)):
+            libc.mallopt(parameter, value)
 
 
 def rank() -> int:

@@ -32,6 +32,7 @@ from .options import DTYPES, SHAPE, parse_options
 from .runtime import (
     Metrics,
     StopRequest,
+    keep_freed_memory,
     mean_over_ranks,
     peak_memory,
     process_group,
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse_options(argv)
         check_libraries(options)
+        keep_freed_memory()
         with process_group(options), StopRequest() as stop:
             if options.compare:
                 compare(options, stop)
