@@ -232,7 +232,7 @@ struct FitNoise {
 struct Fit {
   // Of the unit of each group, and the partners in one of its cliques, 0 where no pair is visited.
   double tokens[kFitGroups], mates[kFitGroups];
-  bool constants, low_ranks, noises;  // what is asked for
+  bool constants, low_ranks, reports;  // what is asked for, and whether the noise of what is taken is
   double psi_slope, mean_psi, mean_c, constant;
   float b[kModelFeatures];  // of low rank
   double counted[kFitGroups] = {};

@@ -26,26 +26,32 @@ void weigh_groups(const Job& job, const P& potential, const Tile& tile, const Fi
 
 // The expected square of what token i's gradient misses if the partners of its clique stand for all `others`: from the
 // variance of f_ij x_j, in what is orthogonal to x_i, or, where no pair is visited, its mean. f [kFitTokens], 0 where
-// there is no pair. `square`: of the mean itself.
+// there is no pair. `squares` [kFitSize]: |x|^2. `square`: of the mean itself.
 struct Noise {
   double noise, square;
 };
 
-Noise noise_of_token(const float* products, int i, int partners, const float* f, double others, double mates) {
+Noise noise_of_token(const float* products, const float* squares, int i, int partners, const float* f, double others,
+                     double mates) {
   if (partners < 2) return {0.0, 0.0};
+  constexpr int kParts = kFitTokens / kLanes;
   const int first = first_of_group(i);
-  const double length = products[i * kWeightStride + i], inverse = length > 0.0 ? 1.0 / length : 0.0;
-  float along[kFitTokens] = {};  // x_k . sum_j f_ij x_j
-  double of_squares = 0.0;
-  for (int j = 0; j < kFitTokens; ++j) {
-    const float* row = products + (first + j) * kWeightStride + first;
-    for (int k = 0; k < kFitTokens; ++k) along[k] += f[j] * row[k];
-    const double c = products[i * kWeightStride + first + j];
-    of_squares += double(f[j]) * f[j] * (row[j] - c * c * inverse);
+  const float *row = products + i * kWeightStride + first, inverse = squares[i] > 0.0f ? 1.0f / squares[i] : 0.0f;
+  vec along[kParts] = {};  // x_k . sum_j f_ij x_j
+  for (int j = 0; j < kFitTokens; ++j)
+    for (int k = 0; k < kParts; ++k)
+      along[k] += f[j] * load(products + (first + j) * kWeightStride + first + k * kLanes);
+  vec parts_of_squares = {}, parts_of_sum = {};
+  float along_own = 0.0f;
+  for (int k = 0; k < kParts; ++k) {
+    const vec factor = load(f + k * kLanes), c = load(row + k * kLanes);
+    parts_of_squares += factor * factor * (load(squares + first + k * kLanes) - c * c * inverse);
+    parts_of_sum += factor * along[k];
+    if (k == (i - first) / kLanes) along_own = along[k][i % kLanes];
   }
-  double of_sum = -double(along[i - first]) * along[i - first] * inverse;
-  for (int k = 0; k < kFitTokens; ++k) of_sum += double(along[k]) * f[k];
-  const double n = partners, variance = fmax((of_squares - of_sum / n) / (n - 1.0), 0.0);
+  const double n = partners, of_squares = sum(parts_of_squares);
+  const double of_sum = double(sum(parts_of_sum)) - double(along_own) * along_own * inverse;
+  const double variance = fmax((of_squares - of_sum / n) / (n - 1.0), 0.0);
   const double square = fmax(of_sum / (n * n) - variance / n, 0.0);
   return {mates > 0.0 ? (1.0 / fmax(mates, 1.0) - 1.0 / others) * variance : square, square};
 }
@@ -202,6 +208,8 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
   });
   fit.psi_slope = of_deviations.of[0] > 0.0 ? of_deviations.of[1] / of_deviations.of[0] : 0.0;
 
+  float squares[kFitSize];
+  for (int i = 0; i < kFitSize; ++i) squares[i] = c[i * kWeightStride + i];
   // residual(i, j): what a model misses of the slopes of kLanes pairs.
   const auto noise_of = [&](const auto& residual, FitNoise& noise) {
     for (int i = 0; i < kFitSize; ++i) {
@@ -209,7 +217,7 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
       const double others = fmax(fit.tokens[group] - 1.0, 1.0), factor = others * tile.inverse[i];
       float f[kFitTokens];
       for (int j = 0; j < kFitTokens; j += kLanes) store(f + j, load(there[i] + j) * residual(i, j));
-      const Noise of_token = noise_of_token(c, i, partners[i], f, others, fit.mates[group]);
+      const Noise of_token = noise_of_token(c, squares, i, partners[i], f, others, fit.mates[group]);
       noise.of_group[group] += factor * factor * of_token.noise;
       noise.signal += factor * factor * of_token.square;
     }
@@ -222,7 +230,7 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
     noise_of([&](int i, int j) { return load(slope + at(i, j)); }, of_all);
     fit.signal = of_all.signal;
   }
-  if (fit.noises && (chooses || !fit.low_ranks))
+  if (chooses || (fit.reports && !fit.low_ranks))
     noise_of([&](int i, int j) { return load(slope + at(i, j)) - constant; }, fit.of_constant);
   if (!fit.low_ranks) return;
 
@@ -271,7 +279,7 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
     for (int other = one; other < kSquared; ++other) *of_products++ = float(one == other ? b[3] : 2.0 * b[3]);
   while (of_products < fit.b + kModelGroup) *of_products++ = 0.0f;
   for (int r = 0; r < kRank; ++r) fit.b[kModelGroup + r] = float(b[1] + (r < kSquared ? b[2] : 0.0));
-  if (!fit.noises) return;
+  if (!fit.reports) return;
   noise_of(
       [&](int i, int j) {
         const vec p = load(all[i] + j), q = load(few[i] + j);

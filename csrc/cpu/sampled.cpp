@@ -215,7 +215,7 @@ class SampledCall {
       Fit& fit = fits_[size_t(l)];
       fit.constants = args_.control_variate == DK_CONSTANT || may_choose();
       fit.low_ranks = low_rank();
-      fit.noises = args_.noise || may_choose();
+      fit.reports = args_.noise;
       for (int g = 0; g < kFitGroups; ++g) {
         const float* draws = args_.draws + (l * kFitGroups + g) * (1 + kFitTokens);
         const int64_t unit = unit_of_group[size_t(l * kFitGroups + g)] = unit_drawn(l, draws[0]);
