@@ -679,9 +679,11 @@ def _fit(
     number = _of_layer(there).clamp(min=1)
     psi, slope = potential.value(c), potential.slope(c) * there
     mean_psi, mean_c = _of_layer(psi * there) / number, _of_layer(c * there) / number
+    # Of psi, too: of nearly equal tokens c varies as little as its mean is rounded.
     deviation = (c - mean_c.to(x.dtype).view(-1, 1, 1, 1)) * there
+    of_psi = psi - mean_psi.to(x.dtype).view(-1, 1, 1, 1)
     variance = _of_layer(deviation.square())
-    psi_slope = torch.where(variance > 0, _of_layer(deviation * psi) / variance, 0.0)
+    psi_slope = torch.where(variance > 0, _of_layer(deviation * of_psi) / variance, 0.0)
 
     # Of slope x_j the token i sees what is orthogonal to it, sqrt(1 - c^2) of its length.
     weight = there * (1 - c.square()).clamp(min=0)

@@ -279,6 +279,18 @@ def test_backends_agree_at_other_ranks(rank: int, impl: str) -> None:
         assert (answer.grad.double() - exact.grad).norm() < (2e-4 + 2**-8) * exact.grad.norm()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("potential", SAMPLED.values(), ids=list(SAMPLED))
+@pytest.mark.parametrize("pairs", [0.0, 1 / 32])
+def test_tokens_that_are_nearly_equal(potential: Potential, pairs: float, impl: str) -> None:
+    """Their cosines differ by no more than some roundings of fp32, and psi is nearly a line over them."""
+    z = torch.randn(64) + 1e-3 * torch.randn(2, 1024, 64)
+    skip_unless_supported(impl, z, potential)
+    exact = fused_dispersion_loss(z.double(), potential)
+    loss = fused_dispersion_loss(z, potential, pairs=pairs, control_variate="low_rank", impl=impl)
+    assert abs(loss - exact) < 1e-5
+
+
 @pytest.mark.parametrize("rank", [16, 20])
 @pytest.mark.parametrize("case", ["mask", "documents", "packed", "many small ones"])
 def test_lengths_that_are_not_read(case: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ Sums<kTerms> sum_pairs(const GroupMatrix& there, const Work& terms) {
       for (int j = 0; j < kFitTokens; j += kLanes) {
         const Terms<kTerms> of_pairs = terms(i, j);
         const vec one = load(there[i] + j);
-        for (int n = 0; n < kTerms; ++n) of_group.of[n] += one * of_pairs.of[n];
+        for (int n = 0; n < kTerms; ++n) of_group.of[n] += one > 0.0f ? of_pairs.of[n] : vec{};
       }
     }
     for (int n = 0; n < kTerms; ++n) sums.of[n] += double(sum(of_group.of[n]));
@@ -202,10 +202,12 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
   fit.mean_psi = of_pairs.of[1] / pairs;
   fit.mean_c = first_c + of_pairs.of[2] / pairs;
   fit.constant = of_pairs.of[4] / fmax(of_pairs.of[3], 1e-38);
-  const Sums<2> of_deviations = sum_pairs<2>(there, [&, mean = float(fit.mean_c)](int i, int j) {
-    const vec deviation = load(c + at(i, j)) - mean;
-    return Terms<2>{{deviation * deviation, deviation * load(psi + at(i, j))}};
-  });
+  // Of psi, too: of nearly equal tokens c varies as little as its mean is rounded.
+  const Sums<2> of_deviations =
+      sum_pairs<2>(there, [&, mean_c = float(fit.mean_c), mean_psi = float(fit.mean_psi)](int i, int j) {
+        const vec deviation = load(c + at(i, j)) - mean_c;
+        return Terms<2>{{deviation * deviation, deviation * (load(psi + at(i, j)) - mean_psi)}};
+      });
   fit.psi_slope = of_deviations.of[0] > 0.0 ? of_deviations.of[1] / of_deviations.of[0] : 0.0;
 
   float squares[kFitSize];
@@ -216,7 +218,8 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
       const int group = i / kFitTokens;
       const double others = fmax(fit.tokens[group] - 1.0, 1.0), factor = others * tile.inverse[i];
       float f[kFitTokens];
-      for (int j = 0; j < kFitTokens; j += kLanes) store(f + j, load(there[i] + j) * residual(i, j));
+      for (int j = 0; j < kFitTokens; j += kLanes)
+        store(f + j, load(there[i] + j) > 0.0f ? vec(residual(i, j)) : vec{});
       const Noise of_token = noise_of_token(c, squares, i, partners[i], f, others, fit.mates[group]);
       noise.of_group[group] += factor * factor * of_token.noise;
       noise.signal += factor * factor * of_token.square;
