@@ -41,9 +41,10 @@ Forward and backward of one sequence of L tokens, each measurement in a process 
 input, in multiples of the input's bytes (MiB), and milliseconds. On a CPU, row-chunked keeps what glibc's allocator
 does not give back, far more than its tensors.""",
     "train": """\
-A step of the trainer; the runs take a step each in turn. Of the quotients with the step without the loss in the same
-turn the table has the median and its standard error. Peak memory is what a step takes beyond weights and the
-optimiser's state; an activation is the fp32 hidden states of one layer.""",
+A step of the trainer; the runs take a step each in turn, and on a CPU freed memory stays with the process, as in the
+trainer. Of the quotients with the step without the loss in the same turn the table has the median and its standard
+error. Peak memory is what a step takes beyond weights and the optimiser's state; an activation is the fp32 hidden states
+of one layer.""",
     "accuracy": """\
 Relative error of the gradient (of the loss), against float64 on the same numbers.""",
     "scale": """\
