@@ -32,7 +32,7 @@ VARIANTS: dict[str, list[str]] = {
     "no pairs, constant": ["--pairs", "0", "--control-variate", "constant"],
     "all pairs": [],
 }
-SEEDS = 5
+SEEDS = 10
 MEASURED = ("validation_loss", "cosine_last", "cosine_mean")
 
 
