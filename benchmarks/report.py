@@ -43,8 +43,8 @@ does not give back, far more than its tensors.""",
     "train": """\
 A step of the trainer; the runs take a step each in turn, and on a CPU freed memory stays with the process, as in the
 trainer. Of the quotients with the step without the loss in the same turn the table has the median and its standard
-error. Peak memory is what a step takes beyond weights and the optimiser's state; an activation is the fp32 hidden states
-of one layer.""",
+error. Peak memory is what a step takes beyond weights and the optimiser's state; an activation is the fp32 hidden
+states of one layer.""",
     "accuracy": """\
 Relative error of the gradient (of the loss), against float64 on the same numbers.""",
     "scale": """\
@@ -138,8 +138,9 @@ def filled(text: str, results: dict[str, list[Row]]) -> str:
 def machine(rows: list[Row]) -> str:
     row = rows[0]
     rates = [float(each["mm_gflops"]) for each in rows if each.get("mm_gflops")]
+    on = dict.fromkeys(one["processor"] if one.get("device", "cpu") == "cpu" else one["device"] for one in rows)
     what = [
-        row["processor"] if row.get("device", "cpu") == "cpu" else row["device"],
+        " and ".join(on),
         f"{row['threads']} threads",
         f"PyTorch {row['torch']}",
         *([f"Triton {row['triton']}"] if row.get("device", "cpu") != "cpu" else [row["native_isa"]]),
