@@ -365,6 +365,7 @@ class TritonKernels:
             MODEL_PRECISION=self.model_precision,
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
+            max_registers=shape.max_registers,
         )
 
     def _of_epilogue(self, epilogue: Epilogue) -> dict[str, Any]:
@@ -398,6 +399,7 @@ class TritonKernels:
         *,
         num_warps: int,
         num_stages: int = 3,
+        max_registers: int | None = None,
         **rest: Any,
     ) -> Any:
         stride_b, stride_l, stride_f = tokens.layers[0].stride()
@@ -412,7 +414,10 @@ class TritonKernels:
             LAYERS=len(tokens.layers),
             **rest,
         )
-        return self.run(kernel, grid, arguments, {"num_warps": num_warps, "num_stages": num_stages})
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        if max_registers is not None:
+            options["maxnreg"] = max_registers
+        return self.run(kernel, grid, arguments, options)
 
 
 def _precision(dtype: torch.dtype, arch: str) -> str:

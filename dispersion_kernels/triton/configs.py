@@ -37,7 +37,7 @@ class RowConfig:
 
 @dataclass(frozen=True)
 class CliqueConfig:
-    """Of ``clique_sweep_kernel``; ``block_f`` is the width of a slice of the gradient."""
+    """Of ``clique_sweep_kernel``; ``block_f`` is the width of a slice of the gradient, ``max_registers`` of a thread."""
 
     block_m: int
     block_n: int
@@ -45,6 +45,7 @@ class CliqueConfig:
     block_f: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 _INTERPRETER = "interpreter"
@@ -117,10 +118,13 @@ def clique_config(arch: str, dtype: torch.dtype, precision: str, clique: int) ->
         return CliqueConfig(min(block, 32), 16, 32, 64, 1, 1)
     # The products of features are of fp32 in three parts: wider tiles leave too few registers.
     stages = 1 if amd or block == 32 or (arch == "sm_120" and precision == "tf32x3") else 2
+    if block < 64:
+        # With a limit, even that of the hardware, NVIDIA's assembler does not spill to fit more warps on an SM.
+        return CliqueConfig(block, block, 32, 32, 4, stages, None if amd else 255)
     if dtype == torch.float32:
-        return CliqueConfig(block, min(block, 32), 32, 32, 4, stages)
-    if block < 64 or not (amd or arch == "sm_90"):
-        return CliqueConfig(block, min(block, 32), 32, 32, 4 if amd or block < 64 else 8, stages)
+        return CliqueConfig(block, 32, 32, 32, 4, stages)
+    if not (amd or arch == "sm_90"):
+        return CliqueConfig(block, 32, 32, 32, 8, stages)
     return CliqueConfig(block, block, 64, 64, 4 if amd else 8, stages)
 
 
