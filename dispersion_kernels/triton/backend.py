@@ -17,6 +17,7 @@ from dispersion_kernels.triton.configs import (
     CliqueConfig,
     RowConfig,
     TileConfig,
+    all_registers,
     architecture,
     clique_config,
     row_candidates,
@@ -312,6 +313,7 @@ class TritonKernels:
             BLOCK_F=64,
             PRECISION=self.model_precision,
             num_warps=2,
+            max_registers=all_registers(self.arch),
         )
 
     def clique_sweep(

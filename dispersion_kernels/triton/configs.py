@@ -37,7 +37,7 @@ class RowConfig:
 
 @dataclass(frozen=True)
 class CliqueConfig:
-    """Of ``clique_sweep_kernel``; ``block_f`` is the width of a slice of the gradient, ``max_registers`` of a thread."""
+    """Of ``clique_sweep_kernel``; ``block_f`` is the width of a slice of the gradient."""
 
     block_m: int
     block_n: int
@@ -67,6 +67,12 @@ def architecture(device: torch.device) -> str:
 def tokens_of_a_program(arch: str) -> int:
     """For the kernels that read each token by itself."""
     return 128 if arch == _INTERPRETER else 4
+
+
+def all_registers(arch: str) -> int | None:
+    """``max_registers`` of a thread for kernels that have registers to spare: with a limit, even that of the hardware,
+    NVIDIA's assembler does not spill to fit more warps on an SM."""
+    return 255 if arch.startswith("sm_") else None
 
 
 def tile_config(arch: str, dtype: torch.dtype, precision: str, groups: bool) -> TileConfig:
@@ -119,8 +125,7 @@ def clique_config(arch: str, dtype: torch.dtype, precision: str, clique: int) ->
     # The products of features are of fp32 in three parts: wider tiles leave too few registers.
     stages = 1 if amd or block == 32 or (arch == "sm_120" and precision == "tf32x3") else 2
     if block < 64:
-        # With a limit, even that of the hardware, NVIDIA's assembler does not spill to fit more warps on an SM.
-        return CliqueConfig(block, block, 32, 32, 4, stages, None if amd else 255)
+        return CliqueConfig(block, block, 32, 32, 4, stages, all_registers(arch))
     if dtype == torch.float32:
         return CliqueConfig(block, 32, 32, 32, 4, stages)
     if not (amd or arch == "sm_90"):
