@@ -124,13 +124,10 @@ def clique_config(arch: str, dtype: torch.dtype, precision: str, clique: int) ->
         return CliqueConfig(min(block, 32), 16, 32, 64, 1, 1)
     # The products of features are of fp32 in three parts: wider tiles leave too few registers.
     stages = 1 if amd or block == 32 or (arch == "sm_120" and precision == "tf32x3") else 2
-    if block < 64:
-        return CliqueConfig(block, block, 32, 32, 4, stages, all_registers(arch))
-    registers = all_registers(arch) if arch == "sm_100" else None
-    if dtype == torch.float32:
-        return CliqueConfig(block, 32, 32, 32, 4, stages, registers)
+    if dtype == torch.float32 or block < 64:
+        return CliqueConfig(block, min(block, 32), 32, 32, 4, stages, all_registers(arch))
     if not (amd or arch == "sm_90"):
-        return CliqueConfig(block, 32, 32, 32, 8, stages, registers)
+        return CliqueConfig(block, 32, 32, 32, 8, stages, all_registers(arch))
     return CliqueConfig(block, block, 64, 64, 4 if amd else 8, stages)
 
 
