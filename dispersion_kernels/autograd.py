@@ -304,9 +304,7 @@ def _native_sweep(
     batch, length, _ = layers[0].shape
     runs = host_segments(batch, length, groups, None if cu_seqlens is None else cu_seqlens.cpu())
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    weight = 1.0 / len(layers)
-    if reduction == "mean":
-        weight /= max(1, runs.sequences_with_pairs)
+    weight = float(loss_weight(len(layers), reduction, runs.sequences_with_pairs))
     losses: list[Tensor] = []
     grads: list[Tensor] = []
     scales: list[Tensor] = []

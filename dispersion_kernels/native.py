@@ -259,9 +259,9 @@ def sampled(
         pairs: ``[sequences]`` int64: ordered, visited or not.
         control_variate: the model: ``"none"``, ``"constant"``, ``"low_rank"`` of 16 directions, or ``"auto"``, the
             constant where that promises a relative error of the gradient of ``good_enough`` at most in all layers.
-        weight: a factor of every loss, and so of its gradient.
         draws: ``[layers, groups, 1 + tokens]`` float32 in [0, 1): of each group of the fit a unit, and tokens of it;
             None: there is nothing to fit.
+        weight: a factor of every loss, and so of its gradient.
         need_grad: whether to compute the gradient.
         need_noise: whether to estimate its error.
         total: whether to return the sum of the losses in their place.

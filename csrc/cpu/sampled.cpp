@@ -444,9 +444,8 @@ class SampledCall {
   std::vector<int64_t> rows_, ascending_;
   std::vector<int32_t> partner_end_;
   std::vector<Run> chunks_, tiles_;
-  std::vector<int64_t> first_chunk_, first_tile_;  // of each unit
-  std::vector<int64_t> cliques_;      // of each unit
-  std::vector<bool> modelled_;        // whether a unit has pairs that are not visited
+  std::vector<int64_t> first_chunk_, first_tile_, cliques_;  // of each unit
+  std::vector<bool> modelled_;                               // whether a unit has pairs that are not visited
   std::vector<dk_args> of_layer_;
   std::vector<Job> jobs_;
   std::vector<Model> models_;
