@@ -19,10 +19,12 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defin
 
 from dispersion_kernels import native
 from dispersion_kernels.backends import choose
+from dispersion_kernels.cliques import clique_tokens
+from dispersion_kernels.control_variates import GOOD_ENOUGH
 from dispersion_kernels.cuda import CudaKernels
 from dispersion_kernels.gpu import launch
 from dispersion_kernels.potentials import Potential
-from dispersion_kernels.sampling import GOOD_ENOUGH, Draws, Request, Sampler, clique_tokens, estimate
+from dispersion_kernels.sampling import Draws, Request, Sampler, estimate
 from dispersion_kernels.segments import check_cu_seqlens, host_segments, segment_of_token
 from dispersion_kernels.sweep import accumulation_dtype, in_blocks, loss_weight, sweep
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from dispersion_kernels import reference
 from dispersion_kernels.autograd import dispersion_loss, sampled_loss
 from dispersion_kernels.backends import check_impl
+from dispersion_kernels.cliques import clique_tokens
+from dispersion_kernels.control_variates import CONTROL_VARIATES, RANK, RANKS
 from dispersion_kernels.potentials import (
     BUILT_IN,
     AngularSpread,
@@ -21,7 +23,7 @@ from dispersion_kernels.potentials import (
     Potential,
     resolve_potential,
 )
-from dispersion_kernels.sampling import CONTROL_VARIATES, RANK, RANKS, clique_tokens, draw
+from dispersion_kernels.sampling import draw
 from dispersion_kernels.segments import make_groups, sample_packed_tokens, sample_tokens
 
 Reduction = Literal["mean", "sum", "none"]

@@ -1,5 +1,5 @@
-// The model of a sampled call, from the pairs within a few groups of tokens of each layer: what _fit of
-// dispersion_kernels/sampling.py does in PyTorch. Included by tile_kernels.h.
+// The model of a sampled call, from the pairs within a few groups of tokens of each layer: what fit_of of
+// dispersion_kernels/control_variates.py does in PyTorch. Included by tile_kernels.h.
 #pragma once
 
 namespace dk {

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..sampling import CONTROL_VARIATES, RANK, RANKS
+from ..control_variates import CONTROL_VARIATES, RANK, RANKS
 from .model import PRESETS
 from .runtime import checkpoints, read_checkpoint
 

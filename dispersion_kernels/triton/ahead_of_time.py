@@ -16,10 +16,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dispersion_kernels.control_variates import RANK
 from dispersion_kernels.gpu import launch
 from dispersion_kernels.gpu.shipped import calls, sampled_calls
 from dispersion_kernels.potentials import Potential
-from dispersion_kernels.sampling import RANK, draw, estimate
+from dispersion_kernels.sampling import draw, estimate
 from dispersion_kernels.triton.backend import TritonKernels
 from dispersion_kernels.triton.sampled import sampler_of
 

@@ -9,9 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
+from dispersion_kernels.control_variates import RANK, SQUARED
 from dispersion_kernels.gpu.epilogues import Epilogue
 from dispersion_kernels.gpu.launch import Entropy, Region, Statistics, Tokens
-from dispersion_kernels.sampling import RANK, SQUARED
 from dispersion_kernels.triton import epilogues, kernels, sampled_kernels, tuning
 from dispersion_kernels.triton.configs import (
     CliqueConfig,

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dispersion_kernels.cliques import Plan, Runs, of_sequences, sum_of_runs
 from dispersion_kernels.gpu.epilogues import Epilogue, epilogue_of
 from dispersion_kernels.gpu.launch import MAX_ROWS, Statistics, Tokens
 from dispersion_kernels.native import Sampled
 from dispersion_kernels.potentials import Potential
-from dispersion_kernels.sampling import Plan, Request, Runs, Sampler, losses_of, of_sequences, sum_of_runs
+from dispersion_kernels.sampling import Request, Sampler, losses_of
 from dispersion_kernels.sweep import wide_dtype
 from dispersion_kernels.triton.backend import TritonKernels
 
