@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
-from dispersion_kernels import native
+from dispersion_kernels import composed, native
 from dispersion_kernels.backends import choose
 from dispersion_kernels.cliques import clique_tokens
-from dispersion_kernels.control_variates import GOOD_ENOUGH
+from dispersion_kernels.control_variates import GOOD_ENOUGH, RANK
 from dispersion_kernels.cuda import CudaKernels
 from dispersion_kernels.gpu import launch
 from dispersion_kernels.potentials import Potential
@@ -450,8 +450,7 @@ def _sampled(
             reduction,
             with_grad,
             with_error,
-            sweep_cliques,
-            sampler,
+            [composed.sampler_of(sweep_cliques)] if sampler is None else [sampler, composed.sampler_of(sweep_cliques)],
         )
     dtype = accumulation_dtype(z.dtype)
     loss, error = found.loss.to(dtype), found.error.to(dtype)
@@ -461,6 +460,8 @@ def _sampled(
 
 
 def _native_sampled(request: Request) -> native.Sampled | None:
+    if request.rank != RANK:
+        return None
     layers, plan = request.layers, request.plan
     if any(native.row_stride(z) is None or z.stride() != layers[0].stride() for z in layers):
         layers = [z.contiguous() for z in layers]

@@ -39,21 +39,6 @@ class Rows:
     inverse_share: Tensor
     """``[R]``: 1/p of the unit, 0 where nothing is visited."""
 
-    def of(self, values: Tensor) -> Tensor:
-        """``[R, size, ...]`` from ``[N, ...]``, 0 where there is no token."""
-        if self.table is None:
-            return values.view(*self.shape, *values.shape[1:])
-        padded = torch.cat([values, torch.zeros_like(values[:1])])
-        return padded.index_select(0, self.table.flatten()).view(*self.shape, *values.shape[1:])
-
-    def add_to(self, values: Tensor, of_rows: Tensor) -> None:
-        """Adds ``[R, size, ...]`` to ``[N, ...]``."""
-        assert self.table is not None
-        place = torch.full((values.shape[0] + 1,), self.table.numel(), device=values.device)
-        place[self.table] = torch.arange(self.table.numel(), device=values.device).view(self.shape)
-        flat = of_rows.flatten(0, 1)
-        values += torch.cat([flat, torch.zeros_like(flat[:1])]).index_select(0, place[:-1])
-
 
 @dataclass(frozen=True)
 class Plan:

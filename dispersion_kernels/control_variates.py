@@ -54,11 +54,12 @@ class Fit:
     residual: Tensor
     """What the model misses of the slope, 0 where there is no pair."""
 
-    def features(self, x: Tensor) -> Tensor:
-        """phi ``[N, k]`` of tokens ``[N, F]``."""
+    def features(self, x: Tensor, layers: slice) -> Tensor:
+        """phi ``[N, k]`` of tokens ``[N, F]``, as many of each of these layers."""
         if self.directions is None:
             return torch.ones_like(x[:, :1])
-        y = (x.view(self.directions.shape[0], -1, x.shape[1]) @ self.directions.mT).flatten(0, 1)
+        directions = self.directions[layers]
+        y = (x.view(directions.shape[0], -1, x.shape[1]) @ directions.mT).flatten(0, 1)
         one, other = _PRODUCTS
         return torch.cat([torch.ones_like(y[:, :1]), y, y[:, one] * y[:, other]], 1)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import sass
-from dispersion_kernels import AngularSpread, L2Repel, Potential, cuda, sampling
+from dispersion_kernels import AngularSpread, L2Repel, Potential, composed, cuda, sampling
 from dispersion_kernels.gpu import launch
 from dispersion_kernels.sweep import sweep
 
@@ -414,8 +414,9 @@ def test_sampled_pairs(backend: str) -> None:
         draws = sampling.draw([z], share, 16, None)
         options = (groups, None, AngularSpread(), draws, share, control_variate, 16, "none", True, False)
         with KERNELS[name](z, arch) as kernels:
-            found = sampling.estimate([z], *options, emulated, _sampler_of(kernels, z) if name == "triton" else None)
-        exact = sampling.estimate([z.double()], *options, in_float64)
+            sampler = _sampler_of(kernels, z) if name == "triton" else composed.sampler_of(emulated)
+            found = sampling.estimate([z], *options, [sampler])
+        exact = sampling.estimate([z.double()], *options, [composed.sampler_of(in_float64)])
         torch.testing.assert_close(found.loss, exact.loss, rtol=1e-3, atol=1e-3)
         gradients = []
         for each in (found, exact):

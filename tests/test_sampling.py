@@ -19,6 +19,7 @@ from dispersion_kernels import (
     Potential,
     Uniformity,
     cliques,
+    composed,
     control_variates,
     fused_dispersion_loss,
     sampling,
@@ -47,6 +48,19 @@ class Cubic(Potential):
 
     def slope(self, c: Tensor) -> Tensor:
         return 3 * self.factor * (1 + c) ** 2
+
+
+@dataclass(frozen=True)
+class Square(Potential):
+    """Its slope is a line, which is what a model of full rank has."""
+
+    reduction: ClassVar[Literal["mean", "log_mean"]] = "mean"
+
+    def value(self, c: Tensor) -> Tensor:
+        return (c + 0.3).square()
+
+    def slope(self, c: Tensor) -> Tensor:
+        return 2 * (c + 0.3)
 
 
 def tokens(*shape: int, cosine: float = 0.4, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -159,27 +173,56 @@ def test_full_rank_sees_what_16_directions_do_not() -> None:
     assert error(0, 576) < 0.5 * error(0, 16)
 
 
-@pytest.mark.parametrize("features", [5, 20, 70])
-@pytest.mark.parametrize("case", ["equal", "whole", "ragged"])
-def test_second_moments(case: str, features: int) -> None:
-    """In either order of the products, of cliques larger and smaller than a token, and of so many of them at a time."""
-    if case == "ragged":
-        ids = torch.tensor([0] * 35 + [-1] * 3 + [1] * 17 + [2] * 5)
-        plan = cliques._ragged_cliques(ids.view(1, 60), None, torch.randperm(60).view(1, 60), 10)
-    else:
-        plan = cliques._of_equal_parts(2, 60, 6 if case == "equal" else 1, case == "equal", torch.device("cpu"))
-    rows = plan.rows
-    x = rows.of(torch.randn(60 if case == "ragged" else 120, features, dtype=torch.float64))
-    row = torch.arange(rows.shape[0]).repeat_interleave(rows.shape[1])
-    flat, unit = x.flatten(0, 1), rows.unit[row]
-    b = 1.0 + rows.unit
-    # The sum over j of c_ij x_j as it reads, over the unit, less 1/p times that over the row.
-    weight = (unit.unsqueeze(1) == unit).double()
-    weight -= rows.inverse_share[row].unsqueeze(1) * (row.unsqueeze(1) == row)
-    expected = b[row].unsqueeze(1) * ((flat @ flat.mT * weight) @ flat)
-    out = torch.ones_like(x)
-    sampling._add_moments(out, x, b.double(), rows)
-    torch.testing.assert_close(out.flatten(0, 1), 1 + expected)
+@pytest.mark.parametrize("pairs", [0.2, 0.5])
+@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("at_once", [10**6, 20 * 20])
+def test_full_rank_of_a_line(at_once: int, case: str, pairs: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It misses nothing of the slope, and so the gradient is exact, whichever pairs are visited: in cliques of fewer
+    tokens than features, and of more; all of them together, and some at a time."""
+    monkeypatch.setattr(cliques, "_SMALLEST_CLIQUE", 8)
+    monkeypatch.setattr(composed, "AT_ONCE", at_once)
+    z = tokens(3, 48 if case == "equal" else 50, 20, dtype=torch.float64)
+    z = z.flatten(0, 1) if case == "packed" else z
+    options = cases(3)[case]
+    exact = oracle(z, Square(), **options)
+    answer = evaluate(z, Square(), pairs=pairs, control_variate="low_rank", rank=20, impl="torch", **options)
+    torch.testing.assert_close(answer.grad, exact.grad, rtol=1e-5, atol=1e-5 * exact.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("rank", [16, 20, 24])
+@pytest.mark.parametrize(
+    ("case", "pairs"), [("equal", 0.0), *((case, 0.1) for case in [*cases(), "halves"]), ("equal", 0.4), ("mask", 0.4)]
+)
+def test_a_few_cliques_at_a_time(case: str, pairs: float, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the loss nor the gradient depends on how many tokens are gathered at a time, and no more than so many
+    are, or a clique."""
+    monkeypatch.setattr(cliques, "_SMALLEST_CLIQUE", 8)
+    gathered = []
+    gather = composed._Composition._gathered
+
+    def counted(self: Any, index: Tensor | None, begin: int, count: int) -> Tensor:
+        if index is not None:
+            gathered.append(count)
+        return gather(self, index, begin, count)
+
+    monkeypatch.setattr(composed._Composition, "_gathered", counted)
+    z = tokens(5, 60 if case == "equal" else 50, 24, dtype=torch.float64)
+    layers = [z, z.transpose(0, 1).contiguous().transpose(0, 1).sin(), z[:, :, torch.randperm(24)].cos()]
+    layers = [z.flatten(0, 1) for z in layers] if case == "packed" else layers
+    options = {"pairs": pairs, "rank": rank, "control_variate": "low_rank", "impl": "torch"}
+    # Cliques of 5 and 4 tokens, with as much padding as there can be.
+    options |= {"document_ids": (torch.arange(50) // 9).expand(5, 50)} if case == "halves" else cases(5)[case]
+    answers = []
+    for held in (10**4, 400, 130, 60, 23, 1):
+        monkeypatch.setattr(composed, "AT_ONCE", held * 24)
+        leaves = [z.detach().requires_grad_() for z in layers]
+        loss, stats = fused_dispersion_loss(leaves, generator=seeded(0), return_stats=True, **options)
+        loss.backward()
+        answers.append((loss.detach(), stats.relative_error, [z.grad for z in leaves]))
+        torch.testing.assert_close(answers[-1], answers[0])
+        if pairs:
+            assert max(gathered) <= held + 2 * cliques.clique_tokens(pairs, 60)
+            gathered.clear()
 
 
 @pytest.mark.parametrize("impl", ["torch", "cpu"])
@@ -299,11 +342,13 @@ def test_tokens_that_are_nearly_equal(potential: Potential, pairs: float, impl: 
     assert abs(loss - exact) < 1e-5
 
 
+@pytest.mark.parametrize("at_once", [2**24, 20 * 12])
 @pytest.mark.parametrize("rank", [16, 20])
 @pytest.mark.parametrize("case", ["mask", "documents", "packed", "many small ones"])
-def test_lengths_that_are_not_read(case: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_that_are_not_read(case: str, rank: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an accelerator does, where bounds known from shapes take the place of lengths, on the CPU."""
     monkeypatch.setattr(cliques, "_SMALLEST_CLIQUE", 8)
+    monkeypatch.setattr(composed, "AT_ONCE", at_once)
     small = {"document_ids": (torch.arange(50) - 8).clamp(min=0).view(1, 50) // 2}  # but for the first
     options = {
         "pairs": 0.2,
@@ -321,10 +366,14 @@ def test_lengths_that_are_not_read(case: str, rank: int, monkeypatch: pytest.Mon
     torch.testing.assert_close(answer.grad, expected.grad)
 
 
+@pytest.mark.parametrize("at_once", [2**24, 64 * 200])
 @pytest.mark.parametrize("rank", [16, 32, 64])
 @pytest.mark.parametrize("potential", [*SAMPLED.values(), AngularSpread(tau=0.001)], ids=repr)
-def test_no_synchronisation_on_an_accelerator(potential: Potential, rank: int) -> None:
+def test_no_synchronisation_on_an_accelerator(
+    potential: Potential, rank: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Meta tensors hold no numbers: whatever reads one fails here as it would stall a GPU."""
+    monkeypatch.setattr(composed, "AT_ONCE", at_once)
     z = torch.empty(2, 300, 64, device="meta", dtype=torch.bfloat16)
     groups = torch.empty(2, 300, device="meta", dtype=torch.int64)
     cu_seqlens = torch.empty(5, device="meta", dtype=torch.int32)
@@ -337,7 +386,8 @@ def test_no_synchronisation_on_an_accelerator(potential: Potential, rank: int) -
 
     for layers, ids, bounds in (([z, z], None, None), ([z, z], groups, None), ([z[:1]], groups[:1], cu_seqlens)):
         draws = sampling.draw(layers, 0.1, rank, None)
-        found = estimate(layers, ids, bounds, potential, draws, 0.1, "auto", rank, "none", True, True, on_meta)
+        options = (0.1, "auto", rank, "none", True, True)
+        found = estimate(layers, ids, bounds, potential, draws, *options, [composed.sampler_of(on_meta)])
         assert found.grad is not None
         assert found.grad.shape == (len(layers), *layers[0].shape)
         assert found.loss.shape == (4 if bounds is not None else 2,)
@@ -350,9 +400,6 @@ def test_no_synchronisation_of_the_triton_sampler(share: float) -> None:
     from dispersion_kernels.triton.backend import TritonKernels
     from dispersion_kernels.triton.sampled import sampler_of
 
-    def no_sweep(*_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        raise AssertionError("the cliques are swept")
-
     z = torch.empty(2, 300, 64, device="meta", dtype=torch.bfloat16)
     groups = torch.empty(2, 300, device="meta", dtype=torch.int64)
     cu_seqlens = torch.empty(5, device="meta", dtype=torch.int32)
@@ -363,7 +410,7 @@ def test_no_synchronisation_of_the_triton_sampler(share: float) -> None:
         sampler = sampler_of(kernels, layers, AngularSpread())
         draws = sampling.draw(layers, share, 16, None)
         options = ("auto", 16, "mean", True, True)
-        found = estimate(layers, ids, bounds, AngularSpread(), draws, share, *options, no_sweep, sampler)
+        found = estimate(layers, ids, bounds, AngularSpread(), draws, share, *options, [sampler])
         assert found.grad is not None
         assert found.grad.shape == (len(layers), *layers[0].shape)
         assert len(launched) == 5
@@ -476,7 +523,7 @@ def test_a_list_is_the_mean_of_its_layers(
     """However many of them are taken together, with draws of their own."""
     layers = [tokens(2, 300, 20, cosine=cosine).requires_grad_(n != 1) for n, cosine in enumerate((0.1, 0.5, 0.9))]
     skip_unless_supported(impl, layers[0])
-    monkeypatch.setattr(sampling, "_AT_ONCE", {"cpu": at_once * layers[0].numel(), "else": 0})
+    monkeypatch.setattr(composed, "AT_ONCE", at_once * layers[0].numel())
     for options in ({}, {"mask": torch.arange(600).view(2, 300) % 7 > 0} if pairs else {}):
         draws = sampling.draw(layers, pairs, rank, seeded(0))
         arguments = (None if not options else options["mask"].long() - 1, None, AngularSpread(), "mean", impl, False)

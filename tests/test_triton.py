@@ -38,14 +38,16 @@ from dispersion_kernels import (
     Orthogonalization,
     Potential,
     Uniformity,
+    cliques,
+    composed,
+    control_variates,
     cuda,
     fused_dispersion_loss,
-    sampling,
     supported,
 )
 
 DEVICE = "cuda" if GPU else "cpu"
-IN_ORDER = sampling._in_order
+COMPOSE = composed._compose
 TRITON = importlib.util.find_spec("triton") is not None
 IMPLS = ["triton"] * TRITON + ["cuda"] * (GPU and cuda.unavailable_reason() is None)
 if not IMPLS:
@@ -61,6 +63,12 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def tokens(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Condensed as hidden states are."""
     return (torch.randn(shape) * 0.7 + 0.4 * torch.randn(shape[-1])).to(DEVICE, dtype)
+
+
+def _read_nothing(patch: pytest.MonkeyPatch) -> None:
+    """For the same bounds and models as on a GPU."""
+    for module in (cliques, control_variates):
+        patch.setattr(module, "may_read", lambda device: False)
 
 
 class OnEveryBackend:
@@ -206,23 +214,23 @@ class TestKernels(OnEveryBackend):
 
     @pytest.fixture
     def _no_sweep(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The composed path, which copies the tokens, fails."""
+        """What Triton does not sample by itself fails."""
 
         def fail(*_: Any) -> None:
-            raise AssertionError("the tokens were gathered")
+            raise AssertionError("the kernels left it to the sweep")
 
-        monkeypatch.setattr(sampling, "_in_order", fail)
+        monkeypatch.setattr(composed, "_compose", fail)
 
     def check_sampled(self, z: Tensor, potential: Potential, control_variate: str, **options: Any) -> None:
         """Against the same draws in float64."""
         seeds = (torch.Generator(DEVICE).manual_seed(1) for _ in range(2))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sampling, "_may_read", lambda device: False)  # the same bounds and models as on a GPU
+            _read_nothing(patch)
             answer = evaluate(
                 z, potential, control_variate=control_variate, generator=next(seeds), impl="triton", **options
             )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sampling, "_in_order", IN_ORDER)
+            patch.setattr(composed, "_compose", COMPOSE)
             exact = evaluate(
                 z.double(), potential, control_variate=control_variate, generator=next(seeds), impl="torch", **options
             )
@@ -287,9 +295,9 @@ class TestKernels(OnEveryBackend):
         for impl, dtype in (("triton", torch.float32), ("torch", torch.float64)):
             leaves = [z.detach().to(dtype).requires_grad_() for z in layers]
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sampling, "_may_read", lambda device: False)
+                _read_nothing(patch)
                 if impl == "torch":
-                    patch.setattr(sampling, "_in_order", IN_ORDER)
+                    patch.setattr(composed, "_compose", COMPOSE)
                 loss, stats = fused_dispersion_loss(
                     leaves,
                     pairs=0.25,

@@ -153,17 +153,13 @@ def record_sampled(
     arch: str,
     precision: str | None = None,
 ) -> list[Launch]:
-    """As :func:`record`, of a share of the pairs; none where the sampler leaves them to the sweep."""
+    """As :func:`record`, of a share of the pairs; none where Triton leaves it to others."""
     kernels, launches = _recorder(layers[0], arch, precision)
-
-    def no_sweep(*_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        raise AssertionError("the sampler left the cliques to the sweep")
-
     sampler = sampler_of(kernels, layers, potential)
     if sampler is not None:
         draws = draw(layers, share, RANK, None)
         options = (control_variate, RANK, "mean", with_grad, False)
-        estimate(layers, None, None, potential, draws, share, *options, no_sweep, sampler)
+        estimate(layers, None, None, potential, draws, share, *options, [sampler])
     return launches
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dispersion_kernels.cliques import Plan, Runs, of_sequences, sum_of_runs
+from dispersion_kernels.control_variates import RANK
 from dispersion_kernels.gpu.epilogues import Epilogue, epilogue_of
 from dispersion_kernels.gpu.launch import MAX_ROWS, Statistics, Tokens
 from dispersion_kernels.native import Sampled
@@ -43,7 +44,9 @@ def sampler_of(kernels: TritonKernels, layers: Sequence[Tensor], potential: Pote
     return functools.partial(_sample, kernels, epilogue)
 
 
-def _sample(kernels: TritonKernels, epilogue: Epilogue, request: Request) -> Sampled:
+def _sample(kernels: TritonKernels, epilogue: Epilogue, request: Request) -> Sampled | None:
+    if request.rank != RANK:
+        return None
     with torch.cuda.device_of(request.layers[0]):  # Triton launches on the current device
         tokens = Tokens(kernels.prepare(request.layers))
         return _Sample(kernels, epilogue, request, tokens).answer()
