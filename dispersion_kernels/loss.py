@@ -117,6 +117,15 @@ def fused_dispersion_loss(
     weight of about 0.1. Loss and gradient take 3 B L^2 F FLOPs together and memory O(B L F); under ``torch.no_grad``
     the loss alone takes 1 B L^2 F.
 
+    With ``pairs`` a share, a token i of N meets the m others S_i of a random group, each of them with probability p::
+
+        G_i = sum_{j != i} h_ij x_j + 1/p sum_{j in S_i} (slope(c_ij) - h_ij) x_j
+        Var G_i = (N - 1)^2 / m (1 - m / (N - 1)) Var_j((slope(c_ij) - h_ij) x_j)
+
+    estimates ``sum_{j != i} slope(c_ij) x_j`` without bias, whatever the control variate h, and its like for psi
+    estimates P, the sum of psi. What a log-mean makes of the two, a quotient and a logarithm, has a bias of about
+    Var P / P^2: one part in the number of pairs that are visited.
+
     Args:
         z: hidden states ``[B, L, F]``, or ``[L, F]`` for one sequence, or ``[T, F]`` packed with ``cu_seqlens``, or a
             list of them, one a layer, whose losses are averaged. fp64, fp32, bf16 or fp16, any strides, F >= 2. Sums
@@ -134,11 +143,11 @@ def fused_dispersion_loss(
         max_tokens: at least 2: this many tokens, drawn at random for each sequence by itself. None: all tokens.
         pairs: ``"all"``, or a share of the pairs, from 0 to 1: the tokens of each sequence meet in random groups of
             ``share * L`` (at least 16) that cover them all, in 3 share B L^2 F FLOPs and some passes over the tokens.
-            Mean psi and its gradient are unbiased estimates; at 1/16, the pairs of a subsample of a quarter of the
-            tokens, with a hundredth of its error. 0: no pairs but a few thousand, which a model of the slope is fitted
-            to: in linear time, for whole sequences alone, and with a bias, 1 to 6% of the gradient on hidden states of
-            GPT-2 and SmolLM2 at tau = 1, but some 20% at tau = 0.1: look at ``return_stats``.
-            Estimators and variance: :mod:`dispersion_kernels.sampling`. Not for potentials of a distance.
+            At 1/16 these are the pairs of a subsample of a quarter of the tokens, with a hundredth of its error. 0: no
+            pairs but a few thousand, which a model of the slope is fitted to: in linear time, for whole sequences
+            alone, and with a bias, 1 to 6% of the gradient on hidden states of GPT-2 and SmolLM2 at tau = 1, but some
+            20% at tau = 0.1: look at ``return_stats``. Not for potentials of a distance.
+            :mod:`dispersion_kernels.sampling` has the models.
         control_variate: what stands for the pairs that are not visited: ``"none"``, nothing; ``"constant"``, their mean
             slope; ``"low_rank"``, a parabola in an estimate of c, for some more passes over the tokens. ``"auto"``:
             all pairs of up to 512 tokens, where sampling saves nothing; beyond, ``"low_rank"``, but on a CPU, where
