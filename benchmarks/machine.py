@@ -27,14 +27,16 @@ def pick_device() -> torch.device:
 
 
 def processor() -> str:
-    """The processor's name and flags that matter, as far as the system tells."""
+    """The processor's name, and its family and model, because those of a cloud have one name for several."""
     info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    # Of the first core.
+    found = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    if "cpu family" not in found:
+        return found["model name"]
+    return f"{found['model name']} (family {found['cpu family']}, model {found['model']})"
 
 
 def describe() -> dict[str, str]:
