@@ -1,13 +1,15 @@
 """The static report: what every shipped GPU kernel costs on every architecture, found without a GPU.
 
 ``python -m benchmarks.static_report [--arch sm_90 ...] [--out docs/static-report.md] [--check]`` compiles the Triton
-kernels; with ``--backend cuda --out docs/static-report-cuda.md`` it reads the CUDA C++ kernels as they are built into
-the installed extension, for its architectures.
+kernels; those of all pairs are in that file (``--pairs all``), those of sampled ones in docs/static-report-sampled.md
+(``--pairs sampled``). With ``--backend cuda --out docs/static-report-cuda.md`` it reads the CUDA C++ kernels as they
+are built into the installed extension, for its architectures.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import multiprocessing
 import os
@@ -53,6 +55,10 @@ These are the CUDA C++ kernels as the extension has them, by the names that a pr
 twice, with the masks of the diagonal and of the last tiles and without, and both count. Of the wgmma kernels half of
 the warps copy: thread instructions are of the others, and of the registers that a block starts with those that copy
 keep 24 a thread and those that multiply get 232.
+"""
+OF_SAMPLED = """\
+These are the Triton kernels of sampled pairs. A tile of the clique sweep is one of a clique of 128 tokens, and of the
+others, which have no pairs, so many tokens; *of the model* says how many features, padded, are summed or added.
 """
 COLUMNS = (
     "kernel | tile, warps, stages | registers | spills | shared memory, KiB | CTAs per SM (warps) | "
@@ -199,6 +205,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--backend", choices=["triton", "cuda"], default="triton", help="cuda: what the installed extension has"
     )
+    parser.add_argument(
+        "--pairs",
+        choices=["all", "sampled"],
+        help="of Triton's kernels those of all pairs, or of a share; default: both",
+    )
     parser.add_argument("--arch", nargs="+", choices=[*DEVICES, "sm_90a"], help="default: all of them")
     parser.add_argument("--out", type=Path, help="a Markdown file for the report")
     parser.add_argument(
@@ -209,16 +220,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--every",
         action="store_true",
-        help="compile the kernels of every potential in every dtype, too, some 3,000, an hour on two cores; the tables "
-        "stay those of angular_spread in every dtype and of every potential in bf16 at F=768",
+        help="compile the kernels of every potential in every dtype, too, some 6,000, two hours on two cores; the "
+        "tables stay those of angular_spread in every dtype and of every potential in bf16 at F=768",
     )
     args = parser.parse_args(arguments)
-    examine_all = examine_shipped if args.backend == "triton" else examine_extension
+    if args.backend == "cuda" and args.pairs is not None:
+        parser.error(f"--pairs {args.pairs} is for Triton's kernels: those of --backend cuda are of all pairs")
+    triton = functools.partial(examine_shipped, pairs=args.pairs)
+    examine_all = triton if args.backend == "triton" else examine_extension
     rows = examine_all(args.arch)
-    text = render(rows, "" if args.backend == "triton" else OF_CUDA)
+    text = render(rows, OF_CUDA if args.backend == "cuda" else OF_SAMPLED if args.pairs == "sampled" else "")
     if args.every:
         everything = examine_all(args.arch, every=True)
-        text += "\n" + render_every(everything)
+        of_sampled = "At F=768, with cliques of 128, 32 and 16 tokens and without, with each model and with none."
+        text += "\n" + render_every(everything, of_sampled if args.pairs == "sampled" else None)
         rows += everything
     print(text)
     if args.out is not None:
@@ -230,14 +245,15 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-def examine_shipped(arches: list[str] | None, every: bool = False) -> list[Row]:
+def examine_shipped(arches: list[str] | None, every: bool = False, pairs: str | None = None) -> list[Row]:
     """The figures of every Triton kernel shipped for these architectures, compiled on all cores."""
     arches = arches or list(DEVICES)
     workers = os.cpu_count() or 1
     # Not forked: PyTorch's threads do not survive it.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         shares = {
-            arch: [pool.submit(_examine_share, arch, every, n, workers) for n in range(workers)] for arch in arches
+            arch: [pool.submit(_examine_share, arch, every, pairs, n, workers) for n in range(workers)]
+            for arch in arches
         }
         rows = {arch: [share.result() for share in of_arch] for arch, of_arch in shares.items()}
     # Dealt out one by one, and put back in order.
@@ -246,12 +262,12 @@ def examine_shipped(arches: list[str] | None, every: bool = False) -> list[Row]:
     ]
 
 
-def _examine_share(arch: str, every: bool, share: int, shares: int) -> list[Row]:
+def _examine_share(arch: str, every: bool, pairs: str | None, share: int, shares: int) -> list[Row]:
     # Not at the top: it needs Triton, which this module's users may lack.
     from dispersion_kernels.triton.ahead_of_time import compile_variant, shipped
 
     rows = []
-    for variant in shipped(arch, every)[share::shares]:
+    for variant in shipped(arch, every, pairs)[share::shares]:
         try:
             row = examine(variant, compile_variant(variant))
         except Exception as error:
@@ -402,7 +418,7 @@ def render(rows: Iterable[Row], note: str = "") -> str:
     return "\n".join([*heads, *(_section(arch, of_arch) for arch, of_arch in by_arch.items())])
 
 
-def render_every(rows: Iterable[Row]) -> str:
+def render_every(rows: Iterable[Row], of_what: str | None = None) -> str:
     """What the kernels of every potential in every dtype come to."""
     by_arch: dict[str, list[Row]] = {}
     for row in rows:
@@ -410,7 +426,7 @@ def render_every(rows: Iterable[Row]) -> str:
     lines = [
         "## Every potential in every dtype",
         "",
-        "With F of 64, 128 and 768, with and without groups.",
+        of_what or "With F of 64, 128 and 768, with and without groups.",
         "",
         "| architecture | kernels | that spill | most registers | most shared memory, KiB |",
         "|---|---|---|---|---|",

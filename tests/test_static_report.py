@@ -15,6 +15,8 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from dispersion_kernels.triton import ahead_of_time  # noqa: E402
+
 try:
     sass.tool_path("nvdisasm"), sass.tool_path("cuobjdump")
 except FileNotFoundError as error:
@@ -257,10 +259,22 @@ def test_kernels_of_the_extension() -> None:
         static_report.examine_extension(["sm_75"])
 
 
+def test_kernels_of_all_pairs_and_of_sampled_ones() -> None:
+    """The two reports have every kernel between them, and share those that prepare and finish."""
+    both, exact, sampled = (
+        {variant.label for variant in ahead_of_time.shipped("gfx90a", pairs=pairs)}
+        for pairs in (None, "all", "sampled")
+    )
+    assert both == exact | sampled
+    assert all("clique" in label or "model" in label for label in sampled - exact)
+    assert all("pair tiles" in label or "row sweep" in label for label in exact - sampled if "F=" in label)
+
+
 def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     shipped = {"sm_80": [Toy("pair tiles", "sm_80", library_flops=1e8), SPILLING], "sm_90": []}
 
-    def examine_shipped(arches: list[str]) -> list[static_report.Row]:
+    def examine_shipped(arches: list[str], pairs: str | None) -> list[static_report.Row]:
+        assert pairs is None
         return [static_report.examine(toy, compiled(toy)) for arch in arches for toy in shipped[arch]]
 
     monkeypatch.setattr(static_report, "examine_shipped", examine_shipped)
@@ -279,3 +293,6 @@ def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.
     assert len({line.count("|") for line in table}) == 1
     shipped["sm_80"].pop()
     static_report.main(["--arch", "sm_80", "--check"])
+    with pytest.raises(SystemExit):
+        static_report.main(["--backend", "cuda", "--pairs", "sampled"])
+    assert "--pairs sampled is for Triton's kernels" in capsys.readouterr().err

@@ -173,18 +173,23 @@ def _recorder(z: Tensor, arch: str, precision: str | None) -> tuple[TritonKernel
     return TritonKernels(z, arch, precision, run), launches
 
 
-def shipped(arch: str, every: bool = False) -> list[Variant]:
+def shipped(arch: str, every: bool = False, pairs: str | None = None) -> list[Variant]:
     """The kernels of every potential in bf16, and of angular_spread in every dtype, for few and for many features, with
-    and without groups; with ``every``, those of every potential in every dtype, each once."""
+    and without groups; with ``every``, those of every potential in every dtype, each once. ``pairs``: ``"all"`` or
+    ``"sampled"``, the kernels of these; None: both."""
     variants: dict[tuple[Any, ...], Variant] = {}
-    for variant in _all_variants(arch, every):
+    recorded = [
+        *(_exact(arch, every) if pairs != "sampled" else ()),
+        *(_sampled(arch, every) if pairs != "all" else ()),
+    ]
+    for variant in recorded:
         constexprs = {name: str(value) for name, value in variant.constexprs.items()}
         same = (variant.kernel, str(variant.signature), str(constexprs), variant.divisible, str(variant.options))
         variants.setdefault(same if every else (variant.label,), variant)
     return list(variants.values())
 
 
-def _all_variants(arch: str, every: bool) -> Iterator[Variant]:
+def _exact(arch: str, every: bool) -> Iterator[Variant]:
     for call in calls(every):
         if call.precision == "tf32" and arch.startswith("gfx"):
             continue
@@ -192,6 +197,9 @@ def _all_variants(arch: str, every: bool) -> Iterator[Variant]:
             [call.z], call.potential, call.groups, call.cu_seqlens, call.with_grad, arch, call.precision
         ):
             yield _variant(recorded, call.name, arch, call.z)
+
+
+def _sampled(arch: str, every: bool) -> Iterator[Variant]:
     for sampled in sampled_calls(every):
         if sampled.precision == "tf32" and arch.startswith("gfx"):
             continue

@@ -125,10 +125,14 @@ def clique_config(arch: str, dtype: torch.dtype, precision: str, clique: int) ->
     # The products of features are of fp32 in three parts: wider tiles leave too few registers.
     stages = 1 if amd or block == 32 or (arch == "sm_120" and precision == "tf32x3") else 2
     if dtype == torch.float32 or block < 64:
-        return CliqueConfig(block, min(block, 32), 32, 32, 4, stages, all_registers(arch))
-    if not (amd or arch == "sm_90"):
-        return CliqueConfig(block, 32, 32, 32, 8, stages, all_registers(arch))
-    return CliqueConfig(block, block, 64, 64, 4 if amd else 8, stages)
+        # On AMD's processors the masks of a tile take scalar registers, of which there are few.
+        block_n = max(16, block // 2) if amd else min(block, 32)
+        return CliqueConfig(block, block_n, 32, 32, 4, stages, all_registers(arch))
+    if amd:
+        return CliqueConfig(block, block, 64, 32, 4, stages)
+    if arch == "sm_90":
+        return CliqueConfig(block, block, 64, 64, 8, stages)
+    return CliqueConfig(block, 32, 32, 32, 8, stages, all_registers(arch))
 
 
 def tile_candidates(config: TileConfig) -> list[TileConfig]:
