@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dispersion_kernels.cliques import of_sequences, sum_of_runs
-from dispersion_kernels.control_variates import transformed
+from dispersion_kernels.control_variates import Fit, transformed
 from dispersion_kernels.native import Sampled
 from dispersion_kernels.sampling import Request, Sampler, losses_of
 from dispersion_kernels.sweep import accumulation_dtype, wide_dtype
@@ -282,19 +282,23 @@ class _Composition:
         # Undoes the logarithm of a clique in its gradient.
         return of_clique * losses.exp() if self.request.potential.reduction == "log_mean" else of_clique
 
-    def _no_totals(self, part: _Part) -> _Totals:
-        rows, fit, scratch = self.plan.rows, self.request.fit, self.scratch
+    def _model(self) -> tuple[Fit, Tensor]:
+        """The fit and its b, which there are where it is asked for."""
+        fit = self.request.fit
         assert fit is not None
         assert fit.b is not None
+        return fit, fit.b
+
+    def _no_totals(self, part: _Part) -> _Totals:
+        rows, (_, b) = self.plan.rows, self._model()
         units = part.units if isinstance(rows.of_unit, int) else rows.of_unit.numel() - 1
-        features = fit.b.shape[1] if self.request.with_grad else 1
-        sums = scratch.new_zeros(units, features, self.features, dtype=self.dtype)
+        features = b.shape[1] if self.request.with_grad else 1
+        sums = b.new_zeros(units, features, self.features)
         moments = sums.new_zeros(units, self.features, self.features) if self.full_rank else None
         return _Totals(sums, moments)
 
     def _read(self, part: _Part, tokens: Tensor) -> _Read:
-        fit, there = self.request.fit, part.there
-        assert fit is not None
+        (fit, _), there = self._model(), part.there
         x, inverse, ratio, nonfinite = transformed(
             tokens,
             self.request.potential,
@@ -337,8 +341,8 @@ class _Composition:
                 self._add_of_units(totals.moments, read.x[some].mT @ read.x[some], part.rows.start + some.start)
 
     def _add_of_units(self, totals: Tensor, of_rows: Tensor, begin: int) -> None:
-        """Adds to ``[U, ...]`` the values ``[R, ...]`` of the rows from ``begin`` on. Each unit's are summed
-        first: what is added at one place more than once is 0."""
+        """Adds to ``[U, ...]`` the values ``[R, ...]`` of the rows from ``begin`` on. Each unit's are summed first, so
+        that what is added at a place more than once is 0, in whichever order."""
         rows, count = self.plan.rows, of_rows.shape[0]
         assert isinstance(rows.of_unit, Tensor)
         number = torch.arange(min(count, totals.shape[0]) + 1, device=of_rows.device)
@@ -378,39 +382,34 @@ class _Composition:
         """That, seen through the row transform."""
         weighted, missed, own = self._terms(part, read, totals)
         torch.bmm(weighted, missed, out=out)
-        if totals.moments is not None:
-            self._add_moments(part, read, totals.moments, out)
+        b_of_c = self._model()[0].b_of_c
+        if totals.moments is not None and b_of_c is not None:
+            self._add_moments(part, read, totals.moments, b_of_c, out)
         inner = torch.linalg.vecdot(out, read.x)
         out.addcmul_(read.x, _along(read, own, inner), value=-1)
 
     def _terms(self, part: _Part, read: _Read, totals: _Totals) -> tuple[Tensor, Tensor, Tensor]:
         """``[R, size, k]``: b_k phi_ik; ``[R, k, F]``: T of the unit less 1/p times that of the row; and ``[R, size]``:
         h_ii, which is among both sums and is no pair."""
-        rows, fit = self.plan.rows, self.request.fit
-        assert fit is not None
-        assert fit.b is not None
+        rows, (fit, b) = self.plan.rows, self._model()
         share = rows.inverse_share[part.rows].to(self.dtype).view(-1, 1, 1)
         if part.units:
             by_unit = (read.sums.unflatten(0, (part.units, -1)), share.unflatten(0, (part.units, -1)))
             missed = torch.addcmul(totals.sums.unsqueeze(1), *by_unit, value=-1).flatten(0, 1)
         else:
             missed = torch.addcmul(totals.sums[rows.unit[part.rows]], read.sums, share, value=-1)
-        b = _of_rows(fit.b, part)
+        b = _of_rows(b, part)
         own = (read.phi.square() @ b.unsqueeze(2)).squeeze(2)
-        if totals.moments is not None:
-            assert fit.b_of_c is not None
+        if fit.b_of_c is not None:
             own = torch.addcmul(own, _of_rows(fit.b_of_c, part).unsqueeze(1), read.squares)
         return read.phi * b.unsqueeze(1), missed, own * (1 - share.squeeze(2))
 
-    def _add_moments(self, part: _Part, read: _Read, of_units: Tensor, out: Tensor) -> None:
+    def _add_moments(self, part: _Part, read: _Read, of_units: Tensor, b_of_c: Tensor, out: Tensor) -> None:
         """Adds b1 (X^T X) x_i, of the unit less 1/p times of the row. Of a row it is (X X^T) X that is computed where
         that is less."""
-        fit, rows = self.request.fit, self.plan.rows
-        assert fit is not None
-        assert fit.b_of_c is not None
-        b = _of_rows(fit.b_of_c, part).view(-1, 1, 1)
+        rows, x = self.plan.rows, read.x
+        b = _of_rows(b_of_c, part).view(-1, 1, 1)
         share = rows.inverse_share[part.rows].to(self.dtype).view(-1, 1, 1)
-        x = read.x
         if part.units and read.moments is None:
             by_unit = x.view(part.units, -1, self.features)
             of_rows = x.shape[0] // part.units
