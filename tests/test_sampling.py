@@ -213,7 +213,7 @@ def test_a_few_cliques_at_a_time(case: str, pairs: float, rank: int, monkeypatch
     # Cliques of 5 and 4 tokens, with as much padding as there can be.
     options |= {"document_ids": (torch.arange(50) // 9).expand(5, 50)} if case == "halves" else cases(5)[case]
     answers = []
-    for held in (10**4, 400, 130, 60, 23, 1):
+    for held in (10**4, 400, 130, 23):
         monkeypatch.setattr(composed, "AT_ONCE", held * 24)
         leaves = [z.detach().requires_grad_() for z in layers]
         loss, stats = fused_dispersion_loss(leaves, generator=seeded(0), return_stats=True, **options)
@@ -366,8 +366,7 @@ def test_lengths_that_are_not_read(case: str, rank: int, at_once: int, monkeypat
     torch.testing.assert_close(answer.grad, expected.grad)
 
 
-@pytest.mark.parametrize("at_once", [2**24, 64 * 200])
-@pytest.mark.parametrize("rank", [16, 32, 64])
+@pytest.mark.parametrize(("rank", "at_once"), [(16, 2**24), (32, 2**24), (64, 2**24), (64, 64 * 200)])
 @pytest.mark.parametrize("potential", [*SAMPLED.values(), AngularSpread(tau=0.001)], ids=repr)
 def test_no_synchronisation_on_an_accelerator(
     potential: Potential, rank: int, at_once: int, monkeypatch: pytest.MonkeyPatch
