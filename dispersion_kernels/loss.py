@@ -450,9 +450,10 @@ def _check_sampled(
 
 
 def _visits_all(pairs: float, control_variate: str, z: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether the shape says to visit all pairs: a clique would be a whole sequence, or sampling saves nothing."""
+    """Whether the shape says to visit all pairs: there is none, a clique would be a whole sequence, or sampling saves
+    nothing."""
     length = z.shape[1] if cu_seqlens is None else z.shape[1] // max(1, cu_seqlens.numel() - 1)
-    return length <= clique_tokens(pairs, length) or (control_variate == "auto" and length <= _SHORT)
+    return z.shape[0] == 0 or length <= clique_tokens(pairs, length) or (control_variate == "auto" and length <= _SHORT)
 
 
 def _check_inputs(z: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, document_ids: Tensor | None) -> None:

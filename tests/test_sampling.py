@@ -432,6 +432,15 @@ def test_all_pairs_where_sampling_saves_nothing() -> None:
     torch.testing.assert_close(answer.grad, exact.grad)
 
 
+@pytest.mark.parametrize("pairs", [0.1, 0.0])
+def test_an_empty_batch(pairs: float) -> None:
+    z = torch.zeros(0, 600, 16, requires_grad=True)
+    loss, stats = fused_dispersion_loss(z, pairs=pairs, control_variate="low_rank", return_stats=True)
+    loss.backward()
+    assert loss == 0
+    assert stats.relative_error == 0
+
+
 @pytest.mark.parametrize("pairs", [0.05, 0])
 def test_seeds(pairs: float) -> None:
     z = tokens(2, 640, 16)
