@@ -427,11 +427,11 @@ def _sampled(
     chosen = choose(impl, z, potential)
     run = _SWEEPS[chosen]
     formula = Potential.from_params(potential, params)
-    sampler: Sampler | None = None
+    own: Sampler | None = None
     if chosen == "cpu" and (cu_seqlens is not None or clique_tokens(share, z.shape[1]) <= native.LARGEST_CLIQUE):
-        sampler = _native_sampled
+        own = _native_sampled
     elif chosen == "triton":
-        sampler = _triton_sampler(layers, formula)
+        own = _triton_sampler(layers, formula)
 
     def sweep_cliques(tokens: Tensor, groups: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         loss, grads, scale = run([tokens], groups, bounds, potential, params, "none", [with_grad])
@@ -450,7 +450,7 @@ def _sampled(
             reduction,
             with_grad,
             with_error,
-            [composed.sampler_of(sweep_cliques)] if sampler is None else [sampler, composed.sampler_of(sweep_cliques)],
+            [sampler for sampler in (own, composed.sampler_of(sweep_cliques)) if sampler is not None],
         )
     dtype = accumulation_dtype(z.dtype)
     loss, error = found.loss.to(dtype), found.error.to(dtype)

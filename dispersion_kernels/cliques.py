@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dispersion_kernels.native import row_stride
 from dispersion_kernels.segments import order_of, segment_of_token
 from dispersion_kernels.sweep import wide_dtype
 
@@ -262,6 +263,16 @@ def may_read(device: torch.device) -> bool:
 def of_sequences(values: Tensor, plan: Plan) -> Tensor:
     """``[Y S]`` from ``[Y]``."""
     return values.repeat_interleave(plan.pairs.numel() // values.numel())
+
+
+def select(z: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+    """``[n, F]``, in ``out`` where it is given: the tokens of ``z`` ``[B, L, F]`` with these numbers, which are read
+    where they lie, whatever the strides."""
+    if row_stride(z) is not None:
+        selected: Tensor = torch.index_select(z.flatten(0, 1), 0, index, out=out)
+        return selected
+    rows = z[index // z.shape[1], index % z.shape[1]]  # flattening might copy all of z
+    return rows if out is None else out.copy_(rows)
 
 
 def sum_of_runs(values: Tensor, runs: Runs) -> Tensor:

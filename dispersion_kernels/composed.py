@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dispersion_kernels.cliques import of_sequences, sum_of_runs
+from dispersion_kernels.cliques import of_sequences, select, sum_of_runs
 from dispersion_kernels.control_variates import Fit, transformed
 from dispersion_kernels.native import Sampled
 from dispersion_kernels.sampling import Request, Sampler, losses_of
@@ -169,6 +169,7 @@ class _Composition:
             there, place = place < end, place.clamp(max=count - 1)
             index = plan.order[place]
             groups = there.long() - 1 if plan.groups is None else plan.groups[0][place].masked_fill(~there, -1)
+            # No more of them begin there than there are tokens; those without tokens are at the end of all.
             clique = first + torch.arange(min(cliques, step) + 1, device=bounds.device)
             ends = (torch.minimum(bounds[clique.clamp(max=cliques)], end) - start).clamp(max=capacity)
             ends = torch.nn.functional.pad(ends, (0, 1), value=capacity)
@@ -258,7 +259,7 @@ class _Composition:
             if index is None:
                 out.view(-1, *z.shape[1:]).copy_(z[within // length :][: out.shape[0] // length])
             else:
-                _select(z, index[done : done + out.shape[0]] - layer * self.of_layer, out)
+                select(z, index[done : done + out.shape[0]] - layer * self.of_layer, out)
             done, layer, within = done + out.shape[0], layer + 1, 0
         return self.scratch[:count]
 
@@ -392,7 +393,7 @@ class _Composition:
         """``[R, size, k]``: b_k phi_ik; ``[R, k, F]``: T of the unit less 1/p times that of the row; and ``[R, size]``:
         h_ii, which is among both sums and is no pair."""
         rows, (fit, b) = self.plan.rows, self._model()
-        share = rows.inverse_share[part.rows].to(self.dtype).view(-1, 1, 1)
+        share = self._inverse_share(part)
         if part.units:
             by_unit = (read.sums.unflatten(0, (part.units, -1)), share.unflatten(0, (part.units, -1)))
             missed = torch.addcmul(totals.sums.unsqueeze(1), *by_unit, value=-1).flatten(0, 1)
@@ -409,7 +410,7 @@ class _Composition:
         that is less."""
         rows, x = self.plan.rows, read.x
         b = _of_rows(b_of_c, part).view(-1, 1, 1)
-        share = rows.inverse_share[part.rows].to(self.dtype).view(-1, 1, 1)
+        share = self._inverse_share(part)
         if part.units and read.moments is None:
             by_unit = x.view(part.units, -1, self.features)
             of_rows = x.shape[0] // part.units
@@ -428,6 +429,10 @@ class _Composition:
                 else:
                     moments.baddbmm_(x[some].mT, x[some] * -share[some])
                 out[some].baddbmm_(x[some], moments.mul_(b[some]))
+
+    def _inverse_share(self, part: _Part) -> Tensor:
+        """``[R, 1, 1]``."""
+        return self.plan.rows.inverse_share[part.rows].to(self.dtype).view(-1, 1, 1)
 
     def _missed(self) -> Tensor:
         """``[Y S]``: the sum of c over all pairs of modelled units, less 1/p times that over the pairs visited."""
@@ -456,12 +461,3 @@ def _few(x: Tensor) -> Iterator[slice]:
     count, size, features = x.shape
     step = max(1, count * size // features)
     return (slice(n, min(n + step, count)) for n in range(0, count, step))
-
-
-def _select(z: Tensor, index: Tensor, out: Tensor) -> None:
-    """``out`` ``[n, F]``: the tokens of ``z`` ``[B, L, F]`` with these numbers."""
-    batch, length, _ = z.shape
-    if batch == 1 or z.stride(0) == length * z.stride(1):
-        torch.index_select(z.flatten(0, 1), 0, index, out=out)
-    else:  # which flattening would copy
-        out.copy_(z[index // length, index % length])

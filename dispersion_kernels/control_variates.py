@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dispersion_kernels.cliques import Plan, may_read
+from dispersion_kernels.cliques import Plan, may_read, select
 from dispersion_kernels.potentials import Potential
 from dispersion_kernels.sweep import accumulation_dtype, transform, wide_dtype
 
@@ -84,7 +84,7 @@ def fit_of(
     positions = (plan.unit_begins[unit].unsqueeze(2) + within).clamp(max=count * of_layer - 1)
     order = positions if plan.order is None else plan.order[positions]
     of_layers = (order.flatten(1) - begins.unsqueeze(1)).unbind()
-    drawn = torch.cat([z.flatten(0, 1).index_select(0, rows) for z, rows in zip(layers, of_layers, strict=True)])
+    drawn = torch.cat([select(z, rows) for z, rows in zip(layers, of_layers, strict=True)])
     taking_part = None if plan.taking_part is None else plan.taking_part[positions].flatten()
     x, inverse, _, _ = transformed(drawn, potential, taking_part)
     tokens, inverse = x.unflatten(0, positions.shape), inverse.view(positions.shape)
