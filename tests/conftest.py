@@ -19,6 +19,8 @@ from dispersion_kernels import (
     PerplexityEntropy,
     Potential,
     Uniformity,
+    cliques,
+    control_variates,
     fused_dispersion_loss,
     native,
     supported,
@@ -69,6 +71,12 @@ def _poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     torch.set_default_device(None)
     torch.use_deterministic_algorithms(False)
+
+
+def read_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Sampled pairs as on an accelerator, where reading a value would synchronise."""
+    for module in (cliques, control_variates):
+        patch.setattr(module, "may_read", lambda device: False)
 
 
 def _isas() -> list[str]:

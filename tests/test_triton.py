@@ -27,6 +27,7 @@ from conftest import (
     assert_as_accurate_as_naive,
     evaluate,
     oracle,
+    read_nothing,
     relative_errors,
 )
 from torch import Tensor
@@ -38,9 +39,7 @@ from dispersion_kernels import (
     Orthogonalization,
     Potential,
     Uniformity,
-    cliques,
     composed,
-    control_variates,
     cuda,
     fused_dispersion_loss,
     supported,
@@ -63,12 +62,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def tokens(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Condensed as hidden states are."""
     return (torch.randn(shape) * 0.7 + 0.4 * torch.randn(shape[-1])).to(DEVICE, dtype)
-
-
-def _read_nothing(patch: pytest.MonkeyPatch) -> None:
-    """For the same bounds and models as on a GPU."""
-    for module in (cliques, control_variates):
-        patch.setattr(module, "may_read", lambda device: False)
 
 
 class OnEveryBackend:
@@ -225,7 +218,7 @@ class TestKernels(OnEveryBackend):
         """Against the same draws in float64."""
         seeds = (torch.Generator(DEVICE).manual_seed(1) for _ in range(2))
         with pytest.MonkeyPatch.context() as patch:
-            _read_nothing(patch)
+            read_nothing(patch)  # for the same bounds and models as on a GPU
             answer = evaluate(
                 z, potential, control_variate=control_variate, generator=next(seeds), impl="triton", **options
             )
@@ -295,7 +288,7 @@ class TestKernels(OnEveryBackend):
         for impl, dtype in (("triton", torch.float32), ("torch", torch.float64)):
             leaves = [z.detach().to(dtype).requires_grad_() for z in layers]
             with pytest.MonkeyPatch.context() as patch:
-                _read_nothing(patch)
+                read_nothing(patch)  # for the same bounds and models as on a GPU
                 if impl == "torch":
                     patch.setattr(composed, "_compose", COMPOSE)
                 loss, stats = fused_dispersion_loss(
