@@ -17,6 +17,13 @@
 namespace dk {
 namespace {
 
+// Rows of a full tile, padded to whole panels (264 of 24 columns, 256 of 32), and, of an array of row pointers that the
+// last product prefetches through, one product's rows more.
+constexpr int kLargestPadded = int(round_up(kLargestTile, kPanel));
+static_assert(kPanel % kRows == 0, "a product's rows lie within one panel");
+static_assert(kLargestPadded <= kWeightStride, "a row of the weights holds a padded tile");
+static_assert(kLargestPadded <= kLargestTile + 8, "the weights have kLargestTile + 8 rows");
+
 // ---- fetching ahead
 
 constexpr int kLine = 64 / sizeof(float);
@@ -292,7 +299,7 @@ void similarities(const Job& job, const Tile& tile, const Tile& other, bool uppe
   constexpr int kHalf = kVectors / 2;  // that a row of the upper triangle leaves out of its last panel
   const int64_t features = job.args->features;
   const int64_t slices = (features + kDepth - 1) / kDepth;
-  float* rows[kLargestTile + kRows];
+  float* rows[kLargestPadded];
   for (int i = 0; i < tile.padded; ++i) rows[i] = weights + i * kWeightStride;
   for (int column = 0; column < other.padded; column += kPanel) {
     const int last_row = upper ? (column + kPanel < tile.tokens ? column + kPanel : tile.tokens) : tile.tokens;
@@ -329,7 +336,7 @@ void similarities(const Job& job, const Tile& tile, const Tile& other, bool uppe
 template <int64_t kARow, int64_t kAStep>
 void accumulate(const Job& job, const Tile& tile, const Tile& other, const float* weights, float alpha, float beta) {
   const int64_t features = job.args->features;
-  float* rows[kLargestTile + 2 * kRows];
+  float* rows[kLargestPadded + kRows];
   for (int i = 0; i < tile.padded + kRows; ++i)
     rows[i] = job.args->grad + tile.rows[i < tile.tokens ? i : 0] * features;
   for (int64_t column = 0; column < features; column += kPanel) {
