@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from dispersion_kernels import cuda
 from dispersion_kernels.gpu import launch
 from dispersion_kernels.gpu.shipped import Call, calls
@@ -44,14 +42,9 @@ def shipped(arch: str, every: bool = False) -> list[Variant]:
 
 def _launched(call: Call, arch: str) -> Iterator[Variant]:
     launches: list[cuda.Launch] = []
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if call.precision == "tf32" else "highest")
-    try:
-        with cuda.watch_launches(launches.append, arch):
-            kernels = cuda.CudaKernels(call.z)
-            launch.dispersion([call.z], call.potential, call.groups, call.cu_seqlens, call.with_grad, kernels)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with cuda.watch_launches(launches.append, arch):
+        kernels = cuda.CudaKernels(call.z, call.precision or "tf32x3")
+        launch.dispersion([call.z], call.potential, call.groups, call.cu_seqlens, call.with_grad, kernels)
     for launched in launches:
         yield _variant(launched, arch, call.z.shape[2])
 

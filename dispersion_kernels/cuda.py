@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dispersion_kernels.gpu.epilogues import Epilogue
-from dispersion_kernels.gpu.launch import Entropy, Region, Statistics, Tokens
+from dispersion_kernels.gpu.launch import Entropy, Region, Statistics, Tokens, fp32_precision
 from dispersion_kernels.native import build_info
 
 _TRANSFORMS = {"normalize": 0, "standardize": 1, "none": 2}
@@ -68,18 +68,18 @@ class CudaKernels:
 
     Args:
         z: one of the layers, for their device and dtype.
+        precision: of fp32 matrix products, ``"tf32"`` or ``"tf32x3"``; None: as PyTorch's.
     """
 
     max_layers = 64  # kMaxLayers of csrc/cuda/kernels.h
 
-    def __init__(self, z: Tensor) -> None:
+    def __init__(self, z: Tensor, precision: str | None = None) -> None:
         reason = unavailable_reason()
         if reason is not None:
             raise RuntimeError(f"the CUDA kernels are unavailable: {reason}")
         self.dtype = z.dtype
         self.wide = z.dtype == torch.float32
-        exact = torch.get_float32_matmul_precision() == "highest"
-        self.element = _ELEMENTS.get(z.dtype, "tf32x3" if exact else "tf32")
+        self.element = (precision or fp32_precision()) if self.wide else _ELEMENTS[z.dtype]
         # Launches join what runs on the current stream.
         self.stream = torch.cuda.current_stream(z.device).cuda_stream if z.is_cuda else 0
 

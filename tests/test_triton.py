@@ -614,6 +614,21 @@ class TestOnAGpu(OnEveryBackend):
             torch.set_float32_matmul_precision("highest")
         assert error < (5e-6 if precision == "highest" else 5e-3)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_newer_settings_of_precision_and_fp16_accumulation(self, dtype: torch.dtype) -> None:
+        """After them PyTorch's older getter raises, and so do its fp16 products with an fp32 result."""
+        z = tokens(1, 512, 768, dtype=dtype)
+        expected = evaluate(z, "angular_spread", impl=self.impl)
+        matmul = torch.backends.cuda.matmul
+        matmul.fp32_precision, matmul.allow_fp16_accumulation = "tf32", True
+        try:
+            answer = evaluate(z, "angular_spread", impl=self.impl)
+            assert matmul.allow_fp16_accumulation
+        finally:
+            matmul.allow_fp16_accumulation = False
+            torch.set_float32_matmul_precision("highest")
+        assert torch.equal(answer.grad, expected.grad)
+
     def test_more_than_2_31_elements(self) -> None:
         if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
             pytest.skip("needs a GPU with 40 GiB")

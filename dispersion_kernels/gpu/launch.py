@@ -12,10 +12,12 @@ brings is :class:`Kernels`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -217,6 +219,15 @@ class Losses(NamedTuple):
     """``[B, L, F]`` fp32 of each layer, but for its scale; empty where none was asked for."""
     scale: Tensor | None
     """``[layers, B, L]`` fp32."""
+
+
+def fp32_precision() -> str:
+    """How kernels multiply fp32, as PyTorch's matrix products do: ``"tf32"``, or ``"tf32x3"``, three tf32 products.
+
+    Whichever of PyTorch's settings was set last, this attribute has it; ``torch.get_float32_matmul_precision()`` raises
+    after the newer of them, ``torch.backends.fp32_precision`` and the like.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def dispersion(
@@ -693,12 +704,34 @@ def _product_(out: Tensor, weights: Tensor, z: Tensor, add: bool) -> None:
         else:
             torch.bmm(weights, z, out=out)
     elif out.device.type == "cuda" and not torch.version.hip:
-        if add:
-            torch.ops.aten.baddbmm.dtype_out(out, weights, z, torch.float32, out=out)
-        else:
-            torch.ops.aten.bmm.dtype_out(weights, z, torch.float32, out=out)
+        with fp32_accumulation() if z.dtype == torch.float16 else contextlib.nullcontext():
+            if add:
+                torch.ops.aten.baddbmm.dtype_out(out, weights, z, torch.float32, out=out)
+            else:
+                torch.ops.aten.bmm.dtype_out(weights, z, torch.float32, out=out)
     else:
         _product_(out, weights.float(), z.float(), add)
+
+
+_FP16_ACCUMULATION = threading.Lock()
+
+
+@contextlib.contextmanager
+def fp32_accumulation() -> Iterator[None]:
+    """PyTorch's fp16 matrix products accumulate in fp32 meanwhile: with
+    ``torch.backends.cuda.matmul.allow_fp16_accumulation`` those with an fp32 result raise.
+
+    The flag is of the process: the lock keeps a thread that restores it from a product of another.
+    """
+    with _FP16_ACCUMULATION:
+        allowed = torch.backends.cuda.matmul.allow_fp16_accumulation
+        if allowed:
+            torch.backends.cuda.matmul.allow_fp16_accumulation = False
+        try:
+            yield
+        finally:
+            if allowed:
+                torch.backends.cuda.matmul.allow_fp16_accumulation = True
 
 
 def _runs_of_layers(begin: int, end: int, batch: int) -> list[tuple[int, int]]:

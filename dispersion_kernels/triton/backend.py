@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dispersion_kernels.control_variates import RANK, SQUARED
 from dispersion_kernels.gpu.epilogues import Epilogue
-from dispersion_kernels.gpu.launch import Entropy, Region, Statistics, Tokens
+from dispersion_kernels.gpu.launch import Entropy, Region, Statistics, Tokens, fp32_precision
 from dispersion_kernels.triton import epilogues, kernels, sampled_kernels, tuning
 from dispersion_kernels.triton.configs import (
     CliqueConfig,
@@ -424,6 +424,4 @@ class TritonKernels:
 
 def _precision(dtype: torch.dtype, arch: str) -> str:
     """How the kernels multiply fp32: as PyTorch's matrix products do. 16-bit products are exact anyway."""
-    if dtype != torch.float32 or arch.startswith("gfx"):
-        return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "ieee" if dtype != torch.float32 or arch.startswith("gfx") else fp32_precision()
