@@ -460,9 +460,9 @@ def _sampled(
 
 
 def _native_sampled(request: Request) -> native.Sampled | None:
-    if request.rank != RANK:
-        return None
     layers, plan = request.layers, request.plan
+    if request.rank != RANK or plan.cliques.numel() < 2:  # no clique where no token takes part
+        return None
     if any(native.row_stride(z) is None or z.stride() != layers[0].stride() for z in layers):
         layers = [z.contiguous() for z in layers]
     return native.sampled(

@@ -383,7 +383,8 @@ def scaled(
     Args:
         grads: of each layer float32 ``[..., F]``, CPU, contiguous, alike; or None, which stays None.
         scale: float32 ``[layers, ...]``, CPU, contiguous.
-        factor: float32 ``[]``; or ``[n]``, one for each n-th of the rows of a layer. CPU, contiguous.
+        factor: float32 ``[]``; or ``[n]``, one for each n-th of the rows of a layer, 0 where there are no rows.
+            CPU, contiguous.
         dtype: float32, bfloat16 or float16.
         in_place: whether ``grads`` may be written to, which is done where ``dtype`` is float32.
 
@@ -402,7 +403,7 @@ def scaled(
     shape, factors = scale.shape[1:], factor.numel()
     rows = shape.numel()
     fits = len(grads) == len(scale) and all(grad.shape == (*shape, present[0].shape[-1]) for grad in present)
-    if not fits or dtype not in _DTYPES or factors == 0 or rows % factors:
+    if not fits or dtype not in _DTYPES or (rows % factors if factors else rows):
         shapes = [None if grad is None else tuple(grad.shape) for grad in grads]
         raise ValueError(
             "grads must be layers of [..., F], scale [layers, ...], factor [] or [n] with n a divisor of the rows and "
@@ -421,7 +422,7 @@ def scaled(
         layer_count=len(grads),
         rows=rows,
         features=present[0].shape[-1],
-        rows_per_factor=max(1, rows // factors),
+        rows_per_factor=max(1, rows // max(1, factors)),
         out=ctypes.addressof(to_out),
     )
     _check(_library().dk_scale(ctypes.byref(args)))

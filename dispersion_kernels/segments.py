@@ -97,6 +97,7 @@ def order_of(first: Tensor, second: Tensor) -> Tensor:
 
 def group_sizes(groups: Tensor) -> Tensor:
     """``[B, L]``: how many tokens of its row are in each token's group, itself included; 0 where it is negative."""
+    groups = groups.contiguous()  # searchsorted warns of a copy of its own
     ordered = groups.sort(dim=1).values
     sizes = torch.searchsorted(ordered, groups, right=True) - torch.searchsorted(ordered, groups)
     return sizes.masked_fill(groups < 0, 0)
