@@ -258,13 +258,14 @@ def _forward(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])
     run = _SWEEPS[choose(impl, z, potential)]
-    with _without_autocast(z.device):
+    with without_autocast(z.device):
         return run(layers, groups, cu_seqlens, potential, params, reduction, with_grad)
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Products are fp32 inside of autocast, too. (Where it is off, to say so takes as long as several operators.)"""
-    on = torch.is_autocast_enabled(device.type)
+    # A meta tensor has no autocast, and PyTorch refuses to be asked for it.
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
 
 
@@ -437,7 +438,7 @@ def _sampled(
         loss, grads, scale = run([tokens], groups, bounds, potential, params, "none", [with_grad])
         return loss, grads[0], scale
 
-    with _without_autocast(z.device):
+    with without_autocast(z.device):
         found = estimate(
             layers,
             groups,

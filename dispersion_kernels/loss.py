@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dispersion_kernels import reference
-from dispersion_kernels.autograd import dispersion_loss, sampled_loss
+from dispersion_kernels.autograd import dispersion_loss, sampled_loss, without_autocast
 from dispersion_kernels.backends import check_impl
 from dispersion_kernels.cliques import clique_tokens
 from dispersion_kernels.control_variates import CONTROL_VARIATES, RANK, RANKS
@@ -355,7 +355,13 @@ class DispersionLoss(nn.Module):
 def _reference_loss(
     z: Tensor, groups: Tensor | None, cu_seqlens: Tensor | None, potential: Potential, reduction: Reduction
 ) -> Tensor:
-    with torch.autocast(z.device.type, enabled=False):
+    for values in (groups, cu_seqlens):
+        if values is not None and (values.is_meta or type(values).__name__ == "FakeTensor"):
+            raise ValueError(
+                "impl='reference' reads the values of mask, document_ids and cu_seqlens, and a meta or fake tensor "
+                "holds none; take impl='torch' or 'auto'"
+            )
+    with without_autocast(z.device):
         losses, pairs = reference.dispersion_loss(z, potential, groups, cu_seqlens)
     losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
     if reduction == "none":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Literal
 
 import pytest
 import torch
 from conftest import IMPLS, skip_unless_supported
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dispersion_kernels import fused_dispersion_loss
 
@@ -55,3 +57,40 @@ def test_nothing_to_pair_is_zero(dtype: torch.dtype, reduction: Literal["mean", 
                 assert torch.equal(loss, torch.zeros(losses if reduction == "none" else []))
                 for grad, layer in zip(torch.autograd.grad(loss.sum(), z), z, strict=True):
                     assert torch.equal(grad, torch.zeros_like(layer))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_tensors_without_values_give_shapes(kind: str, impl: str) -> None:
+    """Meta and fake tensors, as tools use them that estimate memory or initialise large models: forward and backward
+    give shape, dtype and device, inside of autocast, too."""
+    mode: Any = FakeTensorMode() if kind == "fake" else contextlib.nullcontext()
+    with mode:
+        device = "meta" if kind == "meta" else "cpu"
+        mask = torch.ones(2, 700, dtype=torch.bool, device=device)
+        reads: list[dict[str, Any]] = [
+            {"mask": mask, "reduction": "none"},
+            {"document_ids": mask.long()},
+            {"cu_seqlens": torch.zeros(4, dtype=torch.int32, device=device)},
+            {"cu_seqlens": torch.zeros(4, dtype=torch.int32, device=device), "max_tokens": 8},
+        ]
+        others: list[dict[str, Any]] = [{}, {"max_tokens": 8}, {"recompute": True}, {"reduction": "none"}]
+        if impl != "reference":
+            others += reads
+            others += [{"pairs": 0}, {"pairs": 1 / 16, "mask": mask}, {"pairs": 1 / 16, "control_variate": "low_rank"}]
+            others += [{"pairs": 1 / 16, "cu_seqlens": torch.zeros(4, dtype=torch.int32, device=device)}]
+        for options in others:
+            packed = "cu_seqlens" in options
+            z = torch.empty(
+                (1400, 8) if packed else (2, 700, 8), dtype=torch.bfloat16, device=device, requires_grad=True
+            )
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(options)):
+                loss = fused_dispersion_loss(z, impl=impl, **options)
+            assert loss.shape == ((2,) if options.get("reduction") == "none" else ())
+            assert (loss.dtype, loss.device.type) == (torch.float32, device)
+            (grad,) = torch.autograd.grad(loss.sum(), z)
+            assert (grad.shape, grad.dtype, grad.device.type) == (z.shape, z.dtype, device)
+        for options in reads if impl == "reference" else []:
+            z = torch.empty((1400, 8) if "cu_seqlens" in options else (2, 700, 8), device=device)
+            with pytest.raises(ValueError, match=r"impl='reference' reads the values of mask.*take impl='torch'"):
+                fused_dispersion_loss(z, impl=impl, **options)
