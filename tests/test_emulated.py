@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from conftest import INTERPRETED, POTENTIALS, Answer, assert_as_accurate_as_naive, oracle
+from conftest import INTERPRETED, POTENTIALS, Answer, assert_as_accurate_as_naive, oracle, relative_errors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -357,6 +357,19 @@ def test_masks_and_packed_sequences(name: str, features: int, backend: str) -> N
 def test_a_maximum_first_and_the_wide_band(potential: Potential, backend: str) -> None:
     check(tokens(1, 133, 200), potential, backend)
     check(tokens(1, 67, 36), potential, backend)
+
+
+@pytest.mark.parametrize(
+    ("backend", "features"), [("triton-sm_80", 36), ("cuda-sm_80", 200)], ids=["resident-triton", "swept-cuda"]
+)
+def test_slopes_of_fp16_at_their_largest(backend: str, features: int) -> None:
+    """Of equal tokens, whose slope with clamp = 0 is held at what fp32 resolves: as in fp32."""
+    z = tokens(1, 67, features, dtype=torch.float16)
+    z[0, 5] = z[0, 6]
+    potential = AngularSpread(tau=0.13, clamp=0.0, eps=0.0)
+    answer, wide = (evaluate(x, potential, backend) for x in (z, z.float()))
+    torch.testing.assert_close(answer.loss, wide.loss, rtol=2e-6, atol=1e-6)
+    assert relative_errors(answer, Answer(wide.loss.double(), wide.grad.double()))[1] < 2**-10
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -24,6 +24,7 @@ from conftest import (
     GPU,
     INTERPRETED,
     POTENTIALS,
+    Answer,
     assert_as_accurate_as_naive,
     evaluate,
     oracle,
@@ -307,6 +308,13 @@ class TestKernels(OnEveryBackend):
         torch.testing.assert_close(*errors, rtol=5e-3, atol=0)
         assert (gradients[0] - gradients[1]).norm() < 5e-4 * gradients[1].norm()
 
+    @pytest.mark.usefixtures("_no_sweep")
+    @pytest.mark.parametrize("control_variate", ["none", "low_rank"])
+    def test_sampled_slopes_of_fp16_at_their_largest(self, control_variate: str) -> None:
+        z = tokens(2, 132, 40, dtype=torch.float16)
+        z[:, 1::2] = z[:, ::2] * 1.001
+        self.check_sampled(z, AngularSpread(tau=0.13, clamp=0.01), control_variate, pairs=0.25)
+
     def test_sampled_pairs_that_are_left_to_the_sweep(self) -> None:
         """Exponents that need a running maximum."""
         self.check_sampled(tokens(1, 132, 24), AngularSpread(tau=0.005), "none", pairs=0.5)
@@ -327,6 +335,28 @@ class TestKernels(OnEveryBackend):
         self.check(z, potential)
         self.check(z, potential, mask=torch.rand(2, 70, device=DEVICE) > 0.3)
         self.check(z[0], potential, cu_seqlens=torch.tensor([0, 30, 70], dtype=torch.int32, device=DEVICE))
+
+    @pytest.mark.parametrize("features", [48, 150])
+    @pytest.mark.parametrize(
+        "potential",
+        [
+            AngularSpread(tau=0.13, clamp=0.01),
+            AngularSpread(clamp=0.0, eps=0.0),
+            AngularSpread(tau=0.02, clamp=0.0),
+            Orthogonalization(margin=0.9, clamp=0.0, eps=0.0),
+            Uniformity(t=2.0),
+        ],
+        ids=repr,
+    )
+    def test_slopes_of_fp16_at_their_largest(self, potential: Potential, features: int) -> None:
+        """Equal and nearly equal tokens, where psi and its slope are largest: they fit the range, and what is far below
+        them does, too. In fp32 nothing is rounded to 16 bits."""
+        z = tokens(2, 70, features, dtype=torch.float16)
+        z[:, 5] = z[:, 6]
+        z[:, 7] = z[:, 8] * 1.001
+        answer, wide = (evaluate(x, potential, impl=self.impl) for x in (z, z.float()))
+        torch.testing.assert_close(answer.loss, wide.loss, rtol=2e-6, atol=1e-6)
+        assert relative_errors(answer, Answer(wide.loss.double(), wide.grad.double()))[1] < 2**-10
 
     @pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
     def test_degenerate_tokens(self, potential: Potential) -> None:
@@ -454,6 +484,10 @@ class TestKernelsOfTriton:
         assert supported("triton", z, potential)
         answer = evaluate(z, potential, impl="triton")
         assert_as_accurate_as_naive(z, potential, answer, oracle(z, potential))
+        # Slopes of up to 2,000 times an inverse norm fit fp16.
+        z, potential = z.half(), Quartic(strength=500.0)
+        z[:, 5] = z[:, 6]
+        assert relative_errors(evaluate(z, potential, impl="triton"), oracle(z, potential))[1] < 2**-10
 
     @pytest.mark.parametrize("name", ["narrow", "wide"])
     def test_error_of_the_arcsine(self, name: str) -> None:

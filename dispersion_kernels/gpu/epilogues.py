@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from dispersion_kernels.potentials import (
     AngularSpread,
@@ -19,6 +21,8 @@ from dispersion_kernels.potentials import (
 _LOG2_E = math.log2(math.e)
 # The polynomial of arcsine_narrow holds to |c| = 0.75.
 _NARROW_CLAMP = 0.25
+# 1 - c^2 as the kernels hold it from below, where with clamp = 0 the slope would be infinite.
+_LEAST_SQUARE = 2.0**-23
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,18 @@ class Epilogue:
     """The factor of the second statistic of a token: of |x|^2, or, for ``"normalize"``, of 1 (0 for a zero token)."""
     shift: float = 0.0
     """psi is larger than the kernels' by exp(shift)."""
+    largest_slope: float = 1.0
+    """A bound on the magnitude of what ``function`` gives for the slope, times psi where it is over psi."""
     online: bool = False
     """Whether the exponent may span more than the accumulators do: its maximum is then found first."""
     own: Any = None
     """A user's own Triton function, ``(c, p0, p1, p2, p3) -> (psi, slope)``."""
+
+    @property
+    def weight_exponent(self) -> int:
+        """Weights, a slope times an inverse norm, are below 2^15 times 2^e where the norms' inverses are below 2: e of
+        the power of two that brings them up to there, and fp16 ends at 2^16."""
+        return 14 - math.ceil(math.log2(self.largest_slope))
 
 
 def epilogue_of(potential: Potential, features: int, narrow_range: bool) -> Epilogue:
@@ -72,6 +84,7 @@ def epilogue_of(potential: Potential, features: int, narrow_range: bool) -> Epil
             kappa=potential.slope_factor,
             eps=potential.eps,
             shift=shift,
+            largest_slope=(1.0 if online else math.exp(high - shift)) * _steepest_arccosine(potential.clamp),
             online=online,
         )
     if isinstance(potential, Orthogonalization):
@@ -83,6 +96,7 @@ def epilogue_of(potential: Potential, features: int, narrow_range: bool) -> Epil
             p=(potential.clamp - 1, 1 - potential.clamp, potential.margin - 0.5, 0.0),
             kappa=2 / math.pi,
             eps=potential.eps,
+            largest_slope=max(1.0, potential.margin) * _steepest_arccosine(potential.clamp),
         )
     if isinstance(potential, Decorrelation):
         return Epilogue("decorrelation", "standardize", False, (0.0, 0.0, 0.0, 0.0), 2.0)
@@ -98,13 +112,15 @@ def epilogue_of(potential: Potential, features: int, narrow_range: bool) -> Epil
             kappa=potential.slope_factor,
             q=potential.t * _LOG2_E,
             shift=shift,
+            largest_slope=1.0 if online else math.exp(high - shift),
             online=online,
         )
     if isinstance(potential, DistancePotential):
         # With the diagonal, where the exponent is 0, that is its maximum.
         return _of_distance(potential.distance_scale(features), online=not potential.include_diagonal)
     if isinstance(potential, PerplexityEntropy):
-        return _of_distance(potential.sigma2, online=True)
+        # P_ij (g_ij - expected_i) and its mirror: P g and expected are below log2(L) + 1 / ln 2, L below 2^24.
+        return replace(_of_distance(potential.sigma2, online=True), largest_slope=4 * (24 + _LOG2_E))
     p0, p1, p2, p3 = (*potential.params(), 0.0, 0.0, 0.0, 0.0)[:4]
     return Epilogue(
         function="",
@@ -113,8 +129,21 @@ def epilogue_of(potential: Potential, features: int, narrow_range: bool) -> Epil
         p=(p0, p1, p2, p3),
         kappa=1.0,
         eps=potential.norm_eps,
+        largest_slope=_largest_slope(potential) if narrow_range else 1.0,
         own=type(potential).triton,
     )
+
+
+def _steepest_arccosine(clamp: float) -> float:
+    """The largest 1 / sqrt(1 - c^2) of a clipped cosine."""
+    return 1 / math.sqrt(max(1 - (1 - clamp) ** 2, _LEAST_SQUARE))
+
+
+def _largest_slope(potential: Potential) -> float:
+    """Of a user's own, on [-1, 1], with a factor of 2 for what lies between the places where it is asked."""
+    slope = potential.slope(torch.linspace(-1, 1, 1025, dtype=torch.float64, device="cpu")).abs()
+    largest = float(slope[slope.isfinite()].amax()) if slope.isfinite().any() else 1.0
+    return 2 * max(largest, 2.0**-10)
 
 
 def _of_distance(scale: float, online: bool) -> Epilogue:

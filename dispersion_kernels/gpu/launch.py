@@ -357,9 +357,10 @@ class _Call:
             self.layers = self.kernels.prepare([z - z.mean(1, keepdim=True) for z in self.layers])
             _, _, extra = self._row_statistics()
         weight_inverse, weight_scale = inverse, None
-        if self.dtype == torch.float16 and self.epilogue.transform != "none":
+        if self.dtype == torch.float16:
             largest = inverse.amax(1, keepdim=True)
-            weight_scale = torch.exp2(8 - torch.where(largest > 0, largest, 1.0).log2().floor())
+            largest_exponent = torch.where(largest > 0, largest, 1.0).log2().floor()
+            weight_scale = torch.exp2(self.epilogue.weight_exponent - largest_exponent)
             weight_inverse = inverse * weight_scale
         self.statistics = Statistics(norm, inverse, extra, weight_inverse, weight_scale)
 
@@ -533,8 +534,8 @@ class _Call:
         of_tokens = self._of_paired_tokens(scale)
         if self.epilogue.transform != "none":
             of_tokens *= self.statistics.inverse.view(of_tokens.shape)
-            if self.statistics.weight_scale is not None:
-                of_tokens /= self.statistics.weight_scale.view(len(self.layers), self.batch, 1)
+        if self.statistics.weight_scale is not None:
+            of_tokens /= self.statistics.weight_scale.view(len(self.layers), self.batch, 1)
         if penalty is not None:
             of_squares = self._of_paired_tokens(2 * penalty)
             for gradient, z, factor, of_square in zip(self.gradients, self.tokens, of_tokens, of_squares, strict=True):

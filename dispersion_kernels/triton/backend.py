@@ -198,6 +198,7 @@ class TritonKernels:
             HAS_SHIFT=shift is not None,
             HAS_GROUPS=groups is not None,
             SUM_WEIGHTS=weight_sums is not None,
+            WEIGHTED=epilogue.transform != "none" or statistics.weight_scale is not None,
             BLOCK_M=shape.block_m,
             BLOCK_N=shape.block_n,
             BLOCK_K=shape.block_k,
@@ -353,6 +354,8 @@ class TritonKernels:
             sums_ptr=sums,
             gradient_ptr=unused if gradient is None else gradient,
             tiles=sums.shape[2],
+            # The model is taken from the slopes, and a fit may reach beyond them: two bits for it.
+            weight_exponent=float(epilogue.weight_exponent - 2),
             HAS_ORDER=order is not None,
             MODEL=0 if b is None else b.shape[1],
             VISITED=inverse_share is not None,

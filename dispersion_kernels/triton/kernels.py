@@ -388,6 +388,7 @@ def row_sweep_kernel(
     HAS_SHIFT: tl.constexpr,
     HAS_GROUPS: tl.constexpr,
     SUM_WEIGHTS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     LAYERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -409,6 +410,7 @@ def row_sweep_kernel(
     P_ij (g_ij - expected_i) + P_ji (g_ji - expected_j), with p0 and p1 of the exponent, p2 eps
     (:func:`dispersion_kernels.sweep._perplexity_entropy`).
 
+    ``WEIGHTED``: the weights' inverse norms, scaled or not, are not all 1.
     ``RESIDENT``: all features fit ``BLOCK_F``, so the tokens of I stay and those of J are read once for both products.
     """
     tile_i = tl.program_id(0)
@@ -530,7 +532,7 @@ def row_sweep_kernel(
             elif PASS == "gradient":
                 sums += tl.sum(psi, 1)
             if (PASS == "gradient") or (PASS == "entropy_gradient"):
-                if TRANSFORM != "none":
+                if WEIGHTED:
                     slope = slope * tl.load(weight_inverse_ptr + statistics + j, mask=valid_j, other=0.0)[None, :]
                 if not RESIDENT:
                     z_j = tl.load(z + read_j[:, None] + f[None, :] * stride_f, mask=(f < features)[None, :], other=0.0)

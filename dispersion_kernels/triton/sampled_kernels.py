@@ -145,14 +145,15 @@ def model_sums_kernel(
 
 
 @triton.jit
-def _weight_scale(inverse_ptr, order_ptr, begin, tokens, first, HAS_ORDER: tl.constexpr, BLOCK: tl.constexpr):
-    """A power of two that keeps slopes times it and an inverse norm of the clique in the range of fp16."""
+def _weight_scale(inverse_ptr, order_ptr, begin, tokens, first, exponent, HAS_ORDER: tl.constexpr, BLOCK: tl.constexpr):
+    """A power of two that keeps slopes times it and an inverse norm of the clique in the range of fp16; ``exponent`` is
+    its own for the largest inverse in [1, 2)."""
     largest = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, tokens, BLOCK):
         j = start + tl.arange(0, BLOCK)
         largest = tl.maximum(largest, tl.load(inverse_ptr + _token(order_ptr, begin + j, j < tokens, first, HAS_ORDER)))
     largest = tl.max(largest, 0)
-    return tl.exp2(8.0 - tl.floor(tl.log2(tl.where(largest > 0, largest, 1.0))))
+    return tl.exp2(exponent - tl.floor(tl.log2(tl.where(largest > 0, largest, 1.0))))
 
 
 @triton.jit
@@ -202,6 +203,7 @@ def clique_sweep_kernel(
     length,
     features,
     tiles,
+    weight_exponent,
     p0,
     p1,
     p2,
@@ -271,7 +273,9 @@ def clique_sweep_kernel(
         inverse_share = tl.load(inverse_share_ptr + clique).to(tl.float32)
         weight_scale = 1.0
         if NARROW:
-            weight_scale = _weight_scale(inverse_ptr, order_ptr, begin, tokens, first, HAS_ORDER, BLOCK_N)
+            weight_scale = _weight_scale(
+                inverse_ptr, order_ptr, begin, tokens, first, weight_exponent, HAS_ORDER, BLOCK_N
+            )
         psi_sums = tl.load(norm_ptr + token_i) * 0.0
         c_sums = tl.zeros((BLOCK_M,), tl.float32)
         for tile_j in range(0, tl.cdiv(tokens, BLOCK_N)):
