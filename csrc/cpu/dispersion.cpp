@@ -96,6 +96,7 @@ class Planner {
 
  private:
   static constexpr int32_t kBundle = 64;    // tokens of short segments in a tile: pairs across segments are wasted
+  static_assert(kBundle <= kLargestTile);
   static constexpr int64_t kPlenty = 4096;  // tokens
 
   // Long tiles are read less often from memory. A call with few tokens takes shorter ones, and an even number of them,
@@ -295,11 +296,7 @@ class Call {
   }
 
   void place(Group& group, std::vector<Scratch>& scratch, Arena& arena) {
-    for (Scratch& s : scratch) {
-      s.weights = arena.take<float>(size_t(kLargestTile + 8) * kWeightStride);
-      s.column_sum = arena.take<float>(kLargestTile);
-      s.rows = arena.take<float>(size_t(kernels_.panel) * (job_.padded_features + 16));
-    }
+    for (Scratch& s : scratch) s = take_scratch(arena, kernels_.panel, job_.padded_features);
     if (job_.transform == Transform::kCentre) {
       const size_t features = size_t(job_.padded_features);
       tile_sums_ = arena.take<float>(group.tiles.size() * features);
@@ -415,7 +412,10 @@ DK_EXPORT int32_t dk_dispersion(const dk_args* args) {
 }
 
 DK_EXPORT int32_t dk_scale(const dk_scale_args* args) {
-  const auto valid = [](const dk_scale_args& scale_args) { return scale_args.rows_per_factor >= 1; };
+  const auto valid = [](const dk_scale_args& scale_args) {
+    return scale_args.layer_count >= 0 && scale_args.rows >= 0 && scale_args.features >= 0 &&
+           scale_args.rows_per_factor >= 1 && scale_args.dtype >= DK_FLOAT32 && scale_args.dtype <= DK_FLOAT16;
+  };
   return dk::with_kernels(*args, valid, [&](const dk::TileKernels& kernels) {
     constexpr int64_t kWorth = 16384;  // elements that are worth waking a thread for
     const dk::Threads threads = {args->parallel_for, std::max(1, int(args->threads))};

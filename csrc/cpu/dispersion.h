@@ -41,7 +41,7 @@ typedef struct {
   dk_parallel_for parallel_for;  // NULL: one thread
   int32_t threads;
   int32_t dtype;       // dk_dtype
-  const void* z;       // [rows, features], features contiguous
+  const void* z;       // [rows, features], features contiguous; at any address, odd or not
   int64_t row_stride;  // in elements
   int64_t rows;
   const int64_t* index;  // [tokens]: token i is row index[i], no row twice; NULL: row i
@@ -70,7 +70,7 @@ typedef struct {
   dk_parallel_for parallel_for;  // NULL: one thread
   int32_t threads;
   int32_t dtype;              // dk_dtype
-  const void* const* layers;  // [layer_count]: z of each, [rows, features], features contiguous
+  const void* const* layers;  // [layer_count]: z of each, [rows, features], features contiguous; at any address
   int64_t layer_count, rows, row_stride, features;
   const int64_t* order;  // [tokens]: token i is row order[i], counted through all layers, no row twice; NULL: row i
   int64_t tokens;
@@ -130,8 +130,13 @@ namespace dk {
 constexpr int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
 constexpr int kLargestTile = 256;  // tokens
+// Tokens of a tile padded to whole panels, at most: 264 of 24 columns, 256 of 32.
+constexpr int kLargestPadded = kLargestTile + 8;
 // Row stride of the weights: 17 cache lines, so that a column walks through all sets of the cache.
 constexpr int kWeightStride = kLargestTile + 16;
+static_assert(kLargestPadded <= kWeightStride, "a row of the weights holds a padded tile");
+// Row stride of Scratch::rows, which no power of two is to be.
+constexpr int64_t spare_stride(int64_t padded_features) { return padded_features + 16; }
 // The features of a model of the slope: 1, the products of two of a token's first components, zeros up to a group, and
 // its components along kRank directions. Groups are as large as the rows of a product, for every instruction set.
 constexpr int kRank = 16, kSquared = 3, kModelGroup = 8, kModelFeatures = kModelGroup + kRank;
@@ -139,6 +144,8 @@ static_assert(1 + kSquared * (kSquared + 1) / 2 <= kModelGroup);
 
 // It is fitted to the pairs within so many groups of so many tokens.
 constexpr int kFitGroups = 4, kFitTokens = 32, kFitSize = kFitGroups * kFitTokens;
+static_assert(kFitSize <= kLargestTile, "a fit's tokens are packed as a tile");
+static_assert(kFitSize % kRank == 0, "every so many-th token of a fit begins a direction");
 
 enum class Transform {
   kNormalise,         // x = z / (|z| + eps)
@@ -209,12 +216,12 @@ struct Model {
 
 // A worker's own memory.
 struct Scratch {
-  float* weights;     // [kLargestTile + 8][kWeightStride]
-  float* column_sum;  // [kLargestTile]
-  float* rows;        // [panel][padded_features + 16]
+  float* weights;     // [kLargestPadded][kWeightStride]
+  float* column_sum;  // [kLargestPadded]
+  float* rows;        // [panel][spare_stride(padded_features)]
   // Only of a sampled call:
   float* phi;       // [kModelFeatures][kWeightStride]: of a tile's tokens
-  float* weighted;  // [kLargestTile + 8][kModelFeatures]: b_k phi_ik
+  float* weighted;  // [kLargestPadded][kModelFeatures]: b_k phi_ik
 };
 
 // Of the tokens of a fit: [kFitSize][kWeightStride], and [kRank][padded_features].

@@ -5,6 +5,11 @@
 namespace dk {
 namespace {
 
+// What the sizes of arrays rest on.
+static_assert(kFitTokens % kLanes == 0, "a group is whole vectors");
+static_assert(kFitSize % kRows == 0 && kRank % kRows == 0, "a product's rows are all of them tokens, or directions");
+static_assert(kFitSize <= kWeightStride, "Scratch::phi holds the features of a fit's tokens");
+
 // Where the group of token i begins.
 DK_INLINE int first_of_group(int i) { return i / kFitTokens * kFitTokens; }
 
@@ -60,6 +65,7 @@ Noise noise_of_token(const float* products, const float* squares, int i, int par
 constexpr double kRegular = 1.8e-12, kRegularFloat = 6.4e-6;
 
 DK_INLINE double dot(const double* a, const double* b, int64_t count) {
+  static_assert(kPanel % 8 == 0, "count, a row's padded features, is a multiple of 8");
   double sums[8] = {};
   for (int64_t f = 0; f < count; f += 8)
     for (int n = 0; n < 8; ++n) sums[n] += a[f + n] * b[f + n];

@@ -8,6 +8,7 @@
 #include <functional>
 #include <new>
 #include <thread>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -89,22 +90,51 @@ class Workspace {
   Block* block_;
 };
 
-// Hands out a workspace in pieces; without memory it only counts.
+// Defined by the driver of tests/sanitizers: an allocation of exactly `bytes`, whose end is watched.
+#if defined(DK_GUARDED)
+extern "C" void* dk_guarded_allocate(size_t bytes);
+extern "C" void dk_guarded_release(void* allocation);
+#endif
+
+// Hands out a workspace in pieces; without memory it only counts. With DK_GUARDED, every piece is an allocation of its
+// own, because a sanitizer does not see the end of a piece of a larger one.
 class Arena {
  public:
   explicit Arena(char* data) : data_(data) {}
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
   template <class T>
   T* take(size_t count) {
     char* piece = data_ ? data_ + used_ : nullptr;
     used_ += (count * sizeof(T) + 63) / 64 * 64;
+#if defined(DK_GUARDED)
+    if (piece) piece = (char*)guarded_.emplace_back(dk_guarded_allocate(count * sizeof(T)));
+#endif
     return (T*)piece;
   }
   size_t used() const { return used_; }
+#if defined(DK_GUARDED)
+  ~Arena() {
+    for (void* piece : guarded_) dk_guarded_release(piece);
+  }
+#endif
 
  private:
   char* data_;
   size_t used_ = 0;
+#if defined(DK_GUARDED)
+  std::vector<void*> guarded_;
+#endif
 };
+
+// A worker's memory, without what only a sampled call needs.
+inline Scratch take_scratch(Arena& arena, int panel, int64_t padded_features) {
+  Scratch scratch = {};
+  scratch.weights = arena.take<float>(size_t(kLargestPadded) * kWeightStride);
+  scratch.column_sum = arena.take<float>(kLargestPadded);
+  scratch.rows = arena.take<float>(size_t(panel * spare_stride(padded_features)));
+  return scratch;
+}
 
 // ---- threads
 

@@ -26,6 +26,7 @@ namespace {
 // Tokens of one unit that a worker takes at once: a clique, or in the first pass, and the second where no pair is
 // visited, so many.
 constexpr int64_t kChunkTokens = 256, kExpandedTokens = 64;
+static_assert(kChunkTokens <= kLargestTile && kExpandedTokens <= kLargestTile, "tokens taken at once are a tile");
 
 // A unit of so many numbers stays in a core's cache from the first pass to the second.
 constexpr int64_t kOwnNumbers = int64_t(1) << 18;
@@ -130,7 +131,9 @@ class SampledCall {
           tile.tokens += int32_t(tokens);
           std::fill_n(partner_end_.begin() + begin, tokens, tile.tokens);
         }
-        if (tiles_.size() == begins || tiles_.back().first + tiles_.back().tokens != end) return DK_INVALID;
+        if (tiles_.size() == begins || tiles_[begins].first != first ||
+            tiles_.back().first + tiles_.back().tokens != end)
+          return DK_INVALID;
       } else {
         cut({layer, u, first, 0, in_any_order}, end, kExpandedTokens, tiles_);
       }
@@ -162,11 +165,9 @@ class SampledCall {
     longest = round_up(longest, kernels_.panel);
     packed = round_up(packed, kernels_.panel);
     for (Worker& w : workers) {
-      w.scratch.weights = arena.take<float>(size_t(kLargestTile + 8) * kWeightStride);
-      w.scratch.column_sum = arena.take<float>(kWeightStride);
-      w.scratch.rows = arena.take<float>(size_t(kernels_.panel) * (padded_features() + 16));
+      w.scratch = take_scratch(arena, kernels_.panel, int64_t(padded_features()));
       w.scratch.phi = arena.take<float>(size_t(kModelFeatures) * kWeightStride);
-      w.scratch.weighted = arena.take<float>(size_t(kLargestTile + 8) * kModelFeatures);
+      w.scratch.weighted = arena.take<float>(size_t(kLargestPadded) * kModelFeatures);
       w.tile = {};
       for (float** of_token : {&w.tile.norm, &w.tile.inverse, &w.tile.square, &w.tile.row_sum})
         *of_token = arena.take<float>(size_t(longest));
@@ -178,9 +179,10 @@ class SampledCall {
       w.fit.span = arena.take<float>(kRank * padded_features());
       w.fit.orthonormal = arena.take<double>(kRank * padded_features());
     }
-    phi_ = arena.take<float>(low_rank() ? size_t(args_.layer_count * args_.rows) * kModelFeatures : 0);
     sums_ = arena.take<float>(chunks_.size() * kModelFeatures * padded_features());
-    directions_ = arena.take<float>(low_rank() ? size_t(args_.layer_count * args_.features) * kRank : 0);
+    if (!low_rank()) return;
+    phi_ = arena.take<float>(size_t(args_.layer_count * args_.rows) * kModelFeatures);
+    directions_ = arena.take<float>(size_t(args_.layer_count * args_.features) * kRank);
   }
 
   size_t padded_features() const { return size_t(round_up(args_.features, kernels_.panel)); }
@@ -202,7 +204,7 @@ class SampledCall {
       layer.features = args_.features;
       layer.grad = args_.grad ? args_.grad + int64_t(l) * args_.rows * args_.features : nullptr;
       jobs_[l].args = &layer;
-      models_[l].directions = directions_ + l * size_t(args_.features) * kRank;
+      models_[l].directions = directions_of(int64_t(l));
     }
   }
 
@@ -236,8 +238,7 @@ class SampledCall {
       for (int64_t l; (l = next.fetch_add(1)) < layers;) {
         outline(worker.tile, rows.data() + l * kFitSize, kFitSize);
         kernels_.pack(jobs_[size_t(l)], worker.tile, worker.scratch);
-        kernels_.fit(jobs_[size_t(l)], worker.tile, worker.scratch, worker.fit,
-                     directions_ + l * args_.features * kRank, fits_[size_t(l)]);
+        kernels_.fit(jobs_[size_t(l)], worker.tile, worker.scratch, worker.fit, directions_of(l), fits_[size_t(l)]);
       }
     });
 
@@ -337,7 +338,11 @@ class SampledCall {
     }
   }
 
-  float* features_of(int64_t layer) const { return phi_ + layer * args_.rows * kModelFeatures; }
+  // NULL but for a model of low rank.
+  float* features_of(int64_t layer) const { return phi_ ? phi_ + layer * args_.rows * kModelFeatures : nullptr; }
+  float* directions_of(int64_t layer) const {
+    return directions_ ? directions_ + layer * args_.features * kRank : nullptr;
+  }
 
   size_t sums_stride() const { return size_t(models_[0].padded) * padded_features(); }
   float* sums_of(int64_t chunk) const { return sums_ + size_t(chunk) * sums_stride(); }
@@ -452,8 +457,9 @@ class SampledCall {
   std::vector<Sums> of_chunk_, of_tile_;
   std::vector<Fit> fits_;
   float* sums_ = nullptr;  // of each chunk
-  float* phi_ = nullptr;   // of each row of each layer
-  float* directions_ = nullptr;
+  // NULL but for a model of low rank:
+  float* phi_ = nullptr;         // of each row of each layer
+  float* directions_ = nullptr;  // of each layer
 };
 
 bool valid(const dk_sampled_args& args) {
@@ -462,6 +468,9 @@ bool valid(const dk_sampled_args& args) {
   if (args.control_variate < DK_NONE || args.control_variate > DK_AUTO) return false;
   if (args.draws ? args.fit_groups != kFitGroups || args.fit_tokens != kFitTokens : args.control_variate != DK_NONE)
     return false;
+  if (args.draws && args.tokens < 1) return false;
+  for (int64_t i = 0; args.draws && i < args.layer_count * kFitGroups * (1 + kFitTokens); ++i)
+    if (!(args.draws[i] >= 0.0f && args.draws[i] < 1.0f)) return false;
   if (args.unit_count < 1 || args.clique_count < 0 || args.sequence_count % args.layer_count) return false;
   if (!args.clique_count && args.control_variate == DK_NONE) return false;
   const int64_t rows = args.layer_count * args.rows;

@@ -17,36 +17,37 @@
 namespace dk {
 namespace {
 
-// Rows of a full tile, padded to whole panels (264 of 24 columns, 256 of 32), and, of an array of row pointers that the
-// last product prefetches through, one product's rows more.
-constexpr int kLargestPadded = int(round_up(kLargestTile, kPanel));
+// What the sizes of arrays rest on.
+static_assert(round_up(kLargestTile, kPanel) <= kLargestPadded, "arrays of a tile's tokens hold a padded tile");
 static_assert(kPanel % kRows == 0, "a product's rows lie within one panel");
-static_assert(kLargestPadded <= kWeightStride, "a row of the weights holds a padded tile");
-static_assert(kLargestPadded <= kLargestTile + 8, "the weights have kLargestTile + 8 rows");
+static_assert(kLargestTile % kRows == 0, "a tile is no longer in whole products");
+static_assert(kRows < kPanel, "Scratch::rows holds a product's rows, and one more");
 
 // ---- fetching ahead
 
 constexpr int kLine = 64 / sizeof(float);
+// What lies `offset` floats from p, perhaps beyond its array, where no pointer may point: the address is an integer.
 // Without the asm, GCC takes a function that only prefetches for one without effect and drops its calls.
-DK_INLINE void prefetch_near(const float* p) {
+DK_INLINE void prefetch_near(const float* p, int64_t offset) {
   __asm__ volatile("");
-  __builtin_prefetch(p, 0, 3);
+  __builtin_prefetch((const void*)((uintptr_t)p + uintptr_t(offset) * sizeof(float)), 0, 3);
 }
-DK_INLINE void prefetch_far(const float* p) {
+DK_INLINE void prefetch_far(const float* p, int64_t offset) {
   __asm__ volatile("");
-  __builtin_prefetch(p, 0, 2);
+  __builtin_prefetch((const void*)((uintptr_t)p + uintptr_t(offset) * sizeof(float)), 0, 2);
 }
 
 // ---- rows in
 
-// A row in fp32, padded with zeros: where it lies if that will do, else copied to `out`.
+// A row in fp32, padded with zeros: where it lies if that will do, else copied to `out`. The address of z may be odd,
+// and the address of what is returned is not.
 DK_INLINE const float* read_row(const Job& job, int64_t row, float* out) {
   const dk_args& args = *job.args;
   const int64_t features = args.features, whole = features / kLanes * kLanes;
   const int64_t first = row * args.row_stride;
   if (args.dtype == DK_FLOAT32) {
     const float* in = (const float*)args.z + first;
-    if (features == job.padded_features) return in;
+    if (features == job.padded_features && (uintptr_t)in % alignof(float) == 0) return in;
     memcpy(out, in, size_t(features) * sizeof(float));
   } else {
     const uint16_t* in = (const uint16_t*)args.z + first;
@@ -70,7 +71,7 @@ constexpr int kRowsAhead = 8;
 DK_INLINE void prefetch_row(const Job& job, int64_t row) {
   const int64_t size = job.args->dtype == DK_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
   const char* first = (const char*)job.args->z + row * job.args->row_stride * size;
-  for (int64_t byte = 0; byte < job.args->features * size; byte += 64) prefetch_near((const float*)(first + byte));
+  for (int64_t byte = 0; byte < job.args->features * size; byte += 64) prefetch_near((const float*)(first + byte), 0);
 }
 
 void add_rows(const Job& job, const Tile& tile, Scratch& scratch, float* sums) {
@@ -163,6 +164,7 @@ DK_INLINE ScaledRow transform_row(const Job& job, Tile& tile, int t, float* out)
 void pack(const Job& job, Tile& tile, Scratch& scratch) {
   // Of a panel so many features at a time that they stay in the first-level cache until they are transposed.
   constexpr int64_t kFeatures = 2 * kPanel, kStride = kFeatures + 16;
+  static_assert(kPanel % 4 == 0, "four tokens are transposed at a time");
   const int64_t features = job.args->features, padded_features = job.padded_features;
   alignas(64) float block[kPanel * kStride];
   ScaledRow rows[kPanel];
@@ -172,7 +174,7 @@ void pack(const Job& job, Tile& tile, Scratch& scratch) {
   for (int first = 0; first < tile.padded; first += kPanel) {
     for (int t = 0; t < kPanel; ++t) {
       if (first + t + kRowsAhead < tile.tokens) prefetch_row(job, tile.rows[first + t + kRowsAhead]);
-      rows[t] = transform_row(job, tile, first + t, scratch.rows + t * (padded_features + 16));
+      rows[t] = transform_row(job, tile, first + t, scratch.rows + t * spare_stride(padded_features));
     }
     float* out = tile.feature_major + first * features;
     for (int64_t begin = 0; begin < padded_features; begin += kFeatures) {
@@ -220,36 +222,38 @@ struct Right {
   int64_t step;
 };
 
-// C[0:kRows, column:column+kPanel] = beta C + alpha A B; c holds the rows of C, which is not read where beta is 0.
-// kNear: C need not be fetched ahead, and alpha is 1. kSkip: vectors of C left out at the left.
+// C[0:kRows, column:column+kWidth*kLanes] = beta C + alpha A B; c holds the rows of C, which is not read where beta is 0.
+// kNear: C need not be fetched ahead, and alpha is 1. kWidth: vectors in a row of C and of B, whose first is at
+// right.at.
 // Tiles come from the last-level cache, whose latency no reordering hides: ahead(n), called every kBlock steps, fetches
 // what the next calls will need.
 constexpr int kBlock = 8;
 
-template <bool kNear, int kSkip = 0, class Ahead>
+template <bool kNear, int kWidth = kVectors, class Ahead>
 DK_INLINE void micro_kernel(int64_t depth, Left left, Right right, float* const* c, int64_t column, float alpha,
                             float beta, const Ahead& ahead) {
-  vec acc[kRows][kVectors];
+  static_assert(kWidth >= 1 && kWidth <= kVectors, "the sums are in registers");
+  vec acc[kRows][kWidth];
   const bool scaled = alpha != 1.0f || beta != 1.0f;
   const float *a = left.at, *b = right.at;
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
     if (!kNear) {
-      prefetch_near(c[i] + column);
-      prefetch_near(c[i] + column + kPanel - 1);
+      prefetch_near(c[i], column);
+      prefetch_near(c[i], column + kWidth * kLanes - 1);
     }
 #pragma GCC unroll 8
-    for (int n = kSkip; n < kVectors; ++n) acc[i][n] = vec{};
+    for (int n = 0; n < kWidth; ++n) acc[i][n] = vec{};
   }
   const auto step = [&]() __attribute__((always_inline)) {
-    vec operand[kVectors];
+    vec operand[kWidth];
 #pragma GCC unroll 8
-    for (int n = kSkip; n < kVectors; ++n) operand[n] = keep_in_register(load(b + n * kLanes));
+    for (int n = 0; n < kWidth; ++n) operand[n] = keep_in_register(load(b + n * kLanes));
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const vec factor = splat(a[i * left.row]);
 #pragma GCC unroll 8
-      for (int n = kSkip; n < kVectors; ++n) acc[i][n] += factor * operand[n];
+      for (int n = 0; n < kWidth; ++n) acc[i][n] += factor * operand[n];
     }
     a += left.step;
     b += right.step;
@@ -265,7 +269,7 @@ DK_INLINE void micro_kernel(int64_t depth, Left left, Right right, float* const*
   for (int i = 0; i < kRows; ++i) {
     float* out = c[i] + column;
 #pragma GCC unroll 8
-    for (int n = kSkip; n < kVectors; ++n) {
+    for (int n = 0; n < kWidth; ++n) {
       vec result = acc[i][n];
       if (!scaled)
         result += load(out + n * kLanes);
@@ -296,11 +300,11 @@ void edge_kernel(int64_t depth, const float* a, const float* b, float* const* c,
 void similarities(const Job& job, const Tile& tile, const Tile& other, bool upper, float* weights) {
   // A slice of B this deep and its part of A fit the first-level cache.
   constexpr int64_t kDepth = 192;
-  constexpr int kHalf = kVectors / 2;  // that a row of the upper triangle leaves out of its last panel
+  constexpr int kHalf = kVectors / 2;  // vectors that a row of the upper triangle leaves out of its last panel
   const int64_t features = job.args->features;
   const int64_t slices = (features + kDepth - 1) / kDepth;
-  float* rows[kLargestPadded];
-  for (int i = 0; i < tile.padded; ++i) rows[i] = weights + i * kWeightStride;
+  float* rows[kLargestTile];
+  for (int i = 0; i < int(round_up(tile.tokens, kRows)); ++i) rows[i] = weights + i * kWeightStride;
   for (int column = 0; column < other.padded; column += kPanel) {
     const int last_row = upper ? (column + kPanel < tile.tokens ? column + kPanel : tile.tokens) : tile.tokens;
     for (int64_t slice = 0; slice < slices; ++slice) {
@@ -313,19 +317,21 @@ void similarities(const Job& job, const Tile& tile, const Tile& other, bool uppe
         const float beta = slice ? 1.0f : 0.0f;
         // Each of the kernels on this panel of A fetches its part of the next slice of B and, the first time through
         // A, of A's next panel.
-        const float* next_b = b + depth * kPanel + i * depth * kPanel / last_row;
+        const int64_t next_b = depth * kPanel + i * depth * kPanel / last_row;
         if (upper && i >= column + kHalf * kLanes) {
-          micro_kernel<true, kHalf>(depth, a, {b, kPanel}, rows + i, column, 1.0f, beta,
-                                    [&](int block) { prefetch_far(next_b + block * kLine); });
+          micro_kernel<true, kVectors - kHalf>(depth, a, {b + kHalf * kLanes, kPanel}, rows + i,
+                                               column + kHalf * kLanes, 1.0f, beta,
+                                               [&](int block) { prefetch_far(b, next_b + block * kLine); });
         } else if (column == 0 && !upper) {
-          const float* next_a = panel_slice + kPanel * features + within_panel * depth;
+          const int64_t next_a = kPanel * features + within_panel * depth;
           micro_kernel<true>(depth, a, {b, kPanel}, rows + i, column, 1.0f, beta, [&](int block) {
-            prefetch_far(next_b + block * kLine);
-            for (int n = 0; n < kBlock * kRows; n += kLine) prefetch_far(next_a + block * kBlock * kRows + n);
+            prefetch_far(b, next_b + block * kLine);
+            for (int n = 0; n < kBlock * kRows; n += kLine)
+              prefetch_far(panel_slice, next_a + block * kBlock * kRows + n);
           });
         } else {
           micro_kernel<true>(depth, a, {b, kPanel}, rows + i, column, 1.0f, beta,
-                             [&](int block) { prefetch_far(next_b + block * kLine); });
+                             [&](int block) { prefetch_far(b, next_b + block * kLine); });
         }
       }
     }
@@ -336,8 +342,9 @@ void similarities(const Job& job, const Tile& tile, const Tile& other, bool uppe
 template <int64_t kARow, int64_t kAStep>
 void accumulate(const Job& job, const Tile& tile, const Tile& other, const float* weights, float alpha, float beta) {
   const int64_t features = job.args->features;
-  float* rows[kLargestPadded + kRows];
-  for (int i = 0; i < tile.padded + kRows; ++i)
+  // Of whole products, and of one more, which the last fetches ahead.
+  float* rows[kLargestTile + kRows];
+  for (int i = 0; i < int(round_up(tile.tokens, kRows)) + kRows; ++i)
     rows[i] = job.args->grad + tile.rows[i < tile.tokens ? i : 0] * features;
   for (int64_t column = 0; column < features; column += kPanel) {
     const float* b = other.token_major + column * other.padded;
@@ -345,12 +352,12 @@ void accumulate(const Job& job, const Tile& tile, const Tile& other, const float
     for (int i = 0; i < tile.tokens; i += kRows) {
       const float* a = weights + i * kARow;
       if (columns >= kPanel && i + kRows <= tile.tokens) {
-        const float* next_b = b + other.padded * kPanel + i * (other.padded * kPanel / tile.tokens);
+        const int64_t next_b = other.padded * kPanel + i * (other.padded * kPanel / tile.tokens);
         float* const* next_rows = rows + i + kRows;
         const auto ahead = [&](int block) {
-          prefetch_far(next_b + block * kLine);
+          prefetch_far(b, next_b + block * kLine);
           // Where a load a step is the bottleneck, this one costs more than it saves.
-          if (kLanes == 16) prefetch_far(next_rows[block / 2 % kRows] + column + (block & 1) * kLine);
+          if (kLanes == 16) prefetch_far(next_rows[block / 2 % kRows], column + (block & 1) * kLine);
         };
         micro_kernel<false>(other.tokens, {a, kARow, kAStep}, {b, kPanel}, rows + i, column, alpha, beta, ahead);
       } else {
@@ -611,7 +618,7 @@ struct EvenRows {
 // The tokens of a tile from `first` on, and zeros up to whole groups of kRows: where they lie, if they are as evenly
 // spaced as their rows, else in `spare`.
 EvenRows even_rows(const Job& job, Tile& tile, int first, float* spare) {
-  const int64_t stride = job.padded_features + 16;
+  const int64_t stride = spare_stride(job.padded_features);
   const int left = tile.tokens - first, count = left < kPanel ? int(round_up(left, kRows)) : kPanel;
   EvenRows rows = {nullptr, job.args->row_stride, {}};
   const float* at[kPanel];
@@ -621,7 +628,7 @@ EvenRows even_rows(const Job& job, Tile& tile, int first, float* spare) {
     const ScaledRow row = transform_row(job, tile, first + t, spare + t * stride);
     at[t] = row.row;
     rows.factor[t] = row.factor;
-    evenly = evenly && at[t] == at[0] + t * rows.stride;
+    evenly = evenly && (uintptr_t)at[t] == (uintptr_t)at[0] + uintptr_t(t * rows.stride) * sizeof(float);
   }
   rows.at = at[0];
   if (evenly) return rows;
@@ -636,16 +643,16 @@ EvenRows even_rows(const Job& job, Tile& tile, int first, float* spare) {
 // x_panel apart, and is to be multiplied by factor[t].
 void model_features(const Job& job, const Model& model, const float* x, int64_t x_row, int64_t x_panel, int count,
                     const float* factor, float* phi) {
-  constexpr int kSkip = kVectors - kRank / kLanes;
+  static_assert(kRank % kLanes == 0 && kRank <= kPanel, "the components are whole vectors of a product");
   const int64_t features = job.args->features;
   for (int i = 0; i < count; i += kRows) {
     float* components[kRows];
-    for (int t = 0; t < kRows; ++t) components[t] = phi + (i + t) * kModelFeatures + kModelGroup - kSkip * kLanes;
+    for (int t = 0; t < kRows; ++t) components[t] = phi + (i + t) * kModelFeatures + kModelGroup;
     for (int64_t column = 0; column < features; column += kPanel) {
       const int64_t depth = features - column < kPanel ? features - column : kPanel;
-      micro_kernel<true, kSkip>(depth, {x + column / kPanel * x_panel + i * x_row, x_row, 1},
-                                {model.directions + column * kRank - kSkip * kLanes, kRank}, components, 0, 1.0f,
-                                column ? 1.0f : 0.0f, [](int) {});
+      micro_kernel<true, kRank / kLanes>(depth, {x + column / kPanel * x_panel + i * x_row, x_row, 1},
+                                         {model.directions + column * kRank, kRank}, components, 0, 1.0f,
+                                         column ? 1.0f : 0.0f, [](int) {});
     }
   }
   for (int t = 0; t < count; ++t) {
@@ -680,6 +687,7 @@ void model_sums(const Job& job, const Model& model, Tile& tile, Scratch& scratch
       }
     }
     for (int64_t column = 0; column < job.padded_features; column += kPanel) {
+      static_assert(kModelGroup % kRows == 0 && kModelFeatures % kRows == 0, "model.padded is whole products");
       float* rows[kModelFeatures];
       for (int k = 0; k < model.padded; ++k) rows[k] = sums + column * model.padded + k * kPanel;
       for (int k = 0; k < model.padded; k += kRows)
@@ -699,6 +707,7 @@ void weigh_features(const Model& model, const Tile& tile, const float* phi, Scra
       continue;
     }
     const float* of_token = phi + tile.rows[t] * kModelFeatures;
+    static_assert(sizeof(octet) == kModelGroup * sizeof(float) && kModelFeatures % kModelGroup == 0);
     octet own = {};
     for (int k = 0; k < kModelFeatures; k += kModelGroup) {
       octet b, phi_k;
