@@ -150,6 +150,19 @@ def test_operators_refuse_what_they_cannot_run(launches: list[str]) -> None:
         run("dk_row_statistics_fp32", [layers[0].mT], *statistics, 0.0, 0.0, 0, 0)
     with pytest.raises(RuntimeError, match="at most 64 layers"):
         run("dk_row_statistics_fp32", layers * 40, *statistics, 0.0, 0.0, 0, 0)
+    project = torch.ops.dispersion_kernels.cuda_project
+    for gradients, message in (
+        ([], "needs a gradient of each layer"),
+        ([torch.zeros(2, 5, 8)], "a gradient of each layer, got 1 of 2 layers"),
+        ([torch.zeros(2, 5, 8), torch.zeros(2, 4, 8)], "contiguous and of the layers' sizes"),
+        ([torch.zeros(2, 5, 8), torch.zeros(2, 8, 5).mT], "contiguous and of the layers' sizes"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            project("dk_project_fp32", layers, *statistics, None, gradients, 0, 0)
+    with pytest.raises(RuntimeError, match="dk_row_sweep_tf32_gaussian_loss has 64 tokens, got 32"):
+        torch.ops.dispersion_kernels.cuda_row_sweep(
+            *("dk_row_sweep_tf32_gaussian_loss", layers, *statistics), *[None] * 10, [], 32, *[0.0] * 4, 0
+        )
     assert not launches
 
 

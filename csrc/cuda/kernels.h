@@ -12,6 +12,9 @@ struct LayerOffsets {
   int64_t of_layer[kMaxLayers];
 };
 
+// Tokens of a block of the kernels of single tokens, a warp each.
+constexpr int kTokensOfProgram = 4;
+
 // The boxes of tokens that Hopper's copy engine brings.
 constexpr int kHopperTokens = 128, kHopperRowBytes = 128;
 

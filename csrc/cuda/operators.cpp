@@ -21,8 +21,6 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int kTokensOfProgram = 4;
-
 // ---- launches
 
 // What a test sees of a launch in place of the device, on tensors anywhere; see dispersion_kernels_watch_launches.
@@ -146,6 +144,15 @@ struct Tokens {
     rows = batch * int(tensors.size());
   }
 };
+
+// Each layer's gradient is [B, L, F] and contiguous; or there is none of any.
+void check_gradients(const std::vector<Tensor>& gradients, const std::vector<Tensor>& layers) {
+  STD_TORCH_CHECK(gradients.empty() || gradients.size() == layers.size(), "there must be a gradient of each layer, got ",
+                  gradients.size(), " of ", layers.size(), " layers");
+  for (const Tensor& gradient : gradients)
+    STD_TORCH_CHECK(gradient.numel() == layers[0].numel() && gradient.is_contiguous(),
+                    "gradients must be contiguous and of the layers' sizes");
+}
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
@@ -271,8 +278,11 @@ void row_sweep(std::string kernel, std::vector<Tensor> layers, Tensor inverse, T
                std::optional<Tensor> weight_sums, std::vector<Tensor> gradients, int64_t tile_rows, double p0, double p1,
                double p2, double p3, int64_t stream) {
   const Tokens tokens(layers);
-  const int slice = kernel_named(kernel).slice;
-  const int64_t slices = slice == 0 ? 1 : blocks(tokens.features, slice);
+  check_gradients(gradients, layers);
+  const Kernel& chosen = kernel_named(kernel);
+  STD_TORCH_CHECK(tile_rows == chosen.threads / 32 * 16, "a block of ", kernel, " has ", chosen.threads / 32 * 16,
+                  " tokens, got ", tile_rows);
+  const int64_t slices = chosen.slice == 0 ? 1 : blocks(tokens.features, chosen.slice);
   launch(kernel, inverse, stream, blocks(tokens.length, tile_rows), tokens.rows, slices, tokens.z, tokens.layers,
          tokens.stride_b, tokens.stride_l, pointer<float>(inverse), pointer<float>(weight_inverse),
          pointer<float>(extra), pointer<float>(shift), pointer<int>(groups), pointer<int>(tile_ranges),
@@ -292,6 +302,8 @@ void sequence_sums(Tensor norm, Tensor sums, std::optional<Tensor> maxima, std::
 void project(std::string kernel, std::vector<Tensor> layers, Tensor norm, Tensor inverse, Tensor extra,
              std::optional<Tensor> weight_sums, std::vector<Tensor> gradients, int64_t transform, int64_t stream) {
   const Tokens tokens(layers);
+  STD_TORCH_CHECK(!gradients.empty(), "project needs a gradient of each layer");
+  check_gradients(gradients, layers);
   launch(kernel, norm, stream, blocks(tokens.length, kTokensOfProgram), tokens.rows, 1, tokens.z, tokens.layers,
          tokens.stride_b, tokens.stride_l, pointer<float>(norm), pointer<float>(inverse), pointer<float>(extra),
          pointer<float>(weight_sums), output<float>(gradients[0]), offsets(gradients), tokens.batch, tokens.length,

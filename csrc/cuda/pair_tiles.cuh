@@ -19,7 +19,7 @@ struct PairTilesShape {
   static constexpr int kPanel = kBlock * kRowBytes;
   static constexpr int kPanels = kStages * 2 * kPanel;
   static constexpr int kShared = kPanels + int(sizeof(Scratch<PairTilesShape>));
-  static_assert(kBlock * kBlock * int(sizeof(typename T::Stored)) <= kPanels, "the slopes are staged over the panels");
+  static_assert(kWarpsI * 16 * kM == kBlock && kWarpsJ * 8 * kN == kBlock, "the warps' parts are the tile");
 
   static DK_DEVICE int row() { return int(threadIdx.x) / 32 / kWarpsJ * (16 * kM); }
   static DK_DEVICE int column() { return int(threadIdx.x) / 32 % kWarpsJ * (8 * kN); }

@@ -20,6 +20,7 @@ struct PairTilesWgmmaShape {
   // 65,536 registers a multiprocessor, in units of eight a thread.
   static constexpr int kRegistersToCopy = 24, kRegistersToMultiply = 65536 / kBlocksOfSM / 128 - kRegistersToCopy;
   static constexpr int kM = 2, kN = kBlock / 8, kStepI = 64;
+  static_assert(kThreads / 32 * 16 == kStepI && kM * kStepI == kBlock, "the warps' parts are the tile");
   static constexpr int kPanel = kBlock * kRowBytes;
   static constexpr int kPanels = kStages * 2 * kPanel;
   static constexpr int kShared = kPanels + int(sizeof(Scratch<PairTilesWgmmaShape>)) + 2 * kStages * 8;

@@ -92,6 +92,8 @@ struct Staging {
   static constexpr int kBlock = Shape::kBlock;
   static constexpr int kBytes = int(sizeof(typename T::Stored));
   static constexpr int kChunks = kBlock * kBytes / 16;
+  static_assert(kChunks % 8 == 0, "a permutation, of eight chunks, stays within its row");
+  static_assert(kBlock * kBlock * kBytes <= Shape::kPanels, "the slopes are staged over the panels");
   static constexpr int kUnrolled = 4;  // all would keep more addresses than there are registers
 
   // Chunks are permuted so that the fragments' rows lie in different banks, as they come and transposed.
@@ -209,6 +211,8 @@ template <class T, class Potential, PairTiles kMode, class Shape>
 DK_DEVICE void weigh_pairs(float (&c)[Shape::kM][Shape::kN][4], Scratch<Shape>& scratch, char* staging,
                            const PairTilesCall<T>& call, const PairOfBlock& pair) {
   constexpr int kM = Shape::kM, kN = Shape::kN, kWarps = Shape::kThreads / 32;
+  static_assert(Shape::kThreads % 32 == 0 && kM * kN * 4 * Shape::kThreads == Shape::kBlock * Shape::kBlock,
+                "the threads have every pair of the tile once");
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = Shape::row(), column = Shape::column();
   const Side<Shape::kBlock>&side_i = scratch.i, &side_j = scratch.j;
   const Potential potential = Epilogue<Potential>::potential(call.p0, call.p1, call.p2, call.p3);

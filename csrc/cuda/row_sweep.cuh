@@ -23,12 +23,15 @@ struct RowSweepShape {
   static constexpr int kStage = kResident ? kPanels * kPanelJ : kPanelI + kPanelJ;
   static constexpr int kStatistics = kResident ? kPanels * kPanelI + kStages * kStage : kStages * kStage;
   static constexpr int kShared = kStatistics + kStages * 3 * kColumns * int(sizeof(float));
+  static_assert(kRows % 16 == 0, "a warp has 16 rows");
+  static_assert(kRowBytes == 128, "multiply_weights adds to the features of 128 bytes");
 };
 
 // G += W B, where a thread has the rows lane / 4 and lane / 4 + 8 of W in `weights`, as the products left them, and the
 // panel's rows are the tokens that W's columns are.
 template <class T, int kColumns>
 DK_DEVICE void multiply_weights(float (*g)[4], const float (&weights)[kColumns / 8][4], uint32_t panel) {
+  static_assert(kColumns % 16 == 0, "columns are multiplied 16 (or 8) at a time");
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(typename T::Stored) == 2) {
 #pragma unroll

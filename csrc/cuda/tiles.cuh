@@ -116,6 +116,7 @@ DK_DEVICE void copy_panel(uint32_t panel, const char* row, int64_t stride_bytes,
 // C += A B^T over the width of two panels: kM blocks of 16 rows of A from `row_a`, kN blocks of 8 rows of B from `row_b`.
 template <class T, int kRowBytes, int kM, int kN>
 DK_DEVICE void multiply_panels(float (&c)[kM][kN][4], uint32_t panel_a, int row_a, uint32_t panel_b, int row_b) {
+  static_assert(kN % 2 == 0, "blocks of 8 rows of B are read two at a time");
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int slab = 0; slab < kRowBytes / 32; ++slab) {

@@ -4,8 +4,6 @@
 
 namespace dk {
 
-constexpr int kTokensOfProgram = 4;
-
 template <class T>
 struct Token {
   const typename T::Stored* z;
@@ -102,6 +100,7 @@ DK_DEVICE void project(const char* z, const LayerOffsets& layers, int64_t stride
 // maximum, which goes to `shifts`; NaN where a norm is not finite. Always in the same order. `maxima` (and with it
 // `shifts`) and `bounds` may be null.
 constexpr int kSumThreads = 256;
+static_assert(kSumThreads % 32 == 0 && (kSumThreads & (kSumThreads - 1)) == 0, "halves are added, down to one thread");
 
 DK_DEVICE double sum_of_threads(double x, double* shared) {
   shared[threadIdx.x] = x;
