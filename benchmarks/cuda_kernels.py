@@ -43,10 +43,10 @@ def shipped(arch: str, every: bool = False) -> list[Variant]:
 def _launched(call: Call, arch: str) -> Iterator[Variant]:
     launches: list[cuda.Launch] = []
     with cuda.watch_launches(launches.append, arch):
-        kernels = cuda.CudaKernels(call.z, call.precision or "tf32x3")
-        launch.dispersion([call.z], call.potential, call.groups, call.cu_seqlens, call.with_grad, kernels)
+        kernels = cuda.CudaKernels(call.layers[0], call.precision or "tf32x3")
+        launch.dispersion(call.layers, call.potential, call.groups, call.cu_seqlens, call.with_grad, kernels)
     for launched in launches:
-        yield _variant(launched, arch, call.z.shape[2])
+        yield _variant(launched, arch, call.layers[0].shape[2])
 
 
 def _variant(launched: cuda.Launch, arch: str, features: int) -> Variant:

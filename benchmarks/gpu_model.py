@@ -322,11 +322,11 @@ def _add_tiles(time: Time, card: Card, row: Row, launch: Any, size: int) -> None
     programs, tiles = math.prod(launch.grid), 1
     read = written = 0
     if "BLOCK" in arguments:  # pair_tiles_kernel
-        read = 2 * arguments["BLOCK"] * arguments["features"] * size
+        read = 2 * arguments["BLOCK"] * arguments["width"] * size
         written = 2 * arguments["BLOCK"] ** 2 * size * arguments["WRITE"]
     else:
         tiles = -(-arguments["length"] // arguments["BLOCK_N"])
-        read = arguments["BLOCK_N"] * arguments["features"] * size
+        read = arguments["BLOCK_N"] * arguments["width"] * size
     # Where the opcode does not tell how often it multiplies, the three parts of a product are known.
     parts = 3.0 if "tf32x3" in variant.label else 1.0
     tensor = row.tensor * max(parts, row.tensor_busy / row.tensor) / card.accumulation

@@ -194,6 +194,7 @@ class Row:
     tensor: float  # cycles per tile
     library: float  # cycles per tile
     unknown: set[str]  # opcodes that no table has
+    accesses: dict[str, int] | None = None  # of global memory in the PTX, by kind and bytes; None where there is none
 
     @property
     def tensor_busy(self) -> float:
@@ -313,7 +314,19 @@ def examine(variant: Variant, compiled: Any) -> Row:
     amd = "amdgcn" in compiled.asm
     kernel = sass.read_amdgcn(compiled.asm["amdgcn"]) if amd else sass.read_cubin(compiled.asm["cubin"])
     precision = _precision(variant, compiled, any(one.pipe == "tensor" for one in kernel.instructions))
-    return _row(variant, kernel, compiled.metadata.num_warps, compiled.metadata.shared + kernel.shared, precision, {})
+    row = _row(variant, kernel, compiled.metadata.num_warps, compiled.metadata.shared + kernel.shared, precision, {})
+    return row if amd else replace(row, accesses=accesses(compiled.asm["ptx"]))
+
+
+def accesses(ptx: str) -> dict[str, int]:
+    """How many instructions load from global memory (``"ld"``), store to it (``"st"``) and copy from it to shared
+    memory (``"cp.async"``), by their bytes: ``"st 16"``."""
+    counts: Counter[str] = Counter()
+    for kind, vector, bits in re.findall(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)", ptx):
+        counts[f"{kind} {int(vector or 1) * int(bits) // 8}"] += 1
+    for size in re.findall(r"\bcp\.async\.c[ag]\S*\s*\[[^]]*\],\s*\[[^]]*\],\s*(\w+)", ptx):
+        counts[f"cp.async {int(size, 0)}"] += 1
+    return dict(counts)
 
 
 def _row(
@@ -406,6 +419,8 @@ def faults(row: Row) -> list[str]:
         found.append(f"{row.shared / 1024:.1f} KiB of shared memory, the device has {limit}")
     if variant.tensor_kind and not any(re.search(variant.tensor_kind, opcode) for opcode in row.tensor_opcodes):
         found.append(f"no tensor instruction {variant.tensor_kind}, but {', '.join(row.tensor_opcodes) or 'none'}")
+    if variant.tensor_flops and row.accesses is not None:
+        found += _narrow(variant, row.accesses)
     if (variant.arch, variant.label) in TARGETS:
         products = row.tensor + row.library
         pipes = {pipe: cycles / products for pipe, cycles in row.epilogue.items() if pipe != "issue"}
@@ -413,6 +428,16 @@ def faults(row: Row) -> list[str]:
             f"its epilogue takes {share:.0%} on {pipe}" for pipe, share in pipes.items() if share > EPILOGUE_SHARE
         ]
     return [f"{variant.arch}: {variant.label}: {fault}" for fault in found]
+
+
+def _narrow(variant: Variant, accesses: dict[str, int]) -> list[str]:
+    """What of a kernel with products is not read, copied and stored 16 bytes at a time."""
+    found = [f"{count} accesses {kind} bytes wide" for kind, count in accesses.items() if kind in ("ld 2", "st 2")]
+    if variant.options["num_stages"] > 1 and "cp.async 16" not in accesses:
+        found.append("no asynchronous copy of 16 bytes")
+    if variant.library_flops and "st 16" not in accesses:
+        found.append("no store of 16 bytes")
+    return found
 
 
 def render(rows: Iterable[Row], note: str = "") -> str:

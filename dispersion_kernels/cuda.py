@@ -80,21 +80,9 @@ class CudaKernels:
         self.dtype = z.dtype
         self.wide = z.dtype == torch.float32
         self.element = (precision or fp32_precision()) if self.wide else _ELEMENTS[z.dtype]
+        self.alignment = 16 // z.dtype.itemsize  # copies are of 16 bytes
         # Launches join what runs on the current stream.
         self.stream = torch.cuda.current_stream(z.device).cuda_stream if z.is_cuda else 0
-
-    def prepare(self, layers: Sequence[Tensor]) -> list[Tensor]:
-        """With one set of strides, features next to each other and tokens that begin at multiples of 16 bytes."""
-        first = layers[0]
-        if all(z.stride() == first.stride() and _aligned(z) for z in layers):
-            return list(layers)
-        features = first.shape[2]
-        padded = -(-features * first.itemsize // 16) * 16 // first.itemsize
-        copies = []
-        for z in layers:
-            copy = torch.empty(*z.shape[:2], padded, dtype=z.dtype, device=z.device)[:, :, :features]
-            copies.append(copy.copy_(z))
-        return copies
 
     def tile_shape(self, groups: bool) -> TileShape:
         return TileShape(64 if self.wide else 128)
@@ -111,7 +99,7 @@ class CudaKernels:
     def row_statistics(self, tokens: Tokens, epilogue: Epilogue, norm: Tensor, inverse: Tensor, extra: Tensor) -> None:
         torch.ops.dispersion_kernels.cuda_row_statistics(
             f"dk_row_statistics_{self._storage}",
-            tokens.layers,
+            _layers(tokens),
             norm,
             inverse,
             extra,
@@ -139,7 +127,7 @@ class CudaKernels:
         mode = "write" if weights is not None else "online" if maxima is not None else "loss"
         torch.ops.dispersion_kernels.cuda_pair_tiles(
             f"dk_pair_tiles_{self.element}_{epilogue.function}_{mode}",
-            tokens.layers,
+            _layers(tokens),
             statistics.inverse,
             statistics.weight_inverse,
             statistics.extra,
@@ -184,7 +172,7 @@ class CudaKernels:
         p0, p1, p2, p3 = epilogue.p
         torch.ops.dispersion_kernels.cuda_row_sweep(
             f"dk_row_sweep_{self.element}_{epilogue.function}_{which}{resident}",
-            tokens.layers,
+            _layers(tokens),
             statistics.inverse,
             statistics.weight_inverse,
             statistics.extra,
@@ -229,7 +217,7 @@ class CudaKernels:
     ) -> None:
         torch.ops.dispersion_kernels.cuda_project(
             f"dk_project_{self._storage}",
-            tokens.layers,
+            _layers(tokens),
             statistics.norm,
             statistics.inverse,
             statistics.extra,
@@ -244,9 +232,11 @@ class CudaKernels:
         return "fp32" if self.wide else self.element
 
 
-def _aligned(z: Tensor) -> bool:
-    steps = (z.stride(0) * (z.shape[0] > 1), z.stride(1) * (z.shape[1] > 1))
-    return z.stride(2) == 1 and z.data_ptr() % 16 == 0 and all(step * z.itemsize % 16 == 0 for step in steps)
+def _layers(tokens: Tokens) -> list[Tensor]:
+    """``[B, L, F]``: the operators take F from there, and bring zeros beyond it themselves."""
+    if tokens.width == tokens.features:
+        return tokens.layers
+    return [z[:, :, : tokens.features] for z in tokens.layers]
 
 
 class Launch(NamedTuple):

@@ -459,7 +459,7 @@ def test_tiles_on_paper() -> None:
         loop={"fma": 500.0},
         epilogue={"fma": 1500.0, "xu": 7000.0},
     )
-    launch = SimpleNamespace(grid=(133, 2), arguments={"BLOCK": 128, "features": 768, "WRITE": True})
+    launch = SimpleNamespace(grid=(133, 2), arguments={"BLOCK": 128, "width": 768, "WRITE": True})
     time = gpu_model.Time()
     gpu_model._add_tiles(time, card, row, launch, 2)
     hertz = card.device.gigahertz * 1e9

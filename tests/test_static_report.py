@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import sass, static_report
-from dispersion_kernels import cuda
+from dispersion_kernels import AngularSpread, cuda
 
 triton = pytest.importorskip("triton", reason="the static report reads what Triton compiles")
 import triton.language as tl  # noqa: E402
@@ -78,6 +79,7 @@ class Toy:
     library_flops: float = 0
     trips: dict[int, float] = field(default_factory=lambda: {0: 1, 1: FEATURES / 64})
     options: dict[str, Any] = field(default_factory=lambda: {"num_warps": 8, "num_stages": 3})
+    aligned: bool = True
 
     @property
     def signature(self) -> dict[str, Any]:
@@ -91,7 +93,7 @@ class Toy:
 
 def compiled(toy: Toy) -> Any:
     blocks = {(5,): toy.tile[0], (6,): toy.tile[1], (7,): toy.block_f}
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(5 if toy.aligned else 0)}
     source = ASTSource(fn=toy.kernel, signature=toy.signature, constexprs=blocks, attrs=aligned)
     amd = toy.arch.startswith("gfx")
     target = GPUTarget("hip", toy.arch, 64) if amd else GPUTarget("cuda", int(toy.arch.removeprefix("sm_")), 32)
@@ -257,6 +259,39 @@ def test_kernels_of_the_extension() -> None:
         assert 2 * pairs <= row.instructions["xu"] <= 4.5 * pairs
     with pytest.raises(SystemExit, match="not for sm_75: build it again"):
         static_report.examine_extension(["sm_75"])
+
+
+def test_lengths_and_strides_that_share_their_kernels() -> None:
+    """Of a length it matters whether 16 divides it, and strided features are copied to aligned ones."""
+
+    def kernels(length: int, features: int, step: int = 1) -> set[str]:
+        z = torch.zeros(1, length, features * step, dtype=torch.bfloat16)[:, :, ::step]
+        launches = [
+            launch
+            for bounds in (None, torch.tensor([0, length]))
+            for launch in ahead_of_time.record([z], AngularSpread(), None, bounds, True, "sm_80")
+        ]
+        specialised = [(one, ahead_of_time.specialize(one.kernel, one.arguments)) for one in launches]
+        return {f"{one.kernel.__name__} {specialization} {one.options}" for one, specialization in specialised}
+
+    assert kernels(1000, 776) == kernels(1023, 776) == kernels(3, 776)
+    assert kernels(1024, 776) == kernels(32, 776) == kernels(1024, 776, 2)
+    assert kernels(1024, 768) == kernels(1024, 768, 2)
+    assert not kernels(1, 768)
+
+
+def test_narrow_accesses() -> None:
+    """Of features that 16 does not divide, which loads and stores 2 bytes at a time show."""
+    toy = Toy("product", "sm_80", library_flops=1.0)
+    wide = static_report.accesses(compiled(toy).asm["ptx"])
+    assert {"cp.async 16", "st 16"} <= set(wide)
+    assert not {"ld 2", "st 2"} & set(wide)
+    row = static_report.examine(toy, compiled(replace(toy, aligned=False)))
+    assert row.accesses is not None
+    faults = [fault.split(": ")[2] for fault in static_report.faults(row)]
+    assert f"{row.accesses['st 2']} accesses st 2 bytes wide" in faults
+    assert "no asynchronous copy of 16 bytes" in faults
+    assert "no store of 16 bytes" in faults
 
 
 def test_kernels_of_all_pairs_and_of_sampled_ones() -> None:

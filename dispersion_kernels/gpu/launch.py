@@ -44,7 +44,9 @@ class Tokens:
     """What the kernels read: the layers, all alike."""
 
     layers: list[Tensor]
-    """``[B, L, F]`` each, with the same strides."""
+    """``[B, L, W]`` each, as :func:`aligned` gives them."""
+    features: int
+    """F; what W has beyond it is 0."""
 
     @property
     def batch(self) -> int:
@@ -55,7 +57,7 @@ class Tokens:
         return self.layers[0].shape[1]
 
     @property
-    def features(self) -> int:
+    def width(self) -> int:
         return self.layers[0].shape[2]
 
     @property
@@ -120,8 +122,9 @@ class Kernels(Protocol):
     max_layers: int
     """Of one launch."""
 
-    def prepare(self, layers: Sequence[Tensor]) -> list[Tensor]:
-        """The layers as the kernels read them, with one set of strides."""
+    @property
+    def alignment(self) -> int:
+        """What the width and the strides of the tokens must be multiples of, in elements."""
 
     def tile_shape(self, groups: bool) -> TileShape: ...
     def row_shape(self, features: int, perplexity: bool, gradient: bool) -> RowShape: ...
@@ -150,7 +153,8 @@ class Kernels(Protocol):
         mirror: Tensor | None,
     ) -> Any:
         """Partial sums of psi ``[rows, programs]``, relative to ``maxima`` where these are asked for, and slopes times
-        the inverse norm of the column to ``weights`` ``[rows, L, stride]``, those of (j, i) to ``mirror``."""
+        the inverse norm of the column to ``weights`` ``[rows, N, N]``, those of (j, i) to ``mirror``; N is a multiple
+        of the block, and what lies beyond the last token may be written, too."""
 
     def row_sweep(
         self,
@@ -270,13 +274,37 @@ def dispersion(
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(layers[0].device, torch.int32)  # as the compiled kernels read them
         groups = within_segments(groups, cu_seqlens, length)
-    call = _Call(kernels.prepare(layers), potential, groups, cu_seqlens, kernels)
+    call = _Call(layers, potential, groups, cu_seqlens, kernels)
     call.row_statistics()
     if isinstance(potential, PerplexityEntropy):
         loss, scale = call.perplexity_entropy(potential, with_grad)
     else:
         loss, scale = call.pair_sums(with_grad)
     return call.finish(loss, scale, with_grad)
+
+
+def aligned(layers: Sequence[Tensor], alignment: int) -> list[Tensor]:
+    """``[B, L, W]`` from ``[B, L, F]``, with one set of strides, whose loads are of 16 bytes: features next to each
+    other, tokens and W multiples of ``alignment`` elements. The layers themselves where they are so, else copies with
+    zeros beyond F: those cost one pass over the tokens, of which a kernel makes one for each of its tiles."""
+    z = layers[0]
+    features, strides = z.shape[2], z.stride()
+    width = alignment * _blocks(features, alignment)
+    steps = [step for step, size in zip(strides[:2], z.shape[:2], strict=True) if size > 1]
+    if (
+        width == features
+        and strides[2] == 1
+        and all(step % alignment == 0 for step in steps)
+        and all(other.stride() == strides and other.data_ptr() % 16 == 0 for other in layers)
+    ):
+        return list(layers)
+    copies = []
+    for z in layers:
+        copy = z.new_empty(*z.shape[:2], width)
+        copy[:, :, :features] = z
+        copy[:, :, features:] = 0
+        copies.append(copy)
+    return copies
 
 
 def _nothing(layers: Sequence[Tensor], cu_seqlens: Tensor | None, with_grad: bool) -> Losses:
@@ -315,14 +343,15 @@ class _Call:
 
     def __init__(
         self,
-        layers: list[Tensor],
+        layers: Sequence[Tensor],
         potential: Potential,
         groups: Tensor | None,
         cu_seqlens: Tensor | None,
         kernels: Kernels,
     ) -> None:
         z = layers[0]
-        self.layers, self.potential, self.cu_seqlens, self.kernels = layers, potential, cu_seqlens, kernels
+        self.layers = aligned(layers, kernels.alignment)
+        self.potential, self.cu_seqlens, self.kernels = potential, cu_seqlens, kernels
         self.batch, self.length, self.features = z.shape
         self.rows = self.batch * len(layers)
         self.device, self.dtype = z.device, z.dtype
@@ -350,11 +379,11 @@ class _Call:
             inverse.view(left_out.shape).masked_fill_(left_out, 0.0)
             extra.view(left_out.shape).masked_fill_(left_out, 0.0)
             masked = [z.masked_fill(out.unsqueeze(-1), 0.0) for z, out in zip(self.layers, left_out, strict=True)]
-            self.layers = self.kernels.prepare(masked)
+            self.layers = aligned(masked, self.kernels.alignment)
         self.tokens = self.layers
         if self.epilogue.transform == "none" and self.dtype == torch.float32:
             # Distances do not change when the mean is subtracted, and cancel less. 16 bits would round the difference.
-            self.layers = self.kernels.prepare([z - z.mean(1, keepdim=True) for z in self.layers])
+            self.layers = aligned([z - z.mean(1, keepdim=True) for z in self.layers], self.kernels.alignment)
             _, _, extra = self._row_statistics()
         weight_inverse, weight_scale = inverse, None
         if self.dtype == torch.float16:
@@ -366,7 +395,7 @@ class _Call:
 
     def _row_statistics(self) -> tuple[Tensor, Tensor, Tensor]:
         norm, inverse, extra = (self._of_tokens() for _ in range(3))
-        self.kernels.row_statistics(Tokens(self.layers), self.epilogue, norm, inverse, extra)
+        self.kernels.row_statistics(Tokens(self.layers, self.features), self.epilogue, norm, inverse, extra)
         return norm, inverse, extra
 
     # ---- potentials that are a sum over pairs
@@ -424,25 +453,26 @@ class _Call:
         shape = self._tile_shape()
         self.weight_sums = torch.zeros_like(self.statistics.norm) if self.epilogue.transform == "none" else None
         self.gradients = [self._empty_gradient() for _ in self.layers]
-        stride = 8 * _blocks(self.length, 8)  # 16-byte stores, and what the library's products like
-        matrix = self.length * stride * self.dtype.itemsize
+        padded = shape.block * _blocks(self.length, shape.block)  # whole tiles: no store has a mask, all have 16 bytes
+        matrix = padded**2 * self.dtype.itemsize
         if matrix <= WORKSPACE_BYTES:
-            return self._swept_rows(shape, maximum, stride, WORKSPACE_BYTES // matrix)
+            return self._swept_rows(shape, maximum, padded, WORKSPACE_BYTES // matrix)
         return self._swept_blocks(shape, maximum)
 
-    def _swept_rows(self, shape: TileShape, maximum: Tensor | None, stride: int, together: int) -> Tensor:
+    def _swept_rows(self, shape: TileShape, maximum: Tensor | None, padded: int, together: int) -> Tensor:
         """Several rows at once, all of a row's slopes in the workspace."""
         sums, _ = self._partial_sums(self._triangle(shape, 1).programs)
-        workspace = torch.empty(min(together, self.rows), self.length, stride, dtype=self.dtype, device=self.device)
+        workspace = torch.empty(min(together, self.rows), padded, padded, dtype=self.dtype, device=self.device)
         for first in range(0, self.rows, together):
             rows = min(together, self.rows - first)
             region = self._triangle(shape, rows, first)
             self._pair_tiles(shape, region, sums, None, maximum, weights=workspace, mirror=workspace)
             for begin, end in _runs_of_layers(first, first + rows, self.batch):
-                weights = workspace[begin - first : end - first, :, : self.length]
+                weights = workspace[begin - first : end - first, : self.length, : self.length]
                 layer, b = divmod(begin, self.batch)
                 of_batch = slice(b, b + end - begin)
-                _product_(self.gradients[layer][of_batch], weights, self.layers[layer][of_batch], add=False)
+                z = self.layers[layer][of_batch, :, : self.features]
+                _product_(self.gradients[layer][of_batch], weights, z, add=False)
                 if self.weight_sums is not None:
                     torch.sum(weights, 2, dtype=torch.float32, out=self.weight_sums[begin:end])
         return self._sequence_sums(sums, None)[0]
@@ -462,7 +492,7 @@ class _Call:
         workspace = torch.empty(2, size, size, dtype=self.dtype, device=self.device)
         for row in range(self.rows):
             layer, b = divmod(row, self.batch)
-            z, gradient = self.layers[layer][b : b + 1], self.gradients[layer][b : b + 1]
+            z, gradient = self.layers[layer][b : b + 1, :, : self.features], self.gradients[layer][b : b + 1]
             first_sum = 0
             for (i, j), count in programs.items():
                 region = Region(
@@ -539,7 +569,7 @@ class _Call:
         if penalty is not None:
             of_squares = self._of_paired_tokens(2 * penalty)
             for gradient, z, factor, of_square in zip(self.gradients, self.tokens, of_tokens, of_squares, strict=True):
-                gradient.mul_(factor.unsqueeze(2)).addcmul_(z, of_square.unsqueeze(2))
+                gradient.mul_(factor.unsqueeze(2)).addcmul_(z[:, :, : self.features], of_square.unsqueeze(2))
             of_tokens = torch.ones_like(of_tokens)
         return Losses(loss, pairs, self.gradients, of_tokens)
 
@@ -549,7 +579,9 @@ class _Call:
         return of_tokens if self.partners is None else of_tokens.masked_fill(self.partners <= 0, 0.0)
 
     def _project(self) -> None:
-        self.kernels.project(Tokens(self.layers), self.epilogue, self.statistics, self.weight_sums, self.gradients)
+        self.kernels.project(
+            Tokens(self.layers, self.features), self.epilogue, self.statistics, self.weight_sums, self.gradients
+        )
 
     # ---- sequences of a row: one, or the segments of cu_seqlens
 
@@ -609,7 +641,7 @@ class _Call:
         return self.kernels.pair_tiles(
             shape,
             region,
-            Tokens(self.layers),
+            Tokens(self.layers, self.features),
             self.epilogue,
             self.statistics,
             sums,
@@ -673,7 +705,7 @@ class _Call:
         return self.kernels.row_sweep(
             shape,
             which,
-            Tokens(self.layers),
+            Tokens(self.layers, self.features),
             self.epilogue,
             self.statistics,
             sums=sums,

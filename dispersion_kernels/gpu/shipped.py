@@ -1,4 +1,4 @@
-"""The calls whose kernels the ahead-of-time checks look at: potentials, dtypes, numbers of features, groups."""
+"""The calls whose kernels the ahead-of-time checks look at: potentials, dtypes, shapes, groups."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Call:
 
     name: str
     potential: Potential
-    z: Tensor
+    layers: list[Tensor]
     groups: Tensor | None
     cu_seqlens: Tensor | None
     with_grad: bool
@@ -64,20 +64,28 @@ _POTENTIALS: list[tuple[str, Potential]] = [
 ]
 
 
+# Lengths, numbers of features and of layers. What no tile divides, and no number that Triton knows of.
+_SHAPES = [(1024, 64, 1), (1024, 128, 1), (1024, 768, 1)]
+_RAGGED = [(1000, 100, 1), (1023, 776, 1), (1000, 768, 12), (1, 768, 1)]
+
+
 def calls(every: bool = False) -> Iterator[Call]:
-    """angular_spread in every dtype for few and for many features, and every potential in bf16 at F=768; with
-    ``every``, every potential as angular_spread; with and without groups, gradient and packed sequences."""
-    length = 256
-    cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
-    mask = torch.zeros(1, length, dtype=torch.int64)
+    """angular_spread in every dtype for few and for many features, in bf16 and fp32 at ragged shapes and for many
+    layers, and every potential in bf16 at F=768; with ``every``, every potential and dtype for few and for many
+    features, and angular_spread in every dtype at ragged shapes; with and without groups, gradient and packed
+    sequences."""
     for name, potential in _POTENTIALS:
-        default = every or name == "angular_spread"
-        for dtype, precision in _DTYPES if default else _DTYPES[:1]:
-            for features in (64, 128, 768) if default else (768,):
-                z = torch.zeros(1, length, features, dtype=dtype)
+        default = name == "angular_spread"
+        for dtype, precision in _DTYPES if every or default else _DTYPES[:1]:
+            ragged = default and (every or (precision is None and dtype != torch.float16))
+            shapes = [*(_SHAPES if every or default else _SHAPES[-1:]), *(_RAGGED if ragged else [])]
+            for length, features, count in shapes:
+                layers = [torch.zeros(1, length, features, dtype=dtype) for _ in range(count)]
+                cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
+                mask = torch.zeros(1, length, dtype=torch.int64)
                 for groups, bounds in ((None, None), (mask, None), (None, cu_seqlens)):
                     for with_grad in (True, False):
-                        yield Call(name, potential, z, groups, bounds, with_grad, precision)
+                        yield Call(name, potential, layers, groups, bounds, with_grad, precision)
 
 
 def sampled_calls(every: bool = False) -> Iterator[SampledCall]:

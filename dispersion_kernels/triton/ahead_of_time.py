@@ -194,9 +194,9 @@ def _exact(arch: str, every: bool) -> Iterator[Variant]:
         if call.precision == "tf32" and arch.startswith("gfx"):
             continue
         for recorded in record(
-            [call.z], call.potential, call.groups, call.cu_seqlens, call.with_grad, arch, call.precision
+            call.layers, call.potential, call.groups, call.cu_seqlens, call.with_grad, arch, call.precision
         ):
-            yield _variant(recorded, call.name, arch, call.z)
+            yield _variant(recorded, call.name, arch, call.layers[0])
 
 
 def _sampled(arch: str, every: bool) -> Iterator[Variant]:
@@ -222,7 +222,9 @@ def _variant(recorded: Launch, potential: str, arch: str, z: Tensor) -> Variant:
     name = recorded.kernel.__name__.removesuffix("_kernel").replace("_", " ")
     has_groups = ", groups" if arguments.get("HAS_GROUPS") else ""
     dtype = arguments["PRECISION"] if z.dtype == torch.float32 and "PRECISION" in arguments else _TYPES[z.dtype]
-    what = f"{potential}, {dtype}, F={features}{has_groups}"
+    layers = f", {arguments['LAYERS']} layers" if arguments.get("LAYERS", 1) > 1 else ""
+    length = f", L={z.shape[1]}" if z.shape[1] % 16 else ""
+    what = f"{potential}, {dtype}, F={features}{length}{layers}{has_groups}"
     if "pair tiles" in name:
         block, block_k = arguments["BLOCK"], arguments["BLOCK_K"]
         products = 2.0 * block * block * features
@@ -267,7 +269,7 @@ def _variant(recorded: Launch, potential: str, arch: str, z: Tensor) -> Variant:
         trips = {0: 1.0, 1: features / arguments["BLOCK_K"]} if name == "features" else {0: block_m / 256, 1: 1.0}
     else:
         transform = arguments.get("TRANSFORM", "")
-        label = f"{name}, {transform}, {_TYPES[z.dtype]}" if transform else f"{name}"
+        label = f"{name}, {transform}, {_TYPES[z.dtype]}{layers}" if transform else f"{name}"
         label += ", online" if arguments.get("ONLINE") else ""
         tile, flops, trips = (arguments.get("BLOCK_M", 1), 1), (0.0, 0.0), {0: 1.0, 1: 1.0}
     return Variant(

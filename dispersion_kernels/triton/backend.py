@@ -44,6 +44,7 @@ class TritonKernels:
     """
 
     max_layers = 2**31
+    alignment = 16  # what Triton knows of a number is whether 16 divides it
 
     def __init__(
         self, z: Tensor, arch: str | None = None, precision: str | None = None, run: Callable[..., Any] = run
@@ -54,13 +55,6 @@ class TritonKernels:
         # Of the products of sampled pairs' features, which are fp32 whatever the tokens are.
         self.model_precision = self.precision if z.dtype == torch.float32 else _precision(torch.float32, self.arch)
         self.run = run
-
-    def prepare(self, layers: Sequence[Tensor]) -> list[Tensor]:
-        """With one set of strides, of which that of the features times F fits 32 bits; the others are 64."""
-        stride, features = layers[0].stride(), layers[0].shape[2]
-        if all(z.stride() == stride for z in layers) and stride[2] * features < 2**31:
-            return list(layers)
-        return [z.contiguous() for z in layers]
 
     def tile_shape(self, groups: bool) -> TileConfig:
         return tile_config(self.arch, self.dtype, self.precision, groups)
@@ -147,7 +141,7 @@ class TritonKernels:
             TRIANGLE=region.triangle,
             BLOCK=shape.block,
             BLOCK_K=shape.block_k,
-            EVEN_K=tokens.features % shape.block_k == 0,
+            EVEN_K=tokens.width % shape.block_k == 0,
             PRECISION=self.precision,
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
@@ -190,6 +184,7 @@ class TritonKernels:
             total_ptr=unused if entropy is None else entropy.total,
             expected_ptr=unused if entropy is None or entropy.expected is None else entropy.expected,
             average_ptr=unused if entropy is None else entropy.average,
+            features=tokens.features,
             sums_ptr=unused if sums is None else sums,
             maxima_ptr=unused if maxima is None else maxima,
             weight_sums_ptr=unused if weight_sums is None else weight_sums,
@@ -204,7 +199,7 @@ class TritonKernels:
             BLOCK_K=shape.block_k,
             BLOCK_F=shape.block_f,
             RESIDENT=shape.resident,
-            EVEN_K=tokens.features % shape.block_k == 0,
+            EVEN_K=tokens.width % shape.block_k == 0,
             PRECISION=self.precision,
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
@@ -269,6 +264,7 @@ class TritonKernels:
             tokens,
             inverse_ptr=statistics.inverse,
             extra_ptr=statistics.extra,
+            features=tokens.features,
             directions_ptr=directions,
             phi_ptr=phi,
             TRANSFORM=epilogue.transform,
@@ -305,6 +301,7 @@ class TritonKernels:
             order_ptr=begins if order is None else order,
             begins_ptr=begins,
             ends_ptr=ends,
+            features=tokens.features,
             sums_ptr=sums,
             squares_ptr=squares,
             TRANSFORM=epilogue.transform,
@@ -351,6 +348,7 @@ class TritonKernels:
             phi_ptr=unused if phi is None else phi,
             b_ptr=unused if b is None else b,
             total_ptr=unused if total is None else total,
+            features=tokens.features,
             sums_ptr=sums,
             gradient_ptr=unused if gradient is None else gradient,
             tiles=sums.shape[2],
@@ -365,7 +363,7 @@ class TritonKernels:
             BLOCK_N=shape.block_n,
             BLOCK_K=shape.block_k,
             BLOCK_F=shape.block_f,
-            EVEN_K=tokens.features % shape.block_k == 0,
+            EVEN_K=tokens.width % shape.block_k == 0,
             PRECISION=self.precision,
             MODEL_PRECISION=self.model_precision,
             num_warps=shape.num_warps,
@@ -390,6 +388,7 @@ class TritonKernels:
             (triton.cdiv(tokens.length, block), tokens.rows),
             tokens,
             **arguments,
+            features=tokens.features,
             TRANSFORM=epilogue.transform,
             BLOCK_M=block,
             BLOCK_F=min(512, max(16, triton.next_power_of_2(tokens.features))),
@@ -407,15 +406,14 @@ class TritonKernels:
         max_registers: int | None = None,
         **rest: Any,
     ) -> Any:
-        stride_b, stride_l, stride_f = tokens.layers[0].stride()
+        stride_b, stride_l, _ = tokens.layers[0].stride()
         arguments = dict(
             layers=tuple(tokens.layers),
-            stride_b=stride_b,
+            stride_b=stride_b if tokens.batch > 1 else 0,
             stride_l=stride_l,
-            stride_f=stride_f,
             batch=tokens.batch,
             length=tokens.length,
-            features=tokens.features,
+            width=tokens.width,
             LAYERS=len(tokens.layers),
             **rest,
         )

@@ -4,7 +4,8 @@ A *row* is one sequence of L tokens of one layer: row r is batch ``r % batch`` o
 are a tuple of pointers, so that all of them are one launch. Statistics of tokens are ``[rows, L]`` in fp32.
 Similarities are products of the raw tokens; the inverse norms are multiplied in by the epilogue, in fp32, so there is
 neither a normalised copy nor its rounding. Rows of a tile beyond L are read as token L - 1 and masked in the epilogue,
-so the loads of the main loop carry no mask.
+so the loads of the main loop carry no mask. Tokens have ``width`` features, a multiple of 16, of which those beyond F
+are 0, next to each other and at strides that are multiples of 16: every load of them is of 16 bytes.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ def _of_layer(pointers, layer, LAYERS: tl.constexpr):
     return chosen
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "length"])
 def row_statistics_kernel(
     layers,
     stride_b,
     stride_l,
-    stride_f,
     norm_ptr,
     inverse_ptr,
     extra_ptr,
     batch,
     length,
     features,
+    width,
     eps,
     q,
     TRANSFORM: tl.constexpr,
@@ -63,7 +64,7 @@ def row_statistics_kernel(
         largest = tl.full((BLOCK_M, BLOCK_F), float("-inf"), tl.float32)
         for start in range(0, features, BLOCK_F):
             inside = (start + f < features)[None, :]
-            x = tl.load(z + (start + f).to(tl.int64)[None, :] * stride_f, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(z + (start + f)[None, :], mask=(start + f < width)[None, :], other=0.0).to(tl.float32)
             total += x
             least = tl.minimum(least, tl.where(inside, x, float("inf")))
             largest = tl.maximum(largest, tl.where(inside, x, float("-inf")))
@@ -72,10 +73,9 @@ def row_statistics_kernel(
         constant = tl.min(least, 1) == tl.max(largest, 1)
     total = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
     for start in range(0, features, BLOCK_F):
-        inside = (start + f < features)[None, :]
-        x = tl.load(z + (start + f).to(tl.int64)[None, :] * stride_f, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(z + (start + f)[None, :], mask=(start + f < width)[None, :], other=0.0).to(tl.float32)
         if TRANSFORM == "standardize":
-            x = tl.where(inside, x - mean[:, None], 0.0)
+            x = tl.where((start + f < features)[None, :], x - mean[:, None], 0.0)
         total += x * x
     squares = tl.sum(total, 1)
     norm = tl.sqrt_rn(squares)
@@ -110,8 +110,7 @@ def _products(
     z,
     offsets_i,
     offsets_j,
-    stride_f,
-    features,
+    width,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -120,19 +119,19 @@ def _products(
 ):
     """``Z_I Z_J^T`` in fp32, of the tokens at ``offsets_i`` and ``offsets_j``."""
     k = tl.arange(0, BLOCK_K)
-    z_i = z + offsets_i[:, None] + k[None, :] * stride_f
-    z_j = z + offsets_j[None, :] + k[:, None] * stride_f
+    z_i = z + offsets_i[:, None] + k[None, :]
+    z_j = z + offsets_j[None, :] + k[:, None]
     products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, features, BLOCK_K):
+    for start in range(0, width, BLOCK_K):
         if EVEN_K:
             a = tl.load(z_i)
             b = tl.load(z_j)
         else:
-            a = tl.load(z_i, mask=(k < features - start)[None, :], other=0.0)
-            b = tl.load(z_j, mask=(k < features - start)[:, None], other=0.0)
+            a = tl.load(z_i, mask=(k < width - start)[None, :], other=0.0)
+            b = tl.load(z_j, mask=(k < width - start)[:, None], other=0.0)
         products = _dot(a, b, products, PRECISION)
-        z_i += BLOCK_K * stride_f
-        z_j += BLOCK_K * stride_f
+        z_i += BLOCK_K
+        z_j += BLOCK_K
     return products
 
 
@@ -182,13 +181,13 @@ def _weigh(
     return u, v
 
 
-# Numbers that differ from call to call must not each compile a kernel.
-@triton.jit(do_not_specialize=["first_sum", "first_row", "tiles_i", "tiles_j", "batch"])
+# Numbers that differ from call to call must not each compile a kernel. Of the length it matters whether 16 divides it:
+# then statistics of tokens are loaded several at a time.
+@triton.jit(do_not_specialize=["sums_stride", "first_sum", "first_row", "tiles_i", "tiles_j", "batch"])
 def pair_tiles_kernel(
     layers,
     stride_b,
     stride_l,
-    stride_f,
     inverse_ptr,
     weight_inverse_ptr,
     extra_ptr,
@@ -206,7 +205,7 @@ def pair_tiles_kernel(
     first_row,
     batch,
     length,
-    features,
+    width,
     first_i,
     first_j,
     tiles_i,
@@ -283,13 +282,13 @@ def pair_tiles_kernel(
                 tl.store(maxima_ptr + sum_at, -1e30)
             if WRITE:
                 nothing = tl.zeros((BLOCK, BLOCK), weights_ptr.dtype.element_ty)
-                tl.store(to_i, nothing, mask=valid_i[:, None] & valid_j[None, :])
-                tl.store(to_j, nothing, mask=valid_j[:, None] & valid_i[None, :])
+                tl.store(to_i, nothing)
+                tl.store(to_j, nothing)
             return
 
     read_i = tl.minimum(i, length - 1).to(tl.int64) * stride_l
     read_j = tl.minimum(j, length - 1).to(tl.int64) * stride_l
-    c = _products(z, read_i, read_j, stride_f, features, BLOCK, BLOCK, BLOCK_K, EVEN_K, PRECISION)
+    c = _products(z, read_i, read_j, width, BLOCK, BLOCK, BLOCK_K, EVEN_K, PRECISION)
     if HAS_GROUPS:
         groups_ptr += (row % batch).to(tl.int64) * length
         groups_i = tl.load(groups_ptr + i, mask=valid_i, other=-1)
@@ -347,10 +346,10 @@ def pair_tiles_kernel(
         scale_i = tl.load(weight_inverse_ptr + statistics + i, mask=valid_i, other=0.0)
         scale_j = tl.load(weight_inverse_ptr + statistics + j, mask=valid_j, other=0.0)
         weights = (slope * scale_j[None, :]).to(weights_ptr.dtype.element_ty)
-        tl.store(to_i, weights, mask=valid_i[:, None] & valid_j[None, :])
+        tl.store(to_i, weights)
         if not diagonal:
             mirrored = (slope * scale_i[:, None]).to(weights_ptr.dtype.element_ty)
-            tl.store(to_j, tl.trans(mirrored), mask=valid_j[:, None] & valid_i[None, :])
+            tl.store(to_j, tl.trans(mirrored))
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -358,7 +357,6 @@ def row_sweep_kernel(
     layers,
     stride_b,
     stride_l,
-    stride_f,
     inverse_ptr,
     weight_inverse_ptr,
     extra_ptr,
@@ -376,6 +374,7 @@ def row_sweep_kernel(
     batch,
     length,
     features,
+    width,
     p0,
     p1,
     p2,
@@ -449,7 +448,7 @@ def row_sweep_kernel(
     if PASS == "entropy_gradient":
         expected_i = tl.load(expected_ptr + statistics + i, mask=valid_i, other=0.0)
     if RESIDENT:
-        z_i = tl.load(z + read_i[:, None] + f[None, :] * stride_f, mask=(f < features)[None, :], other=0.0)
+        z_i = tl.load(z + read_i[:, None] + f[None, :], mask=(f < width)[None, :], other=0.0)
 
     sums = tl.zeros((BLOCK_M,), tl.float32)
     maxima = tl.full((BLOCK_M,), -1e30, tl.float32)
@@ -461,10 +460,10 @@ def row_sweep_kernel(
         valid_j = j < length
         read_j = tl.minimum(j, length - 1).to(tl.int64) * stride_l
         if RESIDENT:
-            z_j = tl.load(z + read_j[:, None] + f[None, :] * stride_f, mask=(f < features)[None, :], other=0.0)
+            z_j = tl.load(z + read_j[:, None] + f[None, :], mask=(f < width)[None, :], other=0.0)
             c = _dot(z_i, tl.trans(z_j), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         else:
-            c = _products(z, read_i, read_j, stride_f, features, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
+            c = _products(z, read_i, read_j, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
         inverse_j = tl.load(inverse_ptr + statistics + j, mask=valid_j, other=0.0)
         extra_j = tl.load(extra_ptr + statistics + j, mask=valid_j, other=0.0)
         if HAS_GROUPS:
@@ -535,7 +534,7 @@ def row_sweep_kernel(
                 if WEIGHTED:
                     slope = slope * tl.load(weight_inverse_ptr + statistics + j, mask=valid_j, other=0.0)[None, :]
                 if not RESIDENT:
-                    z_j = tl.load(z + read_j[:, None] + f[None, :] * stride_f, mask=(f < features)[None, :], other=0.0)
+                    z_j = tl.load(z + read_j[:, None] + f[None, :], mask=(f < width)[None, :], other=0.0)
                 weights = slope.to(z_j.dtype)
                 if SUM_WEIGHTS:
                     # Of the rounded weights: the sum multiplies z_i as the product z_j, and a common part cancels.
@@ -569,7 +568,7 @@ def _information(p, average, eps):
     return h, h + p / (p + eps) * 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["sums_stride"])
+@triton.jit(do_not_specialize=["length", "sums_stride"])
 def sequence_sums_kernel(
     norm_ptr,
     sums_ptr,
@@ -624,12 +623,11 @@ def sequence_sums_kernel(
         tl.store(shift_ptr + out, shift)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "length"])
 def project_kernel(
     layers,
     stride_b,
     stride_l,
-    stride_f,
     norm_ptr,
     inverse_ptr,
     extra_ptr,
@@ -638,6 +636,7 @@ def project_kernel(
     batch,
     length,
     features,
+    width,
     TRANSFORM: tl.constexpr,
     LAYERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -670,7 +669,7 @@ def project_kernel(
             mean_z = tl.load(extra_ptr + statistics, mask=valid, other=0.0) / tl.sqrt_rn(features.to(tl.float32))
         for start in range(0, features, BLOCK_F):
             inside = valid[:, None] & (start + f < features)[None, :]
-            x = tl.load(z + (start + f).to(tl.int64)[None, :] * stride_f, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(z + (start + f)[None, :], mask=(start + f < width)[None, :], other=0.0).to(tl.float32)
             u = tl.load(out + (start + f)[None, :], mask=inside, other=0.0)
             product += u * (x - mean_z[:, None])
             total += u
@@ -681,7 +680,7 @@ def project_kernel(
             mean_u = tl.sum(total, 1) / features
     for start in range(0, features, BLOCK_F):
         inside = valid[:, None] & (start + f < features)[None, :]
-        x = tl.load(z + (start + f).to(tl.int64)[None, :] * stride_f, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(z + (start + f)[None, :], mask=(start + f < width)[None, :], other=0.0).to(tl.float32)
         u = tl.load(out + (start + f)[None, :], mask=inside, other=0.0)
         if TRANSFORM == "none":
             u = weight_sum[:, None] * x - u

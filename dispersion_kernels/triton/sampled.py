@@ -18,7 +18,7 @@ from torch import Tensor
 from dispersion_kernels.cliques import Plan, Runs, of_sequences, sum_of_runs
 from dispersion_kernels.control_variates import RANK
 from dispersion_kernels.gpu.epilogues import Epilogue, epilogue_of
-from dispersion_kernels.gpu.launch import MAX_ROWS, Statistics, Tokens
+from dispersion_kernels.gpu.launch import MAX_ROWS, Statistics, Tokens, aligned
 from dispersion_kernels.native import Sampled
 from dispersion_kernels.potentials import Potential
 from dispersion_kernels.sampling import Request, Sampler, losses_of
@@ -48,7 +48,7 @@ def _sample(kernels: TritonKernels, epilogue: Epilogue, request: Request) -> Sam
     if request.rank != RANK:
         return None
     with torch.cuda.device_of(request.layers[0]):  # Triton launches on the current device
-        tokens = Tokens(kernels.prepare(request.layers))
+        tokens = Tokens(aligned(request.layers, kernels.alignment), request.layers[0].shape[2])
         return _Sample(kernels, epilogue, request, tokens).answer()
 
 

@@ -27,12 +27,11 @@ def _token(order_ptr, place, valid, other, HAS_ORDER: tl.constexpr):
     return tl.load(order_ptr + place, mask=valid, other=other) if HAS_ORDER else tl.where(valid, place, other)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "length"])
 def features_kernel(
     layers,
     stride_b,
     stride_l,
-    stride_f,
     inverse_ptr,
     extra_ptr,
     directions_ptr,
@@ -40,6 +39,7 @@ def features_kernel(
     batch,
     length,
     features,
+    width,
     TRANSFORM: tl.constexpr,
     RANK: tl.constexpr,
     SQUARED: tl.constexpr,
@@ -66,7 +66,7 @@ def features_kernel(
     y = tl.zeros((BLOCK_M, MODEL), tl.float32)
     for start in range(0, features, BLOCK_K):
         inside = start + k < features
-        x = tl.load(z + (start + k).to(tl.int64)[None, :] * stride_f, mask=inside[None, :], other=0.0)
+        x = tl.load(z + (start + k)[None, :], mask=(start + k < width)[None, :], other=0.0)
         direction = tl.load(directions + (start + k)[:, None], mask=inside[:, None] & along, other=0.0)
         y = _dot(_x(x, inverse, extra, features, TRANSFORM), direction, y, PRECISION)
     phi = tl.where(n[None, :] == 0, 1.0, y)
@@ -79,12 +79,11 @@ def features_kernel(
     tl.store(phi_ptr + token[:, None] * MODEL + n[None, :], phi, mask=(i < length)[:, None])
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "length"])
 def model_sums_kernel(
     layers,
     stride_b,
     stride_l,
-    stride_f,
     norm_ptr,
     inverse_ptr,
     extra_ptr,
@@ -97,6 +96,7 @@ def model_sums_kernel(
     batch,
     length,
     features,
+    width,
     TRANSFORM: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     MODEL: tl.constexpr,
@@ -122,8 +122,8 @@ def model_sums_kernel(
         valid = place < end
         token = _token(order_ptr, place, valid, first, HAS_ORDER)
         x = tl.load(
-            z + (token - row * length)[:, None] * stride_l + f.to(tl.int64)[None, :] * stride_f,
-            mask=(f < features)[None, :],
+            z + (token - row * length)[:, None] * stride_l + f[None, :],
+            mask=(f < width)[None, :],
             other=0.0,
         )
         inverse = tl.load(inverse_ptr + token)
@@ -181,12 +181,11 @@ def _expanded(
     return expanded - own * (z_i.to(tl.float32) * inverse_i[:, None])
 
 
-@triton.jit(do_not_specialize=["batch", "tiles"])
+@triton.jit(do_not_specialize=["batch", "length", "tiles"])
 def clique_sweep_kernel(
     layers,
     stride_b,
     stride_l,
-    stride_f,
     norm_ptr,
     inverse_ptr,
     extra_ptr,
@@ -202,6 +201,7 @@ def clique_sweep_kernel(
     batch,
     length,
     features,
+    width,
     tiles,
     weight_exponent,
     p0,
@@ -283,7 +283,7 @@ def clique_sweep_kernel(
             valid_j = j < tokens
             token_j = _token(order_ptr, begin + j, valid_j, first, HAS_ORDER)
             read_j = (token_j - row * length) * stride_l
-            c = _products(z, read_i, read_j, stride_f, features, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
+            c = _products(z, read_i, read_j, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
             inverse_j = tl.load(inverse_ptr + token_j)
             extra_j = tl.load(extra_ptr + token_j)
             masked = tile_j * BLOCK_N + BLOCK_N > tokens
@@ -334,14 +334,13 @@ def clique_sweep_kernel(
                 for start in range(0, features, BLOCK_F):
                     f = start + tl.arange(0, BLOCK_F)
                     inside = (f < features)[None, :]
-                    at_f = f.to(tl.int64)[None, :] * stride_f
-                    z_j = tl.load(z + read_j[:, None] + at_f, mask=inside, other=0.0)
+                    z_j = tl.load(z + read_j[:, None] + f[None, :], mask=(f < width)[None, :], other=0.0)
                     gradient = _dot(weights, z_j, tl.zeros((BLOCK_M, BLOCK_F), tl.float32), PRECISION)
                     gradient = gradient * (inverse_share / weight_scale)
                     if tile_j > 0:
                         gradient += tl.load(out + f[None, :], mask=valid_i[:, None] & inside, other=0.0)
                     elif MODEL > 0:
-                        z_i = tl.load(z + read_i[:, None] + at_f, mask=inside, other=0.0)
+                        z_i = tl.load(z + read_i[:, None] + f[None, :], mask=(f < width)[None, :], other=0.0)
                         gradient += _expanded(
                             z_i, inverse_i, weighted, own, total, f, features, modelled, MODEL, MODEL_PRECISION
                         )
@@ -354,7 +353,6 @@ def clique_sweep_kernel(
         for start in range(0, features, BLOCK_F):
             f = start + tl.arange(0, BLOCK_F)
             inside = (f < features)[None, :]
-            at_f = f.to(tl.int64)[None, :] * stride_f
-            z_i = tl.load(z + read_i[:, None] + at_f, mask=inside, other=0.0)
+            z_i = tl.load(z + read_i[:, None] + f[None, :], mask=(f < width)[None, :], other=0.0)
             gradient = _expanded(z_i, inverse_i, weighted, own, total, f, features, modelled, MODEL, MODEL_PRECISION)
             tl.store(out + f[None, :], gradient, mask=valid_i[:, None] & inside)
