@@ -200,7 +200,8 @@ def _cuda_extension() -> tuple[CudaInfo, Extension]:
     if library is None:
         raise SkipCuda(f"{root} has no libcudart_static.a: install the toolkit's cudart development package")
     # Before PyTorch reads it.
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(nvcc))
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(nvcc)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = with_hopper(wanted)
     defines = [f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET_VERSION:016x}ULL", "-DUSE_CUDA"]
     extension = cpp_extension.CppExtension(
         f"{PACKAGE}._cuda",
@@ -254,6 +255,16 @@ def default_architectures(nvcc: str) -> str:
     """
     major, minor = map(int, nvcc.split("."))
     return "8.0+PTX;9.0a" + (";10.0;12.0+PTX" if (major, minor) >= (12, 8) else "")
+
+
+def with_hopper(architectures: str) -> str:
+    """``TORCH_CUDA_ARCH_LIST`` with 9.0a where it has 9.0, as that of many images: without, the kernels of Hopper's
+    copy engine and wgmma would be missing, and nothing would say so."""
+    named = re.split(r"[ ;]+", architectures.strip(" ;"))
+    if "9.0a" in {name.removesuffix("+PTX") for name in named} or not {"9.0", "9.0+PTX", "Hopper"} & set(named):
+        return architectures
+    print(f"dispersion_kernels: TORCH_CUDA_ARCH_LIST={architectures} lacks 9.0a, Hopper's own: added", file=sys.stderr)
+    return ";".join([*named, "9.0a"])
 
 
 class BuildPy(build_py):

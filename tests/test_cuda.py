@@ -39,6 +39,19 @@ def test_versions_that_disagree(setup_py: Any) -> None:
     assert setup_py.default_architectures("12.4") == "8.0+PTX;9.0a"
 
 
+def test_hopper_is_asked_for_by_its_own_name_too(setup_py: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    for given, wanted in {
+        "8.0;9.0": "8.0;9.0;9.0a",
+        "8.0 9.0+PTX": "8.0;9.0+PTX;9.0a",
+        "Ampere;Hopper;": "Ampere;Hopper;9.0a",
+    }.items():
+        assert setup_py.with_hopper(given) == wanted
+        assert f"TORCH_CUDA_ARCH_LIST={given} lacks 9.0a" in capfd.readouterr().err
+    for given in ("8.0;9.0a", "9.0 9.0a+PTX", "8.0+PTX", "10.0;12.0+PTX"):
+        assert setup_py.with_hopper(given) == given
+    assert not capfd.readouterr().err
+
+
 def test_what_is_asked_for(setup_py: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISPERSION_KERNELS_BUILD_CUDA", "0")
     info, extension = setup_py.cuda_extension()
