@@ -25,7 +25,7 @@ from dispersion_kernels.cuda import CudaKernels
 from dispersion_kernels.gpu import launch
 from dispersion_kernels.potentials import Potential
 from dispersion_kernels.sampling import Draws, Request, Sampler, estimate
-from dispersion_kernels.segments import check_cu_seqlens, host_segments, segment_of_token
+from dispersion_kernels.segments import check_cu_seqlens, host_segments, on_device, segment_of_token
 from dispersion_kernels.sweep import accumulation_dtype, in_blocks, loss_weight, sweep
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _of_tokens(upstream: Tensor, cu_seqlens: Tensor | None, length: int) -> Tens
         return upstream
     if cu_seqlens is None:
         return upstream.unsqueeze(1)
-    return upstream[segment_of_token(cu_seqlens.to(upstream.device), length)]
+    return upstream[segment_of_token(on_device(cu_seqlens, upstream.device), length)]
 
 
 def _finished(ctx: Any, grads: Sequence[Tensor], scale: Tensor, factor: Tensor) -> list[Tensor | None]:

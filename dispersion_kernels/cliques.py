@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dispersion_kernels.native import row_stride
-from dispersion_kernels.segments import order_of, segment_of_token
+from dispersion_kernels.segments import on_device, order_of, segment_of_token
 from dispersion_kernels.sweep import wide_dtype
 
 # The sweep of smaller cliques costs as much as that of these.
@@ -163,7 +163,7 @@ def _ragged_cliques(groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: T
     if cu_seqlens is None:
         sequences, sequence_of_row = batch, torch.arange(batch, device=device).repeat_interleave(length)
     else:
-        sequences, sequence_of_row = cu_seqlens.numel() - 1, segment_of_token(cu_seqlens.to(device), count)
+        sequences, sequence_of_row = cu_seqlens.numel() - 1, segment_of_token(on_device(cu_seqlens, device), count)
 
     # Sorted by sequence, and in it by group and at random, with the tokens that are left out at the end.
     order = (shuffle + torch.arange(batch, device=device).unsqueeze(1) * length).flatten()

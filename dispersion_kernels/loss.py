@@ -24,7 +24,7 @@ from dispersion_kernels.potentials import (
     resolve_potential,
 )
 from dispersion_kernels.sampling import draw
-from dispersion_kernels.segments import make_groups, sample_packed_tokens, sample_tokens
+from dispersion_kernels.segments import make_groups, on_device, sample_packed_tokens, sample_tokens
 
 Reduction = Literal["mean", "sum", "none"]
 Pairs = Literal["all"] | float
@@ -232,7 +232,7 @@ def fused_dispersion_loss(
             layers[0], groups = sample_tokens(layers[0], groups, max_tokens, generator)
         else:
             groups = sample_packed_tokens(
-                groups, cu_seqlens.to(first.device), layers[0].shape[1], max_tokens, generator
+                groups, on_device(cu_seqlens, first.device), layers[0].shape[1], max_tokens, generator
             )
     error: Tensor | None = None
     if impl == "reference":

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def make_groups(mask: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
@@ -120,6 +121,58 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
             raise ValueError(f"cu_seqlens is {shown}; {remedy}")
     else:
         torch._assert_async(valid, f"cu_seqlens is wrong; {remedy}")
+
+
+def on_device(cu_seqlens: Tensor, device: torch.device) -> Tensor:
+    """``cu_seqlens`` on ``device``. Bounds on the CPU are copied there once for all calls with the same values, forward
+    and backward: a copy from the CPU would wait for the stream each time, and cannot be captured in a CUDA graph."""
+    real = type(cu_seqlens) is Tensor and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
+    if cu_seqlens.device == device or device.type == "cpu" or not cu_seqlens.is_cpu or not real:
+        return cu_seqlens.to(device)
+    # By their values: the caller may write to the tensor between two calls.
+    return _copy(cu_seqlens.numpy().tobytes(), cu_seqlens.dtype, device).on_current_stream()
+
+
+class _Copy:
+    """What :func:`on_device` keeps, and when a stream may read it."""
+
+    def __init__(self, values: Tensor, device: torch.device) -> None:
+        self.copied: torch.cuda.Event | None = None
+        if device.type != "cuda":
+            self.values = values.to(device)
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "cu_seqlens is on the CPU, and a CUDA graph that is being captured cannot copy it: call once with the "
+                "same cu_seqlens before the capture, or give it on the device of z"
+            )
+        self.values = values.pin_memory().to(device, non_blocking=True)
+        self.copied = torch.cuda.Event()
+        self.copied.record(torch.cuda.current_stream(device))
+
+    def on_current_stream(self) -> Tensor:
+        if not self.values.is_cuda:
+            return self.values
+        if torch.cuda.is_current_stream_capturing():  # which began by waiting for the device
+            _IN_GRAPHS.add(self)
+            return self.values
+        stream = torch.cuda.current_stream(self.values.device)
+        self.values.record_stream(stream)
+        if self.copied is not None:
+            if self.copied.query():
+                self.copied = None
+            else:
+                self.copied.wait(stream)
+        return self.values
+
+
+# Copies that CUDA graphs read whenever they are replayed.
+_IN_GRAPHS: set[_Copy] = set()
+
+
+@functools.lru_cache(maxsize=64)
+def _copy(values: bytes, dtype: torch.dtype, device: torch.device) -> _Copy:
+    return _Copy(torch.frombuffer(bytearray(values), dtype=dtype), device)
 
 
 class HostSegments(NamedTuple):

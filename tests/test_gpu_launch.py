@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dispersion_kernels import cuda
+from dispersion_kernels import cuda, segments
 from dispersion_kernels.gpu import launch
 
 MATMUL = torch.backends.cuda.matmul
@@ -73,3 +77,54 @@ def test_fp16_products_accumulate_in_fp32_whatever_the_process_allows(allowed: b
         assert MATMUL.allow_fp16_accumulation == allowed
     finally:
         MATMUL.allow_fp16_accumulation = False
+
+
+@pytest.mark.parametrize("kind", ["packed", "masked", "unsorted"])
+def test_ranges_of_tiles(kind: str) -> None:
+    """Every pair of tiles that share a group is in them, and where groups are sorted nothing else."""
+    groups = torch.randint(0, 40, (2, 1000), dtype=torch.int32).sort(1).values
+    if kind == "masked":
+        groups[torch.rand(groups.shape) > 0.7] = -1
+        groups[1, 300:500] = -1  # whole tiles
+    elif kind == "unsorted":
+        groups = groups[:, torch.randperm(1000)]
+    got = launch._tile_ranges(groups, 64, 32)
+    for b in range(2):
+        of_j = [set(tile[tile >= 0].tolist()) for tile in groups[b].split(32)]
+        for tile, (first, end) in zip(groups[b].split(64), got[b].tolist(), strict=True):
+            own = set(tile[tile >= 0].tolist())
+            meets = [j for j, other in enumerate(of_j) if own & other]
+            assert set(meets) <= set(range(first, end))
+            if kind == "packed":
+                assert meets == list(range(first, end))
+            if not own:
+                assert first >= end
+
+
+def test_ranges_of_tiles_take_memory_linear_in_the_tokens() -> None:
+    groups = torch.arange(1 << 17, dtype=torch.int32)[None] // 999
+    with LargestTensor() as largest:
+        launch._tile_ranges(groups, 64, 32)
+    assert largest.elements <= groups.numel()
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many elements the largest result of an operation has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.elements = max(self.elements, *(one.numel() for one in tree_leaves(result) if isinstance(one, Tensor)))
+        return result
+
+
+def test_bounds_on_the_cpu_are_copied_once_for_the_same_values() -> None:
+    bounds = torch.tensor([0, 3, 5], dtype=torch.int32)
+    meta = torch.device("meta")
+    copy = segments.on_device(bounds, meta)
+    assert segments.on_device(bounds.clone(), meta) is copy
+    assert segments.on_device(bounds.long(), meta).dtype == torch.int64
+    bounds.numpy()[1] = 4  # of which PyTorch sees nothing
+    assert segments.on_device(bounds, meta) is not copy
+    assert segments.on_device(bounds, torch.device("cpu")) is bounds

@@ -601,12 +601,15 @@ class TestOnAGpu(OnEveryBackend):
         layers = [tokens(2, 300, 768, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
         ids = torch.randint(0, 3, (2, 300), device="cuda")
         bounds = torch.tensor([0, 100, 300], dtype=torch.int32, device="cuda")
+        on_the_cpu = bounds.cpu()
         for call in range(2):  # the first call compiles
             torch.cuda.set_sync_debug_mode("error" if call else "default")
             try:
                 fused_dispersion_loss(layers, impl=self.impl).backward()
                 fused_dispersion_loss(layers, document_ids=ids, impl=self.impl).backward()
                 fused_dispersion_loss(layers[0][0], cu_seqlens=bounds, impl=self.impl).backward()
+                loss = fused_dispersion_loss(layers[0][0], cu_seqlens=on_the_cpu, reduction="none", impl=self.impl)
+                loss.sum().backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dispersion_kernels.gpu.epilogues import Epilogue, epilogue_of
 from dispersion_kernels.potentials import L2Repel, PerplexityEntropy, Potential
-from dispersion_kernels.segments import group_sizes, segment_of_token, within_segments
+from dispersion_kernels.segments import group_sizes, on_device, segment_of_token, within_segments
 from dispersion_kernels.sweep import log_mean_loss, mean_loss
 
 # Of the slopes in flight: it should stay in the last-level cache and yet fill the machine.
@@ -272,7 +272,7 @@ def dispersion(
             ]
         )
     if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.to(layers[0].device, torch.int32)  # as the compiled kernels read them
+        cu_seqlens = on_device(cu_seqlens, layers[0].device).to(torch.int32)  # as the compiled kernels read them
         groups = within_segments(groups, cu_seqlens, length)
     call = _Call(layers, potential, groups, cu_seqlens, kernels)
     call.row_statistics()
@@ -788,12 +788,14 @@ def _group_ranges(groups: Tensor, block: int) -> Tensor:
 
 def _tile_ranges(groups: Tensor, block_m: int, block_n: int) -> Tensor:
     """``[B, tiles, 2]``: the first tile of ``block_n`` tokens that each tile of ``block_m`` may pair with, and one past
-    the last."""
-    of_i, of_j = _group_ranges(groups, block_m).unsqueeze(2), _group_ranges(groups, block_n).unsqueeze(1)
-    meets = (of_i[..., 0] <= of_j[..., 1]) & (of_j[..., 0] <= of_i[..., 1])
-    number = torch.arange(meets.shape[2], dtype=torch.int32, device=groups.device)
-    first = torch.where(meets, number, meets.shape[2]).amin(2)
-    end = torch.where(meets, number + 1, 0).amax(2)
+    the last; exact where groups are sorted, as packed sequences are, and never too few tiles.
+
+    By bisection in the largest group up to a tile and the least one from a tile on, in memory linear in the tiles."""
+    of_i, of_j = _group_ranges(groups, block_m), _group_ranges(groups, block_n)
+    largest_until = of_j[..., 1].cummax(1).values
+    least_from = of_j[..., 0].flip(1).cummin(1).values.flip(1)
+    first = torch.searchsorted(largest_until, of_i[..., 0].contiguous())
+    end = torch.searchsorted(least_from, of_i[..., 1].contiguous(), right=True)
     return torch.stack([first, end], 2).int()
 
 
