@@ -351,7 +351,8 @@ def _torch_sweep(
         losses.append((loss if reduction == "none" else loss.sum()) * weight)
         grads.append(loss.new_empty(0) if grad is None else grad)
         scales.append(loss.new_empty(0) if scale is None else scale * weight)
-    return torch.stack(losses).sum(0), *_joined(grads, scales, with_grad)
+    total = torch.stack(losses).sum(0).to(accumulation_dtype(layers[0].dtype))
+    return total, *_joined(grads, scales, with_grad)
 
 
 _SWEEPS: dict[str, Callable[..., tuple[Tensor, list[Tensor], Tensor]]] = {

@@ -279,7 +279,7 @@ class _Composition:
     def _of_cliques(self, cliques: slice | Tensor) -> Tensor:
         """What the gradient of a clique's loss counts in that of the sequence's, but for ``per_pair``."""
         plan, losses = self.plan, self.losses[cliques]
-        of_clique = plan.weight[cliques] * (plan.pairs / 2)[plan.sequence_of_clique[cliques]]
+        of_clique = plan.weight[cliques] * (plan.pairs.to(self.wide) / 2)[plan.sequence_of_clique[cliques]]
         # Undoes the logarithm of a clique in its gradient.
         return of_clique * losses.exp() if self.request.potential.reduction == "log_mean" else of_clique
 

@@ -219,6 +219,7 @@ def _noise_of_tokens(moments: _Moments, others: Tensor, plan: Plan, unit: Tensor
     more."""
     if share == 0:
         return moments.mean_squared
+    others = others.to(moments.variance.dtype)
     mates = (others + 1) / plan.unit_cliques[unit].clamp(min=1).unsqueeze(2) - 1
     return (1 / mates.clamp(min=1) - 1 / others) * moments.variance
 
@@ -246,4 +247,4 @@ def _moments(factor: Tensor, tokens: Tensor, c: Tensor, pairs: Tensor) -> _Momen
 
 def of_all_tokens(squares: Tensor, counted: Tensor, plan: Plan) -> Tensor:
     """``[Y]``: a sum over all tokens from that over those of the fit."""
-    return squares.sum(1) / counted.sum(1).clamp(min=1) * (plan.unit_tokens.sum() / squares.shape[0])
+    return squares.sum(1) / counted.sum(1).clamp(min=1) * (plan.unit_tokens.sum() // squares.shape[0])

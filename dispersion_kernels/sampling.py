@@ -95,13 +95,14 @@ def draw(layers: Sequence[Tensor], share: float, rank: int, generator: torch.Gen
     """For a share of the pairs of tokens ``[B, L, F]`` of each layer, and so many directions."""
     (batch, length, features), device, count = layers[0].shape, layers[0].device, len(layers)
     groups = FIT_GROUPS * (2 if RANK < rank < features else 1)
-    fit = torch.rand(count, groups, 1 + FIT_TOKENS, device=device, generator=generator)
+    uniform = functools.partial(torch.rand, dtype=torch.float32, device=device, generator=generator)
+    fit = uniform(count, groups, 1 + FIT_TOKENS)
     if share == 0:
         return Draws(fit.new_empty(count, 0, 0, dtype=torch.int64), fit)
     if device.type == "cpu":  # where sorting takes seven times as long
         orders = [torch.randperm(length, device=device, generator=generator) for _ in range(count * batch)]
         return Draws(torch.stack(orders).view(count, batch, length), fit)
-    return Draws(torch.rand(count, batch, length, device=device, generator=generator).argsort(2), fit)
+    return Draws(uniform(count, batch, length).argsort(2), fit)
 
 
 def estimate(
@@ -191,7 +192,7 @@ class Request:
 def _with_error(request: Request, sampled: Sampled) -> Estimate:
     plan = request.plan
     loss, per_pair, grad, scale, noise = sampled
-    error = torch.zeros(len(request.layers), device=loss.device)
+    error = torch.zeros(len(request.layers), dtype=torch.float32, device=loss.device)
     if request.with_error and grad is not None and scale is not None:
         if noise is not None:
             unit, squares, counted = noise.unbind(2)

@@ -30,7 +30,7 @@ def sample_tokens(
 
     Tokens whose group is negative are drawn only where a row has no others left.
     """
-    keys = torch.rand(z.shape[:2], device=z.device, generator=generator)
+    keys = torch.rand(z.shape[:2], dtype=torch.float32, device=z.device, generator=generator)
     if groups is not None:
         keys = keys - (groups < 0).to(keys.dtype)
     chosen = keys.topk(max_tokens, dim=1).indices.sort(dim=1).values
@@ -47,7 +47,7 @@ def sample_packed_tokens(
     """
     device = cu_seqlens.device
     segment = segment_of_token(cu_seqlens, tokens)
-    keys = torch.rand(tokens, device=device, generator=generator)
+    keys = torch.rand(tokens, dtype=torch.float32, device=device, generator=generator)
     if groups is not None:
         keys = keys + (groups[0] < 0).to(keys.dtype)
     # A token's place after its segment's beginning is the rank of its key there.

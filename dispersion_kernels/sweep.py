@@ -147,11 +147,13 @@ def mean_loss(potential: Potential, total: Tensor, count: Tensor) -> tuple[Tenso
 
 
 def loss_weight(layers: int, reduction: str, with_pairs: int | Tensor) -> float | Tensor:
-    """What the loss of each sequence is multiplied by, so many of which, in a layer, have a pair."""
+    """What the loss of each sequence is multiplied by, so many of which, in a layer, have a pair; a tensor in
+    :func:`wide_dtype`."""
     if reduction != "mean":
         return 1 / layers
-    counted = with_pairs.clamp(min=1) if isinstance(with_pairs, Tensor) else max(1, with_pairs)
-    return 1 / (layers * counted)
+    if isinstance(with_pairs, Tensor):
+        return 1 / (layers * with_pairs.clamp(min=1).to(wide_dtype(with_pairs.device)))
+    return 1 / (layers * max(1, with_pairs))
 
 
 def _nothing(z: Tensor, sequences: int, with_grad: bool) -> Result:

@@ -314,7 +314,7 @@ def _nothing(layers: Sequence[Tensor], cu_seqlens: Tensor | None, with_grad: boo
         torch.zeros(len(layers), sequences, dtype=torch.float64, device=z.device),
         torch.zeros(sequences, dtype=torch.int64, device=z.device),
         [torch.zeros_like(z, dtype=torch.float32) for z in layers] if with_grad else [],
-        torch.zeros(len(layers), *z.shape[:2], device=z.device) if with_grad else None,
+        torch.zeros(len(layers), *z.shape[:2], dtype=torch.float32, device=z.device) if with_grad else None,
     )
 
 
