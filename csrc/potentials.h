@@ -17,6 +17,8 @@ namespace dk {
 
 constexpr float kPi = 3.14159265358979f;
 constexpr float kInversePi = 0.318309886183791f;
+// The least 1 - c^2 of a slope 1 / sqrt(1 - c^2): what fp32 resolves of c near 1, where the slope would be infinite.
+constexpr float kLeastSquare = 0x1p-23f;
 
 template <class V>
 struct Weights {
@@ -87,7 +89,7 @@ struct AngularSpread {
   DK_FUNCTION Weights<V> weigh(V s, V q_i, V q_j, float shift) const {
     const V c = clip(s, low, high);
     const V psi = exponential(exponent(s, q_i, q_j, shift));
-    return {psi, psi * rsqrt(madd(c * -1.0f, c, 1.0f))};
+    return {psi, psi * rsqrt(maximum(madd(c * -1.0f, c, 1.0f), kLeastSquare))};
   }
 };
 
@@ -138,7 +140,7 @@ struct Orthogonalization {
   DK_FUNCTION Weights<V> weigh(V s, V, V, float) const {
     const V c = clip(s, low, high);
     const V excess = maximum(madd(arccos(c), -kInversePi, margin), 0.0f);
-    return {excess * excess, excess * rsqrt(madd(c * -1.0f, c, 1.0f))};
+    return {excess * excess, excess * rsqrt(maximum(madd(c * -1.0f, c, 1.0f), kLeastSquare))};
   }
 };
 
@@ -182,14 +184,19 @@ struct Decorrelation {
 };
 
 // psi = exp(-a |x_i - x_j|^2) of uniformity (unit rows), l2_repel and dispersive_l2, slope psi, kappa 2 a.
-// q = a |x|^2 comes scaled by a; rounding must not make a distance negative, nor differ between (i, j) and (j, i).
+// q = a |x|^2 comes scaled by a; rounding must not make a distance negative, nor differ between (i, j) and (j, i). Equal
+// tokens have the same q, and a distance that is the rounding of the products alone, below `resolution` of q_i + q_j:
+// it is 0.
 struct Gaussian {
   static constexpr bool kExponential = true;
-  float twice_a;
+  float twice_a, resolution;
 
   template <class V>
   DK_FUNCTION V exponent(V s, V q_i, V q_j, float shift) const {
-    return minimum(madd(s, twice_a, (q_i + q_j) * -1.0f), 0.0f) - shift;
+    const V of_both = q_i + q_j;
+    const V e = minimum(madd(s, twice_a, of_both * -1.0f), 0.0f);
+    const V apart = maximum(absolute(q_i - q_j), madd(of_both, -resolution, e * -1.0f));
+    return select_less(apart, 1e-37f, maximum(e, 0.0f), e) - shift;
   }
   template <class V>
   DK_FUNCTION Weights<V> weigh(V s, V q_i, V q_j, float shift) const {
@@ -209,12 +216,15 @@ struct Information {
 template <class V>
 DK_FUNCTION Information<V> information(V p, V average, float eps) {
   constexpr float kLog2E = 1.44269504088896f;
+  constexpr float kTiny = 0x1p-126f;  // an eps may be less, and P be 0
   const V x = (p - average) / (average + eps);
-  // log2(1 + x) keeps its digits where P is near its average, as log1p does.
-  const V y = x + 1.0f;
+  const V shifted = maximum(p + eps, kTiny);
+  // log2(1 + x) keeps its digits where P is near its average, as log1p does; the quotient where P is far below it.
+  const V y = x < -0.5f ? maximum(shifted / (average + eps), kTiny) : x + 1.0f;
   const V rounded = y - 1.0f;
-  const V h = rounded == 0.0f ? x * kLog2E : logarithm(y) * (x / rounded);
-  return {h, madd(p / (p + eps), kLog2E, h)};
+  const V near = rounded == 0.0f ? x * kLog2E : logarithm(y) * (x / rounded);
+  const V h = x < -0.5f ? logarithm(y) : near;
+  return {h, madd(p / shifted, kLog2E, h)};
 }
 
 }  // namespace dk

@@ -5,12 +5,15 @@ layer. Liu et al., "Dispersion loss counteracts embedding condensation and impro
 models" (ICML 2026, arXiv 2602.00217) measure it by the cosine of every pair of tokens, layer by layer.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from dispersion_kernels.sweep import token_norms
 
 # Rows normalised at a time, which bounds the extra memory whatever the length of the sequence.
 CHUNK = 4096
@@ -54,8 +57,8 @@ def mean_pairwise_cosine(z: Tensor, *, mask: Tensor | None = None) -> Tensor:
         x = z[:, start : start + CHUNK].to(dtype)
         if mask is not None:
             x = x.masked_fill(~mask[:, start : start + CHUNK, None], 0)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        x = x / norm.masked_fill(norm == 0, 1)
+        norm = token_norms(x)
+        x = x / norm.masked_fill(norm == 0, math.inf)
         total += x.sum(1)
         squares += x.square().sum((1, 2))
     tokens = torch.full_like(squares, z.shape[1]) if mask is None else mask.sum(1).to(dtype)

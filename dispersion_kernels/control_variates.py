@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dispersion_kernels.cliques import Plan, may_read, select
 from dispersion_kernels.potentials import Potential
-from dispersion_kernels.sweep import accumulation_dtype, transform, wide_dtype
+from dispersion_kernels.sweep import token_norms, transform, wide_dtype
 
 CONTROL_VARIATES = ("auto", "none", "constant", "low_rank")
 # Directions of ``low_rank``, where nothing else is said, and those of them whose products of two are features, too:
@@ -156,7 +156,7 @@ def transformed(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x of tokens ``[N, F]``, 0 for those that are left out or not finite; and ``[N]``: the inverse length, its ratio
     to that of the derivative, and which are not finite."""
-    norm = torch.linalg.vector_norm(tokens, dim=1, dtype=accumulation_dtype(tokens.dtype))
+    norm = token_norms(tokens).squeeze(1)
     nonfinite = ~norm.isfinite()
     left_out = nonfinite if taking_part is None else nonfinite | ~taking_part
     transformed, statistics = transform(

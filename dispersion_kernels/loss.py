@@ -169,9 +169,10 @@ def fused_dispersion_loss(
             sweep in PyTorch, on any device; ``"reference"``, which materialises. See :func:`supported`.
 
     Returns:
-        The loss in fp32 (fp64 for fp64 tokens). 0 with a zero gradient where no sequence has two tokens that pair. A
-        NaN or infinity among the tokens of a sequence that take part makes its loss NaN. With ``return_stats`` a pair:
-        the loss, and :class:`SamplingStats`.
+        The loss in fp32 (fp64 for fp64 tokens). 0 with a zero gradient where no sequence has two tokens that pair. NaN
+        for a sequence with a NaN or infinity among the tokens that take part, or a norm beyond fp32's range, 3.4e38,
+        or, for the potentials of a distance, a squared norm of a token less their mean, or an exponent, beyond 1e37. A
+        norm below 1.2e-38 counts as 0. With ``return_stats`` a pair: the loss, and :class:`SamplingStats`.
 
     Raises:
         ValueError: a shape or value that is wrong. The message names the argument and what it should be.

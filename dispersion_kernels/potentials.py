@@ -113,10 +113,10 @@ class ExponentialPotential(Potential):
 
     varying_slope: ClassVar[bool] = False
 
-    @property
-    def zero_token_offset(self) -> float:
-        """What a zero token, whose x is 0 and not of length 1, adds to the exponent of each of its pairs."""
-        return 0.0
+    def distance_rate(self, features: int) -> float | None:
+        """What -|x_i - x_j|^2 is multiplied by in the exponent of tokens with ``features`` features; None where the
+        exponent is no multiple of it."""
+        return None
 
     def exponent_range(self) -> tuple[float, float]:
         """Bounds of the exponent over all tokens."""
@@ -141,14 +141,21 @@ class DistancePotential(ExponentialPotential):
         """What the squared distance of tokens with ``features`` features is divided by."""
         raise NotImplementedError
 
+    def distance_rate(self, features: int) -> float | None:
+        return 1 / self.distance_scale(features)
+
+    def exponent_range(self) -> tuple[float, float]:
+        return -math.inf, 0.0
+
 
 @dataclass(frozen=True)
 class AngularSpread(ExponentialPotential):
     """``psi = exp(-D / tau)``, ``D = arccos(clip(c, -1 + clamp, 1 - clamp)) / pi``; loss ``log(mean psi + eps)``.
 
     ``x = z / (|z| + eps)``. The clip is straight-through: outside the band the slope stays the boundary's,
-    ``psi / (pi tau sqrt(1 - clip(c)^2))``, so that condensed tokens are still pushed apart. Source: Liu et al., ICML
-    2026, arXiv 2602.00217.
+    ``psi / (pi tau sqrt(1 - clip(c)^2))``, so that condensed tokens are still pushed apart; 1 - clip(c)^2 counts as no
+    less than 1.2e-7 (2.2e-16 for fp64), what fp32 resolves of a c near 1, so that the slope is finite for equal and
+    opposite tokens at any ``clamp``. Source: Liu et al., ICML 2026, arXiv 2602.00217.
     """
 
     tau: float = 1.0
@@ -333,9 +340,7 @@ class Uniformity(ExponentialPotential):
     def exponent_(self, c: Tensor, slope: Tensor | None = None) -> Tensor:
         return c.sub_(1).mul_(2 * self.t)
 
-    @property
-    def zero_token_offset(self) -> float:
-        # exponent_ has |x_i - x_j|^2 = 2 - 2 c of unit vectors; a zero one has 1.
+    def distance_rate(self, features: int) -> float | None:
         return self.t
 
     def exponent_range(self) -> tuple[float, float]:
@@ -409,10 +414,12 @@ def resolve_potential(potential: str | Potential, **overrides: float | None) -> 
 
 
 def _inverse_sine(clipped: Tensor, clamp: float, out: Tensor) -> Tensor:
-    """1 / sqrt(1 - clip(c)^2). With clamp = 0 it is infinite at |c| = 1, and held at what the dtype resolves of c."""
+    """1 / sqrt(1 - clip(c)^2), which |c| = 1 makes infinite: 1 - c^2 counts as no less than the dtype's eps, what it
+    resolves of c near 1."""
     torch.addcmul(clipped.new_ones(()), clipped, clipped, value=-1, out=out)
-    if clamp == 0:
-        out.clamp_(min=torch.finfo(out.dtype).eps)
+    eps = torch.finfo(out.dtype).eps
+    if clamp < eps:
+        out.clamp_(min=eps)
     return out.rsqrt_()
 
 

@@ -90,7 +90,8 @@ def _loss_over_pairs(z: Tensor, potential: Potential, left_out: Tensor, count: i
 
     if isinstance(potential, PerplexityEntropy):
         p = torch.softmax((-_squared_distances(z) / potential.sigma2).masked_fill(left_out, -math.inf), dim=1)
-        return (p * torch.log2(p + potential.eps)).sum(1).mean()
+        tiny = torch.finfo(p.dtype).tiny  # an eps may be too small for the dtype, and P be 0
+        return (p * torch.log2((p + potential.eps).clamp(min=tiny))).sum(1).mean()
     if isinstance(potential, L2Repel):
         penalty = potential.norm_weight * z.square().mean()
         return log_mean_exp(-_squared_distances(z) / potential.tau, potential.eps) + penalty
@@ -106,10 +107,9 @@ def _loss_over_pairs(z: Tensor, potential: Potential, left_out: Tensor, count: i
     # A token with itself has c = 1, where arccos has no finite slope that a factor of 0 could take away afterwards.
     c = (x @ x.T).masked_fill(left_out, 0.0)
     if isinstance(potential, AngularSpread):
-        angle = torch.arccos(_straight_through_clip(c, potential.clamp))
-        return log_mean_exp(-angle / (math.pi * potential.tau), potential.eps)
+        return log_mean_exp(-_clipped_angle(c, potential.clamp) / (math.pi * potential.tau), potential.eps)
     if isinstance(potential, Orthogonalization):
-        angle = torch.arccos(_straight_through_clip(c, potential.clamp)) / math.pi
+        angle = _clipped_angle(c, potential.clamp) / math.pi
         return mean((potential.margin - angle).clamp(min=0).square())
 
     # A potential of the user's: its value forward, its slope backward.
@@ -118,11 +118,15 @@ def _loss_over_pairs(z: Tensor, potential: Potential, left_out: Tensor, count: i
 
 
 def _normalize(z: Tensor, eps: float) -> Tensor:
-    """z / (|z| + eps), and 0 with gradient 1 / eps (0 where eps is 0) at z = 0."""
-    squared = z.square().sum(1, keepdim=True)
-    zero = squared == 0
-    norm = torch.where(zero, torch.zeros_like(squared), torch.where(zero, torch.ones_like(squared), squared).sqrt())
-    return z / torch.where(zero, torch.full_like(norm, eps or math.inf), norm + eps)
+    """z / (|z| + eps), and 0 with gradient 1 / eps (0 where eps is 0) at z = 0, where no feature is a normal number."""
+    # Squares may leave the dtype's range where norms do not.
+    largest = z.detach().abs().amax(1, keepdim=True)
+    zero = largest < torch.finfo(z.dtype).tiny
+    largest = largest.masked_fill(zero | largest.isinf(), 1.0)
+    squared = (z / largest).square().sum(1, keepdim=True).masked_fill(zero, 1.0)
+    norm = (squared.sqrt() * largest).masked_fill(zero, 0.0)
+    # A norm beyond the dtype's range makes a NaN, not a token of 0.
+    return z / (norm + eps).masked_fill(zero, eps or math.inf) + 0 * norm
 
 
 def _standardize(z: Tensor) -> Tensor:
@@ -133,12 +137,21 @@ def _standardize(z: Tensor) -> Tensor:
 
 
 def _squared_distances(z: Tensor) -> Tensor:
-    """From the inner products of the centred tokens: distances do not change, and less is cancelled."""
-    x = z - z.mean(0, keepdim=True)
+    """From the inner products of the centred tokens: distances do not change, nor do their derivatives, and less is
+    cancelled. The squared norms are from the same matrix product, whose rounding then cancels for a token with itself
+    or with its equal."""
+    x = z - z.detach().mean(0, keepdim=True)
+    products = x @ x.T
     squared = x.square().sum(1)
-    return (squared[:, None] + squared[None, :] - 2 * (x @ x.T)).clamp(min=0)
+    squared = squared + (products.diagonal() - squared).detach()
+    return (squared[:, None] + squared[None, :] - 2 * products).clamp(min=0)
 
 
-def _straight_through_clip(c: Tensor, clamp: float) -> Tensor:
-    """clip(c) whose gradient is 1: the slope of what follows is taken at the boundary, and passes."""
-    return c + (c.clamp(clamp - 1, 1 - clamp) - c).detach()
+def _clipped_angle(c: Tensor, clamp: float) -> Tensor:
+    """arccos(clip(c)), straight-through: the slope is taken at the boundary, and passes. 1 - clip(c)^2 counts there as
+    no less than the dtype's eps, what it resolves of c near 1; at 0 the slope would be infinite."""
+    bounded = max(clamp, torch.finfo(c.dtype).eps / 2)
+    angle = torch.arccos(c + (c.clamp(bounded - 1, 1 - bounded) - c).detach())
+    if bounded == clamp:
+        return angle
+    return angle + (torch.arccos(c.clamp(clamp - 1, 1 - clamp)) - angle).detach()

@@ -9,6 +9,7 @@ G, and a workspace whose size is a constant.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -28,9 +29,10 @@ from dispersion_kernels.segments import group_sizes, segment_of_token, within_se
 
 # Bytes of one tile of similarities: on a CPU it should stay in the last-level cache, on a GPU it must fill the machine.
 _TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+# The largest |x|^2 of a potential of the distance, as a share of the largest number: sums of four stay finite.
+LARGEST_SQUARE = 0.03
 # A range of the exponent that fp32 holds around its middle, sums over 2^31 tokens included.
 _SAFE_RANGE = 80.0
-_NO_PAIR_YET = -1e30
 
 
 class Result(NamedTuple):
@@ -86,14 +88,17 @@ def _sweep_rows(
     partners = None if groups is None else group_sizes(groups) - 1
     pairs = _count_pairs(potential, partners, reduce, z)
 
-    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=accumulation_dtype(z.dtype))
+    norm = token_norms(z)
     # A zero in place of what is not finite keeps it out of other sequences; its own is made NaN at the end. So is one
-    # whose norm overflows: its x would be 0, and the loss a finite number that is wrong.
-    nonfinite = ~norm.squeeze(-1).isfinite()
+    # whose norm overflows, or the sum of whose features might: its x would be 0, and the loss a finite wrong number.
+    nonfinite = ~(norm.squeeze(-1) * math.sqrt(features)).isfinite()
     left_out = nonfinite
     if partners is not None:
         nonfinite, left_out = nonfinite & (partners > 0), nonfinite | (partners <= 0)
     x, rows = transform(z, norm.masked_fill_(left_out.unsqueeze(-1), 0.0), potential, left_out)
+    if potential.row_transform == "none":
+        # A distance is lost where its square leaves the dtype's range.
+        nonfinite = nonfinite | (x.square().sum(-1) > LARGEST_SQUARE * torch.finfo(x.dtype).max)
 
     wide = wide_dtype(z.device)
     count = pairs.clamp(min=1).to(wide)
@@ -113,10 +118,9 @@ def _sweep_rows(
 
     poison = torch.zeros_like(loss).masked_fill_(reduce.any(nonfinite), math.nan)
     loss, scale = loss + poison, scale + poison
-    if isinstance(potential, DistancePotential):
-        scale = scale * (-2 / potential.distance_scale(features))
-    elif isinstance(potential, ExponentialPotential):
-        scale = scale * potential.slope_factor
+    if isinstance(potential, ExponentialPotential):
+        rate = distance_rate(potential, x)
+        scale = scale * (potential.slope_factor if rate is None else 2 * rate)
     if grad is not None:
         _project_(grad, x, rows, potential)
     scale = reduce.spread(scale).to(x.dtype).expand(batch, length)
@@ -163,7 +167,8 @@ def _nothing(z: Tensor, sequences: int, with_grad: bool) -> Result:
     pairs = torch.zeros(sequences, dtype=torch.int64, device=z.device)
     if not with_grad:
         return Result(loss, pairs, None, None)
-    return Result(loss, pairs, torch.zeros_like(z, dtype=dtype), torch.zeros_like(z[:, :, 0], dtype=dtype))
+    grad, scale = (torch.zeros(shape, dtype=dtype, device=z.device) for shape in (z.shape, z.shape[:2]))
+    return Result(loss, pairs, grad, scale)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -174,6 +179,23 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def wide_dtype(device: torch.device) -> torch.dtype:
     """For the few numbers that each sequence has."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def token_norms(z: Tensor) -> Tensor:
+    """The norm of each token ``[..., F]``, ``[..., 1]`` in the accumulation dtype; 0 where it is no normal number.
+
+    A square may leave the dtype's range where the norm does not: there tokens are scaled before they are squared.
+    """
+    dtype = accumulation_dtype(z.dtype)
+    tiny = torch.finfo(dtype).tiny
+    norm: Tensor = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=dtype)
+    ordinary = (norm > tiny**0.4) & norm.isfinite()
+    if z.device.type == "cpu" and ordinary.all():  # where looking costs nothing
+        return norm
+    largest = torch.linalg.vector_norm(z, math.inf, dim=-1, keepdim=True, dtype=dtype)
+    scale = torch.where((largest >= tiny) & largest.isfinite(), 1 / largest, 1.0)
+    scaled = torch.linalg.vector_norm(z * scale, dim=-1, keepdim=True) / scale
+    return torch.where(ordinary, norm, scaled.masked_fill_(scaled < tiny, 0.0))
 
 
 class _Reduction:
@@ -192,7 +214,8 @@ class _Reduction:
     def max(self, values: Tensor) -> Tensor:
         if self.offsets is None:
             return values.amax(1)
-        return torch.segment_reduce(values[0], "max", offsets=self.offsets, unsafe=True, initial=_NO_PAIR_YET)
+        initial = torch.finfo(values.dtype).min
+        return torch.segment_reduce(values[0], "max", offsets=self.offsets, unsafe=True, initial=initial)
 
     def any(self, flags: Tensor) -> Tensor:
         return self.sum(flags.float()) > 0
@@ -237,7 +260,7 @@ def transform(
         # The rounded mean of a constant token may differ from its features; it must not be blown up to length 1.
         constant = (x == x[:, :, :1]).all(-1, keepdim=True)
         x.sub_(x.mean(-1, keepdim=True)).masked_fill_(constant, 0.0)
-        rows = _inverse_norms(torch.linalg.vector_norm(x, dim=-1, keepdim=True), 0.0)
+        rows = _inverse_norms(token_norms(x), 0.0)
         return x.mul_(rows.inverse), rows
     # Distances do not change when the mean is subtracted, and their computation from inner products cancels less.
     kept = (~left_out).sum(1).clamp(min=1).view(-1, 1, 1)
@@ -252,17 +275,22 @@ def _zero_(tokens: Tensor, x: Tensor) -> Tensor:
 def _inverse_norms(norm: Tensor, eps: float) -> _Rows:
     denominator = norm + eps
     inverse = torch.where(denominator > 0, 1 / denominator, torch.zeros_like(norm))
-    return _Rows(inverse, torch.where(norm > 0, denominator / norm, torch.zeros_like(norm)))
+    ratio = (denominator / norm).clamp_(max=torch.finfo(norm.dtype).max)
+    return _Rows(inverse, torch.where(norm > 0, ratio, torch.zeros_like(norm)))
 
 
 def _project_(grad: Tensor, x: Tensor, rows: _Rows | None, potential: Potential) -> None:
-    """``dz = (u - x (x . u) (r + eps) / r) / (r + eps)`` with u = G, in place of it and but for the last division."""
+    """``dz = (u - x (x . u) / |x|^2 r / (r + eps)) / (r + eps)`` with u = G, in place of it and but for the last
+    division. |x|^2 is (r / (r + eps))^2, but for a rounding that would leave a part of u along x."""
     if rows is None:
         return
-    for u, xs, ratio in in_blocks(grad, x, rows.ratio):
+    length = torch.where(rows.ratio > 0, 1 / rows.ratio, torch.zeros_like(rows.ratio))
+    for u, xs, of_rows in in_blocks(grad, x, length):
         if potential.row_transform == "standardize":
             u.sub_(u.mean(-1, keepdim=True))
-        u.addcmul_(xs, (xs * u).sum(-1, keepdim=True).mul_(ratio), value=-1)
+        squares = xs.square().sum(-1, keepdim=True)
+        along = (xs * u).sum(-1, keepdim=True).mul_(of_rows).div_(torch.where(squares > 0, squares, 1.0))
+        u.addcmul_(xs, along, value=-1)
 
 
 def in_blocks(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -322,32 +350,39 @@ class _Pairs:
         batch, length, _ = x.shape
         budget = _TILE_BYTES.get(x.device.type, _TILE_BYTES["cuda"]) // x.element_size()
         self.x, self.groups = x, groups
-        self._zero_tokens: Tensor | None = None
         self.size = math.ceil(length / math.ceil(length / math.isqrt(budget)))
         self.rows = min(max(1, budget // self.size**2), batch)
         # Allocated once: fresh memory for every tile would cost a page fault for every 1,024 pairs.
         self.workspace = [x.new_empty(self.rows * self.size**2) for _ in range(2)]
+        # What rounding may leave of the distance of equal tokens, relative to their squared norms.
+        self.resolution = 16 * torch.finfo(x.dtype).eps
 
     def __iter__(self) -> Iterator[_Tile]:
-        """The upper triangle of tile pairs, several rows at once where a tile has room for them."""
+        """The upper triangle of tile pairs, several rows at once where a tile has room for them; first all tokens with
+        those of their own tile."""
         batch, length, _ = self.x.shape
         bounds = [*range(0, length, self.size), length]
         for b in range(0, batch, self.rows):
             rows = slice(b, min(b + self.rows, batch))
+            own: list[_Tile] = []
+            others: list[_Tile] = []
             for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
-                yield from self._diagonal(rows, begin, end)
-                for others in itertools.starmap(slice, itertools.pairwise(bounds[number + 1 :])):
-                    yield _Tile(rows, slice(begin, end), others)
+                self._cut(_Tile(rows, slice(begin, end), slice(begin, end)), own, others)
+                later = itertools.starmap(slice, itertools.pairwise(bounds[number + 1 :]))
+                others += [_Tile(rows, slice(begin, end), tokens) for tokens in later]
+            yield from own
+            yield from others
 
-    def _diagonal(self, rows: slice, begin: int, end: int) -> Iterator[_Tile]:
+    def _cut(self, tile: _Tile, own: list[_Tile], others: list[_Tile]) -> None:
         """The tile of some tokens with themselves: in halves where it is large, which leaves out a quarter of it."""
+        rows, begin, end = tile.batch, tile.i.start, tile.i.stop
         if end - begin <= max(256, self.size // 2):
-            yield _Tile(rows, slice(begin, end), slice(begin, end))
+            own.append(tile)
             return
-        middle = (begin + end) // 2
-        yield from self._diagonal(rows, begin, middle)
-        yield _Tile(rows, slice(begin, middle), slice(middle, end))
-        yield from self._diagonal(rows, middle, end)
+        first, second = slice(begin, (begin + end) // 2), slice((begin + end) // 2, end)
+        self._cut(_Tile(rows, first, first), own, others)
+        self._cut(_Tile(rows, second, second), own, others)
+        others.append(_Tile(rows, first, second))
 
     def similarities(self, tile: _Tile) -> Tensor:
         """X_I X_J^T, in the first workspace."""
@@ -362,14 +397,27 @@ class _Pairs:
         shape = [part.stop - part.start for part in (tile.batch, tile.i, tile.j)]
         return self.workspace[number][: math.prod(shape)].view(shape)
 
-    def add_offset(self, tile: _Tile, exponent: Tensor, offset: float) -> None:
-        """Adds ``offset`` for each token of a pair that is zero."""
-        if offset == 0:
-            return
-        if self._zero_tokens is None:
-            self._zero_tokens = (self.x == 0).all(-1).to(exponent.dtype)
-        exponent.add_(self._zero_tokens[tile.batch, tile.i].unsqueeze(2), alpha=offset)
-        exponent.add_(self._zero_tokens[tile.batch, tile.j].unsqueeze(1), alpha=offset)
+    def squared_distances(self, tile: _Tile) -> Tensor:
+        """|x_i - x_j|^2 from the inner products and the squared norms, in the first workspace; 0 for equal tokens, and
+        infinite for a token with itself."""
+        c, of_both = self.similarities(tile), self.scratch(tile)
+        squares_i, squares_j = (
+            self.squares[tile.batch, tile.i].unsqueeze(2),
+            self.squares[tile.batch, tile.j].unsqueeze(1),
+        )
+        torch.add(squares_i, squares_j, out=of_both)
+        squared = torch.sub(of_both, c, alpha=2, out=c).clamp_(min=0)
+        if tile.diagonal:
+            squared.diagonal(dim1=1, dim2=2).fill_(math.inf)
+        # Equal tokens have the same squared norm, and a distance that is the rounding of the products alone.
+        if squared.device.type != "cpu" or squared.amin() < self.resolution * 2 * self.squares.amax():
+            squared.masked_fill_((squares_i == squares_j) & (squared < of_both.mul_(self.resolution)), 0.0)
+        return squared
+
+    @functools.cached_property
+    def squares(self) -> Tensor:
+        """``[B, L]``: |x|^2."""
+        return self.x.square().sum(-1)
 
     def leave_out(self, tile: _Tile, values: Tensor, value: float) -> None:
         """Puts ``value`` at the entries that are no pairs, the diagonal among them."""
@@ -386,9 +434,7 @@ class _Pairs:
             self.accumulate_side(grad, tile, side, others, weights if dim == 2 else weights.transpose(1, 2))
 
     def accumulate_side(self, grad: Tensor, tile: _Tile, side: slice, others: slice, weights: Tensor) -> None:
-        # The first tile that adds to some tokens is that of the row's first tokens with them.
-        first = tile.i.start == 0 and side == tile.j
-        grad[tile.batch, side].baddbmm_(weights, self.x[tile.batch, others], beta=0 if first else 1)
+        grad[tile.batch, side].baddbmm_(weights, self.x[tile.batch, others], beta=0 if tile.diagonal else 1)
 
 
 def _sums(
@@ -444,32 +490,40 @@ def _exponential_sums(
     Where the exponent's range is small one fixed shift in its middle is enough; else each token keeps the largest
     exponent it has met, as in an online softmax, and what it has summed is rescaled when that grows.
     """
-    if not isinstance(potential, DistancePotential):
-        low, high = potential.exponent_range()
-        if high - low <= _SAFE_RANGE:
-            # Left alone where exp neither overflows nor vanishes, which saves a pass.
-            middle = 0.0 if low >= -_SAFE_RANGE / 2 and high <= _SAFE_RANGE / 2 else (low + high) / 2
-            return _bounded_exponential_sums(x, potential, middle, groups, reduce, with_grad)
+    rate = distance_rate(potential, x)
+    low, high = potential.exponent_range()
+    if high - low <= _SAFE_RANGE:
+        # Left alone where exp neither overflows nor vanishes, which saves a pass; and of distances, so that psi of
+        # equal tokens is 1: a multiple of x that is rounded is not along x.
+        alone = rate is not None or (low >= -_SAFE_RANGE / 2 and high <= _SAFE_RANGE / 2)
+        middle = 0.0 if alone else (low + high) / 2
+        return _bounded_exponential_sums(x, potential, rate, middle, groups, reduce, with_grad)
 
     with_itself = isinstance(potential, DistancePotential) and potential.include_diagonal
-    squares = x.square().sum(-1)
-    largest = torch.full_like(squares, 0.0 if with_itself else _NO_PAIR_YET)
-    row_sum = torch.zeros_like(squares)
-    grad = torch.empty_like(x) if with_grad else None
     pairs = _Pairs(x, groups)
+    # Of a distance it is -|x_i - x_j|^2 that is kept; its rate comes after the difference, which may be small.
+    largest = x.new_full(x.shape[:2], 0.0 if with_itself else torch.finfo(x.dtype).min)
+    row_sum = torch.zeros_like(largest)
+    grad = torch.empty_like(x) if with_grad else None
     for tile in pairs:
-        exponent = pairs.similarities(tile)
-        slope = torch.empty_like(exponent) if with_grad and potential.varying_slope else None
-        if isinstance(potential, DistancePotential):
-            _negative_squared_distances_(exponent, squares, tile).div_(potential.distance_scale(x.shape[2]))
+        slope = None
+        if rate is not None:
+            exponent = pairs.squared_distances(tile).neg_()
         else:
-            pairs.add_offset(tile, potential.exponent_(exponent, slope), potential.zero_token_offset)
+            exponent = pairs.similarities(tile)
+            slope = torch.empty_like(exponent) if with_grad and potential.varying_slope else None
+            potential.exponent_(exponent, slope)
         pairs.leave_out(tile, exponent, -math.inf)
         for side, others, dim in tile.sides():
             before = largest[tile.batch, side]
             now = torch.maximum(before, exponent.amax(dim))
-            weights = torch.sub(exponent, now.unsqueeze(dim), out=pairs.scratch(tile)).exp_()
-            shrink = (before - now).exp_()
+            weights = torch.sub(exponent, now.unsqueeze(dim), out=pairs.scratch(tile))
+            shrink = before - now
+            if rate is not None:
+                weights.mul_(rate)
+                shrink.mul_(rate)
+            weights.exp_()
+            shrink.exp_()
             row_sum[tile.batch, side] = row_sum[tile.batch, side] * shrink + weights.sum(dim)
             largest[tile.batch, side] = now
             if grad is not None:
@@ -478,30 +532,38 @@ def _exponential_sums(
                 grad[tile.batch, side].mul_(shrink.unsqueeze(-1))
                 pairs.accumulate_side(grad, tile, side, others, weights if dim == 2 else weights.transpose(1, 2))
     shift = reduce.max(largest)
-    # _NO_PAIR_YET is finite, so a sequence without a pair gives exp(0), not exp(inf - inf).
-    relative = (largest - reduce.spread(shift)).exp_()
+    # The least number is finite, so a sequence without a pair gives exp(0), not exp(inf - inf).
+    relative = largest - reduce.spread(shift)
+    shift = shift.to(wide_dtype(x.device))
+    if rate is not None:
+        relative, shift = relative.mul_(rate), shift * rate
+    relative.exp_()
     total = row_sum.clone()
     if with_itself:
         total += 1 if partners is None else (partners > 0).to(total.dtype)
-    shift = shift.to(wide_dtype(x.device))
     log_total = reduce.sum((total * relative).to(shift.dtype)).log() + shift
     if grad is not None:
         if isinstance(potential, DistancePotential):
-            # sum_j w_ij (z_i - z_j): the sweep has summed the second half.
-            grad.neg_().addcmul_(x, row_sum.unsqueeze(-1))
+            _difference_(grad, x, row_sum)
         grad.mul_(relative.unsqueeze(-1))
     return log_total, shift, grad
 
 
-def _negative_squared_distances_(c: Tensor, squares: Tensor, tile: _Tile) -> Tensor:
-    """-|x_i - x_j|^2 in place of c, from the inner products and the squared norms."""
-    c.mul_(2).sub_(squares[tile.batch, tile.i].unsqueeze(2)).sub_(squares[tile.batch, tile.j].unsqueeze(1))
-    return c.clamp_(max=0)
+def distance_rate(potential: ExponentialPotential, x: Tensor) -> float | None:
+    """That of ``potential``, as far as the dtype of x goes."""
+    rate = potential.distance_rate(x.shape[-1])
+    return None if rate is None else min(rate, torch.finfo(x.dtype).max)
+
+
+def _difference_(grad: Tensor, x: Tensor, row_sum: Tensor) -> None:
+    """``sum_j w_ij (x_j - x_i)`` in place of ``sum_j w_ij x_j``."""
+    grad.addcmul_(x, row_sum.unsqueeze(-1), value=-1)
 
 
 def _bounded_exponential_sums(
     x: Tensor,
     potential: ExponentialPotential,
+    rate: float | None,
     shift: float,
     groups: Tensor | None,
     reduce: _Reduction,
@@ -512,8 +574,10 @@ def _bounded_exponential_sums(
     pairs = _Pairs(x, groups)
     for tile in pairs:
         slope = pairs.scratch(tile) if with_grad and potential.varying_slope else None
-        psi = potential.exponent_(pairs.similarities(tile), slope)
-        pairs.add_offset(tile, psi, potential.zero_token_offset)
+        if rate is not None:
+            psi = pairs.squared_distances(tile).mul_(-rate)
+        else:
+            psi = potential.exponent_(pairs.similarities(tile), slope)
         if shift:
             psi.sub_(shift)
         psi.exp_()
@@ -530,64 +594,74 @@ def _perplexity_entropy(
 ) -> tuple[Tensor, Tensor | None]:
     """``sum_j P_ij log2(P_ij + eps)`` of each token ``[B, L]``, and the gradient of their sum over each row.
 
-    With e_ij = -|z_i - z_j|^2 / sigma2, P_ij = exp(e_ij - m_i) / s_i, p the mean of P over a token's partners,
-    h = log2((P + eps) / (p + eps)) and g = dP h / dP = h + P / ((P + eps) ln 2): the entropy is
+    With d^2_ij = |z_i - z_j|^2, m_i the least of them, P_ij = exp((m_i - d^2_ij) / sigma2) / s_i, p the mean of P over
+    a token's partners, h = log2((P + eps) / (p + eps)) and g = dP h / dP = h + P / ((P + eps) ln 2): the entropy is
     log2(p + eps) + sum_j P h, because P sums to 1, and without that constant h has its digits where P varies little.
-    d/de_ij = A_ij = P_ij (g_ij - sum_k P_ik g_ik), and
-    dz_i = -2 / sigma2 * sum_j (A_ij + A_ji) (z_i - z_j). Three passes: the largest exponent m and the sum s (kept
-    apart, because a rounded m + log s of some hundreds would cost P four digits); entropy and sum_k P g; A.
+    By the exponent -d^2_ij / sigma2 its derivative is A_ij = P_ij (g_ij - sum_k P_ik g_ik), and
+    dz_i = 2 / sigma2 * sum_j (A_ij + A_ji) (z_j - z_i). Three passes: m and the sum s (kept apart, because a rounded
+    m + log s of some hundreds would cost P four digits); entropy and sum_k P g; A.
     """
-    squares = x.square().sum(-1)
     pairs = _Pairs(x, groups)
+    info = torch.finfo(x.dtype)
+    rate = min(1 / potential.sigma2, info.max)
 
-    def exponents(tile: _Tile) -> Tensor:
-        e = _negative_squared_distances_(pairs.similarities(tile), squares, tile).div_(potential.sigma2)
-        pairs.leave_out(tile, e, -math.inf)
-        return e
+    def squared_distances(tile: _Tile) -> Tensor:
+        squared = pairs.squared_distances(tile)
+        pairs.leave_out(tile, squared, math.inf)
+        return squared
 
-    largest, total = torch.full_like(squares, _NO_PAIR_YET), torch.zeros_like(squares)
+    nearest = x.new_full(x.shape[:2], info.max)
+    total = torch.zeros_like(nearest)
     for tile in pairs:
-        e = exponents(tile)
+        squared = squared_distances(tile)
         for side, _, dim in tile.sides():
-            before = largest[tile.batch, side]
-            now = torch.maximum(before, e.amax(dim))
-            added = torch.sub(e, now.unsqueeze(dim), out=pairs.scratch(tile)).exp_().sum(dim)
-            total[tile.batch, side] = total[tile.batch, side] * (before - now).exp_() + added
-            largest[tile.batch, side] = now
+            before = nearest[tile.batch, side]
+            now = torch.minimum(before, squared.amin(dim))
+            added = torch.sub(now.unsqueeze(dim), squared, out=pairs.scratch(tile)).mul_(rate).exp_().sum(dim)
+            total[tile.batch, side] = total[tile.batch, side] * (now - before).mul_(rate).exp_() + added
+            nearest[tile.batch, side] = now
     # A token without a partner has no P.
     total.masked_fill_(total == 0, 1.0)
     if partners is None:
-        average = torch.full_like(squares, 1 / (x.shape[1] - 1))
+        average = torch.full_like(total, 1 / (x.shape[1] - 1))
     else:
         average = 1 / partners.clamp(min=1).to(x.dtype)
 
-    def probabilities(e: Tensor, tile: _Tile, side: slice, dim: int) -> tuple[Tensor, Tensor]:
-        p = torch.sub(e, largest[tile.batch, side].unsqueeze(dim)).exp_().div_(total[tile.batch, side].unsqueeze(dim))
+    def probabilities(squared: Tensor, tile: _Tile, side: slice, dim: int) -> tuple[Tensor, Tensor]:
+        p = torch.sub(nearest[tile.batch, side].unsqueeze(dim), squared).mul_(rate).exp_()
+        p.div_(total[tile.batch, side].unsqueeze(dim))
         mean = average[tile.batch, side].unsqueeze(dim)
-        return p, (p - mean).div_(mean + potential.eps).log1p_().mul_(1 / math.log(2))
+        # log1p keeps the digits where P is near its mean, the logarithm of a quotient where it is far below.
+        h = (p - mean).div_(mean + potential.eps)
+        far_below = ((p + potential.eps) / (mean + potential.eps)).clamp_(min=info.tiny).log_()
+        return p, torch.where(h > -0.5, h.log1p(), far_below).mul_(1 / math.log(2))
 
     def derivative(p: Tensor, h: Tensor) -> Tensor:
-        return h + p / ((p + potential.eps) * math.log(2))
+        return h + p / (p + potential.eps).clamp_(min=info.tiny).mul_(math.log(2))
 
-    entropy, expected = (average + potential.eps).log2_(), torch.zeros_like(squares)
+    entropy, expected = (average + potential.eps).log2_(), torch.zeros_like(total)
     for tile in pairs:
-        e = exponents(tile)
+        squared = squared_distances(tile)
         for side, _, dim in tile.sides():
-            p, h = probabilities(e, tile, side, dim)
+            p, h = probabilities(squared, tile, side, dim)
             entropy[tile.batch, side] += (p * h).sum(dim)
             if with_grad:
                 expected[tile.batch, side] += (p * derivative(p, h)).sum(dim)
     if not with_grad:
         return entropy, None
 
-    grad, row_sum = torch.empty_like(x), torch.zeros_like(squares)
+    def slopes(squared: Tensor, tile: _Tile, side: slice, dim: int) -> Tensor:
+        p, h = probabilities(squared, tile, side, dim)
+        return p * (derivative(p, h) - expected[tile.batch, side].unsqueeze(dim))
+
+    grad, row_sum = torch.empty_like(x), torch.zeros_like(total)
     for tile in pairs:
-        e = exponents(tile)
-        weights = torch.zeros_like(e)
-        for side, dim in ((tile.i, 2), (tile.j, 1)):
-            p, h = probabilities(e, tile, side, dim)
-            weights += p * (derivative(p, h) - expected[tile.batch, side].unsqueeze(dim))
+        squared = squared_distances(tile)
+        weights = slopes(squared, tile, tile.i, 2)
+        # The distances of (j, i) need not be rounded as those of (i, j), whose largest P must not be another's.
+        weights = weights + (weights.mT if tile.diagonal else slopes(squared, tile, tile.j, 1))
         for side, _, dim in tile.sides():
             row_sum[tile.batch, side] += weights.sum(dim)
         pairs.accumulate(grad, tile, weights)
-    return entropy, grad.neg_().addcmul_(x, row_sum.unsqueeze(-1)).mul_(-2 / potential.sigma2)
+    _difference_(grad, x, row_sum)
+    return entropy, grad.mul_(2 * rate)

@@ -108,6 +108,61 @@ def skip_unless_supported(impl: str, z: Tensor, potential: str | Potential = "an
         pytest.skip(f"impl={impl!r}: {support.reason}")
 
 
+class Edge(NamedTuple):
+    """A call at the edge of what fp32 holds, and the errors (as of :func:`relative_errors`) that are rounding."""
+
+    potential: Potential
+    z: Tensor
+    loss: float
+    grad: float
+
+    def check(self, answer: Answer) -> None:
+        exact = oracle(self.z, self.potential)
+        assert exact.grad.isfinite().all()
+        errors = relative_errors(answer, exact)
+        print(f"{self.potential}: {errors[0]:.1e} of {self.loss:.0e}, {errors[1]:.1e} of {self.grad:.0e}")
+        assert errors[0] <= self.loss
+        assert errors[1] <= self.grad
+
+
+def edges() -> dict[str, Edge]:
+    """For every backend: outliers, equal and opposite tokens, and parameters that fp32 rounds to their limit."""
+    generator = torch.Generator().manual_seed(2)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    unit = torch.nn.functional.normalize(randn(1, 64, 64), dim=2)
+    outlier = randn(1, 96, 64)
+    outlier[0, 0] *= 300
+    equal = randn(1, 32, 16)
+    equal[0, 1] = equal[0, 0]
+    opposite = randn(1, 40, 16)
+    opposite[0, 1], opposite[0, 3] = opposite[0, 0], -opposite[0, 2]
+    far = 1e6 * randn(1, 40, 16)
+    far[0, 20:] = far[0, :20]
+    entropy = PerplexityEntropy
+    cases = {
+        "entropy of an outlier": Edge(entropy(), outlier, 1e-5, 1e-3),
+        "entropy, norms of 3e4": Edge(entropy(sigma2=1e7), 3e4 * unit, 2e-6, 5e-5),
+        "entropy, norms of 1e15": Edge(entropy(), 1e15 * unit, 2e-6, 0.0),
+        "entropy, eps of 1e-10": Edge(entropy(sigma2=50.0, eps=1e-10), outlier[:, 1:], 2e-6, 2e-5),
+        "entropy, eps below fp32": Edge(entropy(sigma2=5.0, eps=1e-50), outlier[:, 1:], 2e-6, 2e-5),
+        "entropy of one other token": Edge(entropy(eps=1e-8), outlier[:, 1:3], 2e-6, 0.0),
+        # Of a slope that fp32 multiplies by 2^11.5, and the angle of 2^-11.5 that it resolves.
+        "angular_spread, clamp = 0": Edge(AngularSpread(clamp=0.0, eps=0.0), opposite, 1e-5, 2e-3),
+        "angular_spread, clamp = 1e-9": Edge(AngularSpread(clamp=1e-9, eps=0.0), opposite, 1e-5, 2e-3),
+        "orthogonalization, clamp = 0": Edge(Orthogonalization(clamp=0.0, eps=0.0), opposite, 1e-5, 2e-3),
+        "orthogonalization, clamp = 1e-9": Edge(Orthogonalization(clamp=1e-9, eps=0.0), opposite, 1e-5, 2e-3),
+        "uniformity of equal tokens, t = 10": Edge(Uniformity(t=10.0), equal, 2e-6, 1e-3),
+        "uniformity of equal tokens, t = 20": Edge(Uniformity(t=20.0), equal, 2e-6, 1e-2),
+        "uniformity of equal tokens, t = 100": Edge(Uniformity(t=100.0), equal, 2e-6, 1.0),
+        "equal tokens far away": Edge(DispersiveL2(include_diagonal=False), far, 2e-6, 0.0),
+        "equal tokens far away, with the diagonal": Edge(L2Repel(norm_weight=0.0), far, 2e-6, 0.0),
+    }
+    return {name: edge._replace(z=edge.z.contiguous()) for name, edge in cases.items()}
+
+
 def evaluate(z: Tensor, potential: str | Potential, upstream: Tensor | None = None, **options: Any) -> Answer:
     """Loss of each sequence and the gradient of their sum weighted by ``upstream``."""
     z = z.detach().requires_grad_()

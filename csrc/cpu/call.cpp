@@ -150,6 +150,8 @@ bool cached_fit(double parameter, float low, float high, Fit& result) {
 
 // Exponents this far from the shift are safe in fp32: sums of exp(40) stay finite, exp(-40) stays normal.
 constexpr double kSafeExponent = 40.0;
+// What rounding may leave of the distance of equal tokens, relative to their squared norms.
+constexpr float kResolution = 0x1p-19f;
 
 }  // namespace
 
@@ -204,9 +206,9 @@ bool describe(int32_t potential, const double* params, int64_t features, Job& jo
       double a = params[0];
       if (potential == DK_UNIFORMITY) {
         job.transform = Transform::kNormalise;
-        // |x_i - x_j|^2 lies in [0, 4].
+        // |x_i - x_j|^2 lies in [0, 4], and exp(-2 kSafeExponent) is normal, too. Without a shift psi of equal tokens is
+        // 1: a multiple of x that is rounded is not along x.
         p.online = 2.0 * a > kSafeExponent;
-        if (!p.online) p.shift = float(-2.0 * a);
       } else {
         job.transform = Transform::kCentre;
         p.online = p.row_sums = true;
@@ -223,7 +225,7 @@ bool describe(int32_t potential, const double* params, int64_t features, Job& jo
       }
       job.square_factor = float(a);
       reduction.kappa = 2.0 * a;
-      p.gaussian = {float(2.0 * a)};
+      p.gaussian = {float(2.0 * a), kResolution};
       p.kind = Potential::Kind::kGaussian;
       return true;
     }

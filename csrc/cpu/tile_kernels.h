@@ -9,6 +9,7 @@
 // W overwrites S in a tile that stays in the second-level cache.
 #pragma once
 
+#include <float.h>
 #include <math.h>
 
 #include "dispersion.h"
@@ -144,10 +145,11 @@ DK_INLINE ScaledRow transform_row(const Job& job, Tile& tile, int t, float* out)
     centre_row(z, out, features, padded_features);
     z = out;
   }
-  const double norm = sqrt(square_sum(z, padded_features));
+  double norm = sqrt(square_sum(z, padded_features));
+  if (norm < FLT_MIN) norm = 0.0;  // its inverse would be beyond fp32's range
   const double inverse = norm + job.eps > 0.0 ? 1.0 / (norm + job.eps) : 0.0;
-  tile.finite = tile.finite && isfinite(norm);
   tile.norm[t] = float(norm);
+  tile.finite = tile.finite && isfinite(tile.norm[t]);
   tile.inverse[t] = float(inverse);
   tile.square[t] = 0.0f;
   if (inverse < 1e30) {
@@ -549,9 +551,9 @@ void between(const Job& job, Tile& tile, Tile& other, Scratch& scratch) {
 // ---- the gradient through the row transform
 
 // With G_i = sum_j w_ij x_j: G_i - x_i sum_j w_ij for distances; else, with x = z / (r + eps),
-// dz = (G - x (x . G) (r + eps) / r) / (r + eps), whose last division is left to the scale. As soon as the tile's last
-// pair is summed and much of it is still in the cache. u is G, padded, in the gradient itself or in memory that may be
-// written to. x lies in panels of features x_step apart and is to be multiplied by a factor.
+// dz = (G - x (x . G) / |x|^2 r / (r + eps)) / (r + eps), whose last division is left to the scale. As soon as the
+// tile's last pair is summed and much of it is still in the cache. u is G, padded, in the gradient itself or in memory
+// that may be written to. x lies in panels of features x_step apart and is to be multiplied by a factor.
 DK_INLINE void project_row(const Job& job, const Tile& tile, int t, const float* x, int64_t x_step, float factor,
                            float* u) {
   const int64_t features = job.args->features, padded_features = job.padded_features;
@@ -559,15 +561,18 @@ DK_INLINE void project_row(const Job& job, const Tile& tile, int t, const float*
   if (job.transform == Transform::kCentre) {
     own = -tile.row_sum[t];
   } else {
-    Pack dot = splat_pack(0.0f), total = splat_pack(0.0f);
+    Pack dot = splat_pack(0.0f), square = splat_pack(0.0f), total = splat_pack(0.0f);
     const float* xk = x;
     for (int64_t k = 0; k < padded_features; k += kPanel, xk += x_step) {
-      const Pack uk = load_pack(u + k);
-      dot = madd(load_pack(xk), uk, dot);
+      const Pack scaled = load_pack(xk) * factor, uk = load_pack(u + k);
+      dot = madd(scaled, uk, dot);
+      square = madd(scaled, scaled, square);
       total = total + uk;
     }
-    const float length = tile.norm[t] * tile.inverse[t];
-    own = length > 0.0f ? -factor * sum(sum_vectors(dot)) / length : 0.0f;
+    // |x|^2 is length^2, but for a rounding that would leave a part of u along x.
+    const float norm = tile.norm[t], squares = sum(sum_vectors(square));
+    const float length = norm > 0.0f ? norm / (norm + float(job.eps)) : 0.0f;
+    own = squares > 0.0f ? -sum(sum_vectors(dot)) * length / squares : 0.0f;
     // Of h x, what is not along x: h x - x (x . h x) / |x|.
     if (tile.own) own -= tile.own[t] * (1.0f - length);
     if (job.transform == Transform::kCentredNormalise) mean = sum(sum_vectors(total)) / float(features);

@@ -67,7 +67,7 @@ struct Epilogue<Decorrelation> {
 template <>
 struct Epilogue<Gaussian> {
   static constexpr bool kUsesExtra = true, kCentred = false, kLong = false;
-  static DK_DEVICE Gaussian potential(float p0, float, float, float) { return {p0}; }
+  static DK_DEVICE Gaussian potential(float p0, float, float, float p3) { return {p0, p3}; }
   static DK_DEVICE float offset(float, float p1, float, float) { return p1; }
 };
 

@@ -1,0 +1,108 @@
+"""Norms whose squares leave fp32's range, tokens that are equal, and parameters at their limits, against float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import IMPLS, Answer, Edge, edges, evaluate, oracle, relative_errors, skip_unless_supported
+
+from dispersion_kernels import (
+    AngularSpread,
+    DispersiveL2,
+    L2Repel,
+    Orthogonalization,
+    PerplexityEntropy,
+    Potential,
+    Uniformity,
+    condensation,
+    fused_dispersion_loss,
+)
+
+EVERY = ["reference", *IMPLS]
+GPU_KERNELS = ("triton", "cuda")
+
+
+@pytest.mark.parametrize("impl", EVERY)
+@pytest.mark.parametrize("edge", edges().values(), ids=edges().keys())
+def test_edges(edge: Edge, impl: str) -> None:
+    skip_unless_supported(impl, edge.z, edge.potential)
+    edge.check(evaluate(edge.z, edge.potential, impl=impl))
+
+
+@pytest.mark.parametrize("impl", EVERY)
+@pytest.mark.parametrize("scale", [1e-25, 1e20])
+@pytest.mark.parametrize(
+    "potential",
+    [AngularSpread(eps=0.0), AngularSpread(), Orthogonalization(eps=0.0), "decorrelation", Uniformity()],
+    ids=str,
+)
+def test_norms_beyond_the_range_of_their_squares(potential: str | Potential, scale: float, impl: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        if impl == "reference" and dtype != torch.float32:
+            continue  # it rounds every operation
+        z = ((torch.randn(2, 30, 16) + 0.5) * scale).to(dtype)
+        skip_unless_supported(impl, z, potential)
+        if impl in GPU_KERNELS:
+            pytest.skip("the products of the tokens themselves leave fp32's range")
+        exact, answer = oracle(z, potential), evaluate(z, potential, impl=impl)
+        answer, exact = (Answer(each.loss, each.grad.double() * scale) for each in (answer, exact))
+        loss, grad = relative_errors(answer, exact)
+        assert loss < 2e-6
+        assert grad < (1e-5 if dtype == torch.float32 else 2**-8)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e20])
+def test_cosine_of_norms_beyond_the_range_of_their_squares(scale: float) -> None:
+    z = torch.tensor([[3.0, 4.0], [4.0, 3.0], [0.0, 0.0]]) * scale
+    cosine = condensation.mean_pairwise_cosine(z)
+    torch.testing.assert_close(cosine, torch.tensor(0.96 / 3))
+    torch.testing.assert_close(condensation.mean_pairwise_cosine(torch.ones(2, 9, 4) * scale), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_other_tokens_do_not_change_a_norm(impl: str) -> None:
+    """The same bits, whether some other sequence has norms that need to be scaled or not."""
+    z = torch.randn(2, 20, 16)
+    skip_unless_supported(impl, z, "uniformity")
+    alone = evaluate(z, "uniformity", impl=impl)
+    z[1] *= 1e-25
+    assert torch.equal(evaluate(z, "uniformity", impl=impl).grad[0], alone.grad[0])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("potential", [DispersiveL2(), L2Repel(norm_weight=0.0), PerplexityEntropy()], ids=str)
+def test_a_squared_distance_beyond_fp32_is_nan(potential: Potential, impl: str) -> None:
+    z = torch.randn(3, 20, 16)
+    skip_unless_supported(impl, z, potential)
+    clean = fused_dispersion_loss(z, potential, reduction="none", impl=impl)
+    z[1, 3] *= 1e19
+    loss = fused_dispersion_loss(z, potential, reduction="none", impl=impl)
+    assert loss[1].isnan()
+    assert torch.equal(loss[::2], clean[::2])
+
+
+@pytest.mark.parametrize("impl", EVERY)
+def test_a_norm_beyond_fp32_is_nan(impl: str) -> None:
+    z = torch.randn(1, 20, 16)
+    z[0, 3] = 3e38
+    skip_unless_supported(impl, z, "uniformity")
+    assert fused_dispersion_loss(z, "uniformity", impl=impl).isnan()
+
+
+@pytest.mark.parametrize("impl", EVERY)
+def test_the_diagonal_is_exact_however_far_tokens_are_apart(impl: str) -> None:
+    z = 3e4 * torch.randn(1, 50, 96)
+    skip_unless_supported(impl, z, "dispersive_l2")
+    loss = fused_dispersion_loss(z, "dispersive_l2", impl=impl)
+    torch.testing.assert_close(loss.item(), -math.log(50), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_token_with_any_strides(impl: str) -> None:
+    for z in (torch.randn(17, 3, 1).permute(1, 2, 0), torch.randn(17, 1, 3).permute(2, 1, 0)):
+        skip_unless_supported(impl, z)
+        answer = evaluate(z, "angular_spread", impl=impl)
+        assert answer.loss.tolist() == [0.0] * 3
+        assert not answer.grad.any()
