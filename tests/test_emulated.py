@@ -41,6 +41,8 @@ sys.path.append(str(SHARED))
 import ptx_emulator  # noqa: E402
 
 SEEDS = (1, 2, 3)
+# How tensor cores round a sum, once an instruction: to nearest ("rn") or, more as they do, toward zero ("rz").
+_ROUNDING = ["rn"]
 # Of kernels that have run with all of them: later launches take one.
 _SEEN: set[tuple[str, str]] = set()
 
@@ -70,7 +72,9 @@ def emulate(
     for seed in seeds:
         for pointer, storage in storages.items():
             storage.copy_(before[pointer])
-        report = _load(ptx).launch(name, grid, threads, arguments(storages), dynamic_shared=shared, seed=seed)
+        report = _load(ptx).launch(
+            name, grid, threads, arguments(storages), dynamic_shared=shared, seed=seed, tensor_rounding=_ROUNDING[-1]
+        )
         assert report.ok, report.summary()
         assert conflicts or not report.bank_conflicts, report.summary()
         for pointer, storage in storages.items():
@@ -329,6 +333,24 @@ def test_every_dtype(dtype: torch.dtype, precision: str, features: int, backend:
         # tf32 keeps ten bits of each factor.
         assert (answer.loss - exact.loss).abs().max() < 1e-3
         assert (answer.grad - exact.grad).abs().max() < 5e-3 * exact.grad.abs().max()
+
+
+@pytest.fixture
+def _cut_off() -> Iterator[None]:
+    """Tensor cores that cut off what does not fit the sum."""
+    _ROUNDING.append("rz")
+    yield
+    _ROUNDING.pop()
+
+
+@pytest.mark.usefixtures("_cut_off")
+@pytest.mark.parametrize("backend", ["triton-sm_80", "cuda-sm_80"])
+@pytest.mark.parametrize("features", [36, 768], ids=["resident", "swept"])
+@pytest.mark.parametrize("tau", [1.0, 0.05])
+def test_fp32_with_sums_that_are_cut_off(tau: float, features: int, backend: str) -> None:
+    """The bounds are those of fp32 everywhere."""
+    z = torch.randn(1, 67, features) + 1.28 * torch.randn(features)  # mean cosine 0.62
+    check(z, AngularSpread(tau=tau), backend)
 
 
 @pytest.mark.parametrize(("backend", "features"), STRATEGIES)

@@ -11,8 +11,9 @@ struct PairTilesShape {
   static constexpr int kBlock = sizeof(typename T::Stored) == 2 ? 128 : 64;
   static constexpr int kRowBytes = sizeof(typename T::Stored) == 2 ? 64 : 128;
   static constexpr int kStages = 3;
-  // At least, of a multiprocessor; 0: as the compiler likes. In fp32 it would spill rather than pass 96 registers.
-  static constexpr int kBlocksOfSM = sizeof(typename T::Stored) == 2 ? 0 : 3;
+  // At least, of a multiprocessor; 0: as the compiler likes. In fp32 it would spill rather than pass 96 registers, and with
+  // three registers an element it spills where three blocks leave it 168.
+  static constexpr int kBlocksOfSM = sizeof(typename T::Stored) == 2 ? 0 : Products<T, 1, 1>::kRegisters == 1 ? 3 : 2;
   static constexpr int kWarpsI = 2, kWarpsJ = sizeof(typename T::Stored) == 2 ? 4 : 2;
   static constexpr int kThreads = 32 * kWarpsI * kWarpsJ;
   static constexpr int kM = kBlock / kWarpsI / 16, kN = kBlock / kWarpsJ / 8, kStepI = 16;
@@ -62,16 +63,19 @@ DK_DEVICE void pair_tiles(const PairTilesCall<T>& call) {
   };
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) copy_step(step);
-  float c[Shape::kM][Shape::kN][4] = {};
+  Products<T, Shape::kM, Shape::kN> c;
+  constexpr int kStepsOfFlush = kFeaturesOfFlush * 4 / kRowBytes;
   for (int step = 0; step < steps; ++step) {
     wait_for_copies<kStages - 2>();
     __syncthreads();  // the step's panels have come, and everyone is done with those of the last
     copy_step(step + kStages - 1);
     const uint32_t panel = panels + step % kStages * 2 * Shape::kPanel;
     multiply_panels<T, kRowBytes, Shape::kM, Shape::kN>(c, panel, Shape::row(), panel + Shape::kPanel, Shape::column());
+    if (step % kStepsOfFlush == kStepsOfFlush - 1) c.flush();
   }
+  c.flush();
   wait_for_copies<0>();
-  weigh_pairs<T, Potential, kMode>(c, scratch, shared, call, pair);
+  weigh_pairs<T, Potential, kMode>(c.sums, scratch, shared, call, pair);
 }
 
 }  // namespace dk

@@ -130,20 +130,22 @@ struct TF32 {
   }
 };
 
-// fp32 as the sum of two tf32: three products leave out the small parts' alone, which is beyond fp32.
+// fp32 as the sum of two tf32: three products leave out the small parts' alone, which is beyond fp32. The two with a
+// small part have sums of their own; see Products.
 struct TF32x3 {
   using Stored = float;
   static DK_DEVICE float to_float(float x) { return x; }
-  static DK_DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static DK_DEVICE void multiply(float (&large_sums)[4], float (&small_sums)[4], const uint32_t (&a)[4], uint32_t b0,
+                                 uint32_t b1) {
     uint32_t large[4], small[4];
 #pragma unroll
     for (int n = 0; n < 4; ++n) split(a[n], large[n], small[n]);
     uint32_t large_b0, small_b0, large_b1, small_b1;
     split(b0, large_b0, small_b0);
     split(b1, large_b1, small_b1);
-    multiply_tf32(sums, small, large_b0, large_b1);
-    multiply_tf32(sums, large, small_b0, small_b1);
-    multiply_tf32(sums, large, large_b0, large_b1);
+    multiply_tf32(small_sums, small, large_b0, large_b1);
+    multiply_tf32(small_sums, large, small_b0, small_b1);
+    multiply_tf32(large_sums, large, large_b0, large_b1);
   }
 
  private:
@@ -153,5 +155,45 @@ struct TF32x3 {
     small = round_to_tf32(x - __uint_as_float(large));
   }
 };
+
+// ---- sums of products: kM blocks of 16 rows and kN of 8 columns
+
+template <class T, int kM, int kN>
+struct Products {
+  static constexpr int kRegisters = 1;  // of an element
+  float sums[kM][kN][4] = {};
+
+  DK_DEVICE void add(int m, int n, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    T::multiply(sums[m][n], a, b0, b1);
+  }
+  DK_DEVICE void flush() {}
+};
+
+// Tensor cores cut off what does not fit the sum, each time they add to it, so that a sum is too small, the more the
+// longer it is. Their sums are short ones here, that flush() adds to `sums` with rounding; and products with a small part
+// have sums of their own, which lose as little as they are small.
+template <int kM, int kN>
+struct Products<TF32x3, kM, kN> {
+  static constexpr int kRegisters = 3;
+  float sums[kM][kN][4] = {}, large[kM][kN][4] = {}, small[kM][kN][4] = {};
+
+  DK_DEVICE void add(int m, int n, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    TF32x3::multiply(large[m][n], small[m][n], a, b0, b1);
+  }
+  DK_DEVICE void flush() {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          sums[m][n][e] += large[m][n][e] + small[m][n][e];
+          large[m][n][e] = small[m][n][e] = 0.0f;
+        }
+  }
+};
+
+// Features of 32 bits after which products are flushed.
+constexpr int kFeaturesOfFlush = 64;
 
 }  // namespace dk

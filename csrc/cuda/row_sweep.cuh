@@ -51,6 +51,11 @@ DK_DEVICE void multiply_weights(float (*g)[4], const float (&weights)[kColumns /
   } else {
     // The order of a sum's terms is free: where the instruction has columns t and t + 4, these are tokens 2t and 2t + 1,
     // which is where the products left them.
+    Products<T, 1, 4> sums;
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums.sums[0][n][e] = g[n][e];
 #pragma unroll
     for (int k = 0; k < kColumns / 8; ++k) {
       const uint32_t a[4] = {__float_as_uint(weights[k][0]), __float_as_uint(weights[k][2]),
@@ -66,9 +71,14 @@ DK_DEVICE void multiply_weights(float (*g)[4], const float (&weights)[kColumns /
                        : "=r"(b[e])
                        : "r"(panel + panel_offset<128>(token + e, chunk) + lane / 4 % 4 * 4)
                        : "memory");
-        T::multiply(g[n], a, b[0], b[1]);
+        sums.add(0, n, a, b[0], b[1]);
       }
     }
+    sums.flush();
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) g[n][e] = sums.sums[0][n][e];
   }
 }
 
@@ -95,6 +105,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
   using Stored = typename T::Stored;
   constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns, kThreads = Shape::kThreads;
   constexpr int kStages = Shape::kStages, kRowBytes = Shape::kRowBytes, kPanels = Shape::kPanels;
+  constexpr int kStepsOfFlush = kFeaturesOfFlush * 4 / kRowBytes;
   constexpr bool kGradient = Shape::kGradient;
   // Where tokens are not normalised.
   constexpr bool kSumsWeights = Epilogue<Potential>::kUsesExtra && !Epilogue<Potential>::kCentred;
@@ -216,21 +227,24 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
   int used_slot = 0;
   for (int tile_j = first_tile; tile_j < end_tile; ++tile_j) {
     const int begin_j = tile_j * kColumns;
-    float c[1][kColumns / 8][4] = {};
+    Products<T, 1, kColumns / 8> of_tile;
     uint32_t stage = 0;
     if constexpr (kResident) {
       stage = next_stage();
 #pragma unroll
       for (int p = 0; p < kPanels; ++p)
         if (p < of_gradient)
-          multiply_panels<T, kRowBytes, 1, kColumns / 8>(c, memory + p * Shape::kPanelI, row_i,
+          multiply_panels<T, kRowBytes, 1, kColumns / 8>(of_tile, memory + p * Shape::kPanelI, row_i,
                                                           stage + p * Shape::kPanelJ, 0);
     } else {
       for (int step = 0; step < products; ++step) {
         stage = next_stage();
-        multiply_panels<T, kRowBytes, 1, kColumns / 8>(c, stage, row_i, stage + Shape::kPanelI, 0);
+        multiply_panels<T, kRowBytes, 1, kColumns / 8>(of_tile, stage, row_i, stage + Shape::kPanelI, 0);
+        if (step % kStepsOfFlush == kStepsOfFlush - 1) of_tile.flush();
       }
     }
+    of_tile.flush();
+    float(&c)[1][kColumns / 8][4] = of_tile.sums;
 
     const float* inverse_j = of_columns + used_slot * 3 * kColumns;
     const float* extra_j = inverse_j + kColumns;

@@ -115,7 +115,7 @@ DK_DEVICE void copy_panel(uint32_t panel, const char* row, int64_t stride_bytes,
 
 // C += A B^T over the width of two panels: kM blocks of 16 rows of A from `row_a`, kN blocks of 8 rows of B from `row_b`.
 template <class T, int kRowBytes, int kM, int kN>
-DK_DEVICE void multiply_panels(float (&c)[kM][kN][4], uint32_t panel_a, int row_a, uint32_t panel_b, int row_b) {
+DK_DEVICE void multiply_panels(Products<T, kM, kN>& c, uint32_t panel_a, int row_a, uint32_t panel_b, int row_b) {
   static_assert(kN % 2 == 0, "blocks of 8 rows of B are read two at a time");
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -131,8 +131,8 @@ DK_DEVICE void multiply_panels(float (&c)[kM][kN][4], uint32_t panel_a, int row_
                                                          2 * slab + lane / 8 % 2));
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        T::multiply(c[m][n], a[m], b[0], b[1]);
-        T::multiply(c[m][n + 1], a[m], b[2], b[3]);
+        c.add(m, n, a[m], b[0], b[1]);
+        c.add(m, n + 1, a[m], b[2], b[3]);
       }
     }
   }
