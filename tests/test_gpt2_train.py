@@ -1,31 +1,26 @@
 """The command `dispersion-gpt2`: what it computes, what it writes, that it resumes exactly, what it refuses."""
 
 import json
-import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from gpt2_runs import OFTEN, SHORT, assert_same_weights, child, command_line, computed, metrics, refusal, weights
 
 from dispersion_kernels import fused_dispersion_loss
 from dispersion_kernels.condensation import mean_pairwise_cosine
-from dispersion_kernels.gpt2 import GPT2, GPT2Config, load_weights, runtime, save_weights, train
+from dispersion_kernels.gpt2 import GPT2, GPT2Config, build, files, load_weights, save_weights, train
 from dispersion_kernels.gpt2.data import load_data, mixed_seed, training_windows, validation_windows, windows_at
 from dispersion_kernels.gpt2.options import build_parser, complete
 
 for library in ("tokenizers", "tqdm", "matplotlib", "safetensors"):
     pytest.importorskip(library)
-
-TINY = ["--layers", "2", "--width", "16", "--heads", "2", "--context", "16", "--tokenizer", "bytes", "--device", "cpu"]
-SHORT = ["--steps", "6", "--warmup", "2", "--batch-size", "2", "--lr", "0.01", "--validation-windows", "5"]
-OFTEN = ["--log-interval", "1", "--eval-interval", "3", "--save-interval", "3"]
 
 needs_distributed = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
 
@@ -45,24 +40,21 @@ def memory_goes_back(monkeypatch):
     monkeypatch.setattr(train, "keep_freed_memory", lambda: None)
 
 
+@pytest.fixture(autouse=True)
+def caches(tmp_path, monkeypatch):
+    """The user's, where the key lies that signs checkpoints."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
 @pytest.fixture
 def text(tmp_path):
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for i in range(30):
-        (folder / f"{i}.txt").write_text(f"{i} is followed by {i + 1}, and {i + 1} by {i + 2}.\n" * 8)
-    return folder
+    command_line(tmp_path, tmp_path)
+    return tmp_path / "texts"
 
 
 @pytest.fixture
-def arguments(text, tmp_path):
-    """The command line of a tiny run in `out`; later options win."""
-
-    def arguments(out: Path, *more: str) -> list[str]:
-        data = ["--data", str(text), "--cache", str(tmp_path / "cache"), "--out", str(out)]
-        return [*data, *TINY, *SHORT, *OFTEN, *more]
-
-    return arguments
+def arguments(tmp_path):
+    return partial(command_line, tmp_path)
 
 
 @pytest.fixture
@@ -79,40 +71,9 @@ def refused(arguments, tmp_path, capsys):
     """What the command says of options it does not take."""
 
     def refused(*more: str, out: Path | None = None) -> str:
-        try:
-            code = train.main(arguments(out or tmp_path / "refused", *more))
-        except SystemExit as exit:  # argparse
-            code = exit.code
-        error = capsys.readouterr().err
-        assert code == 2, error
-        assert "dispersion-gpt2: error: " in error
-        assert "Traceback" not in error
-        return error.split("dispersion-gpt2: error: ")[1]
+        return refusal(capsys, arguments(out or tmp_path / "refused", *more))
 
     return refused
-
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-TIMED = ("tokens_per_second", "peak_memory_bytes")
-
-
-def computed(lines: list[dict]) -> list[dict]:
-    """What must not depend on the clock or the machine."""
-    return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return torch.load(out / "checkpoint.pt", weights_only=True)["model"]
-
-
-def assert_same_weights(one: Path, two: Path, **tolerance: float) -> None:
-    for (name, first), second in zip(weights(one).items(), weights(two).values(), strict=True):
-        torch.testing.assert_close(
-            first, second, rtol=tolerance.get("rtol", 0), atol=tolerance.get("atol", 0), msg=name
-        )
 
 
 def test_a_run_learns_and_writes_what_it_says(run, tmp_path, capsys):
@@ -132,7 +93,8 @@ def test_a_run_learns_and_writes_what_it_says(run, tmp_path, capsys):
         assert 1e7 < line["peak_memory_bytes"] < 1e11
         assert line["tokens_per_second"] > 0
     assert sorted(path.name for path in out.iterdir()) == [
-        *("checkpoint.pt", "condensation.png", "config.json", "metrics.jsonl", "model.safetensors", "results.json")
+        *(".lock", "checkpoint.pt", "condensation.png", "config.json"),
+        *("metrics.jsonl", "model.safetensors", "results.json"),
     ]
     assert (out / "condensation.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((out / "results.json").read_text())
@@ -287,23 +249,6 @@ def test_another_text_is_not_resumed_with(run, text, tmp_path, capsys):
     assert "is not what" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", None])
-def test_a_damaged_checkpoint_is_named(run, refused, tmp_path, damage):
-    run(tmp_path / "out")
-    file = tmp_path / "out" / "checkpoint.pt"
-    file.write_bytes(file.read_bytes()[:-1000] if damage is None else damage)
-    error = refused("--resume", out=tmp_path / "out")
-    assert f"{file} is damaged, or not a checkpoint of dispersion-gpt2" in error
-
-
-def test_a_file_that_is_another_checkpoint_is_named(refused, tmp_path):
-    (tmp_path / "out").mkdir()
-    torch.save({"model": {}}, tmp_path / "out" / "checkpoint.pt")
-    assert "it lacks" in refused("--resume", out=tmp_path / "out")
-    torch.save(Path("code that would run"), tmp_path / "out" / "checkpoint.pt")
-    assert "is damaged, or not a checkpoint" in refused("--resume", out=tmp_path / "out")
-
-
 def test_an_absent_checkpoint_is_named(refused, tmp_path, capsys):
     assert f"there is no checkpoint in {tmp_path / 'none'}" in refused("--resume", out=tmp_path / "none")
     assert train.main(["--resume"]) == 2
@@ -315,7 +260,7 @@ def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(tmp_path):
     path.write_bytes(b"old")
 
     def fail_half_way():
-        with runtime.replaced(path) as file:
+        with files.replaced(path) as file:
             file.write(b"half of the new")
             raise OSError("disk full")
 
@@ -323,62 +268,6 @@ def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(tmp_path):
         fail_half_way()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def child(arguments: list[str], *, ranks: int = 1) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "dispersion_kernels.gpt2.train", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(run, arguments, tmp_path, capsys, number):
-    whole = run(tmp_path / "whole")
-    step, handler = train.Run.train_step, signal.getsignal(number)
-
-    def signalled_step(self, measure):
-        if self.step == 1:
-            os.kill(os.getpid(), number)
-        return step(self, measure)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Run, "train_step", signalled_step)
-        assert train.main(arguments(tmp_path / "parts")) == 0
-    assert "stopped after step 2 of 6 and saved" in capsys.readouterr().out
-    assert signal.getsignal(number) is handler
-    assert not (tmp_path / "parts" / "results.json").exists()
-    assert train.main(["--resume", "--out", str(tmp_path / "parts")]) == 0
-    assert computed(metrics(tmp_path / "parts")) == computed(whole)
-    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
-
-
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=needs_distributed)])
-def test_ctrl_c_in_real_processes(arguments, tmp_path, ranks):
-    out = tmp_path / "out"
-    steps = ("--steps", "100000", "--eval-interval", "100000", "--save-interval", "100000")
-    process = child(arguments(out, *steps), ranks=ranks)
-    deadline = time.monotonic() + 60
-    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text()) < 100:
-        assert time.monotonic() < deadline, "no step in a minute"
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
-    step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
-    assert f"stopped after step {step} of 100000 and saved" in printed
-    assert f"dispersion-gpt2 --resume --out {out}" in printed
-    assert metrics(out)[-1]["step"] == step
-    if ranks == 1:  # torchrun itself fails when it is interrupted
-        assert process.returncode == 0, printed
-    assert train.main(["--resume", "--out", str(out), "--steps", str(step + 2)]) == 0
-    assert [line["step"] for line in metrics(out)] == list(range(1, step + 3))
 
 
 def test_compare_end_to_end(run, arguments, tmp_path, capsys):
@@ -471,6 +360,7 @@ def test_compiled(run, tmp_path):
         assert compiled["dispersion"] == pytest.approx(eager["dispersion"], rel=1e-3)
 
 
+@pytest.mark.process
 @needs_distributed
 def test_two_processes_equal_one(run, arguments, tmp_path):
     more = ("--dispersion-weight", "0.5")
@@ -503,7 +393,7 @@ def test_two_processes_equal_one(run, arguments, tmp_path):
     ],
 )
 def test_layers_by_name_and_number(choice, layers, expected):
-    assert train.dispersion_layers(choice, layers) == expected
+    assert build.dispersion_layers(choice, layers) == expected
 
 
 def test_the_chosen_layers_are_the_ones_logged(run, tmp_path):
@@ -516,7 +406,7 @@ def test_the_chosen_layers_are_the_ones_logged(run, tmp_path):
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth():
     options = complete(build_parser().parse_args(["--steps", "110", "--warmup", "10", "--lr", "2"]))
-    rates = [train.learning_rate(step, options) for step in range(111)]
+    rates = [build.learning_rate(step, options) for step in range(111)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert rates[10] == pytest.approx(2)
     assert rates[60] == pytest.approx(1.1)
@@ -574,9 +464,20 @@ def test_presets_choose_shape_and_recipe():
         (("--potential", "gravity"), "gravity"),
         (("--tau", "-1"), "tau"),
         (("--impl", "fastest"), "fastest"),
+        (("--impl", "triton"), '--impl triton: impl="triton" cannot run here: the tokens are on the CPU'),
+        (
+            ("--impl", "cpu", "--potential", "perplexity_entropy"),
+            '--impl cpu: impl="cpu" cannot run here: the CPU kernel has no potential',
+        ),
         (("--preset", "huge"), "argument --preset: invalid choice: 'huge'"),
         (("--heads", "3"), "width must be a multiple of heads, got width=16 and heads=3"),
         (("--device", "toaster"), "--device toaster: PyTorch cannot use it here"),
+        (("--device", "meta"), "--device meta: PyTorch cannot use it here"),
+        (("--device", "hpu"), "--device hpu: PyTorch cannot use it here"),
+        (("--data", ""), "argument --data: wanted the name of a file or folder, got ''"),
+        (("--cache", ""), "argument --cache: wanted the name of a file or folder, got ''"),
+        (("--out", ""), "argument --out: wanted the name of a file or folder, got ''"),
+        (("--init-from", ""), "argument --init-from: wanted the name of a file or folder, got ''"),
         (("--data", "/no/such/place"), "--data /no/such/place: there is no such file or folder"),
         (("--context", "100000"), "shorter than --context 100000 + 1"),
         (("--compare", "--dispersion-weight", "0"), "--compare needs a --dispersion-weight other than 0"),

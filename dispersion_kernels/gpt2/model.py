@@ -6,7 +6,6 @@ of the `transformer.` prefix and of four transposed matrices a block.
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from .files import replaced, write_json
 
 
 @dataclass(frozen=True)
@@ -239,10 +240,9 @@ def config_of(weights: dict[str, Tensor], file: Path, *, heads: int | None, drop
 
 def save_weights(model: GPT2, folder: str | Path) -> Path:
     """Writes model.safetensors and config.json, which `transformers.GPT2LMHeadModel.from_pretrained` reads."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"transformer.{name}": tensor.contiguous() for name, tensor in exported(model)}
     config = model.config
     description = {
@@ -259,12 +259,11 @@ def save_weights(model: GPT2, folder: str | Path) -> Path:
         **{f"{part}_pdrop": config.dropout for part in ("embd", "attn", "resid")},
         "tie_word_embeddings": True,
     }
-    file, config_file = folder / "model.safetensors", folder / "config.json"
-    save_file(tensors, f"{file}.tmp", metadata={"format": "pt"})
-    Path(f"{config_file}.tmp").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
-    os.replace(f"{config_file}.tmp", config_file)
-    os.replace(f"{file}.tmp", file)
-    return file
+    write_json(folder / "config.json", description)
+    content = save(tensors, metadata={"format": "pt"})
+    with replaced(folder / "model.safetensors", len(content)) as stream:
+        stream.write(content)
+    return folder / "model.safetensors"
 
 
 def exported(model: GPT2) -> Iterator[tuple[str, Tensor]]:

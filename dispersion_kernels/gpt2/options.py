@@ -3,16 +3,18 @@
 import argparse
 import math
 import os
+import shlex
+import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from ..control_variates import CONTROL_VARIATES, RANK, RANKS
+from .checkpoint import checkpoints, damage_named, is_signed, read_checkpoint
 from .model import PRESETS
-from .runtime import checkpoints, read_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a preset is trained with unless told otherwise; the learning rates of the published shapes are GPT-3's.
@@ -26,42 +28,87 @@ RECIPES = {
     "from weights": (2_000, 100, 8, 8, 5e-5, 0.1, "gpt2"),
 }
 SHAPE = ("layers", "width", "heads", "mlp_width", "context")
-# What a run cannot change half-way: the saved state would not fit, or not mean the same.
-FIXED = ("preset", *SHAPE, "dropout", "init_from", "data", "tokenizer", "vocab_size", "seed", "compare")
+# What a run cannot change half-way: the saved state would not fit, or not mean the same. That the text is the same is
+# known from its tokens.
+FIXED = ("preset", *SHAPE, "dropout", "init_from", "tokenizer", "vocab_size", "seed", "compare")
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    return settle(parse_command(argv), argv)
+
+
+def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
+    """What the command line says, with the run's folder chosen, which can be locked before anything in it is read."""
+    given = build_parser().parse_args(argv)
+    if given.resume and given.out is None:
+        raise ValueError("--resume needs --out, the folder of the run to continue")
+    if given.resume and not checkpoints(given.out):
+        raise FileNotFoundError(f"--resume: there is no checkpoint in {given.out}; start it without --resume")
+    given.out = given.out or Path("runs", datetime.now().strftime("%Y-%m-%d-%H%M%S"))
+    return given
+
+
+def settle(given: argparse.Namespace, argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, with a preset's or, to resume, the saved run's in place of those not given."""
-    parser = build_parser()
-    options = parser.parse_args(argv)
-    if options.resume:
-        if options.out is None:
-            raise ValueError("--resume needs --out, the folder of the run to continue")
-        found = checkpoints(options.out)
-        if not found:
-            raise FileNotFoundError(f"--resume: there is no checkpoint in {options.out}; start it without --resume")
-        saved = read_checkpoint(found[-1])["options"]
-        if saved["compare"] and found[-1].parent == options.out:
+    if given.resume:
+        return resumed(given, argv)
+    if checkpoints(given.out):
+        raise ValueError(f"--out {given.out} holds a run already: continue it with --resume, or choose another folder")
+    return complete(given)
+
+
+def resumed(given: argparse.Namespace, argv: Sequence[str] | None) -> argparse.Namespace:
+    file = checkpoints(given.out)[-1]
+    checkpoint = read_checkpoint(file, tensors=False)
+    with damage_named(file):
+        saved = complete(build_parser(SavedParser).parse_args(checkpoint["arguments"]))
+    if saved.compare and file.parent == given.out:
+        raise ValueError(f"--out {given.out} is half of a comparison; resume the whole by --out {given.out.parent}")
+    if not is_signed(checkpoint):
+        distrust(saved, given, file)
+    options = build_parser().parse_args([*as_arguments(saved), *(sys.argv[1:] if argv is None else argv)])
+    options.out = given.out
+    complete(options)
+    if given.accumulate is None:
+        # A step keeps its windows under another --batch-size or number of ranks, where they can be divided so.
+        at_once = options.batch_size * int(os.environ.get("WORLD_SIZE", 1))
+        options.accumulate = max(checkpoint["windows"] // at_once, 1)
+    for name in FIXED:
+        if getattr(options, name) != getattr(saved, name):
             raise ValueError(
-                f"--out {options.out} is half of a comparison; resume the whole by --out {options.out.parent}"
+                f"--{name.replace('_', '-')} was {getattr(saved, name)} when the run in {given.out} began, got "
+                f"{getattr(options, name)}; leave it out, or start another run with another --out"
             )
-        parser.set_defaults(**saved)
-        options = complete(parser.parse_args(argv))
-        for name in FIXED:
-            given = getattr(options, name)
-            if given != saved[name]:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} was {saved[name]} when the run in {options.out} began, got {given}; "
-                    "leave it out, or start another run with another --out"
-                )
-        return options
-    if options.out is None:
-        options.out = Path("runs", datetime.now().strftime("%Y-%m-%d-%H%M%S"))
-    if checkpoints(options.out):
+    return options
+
+
+def distrust(saved: argparse.Namespace, given: argparse.Namespace, file: Path) -> None:
+    """Of a checkpoint that another user or machine wrote: its paths are used where the command line has them, too."""
+    saved.cache = None
+    unconfirmed = {"data": saved.data, "init_from": [saved.init_from] if saved.init_from else []}
+    unconfirmed = {name: paths for name, paths in unconfirmed.items() if paths and not getattr(given, name)}
+    if unconfirmed:
+        named = " ".join(f"--{name.replace('_', '-')} {shlex.join(paths)}" for name, paths in unconfirmed.items())
         raise ValueError(
-            f"--out {options.out} holds a run already: continue it with --resume, or choose another folder"
+            f"--resume: {file} was not written by you on this machine, or the key that would tell is gone; paths in it "
+            f"are used only if you give them, too: {named}"
         )
-    return complete(options)
+
+
+def as_arguments(options: argparse.Namespace) -> list[str]:
+    """The command line that these options are the answer to; its paths are absolute."""
+    arguments = []
+    for name, value in vars(options).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in ("out", "resume") or value is None or value is False or value == []:
+            continue
+        if value is True:
+            arguments.append(flag)
+        elif isinstance(value, list):
+            arguments += [flag, *value]
+        else:
+            arguments.append(f"{flag}={value}")
+    return arguments
 
 
 def complete(options: argparse.Namespace) -> argparse.Namespace:
@@ -70,8 +117,9 @@ def complete(options: argparse.Namespace) -> argparse.Namespace:
     if options.init_from is None:
         options.preset = options.preset or "nano"
         preset = PRESETS[options.preset]
+        defaults = {name: getattr(preset, name) for name in SHAPE}
         # The MLP follows the width, which may be given.
-        defaults = {**{name: getattr(preset, name) for name in SHAPE}, "mlp_width": 0}
+        defaults["mlp_width"] = 4 * (options.width or preset.width)
     else:
         for name in ("preset", "layers", "width", "mlp_width"):
             if getattr(options, name) is not None:
@@ -85,17 +133,29 @@ def complete(options: argparse.Namespace) -> argparse.Namespace:
     if options.compare and options.dispersion_weight == 0:
         raise ValueError("--compare needs a --dispersion-weight other than 0: that of its second run")
     options.data = [text if text.startswith("hf:") else os.path.abspath(text) for text in options.data]
+    if options.cache is not None:
+        options.cache = os.path.abspath(options.cache)
     return options
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class SavedParser(argparse.ArgumentParser):
+    """A parser of a checkpoint's command line, in which there is nobody to help."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser = kind(
         prog="dispersion-gpt2",
         description="Train GPT-2 with a dispersion loss on its hidden states. Without options: a nano GPT-2 on the "
         "source text of the Python it runs on. Several GPUs: torchrun -m dispersion_kernels.gpt2.train ...",
     )
     add = parser.add_argument_group("run").add_argument
-    add("--out", type=Path, help="folder of the run (default: runs/ and the time)")
+    add("--out", type=folder, help="folder of the run (default: runs/ and the time)")
     add("--compare", action="store_true", help="train twice, without and with the dispersion loss, and draw both")
     add("--resume", action="store_true", help="continue the run in --out; the options not given are those it had")
     add("--seed", type=at_least(0), default=0, metavar="N", help="of everything random (default: %(default)s)")
@@ -120,14 +180,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--validation-windows", type=at_least(1), default=128, metavar="N", help="validated on (default: %(default)s)")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", default=[], metavar="TEXT", help="text files (.gz and .xz too), folders, hf:NAME[:CONFIG]")
+    add(
+        "--data",
+        nargs="+",
+        type=not_empty,
+        default=[],
+        metavar="TEXT",
+        help="text files (.gz and .xz too), folders, /dev/stdin, hf:NAME[:CONFIG]",
+    )
     add(
         "--tokenizer",
         choices=("gpt2", "bpe", "bytes"),
         help="bpe is trained on the text (default: nano bpe, else gpt2)",
     )
     add("--vocab-size", type=at_least(257), default=1024, metavar="N", help="of --tokenizer bpe (default: %(default)s)")
-    add("--cache", metavar="DIR", help="of tokenised texts (default: in $XDG_CACHE_HOME or ~/.cache)")
+    add("--cache", type=not_empty, metavar="DIR", help="of tokenised texts (default: in $XDG_CACHE_HOME or ~/.cache)")
 
     add = parser.add_argument_group("model").add_argument
     add("--preset", choices=PRESETS, help="shape and recipe (default: nano)")
@@ -137,7 +204,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mlp-width", type=at_least(1), metavar="N", help="(default: 4 * width)")
     add("--context", type=at_least(2), metavar="N", help="tokens a window")
     add("--dropout", type=number(0, below=1), default=0.0, metavar="P")
-    add("--init-from", metavar="PATH", help="GPT-2 weights to go on from: safetensors in Hugging Face's naming")
+    add(
+        "--init-from",
+        type=not_empty,
+        metavar="PATH",
+        help="GPT-2 weights to go on from: safetensors in Hugging Face's naming",
+    )
     add("--checkpoint-activations", action="store_true", help="less memory, a forward pass more")
 
     add = parser.add_argument_group("dispersion").add_argument
@@ -174,6 +246,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weight-decay", type=number(0), default=0.1, metavar="X", help="of matrices alone (default: %(default)s)")
     add("--clip", type=number(0), default=1.0, metavar="NORM", help="of the gradient; 0: none (default: %(default)s)")
     return parser
+
+
+def not_empty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("wanted the name of a file or folder, got ''")
+    return text
+
+
+def folder(text: str) -> Path:
+    return Path(not_empty(text))
 
 
 def at_least(low: int) -> Any:

@@ -1,16 +1,15 @@
-"""What a run needs of its machine: other processes, signals, and files that are there whole or not at all."""
+"""What a run needs of its machine: other processes, signals, a terminal, memory."""
 
 import argparse
 import contextlib
 import ctypes
-import json
+import io
 import os
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -29,18 +28,6 @@ def process_group(options: argparse.Namespace) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-# Of mallopt, from glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-
-
-def keep_freed_memory() -> None:
-    """Leaves what a step frees with the process, for the next step. glibc gives large tensors' memory back to the
-    system at once, and what it gets again is cleared page by page: some 2% of a step of the nano GPT-2 on a CPU."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for parameter, value in ((_M_TRIM_THRESHOLD, -1), (_M_MMAP_MAX, 0)):
-            libc.mallopt(parameter, value)
 
 
 def rank() -> int:
@@ -62,34 +49,79 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+class PersistentStream(io.TextIOBase):
+    """A terminal or pipe for writing that may be closed at its other end, as by a hangup, or by a Ctrl-C that ended the
+    `tee` behind it, too. What is written from then on is lost, and the run is not."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except UnicodeEncodeError:  # a file's name, in a terminal of another encoding
+            return self.stream.write(text.encode("ascii", "backslashreplace").decode())
+        except OSError:
+            self.let_go()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self.let_go()
+
+    def let_go(self) -> None:
+        with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.stream.fileno())
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.stream.encoding
+
+
 class StopRequest:
-    """While it listens, Ctrl-C or SIGTERM asks for the end after the current step; a second one acts at once.
+    """While it listens, SIGINT (Ctrl-C), SIGTERM or SIGHUP asks for the end after the current step; a second one acts
+    at once.
 
     Not so under torchrun, which passes a Ctrl-C on to processes that may have it from the terminal already.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.number = 0
+        """Of the signal, 0 without one."""
         self.previous: dict[int, Any] = {}
 
     def listen(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # under nohup
+                continue
             self.previous.setdefault(number, signal.signal(number, self.request))
 
     def request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.number = number
+        second = ""
         if world() == 1:
             self.restore()
+            second = "; a second signal stops at once, without saving"
         if rank() == 0:
-            print("\nstopping after this step", file=sys.stderr)
+            with contextlib.suppress(OSError):  # print might be interrupted by this, and does not allow it
+                os.write(2, f"\nstopping after this step, and saving{second}\n".encode())
 
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked to stop, so that all stop after the same step."""
+    def agreed(self, device: torch.device) -> int:
+        """The signal that any rank had, the same on all, so that all stop after the same step; 0 without one."""
         if world() == 1:
-            return self.requested
-        flag = torch.tensor(float(self.requested), device=device)
-        dist.all_reduce(flag)
-        return bool(flag.item())
+            return self.number
+        number = torch.tensor(float(self.number), device=device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number.item())
 
     def restore(self) -> None:
         for number in list(self.previous):
@@ -102,63 +134,16 @@ class StopRequest:
         self.restore()
 
 
-def checkpoints(out: Path) -> list[Path]:
-    """Those there are in a run's folder, or in the two of a comparison."""
-    files = [out / folder / "checkpoint.pt" for folder in (".", "without", "with")]
-    return [file for file in files if file.exists()]
+# glibc's parameters of mallopt, from its malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    try:
-        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        wanted = {"model", "optimizer", "scaler", "step", "seconds", "before", "config", "data", "options"}
-        if missing := wanted - checkpoint.keys():
-            raise ValueError(f"it lacks {min(missing)}")
-    except Exception as error:  # what breaks may be the zip, the pickle or a tensor
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"--resume: {file} is damaged, or not a checkpoint of dispersion-gpt2 ({reason}); restore it from a copy, "
-            "or start again with another --out"
-        ) from error
-    return checkpoint
-
-
-class Metrics:
-    """metrics.jsonl; what a resumed run will write again, and a line cut short, is taken out first."""
-
-    def __init__(self, file: Path, step: int) -> None:
-        self.file = file
-        kept = []
-        for line in file.read_text("utf-8").splitlines() if file.exists() else []:
-            with contextlib.suppress(ValueError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        with replaced(file) as new:
-            new.write("".join(kept).encode())
-
-    def append(self, step: int, measured: dict[str, Any]) -> None:
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **measured}) + "\n")
-
-
-@contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Any]:
-    """A file open for writing that takes the place of `path` when all of it is on the disk, and else never does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    with replaced(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
+def keep_freed_memory() -> None:
+    """Leaves what a step frees with the process, for the next step. glibc gives large tensors' memory back to the
+    system at once, and what it gets again is cleared page by page: some 2% of a step of the nano GPT-2 on a CPU."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for parameter, value in ((_M_TRIM_THRESHOLD, -1), (_M_MMAP_MAX, 0)):
+            libc.mallopt(parameter, value)
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -171,3 +156,10 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What the allocator of a GPU, of the CPU or of Python said, if it was one of them."""
+    said = (str(error) or "Python cannot allocate memory").splitlines()[0].split("DefaultCPUAllocator: ")[-1]
+    of_cpu = isinstance(error, RuntimeError) and ("can't allocate memory" in said or "bad_alloc" in said)
+    return said if of_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError) else None

@@ -1,13 +1,12 @@
 """`dispersion-gpt2`: trains GPT-2 with the dispersion loss, from scratch or from GPT-2's weights.
 
-Reads from top to bottom: the command, one run and its steps, what a run is built from.
+Reads from top to bottom: the command, one run and its steps; what a run is built from is in build.py.
 """
 
 import argparse
 import contextlib
 import importlib
 import math
-import os
 import shlex
 import sys
 import time
@@ -26,68 +25,102 @@ from dispersion_kernels import fused_dispersion_loss
 
 from ..condensation import condensation_by_layer, plot_condensation
 from ..potentials import resolve_potential
-from .data import TokenData, load_data, mixed_seed, training_windows, validation_windows, windows_at
-from .model import GPT2, GPT2Config, load_weights, save_weights
-from .options import DTYPES, SHAPE, parse_options
+from .build import build_model, build_optimizer, dispersion_layers, learning_rate, load_tokens, pick_device
+from .checkpoint import damage_named, read_checkpoint, restore_optimizer, write_checkpoint
+from .data import mixed_seed, training_windows, validation_windows, windows_at
+from .files import Metrics, locked, named_failure, write_json
+from .model import save_weights
+from .options import DTYPES, as_arguments, parse_command, settle
 from .runtime import (
-    Metrics,
+    PersistentStream,
     StopRequest,
     keep_freed_memory,
     mean_over_ranks,
+    out_of_memory,
     peak_memory,
     process_group,
     rank,
-    read_checkpoint,
-    replaced,
     say,
     world,
-    write_json,
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        options = parse_options(argv)
+    """The command; its exit status is 0 when the training is done, 128 + N after signal N, and 2 after an error."""
+    stdout, stderr = PersistentStream(sys.stdout), PersistentStream(sys.stderr)
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            return command(argv)
+        except KeyboardInterrupt as interrupt:
+            said = str(interrupt) or "interrupted before training, nothing is lost"
+            print(f"dispersion-gpt2: {said}", file=sys.stderr)
+            return 130
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            message = str(error)
+        except (RuntimeError, MemoryError) as error:
+            reason = out_of_memory(error)
+            if reason is None:
+                raise
+            message = f"{reason}; take a smaller --batch-size and a larger --accumulate, or --checkpoint-activations"
+        print("dispersion-gpt2: error:", *message.splitlines(), file=sys.stderr)
+        return 2
+
+
+def command(argv: Sequence[str] | None) -> int:
+    given = parse_command(argv)
+    with locked(given.out):
+        options = settle(given, argv)
         check_libraries(options)
         keep_freed_memory()
         with process_group(options), StopRequest() as stop:
             if options.compare:
-                compare(options, stop)
+                done = compare(options, stop)
             else:
-                Run(options, options.out, options.dispersion_weight).train(stop)
-    except KeyboardInterrupt:
-        print("dispersion-gpt2: interrupted outside training, nothing to save", file=sys.stderr)
-        return 130
-    except torch.OutOfMemoryError as error:
-        remedy = "take a smaller --batch-size and a larger --accumulate, or --checkpoint-activations"
-        print(f"dispersion-gpt2: error: {str(error).splitlines()[0]}; {remedy}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"dispersion-gpt2: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+                done = Run(options, options.out, options.dispersion_weight).train(stop) is not None
+    return 0 if done else 128 + stop.number
 
 
-def compare(options: argparse.Namespace, stop: StopRequest) -> None:
-    """Two runs, one after the other, that differ in the dispersion term alone; both in one picture and one table."""
+def check_libraries(options: argparse.Namespace) -> None:
+    """What is imported late is missed early: not after the training it was to save or to draw."""
+    for name in ("tqdm", "safetensors", "matplotlib", *(["tokenizers"] if options.tokenizer != "bytes" else [])):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f'{name} is missing: pip install "dispersion-kernels[gpt2]"', name=name
+            ) from error
+
+
+def compare(options: argparse.Namespace, stop: StopRequest) -> bool:
+    """Two runs, one after the other, that differ in the dispersion term alone; both in one picture and one table.
+    Whether they came to their end."""
     results = {}
-    for name, weight in (("without", 0.0), ("with", options.dispersion_weight)):
-        say(f"{name} the dispersion loss")
-        result = Run(options, options.out / name, weight).train(stop)
-        if result is None:
-            return
-        results[name] = result
-    if rank() != 0:
-        return
-    write_json(options.out / "results.json", results)
-    curves = {
-        "before training": results["with"]["cosine_before"],
-        "trained without the dispersion loss": results["without"]["cosine_after"],
-        f"trained with it (weight {options.dispersion_weight:g})": results["with"]["cosine_after"],
-    }
-    plot_condensation(curves, options.out / "condensation.png", dashed=["before training"])
-    say(table(results))
-    say(f"picture   {options.out / 'condensation.png'}\nresults   {options.out / 'results.json'}")
+    weights = {"without": 0.0, "with": options.dispersion_weight}
+    with contextlib.ExitStack() as locks:
+        for name in weights:
+            locks.enter_context(locked(options.out / name))
+        for name, weight in weights.items():
+            say(f"{name} the dispersion loss")
+            result = Run(options, options.out / name, weight).train(stop)
+            if result is None:
+                return False
+            results[name] = result
+    if rank() == 0:
+        write_json(options.out / "results.json", results)
+        curves = {
+            "before training": results["with"]["cosine_before"],
+            "trained without the dispersion loss": results["without"]["cosine_after"],
+            f"trained with it (weight {options.dispersion_weight:g})": results["with"]["cosine_after"],
+        }
+        draw(curves, options.out)
+        say(table(results))
+        say(f"picture   {options.out / 'condensation.png'}\nresults   {options.out / 'results.json'}")
+    return True
+
+
+def draw(curves: dict[str, list[float]], out: Path) -> None:
+    with named_failure(out / "condensation.png"):
+        plot_condensation(curves, out / "condensation.png", dashed=["before training"])
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -110,8 +143,15 @@ class Run:
     def __init__(self, options: argparse.Namespace, out: Path, weight: float) -> None:
         self.options, self.out, self.weight = options, out, weight
         self.device = pick_device(options)
-        checkpoint = read_checkpoint(out / "checkpoint.pt") if (out / "checkpoint.pt").exists() else None
+        self.windows_per_step = options.batch_size * options.accumulate * world()
+        self.file = out / "checkpoint.pt"
+        checkpoint = self.read()
         self.data = load_tokens(options)
+        if checkpoint is not None and checkpoint["data"] != self.data.key:
+            raise ValueError(
+                f"--resume: the text or its tokeniser is not what {out} was trained on; give the same --data, or start "
+                "another run with another --out"
+            )
         torch.manual_seed(mixed_seed(options.seed))
         self.model = build_model(options, self.data, checkpoint).to(self.device)
         config = self.model.config
@@ -130,8 +170,7 @@ class Run:
             rank=options.control_variate_rank,
             impl=options.impl,
         )
-        # What it does not take should fail before the work.
-        self.dispersion(torch.randn(1, 2, config.width, device=self.device))
+        self.try_dispersion()
         self.windows = validation_windows(self.data.validation, self.context, options.validation_windows)
         self.optimizer = build_optimizer(self.model, options, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.dtype == "float16")
@@ -139,8 +178,10 @@ class Run:
             torch.autocast, self.device.type, DTYPES[options.dtype], enabled=options.dtype != "float32"
         )
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.step_tokens = options.batch_size * options.accumulate * world() * self.context
+        self.step_tokens = self.windows_per_step * self.context
         self.step, self.seconds = 0, 0.0
+        self.saved: int | None = None
+        """The step of the last checkpoint."""
         self.before: list[float] = []
         if checkpoint is not None:
             self.restore(checkpoint)
@@ -149,8 +190,42 @@ class Run:
             forward = DistributedDataParallel(forward, device_ids=[self.device] if self.device.type == "cuda" else None)
         self.forward = forward
 
+    def read(self) -> dict[str, Any] | None:
+        """The checkpoint, if there is one. A step goes on to take as many windows as it did, whatever the ranks."""
+        if not self.file.exists():
+            return None
+        checkpoint = read_checkpoint(self.file)
+        windows, options = checkpoint["windows"], self.options
+        if windows != self.windows_per_step:
+            raise ValueError(
+                f"--resume: a step of the run in {self.out} takes {windows} windows, and {self.windows_per_step} with "
+                f"--batch-size {options.batch_size} and --accumulate {options.accumulate} on {world()} ranks; give a "
+                f"--batch-size and an --accumulate whose product, times the ranks, is {windows}"
+            )
+        paths = {"data": options.data, "cache": [options.cache] if options.cache else []}
+        named = "".join(f" --{name} {shlex.join(values)}" for name, values in paths.items() if values)
+        step = f"{options.batch_size} x {options.accumulate} x {world()} windows a step"
+        say(f"{self.out} goes on after step {checkpoint['step']}, {step},{named or ' on the default text'}")
+        return checkpoint
+
+    def try_dispersion(self) -> None:
+        """What the loss does not take should fail before the work."""
+        try:
+            self.dispersion(torch.randn(1, 2, self.model.config.width, device=self.device))
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            raise ValueError(f"--impl {self.options.impl}: {error}") from error
+
     def train(self, stop: StopRequest) -> dict[str, Any] | None:
         """Trains to the last step and returns the results, or saves, says how to go on, and returns None."""
+        try:
+            return self.take_steps(stop)
+        except KeyboardInterrupt:
+            kept = "there is no checkpoint" if self.saved is None else f"the checkpoint is of step {self.saved}"
+            raise KeyboardInterrupt(f"stopped at once, after step {self.step}; {kept}") from None
+
+    def take_steps(self, stop: StopRequest) -> dict[str, Any] | None:
         from tqdm import tqdm
 
         options = self.options
@@ -188,14 +263,15 @@ class Run:
                 if validates:
                     validation = self.validate()
                     measured |= {"validation_loss": validation[0], "validation_cosine": validation[1]}
-                    if rank() == 0:
-                        bar.write(f"step {self.step}: validation loss {validation[0]:.4f}")
+                    with bar.external_write_mode():
+                        say(f"step {self.step}: validation loss {validation[0]:.4f}")
                 if metrics and logs:
                     metrics.append(self.step, measured)
-                stopped = not last and stop.agreed(self.device)
-                if stopped or last or self.step % options.save_interval == 0:
+                number = 0 if last else stop.agreed(self.device)
+                if number or last or self.step % options.save_interval == 0:
                     self.save()
-                if stopped:
+                if number:
+                    stop.number = number
                     bar.close()
                     say(f"stopped after step {self.step} of {options.steps} and saved; to go on:")
                     say(f"  dispersion-gpt2 --resume --out {shlex.quote(str(options.out))}")
@@ -290,33 +366,32 @@ class Run:
         return loss, cosine
 
     def save(self) -> None:
-        if rank() != 0:
-            return
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "before": self.before,
-            "config": asdict(self.model.config),
-            "data": self.data.key,
-            # The seed is among them; every random draw is a function of it and of the step.
-            "options": {name: value for name, value in vars(self.options).items() if name not in ("out", "resume")},
-        }
-        with replaced(self.out / "checkpoint.pt") as file:
-            torch.save(state, file)
+        if rank() == 0:
+            state = {
+                "model": dict(self.model.state_dict()),
+                "optimizer": self.optimizer.state_dict()["state"],
+                "scaler": self.scaler.state_dict(),
+                "step": self.step,
+                "seconds": self.seconds,
+                "before": self.before,
+                "config": asdict(self.model.config),
+                "data": self.data.key,
+                "windows": self.windows_per_step,
+                # The seed is among them; every random draw is a function of it and of the step.
+                "arguments": as_arguments(self.options),
+            }
+            write_checkpoint(self.file, state)
+        self.saved = self.step
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        if checkpoint["data"] != self.data.key:
-            raise ValueError(
-                f"--resume: the text or its tokeniser is not what {self.out} was trained on; give the same --data, or "
-                "start another run with another --out"
-            )
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
-        self.step, self.seconds, self.before = checkpoint["step"], checkpoint["seconds"], checkpoint["before"]
+        with damage_named(self.file):
+            restore_optimizer(self.optimizer, checkpoint["optimizer"])
+            if checkpoint["scaler"]:  # another --dtype may have had none
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            self.before = [float(cosine) for cosine in checkpoint["before"]]
+            if len(self.before) != self.model.config.layers:
+                raise ValueError(f"its before has {len(self.before)} layers")
+        self.step, self.seconds, self.saved = checkpoint["step"], checkpoint["seconds"], checkpoint["step"]
 
     def finish(self, loss: float, cosine: list[float]) -> dict[str, Any]:
         tokens = self.step * self.step_tokens
@@ -336,115 +411,13 @@ class Run:
             write_json(self.out / "results.json", results)
             save_weights(self.model, self.out)
             curves = {"before training": self.before, "after training": cosine}
-            plot_condensation(curves, self.out / "condensation.png", dashed=["before training"])
+            draw(curves, self.out)
             say(
                 f"validation loss {loss:.4f}; mean pairwise cosine of the last layer {cosine[-1]:.3f}, before training "
                 f"{self.before[-1]:.3f}\n{self.out} holds condensation.png, metrics.jsonl, results.json, checkpoint.pt "
                 "and the weights in Hugging Face's naming, model.safetensors and config.json\n"
             )
         return results
-
-
-def check_libraries(options: argparse.Namespace) -> None:
-    """What is imported late is missed early: not after the training it was to save or to draw."""
-    for name in ("tqdm", "safetensors", "matplotlib", *(["tokenizers"] if options.tokenizer != "bytes" else [])):
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f'{name} is missing: pip install "dispersion-kernels[gpt2]"', name=name
-            ) from error
-
-
-def learning_rate(step: int, options: argparse.Namespace) -> float:
-    """Linear warm-up, then a cosine down to a tenth."""
-    if step < options.warmup:
-        share: float = (step + 1) / options.warmup
-    else:
-        done = (step - options.warmup) / max(options.steps - options.warmup, 1)
-        share = 0.55 + 0.45 * math.cos(math.pi * done)
-    return float(options.lr) * share
-
-
-def dispersion_layers(choice: str, layers: int) -> list[int]:
-    """The layers whose hidden states are dispersed, counted from 1; the embedding is not one of them."""
-    half = max(layers // 2, 1)
-    named = {
-        "all": range(1, layers + 1),
-        "last": range(layers, layers + 1),
-        "early_half": range(1, half + 1),
-        "late_half": range(layers - half + 1, layers + 1),
-    }
-    if choice in named:
-        return list(named[choice])
-    try:
-        chosen = sorted({int(number) for number in choice.split(",")})
-    except ValueError:
-        chosen = []
-    if not chosen or not 1 <= chosen[0] <= chosen[-1] <= layers:
-        raise ValueError(
-            f"--dispersion-layers must be all, last, early_half, late_half or numbers from 1 to {layers} with commas "
-            f"between, got {choice!r}"
-        )
-    return chosen
-
-
-def pick_device(options: argparse.Namespace) -> torch.device:
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and world() > 1:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA raises the latter
-        raise ValueError(f"--device {name}: PyTorch cannot use it here ({str(error).splitlines()[0]})") from error
-    if options.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ValueError("--dtype bfloat16: this GPU does not have it; use float16 or float32")
-    return device
-
-
-def load_tokens(options: argparse.Namespace) -> TokenData:
-    load = partial(
-        load_data, options.data, tokenizer=options.tokenizer, vocab_size=options.vocab_size, cache=options.cache
-    )
-    # One process a machine tokenises, the others find its files.
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    data = load(progress=rank() == 0) if first else None
-    if world() > 1:
-        dist.barrier()
-    return data or load()
-
-
-def build_model(options: argparse.Namespace, data: TokenData, checkpoint: dict[str, Any] | None) -> GPT2:
-    if checkpoint is not None:
-        return GPT2(GPT2Config(**checkpoint["config"]), checkpoint_activations=options.checkpoint_activations)
-    if options.init_from is None:
-        shape = {name: getattr(options, name) for name in SHAPE}
-        config = GPT2Config(**shape, vocab=data.vocab, dropout=options.dropout)
-        return GPT2(config, checkpoint_activations=options.checkpoint_activations)
-    try:
-        model = load_weights(
-            options.init_from,
-            dropout=options.dropout,
-            heads=options.heads,
-            checkpoint_activations=options.checkpoint_activations,
-        )
-    except (ValueError, OSError) as error:
-        raise ValueError(f"--init-from: {error}") from error
-    if data.vocab > model.config.vocab:
-        raise ValueError(
-            f"--tokenizer {options.tokenizer} has {data.vocab} tokens, the weights in {options.init_from} know "
-            f"{model.config.vocab}; use the tokeniser they were trained with"
-        )
-    return model
-
-
-def build_optimizer(model: GPT2, options: argparse.Namespace, device: torch.device) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda", "mps"))
 
 
 if __name__ == "__main__":

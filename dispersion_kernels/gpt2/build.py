@@ -1,0 +1,115 @@
+"""What a run is built from: its device, tokens, model, optimiser and schedule."""
+
+import argparse
+import math
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .data import TokenData, cache_folder, load_data, open_tokens
+from .model import GPT2, GPT2Config, load_weights
+from .options import SHAPE
+from .runtime import rank, world
+
+
+def pick_device(options: argparse.Namespace) -> torch.device:
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and world() > 1:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device).item()  # a meta tensor holds no value
+    except (RuntimeError, AssertionError, ImportError) as error:  # of backends that this PyTorch was built without
+        raise ValueError(f"--device {name}: PyTorch cannot use it here ({str(error).splitlines()[0]})") from error
+    if options.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError("--dtype bfloat16: this GPU does not have it; use float16 or float32")
+    return device
+
+
+def load_tokens(options: argparse.Namespace) -> TokenData:
+    """One process a machine reads and tokenises the text, the others open what it wrote."""
+    data = None
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        data = load_data(
+            options.data,
+            tokenizer=options.tokenizer,
+            vocab_size=options.vocab_size,
+            cache=options.cache,
+            progress=rank() == 0,
+        )
+    keys: list[str | None] = [data.key if data else None] * world()
+    if world() > 1:
+        dist.all_gather_object(keys, keys[0])
+    key, *others = {key for key in keys if key is not None}
+    if others:
+        raise ValueError("--data: it is not the same text on every machine of this run")
+    return data or open_tokens(cache_folder(options.cache) / key)
+
+
+def build_model(options: argparse.Namespace, data: TokenData, checkpoint: dict[str, Any] | None) -> GPT2:
+    if checkpoint is not None:
+        model = GPT2(GPT2Config(**checkpoint["config"]), checkpoint_activations=options.checkpoint_activations)
+        model.load_state_dict(checkpoint["model"])
+    elif options.init_from is None:
+        shape = {name: getattr(options, name) for name in SHAPE}
+        config = GPT2Config(**shape, vocab=data.vocab, dropout=options.dropout)
+        model = GPT2(config, checkpoint_activations=options.checkpoint_activations)
+    else:
+        try:
+            model = load_weights(
+                options.init_from,
+                dropout=options.dropout,
+                heads=options.heads,
+                checkpoint_activations=options.checkpoint_activations,
+            )
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--init-from: {error}") from error
+    if data.vocab > model.config.vocab:
+        raise ValueError(
+            f"--tokenizer {options.tokenizer} has {data.vocab} tokens, the weights in "
+            f"{options.init_from or options.out} know {model.config.vocab}; use the tokeniser they were trained with"
+        )
+    return model
+
+
+def build_optimizer(model: GPT2, options: argparse.Namespace, device: torch.device) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda", "mps"))
+
+
+def dispersion_layers(choice: str, layers: int) -> list[int]:
+    """The layers whose hidden states are dispersed, counted from 1; the embedding is not one of them."""
+    half = max(layers // 2, 1)
+    named = {
+        "all": range(1, layers + 1),
+        "last": range(layers, layers + 1),
+        "early_half": range(1, half + 1),
+        "late_half": range(layers - half + 1, layers + 1),
+    }
+    if choice in named:
+        return list(named[choice])
+    try:
+        chosen = sorted({int(number) for number in choice.split(",")})
+    except ValueError:
+        chosen = []
+    if not chosen or not 1 <= chosen[0] <= chosen[-1] <= layers:
+        raise ValueError(
+            f"--dispersion-layers must be all, last, early_half, late_half or numbers from 1 to {layers} with commas "
+            f"between, got {choice!r}"
+        )
+    return chosen
+
+
+def learning_rate(step: int, options: argparse.Namespace) -> float:
+    """Linear warm-up, then a cosine down to a tenth."""
+    if step < options.warmup:
+        share: float = (step + 1) / options.warmup
+    else:
+        done = (step - options.warmup) / max(options.steps - options.warmup, 1)
+        share = 0.55 + 0.45 * math.cos(math.pi * done)
+    return float(options.lr) * share
