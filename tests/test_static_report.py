@@ -282,7 +282,7 @@ def test_lengths_and_strides_that_share_their_kernels() -> None:
 
 def test_narrow_accesses() -> None:
     """Of features that 16 does not divide, which loads and stores 2 bytes at a time show."""
-    toy = Toy("product", "sm_80", library_flops=1.0)
+    toy = Toy("pair tiles", "sm_80", library_flops=1.0)
     wide = static_report.accesses(compiled(toy).asm["ptx"])
     assert {"cp.async 16", "st 16"} <= set(wide)
     assert not {"ld 2", "st 2"} & set(wide)

@@ -83,12 +83,13 @@ def tile_config(arch: str, dtype: torch.dtype, precision: str, groups: bool) -> 
         # The mask of a 128 x 128 tile takes the registers that are left (on gfx90a, the scalar ones).
         if precision == "tf32x3":
             return TileConfig(64, 32, 8, 2)
-        return TileConfig(64, 32 if dtype == torch.float32 else 64, 4, 3)
+        return TileConfig(64, 32 if dtype == torch.float32 else 64, 8 if arch == "sm_120" else 4, 3)
     if dtype != torch.float32:
         return TileConfig(128, 64, 8, 3)
     if precision == "tf32":
         return TileConfig(128, 32, 8, 3)
-    return TileConfig(64, 32, 4, 2)
+    # Lengths that 16 does not divide take a few registers more, which four warps of sm_100 do not have.
+    return TileConfig(64, 32, 8 if arch == "sm_100" and precision == "tf32x3" else 4, 2)
 
 
 def row_config(
