@@ -128,11 +128,10 @@ def check_rows(z: Tensor, loss: Tensor, grad: Tensor, rows: int = 64) -> tuple[f
         psi[chosen[:, None] == torch.arange(first, first + len(block), device=z.device)] = 0
         sums += psi.sum(1)
         weighted += (psi / (math.pi * POTENTIAL.tau * (1 - c.square()).sqrt())) @ x
-    estimate = math.log(sums.mean().item() * length / count + POTENTIAL.eps)
+    estimate = math.log(sums.mean().item() * length / count) + POTENTIAL.loss_offset
     spread = (sums.std() / sums.mean() / math.sqrt(len(chosen))).item()
     loss_error = abs(loss.item() - estimate)
-    total = count * (math.exp(loss.item()) - POTENTIAL.eps)
-    u = 2 * weighted / (total + count * POTENTIAL.eps)
+    u = 2 * weighted / (count * math.exp(loss.item() - POTENTIAL.loss_offset))
     inner = (of_rows * u).sum(1, keepdim=True)
     exact = u / (norms + POTENTIAL.eps) - of_rows * inner / (norms * (norms + POTENTIAL.eps).square())
     row_error = ((grad[chosen].double() - exact).norm() / exact.norm()).item()

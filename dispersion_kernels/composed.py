@@ -126,7 +126,7 @@ class _Composition:
         if request.share > 0:
             means = self.losses
             if request.potential.reduction == "log_mean":
-                means = means.exp() - request.potential.log_eps
+                means = (means - request.potential.loss_offset).exp()
             mean = sum_of_runs(plan.weight * means, plan.cliques_of_sequence)
         else:
             assert request.fit is not None
@@ -281,7 +281,9 @@ class _Composition:
         plan, losses = self.plan, self.losses[cliques]
         of_clique = plan.weight[cliques] * (plan.pairs.to(self.wide) / 2)[plan.sequence_of_clique[cliques]]
         # Undoes the logarithm of a clique in its gradient.
-        return of_clique * losses.exp() if self.request.potential.reduction == "log_mean" else of_clique
+        potential = self.request.potential
+        logarithmic = potential.reduction == "log_mean"
+        return of_clique * (losses - potential.loss_offset).exp() if logarithmic else of_clique
 
     def _model(self) -> tuple[Fit, Tensor]:
         """The fit and its b, which there are where it is asked for."""

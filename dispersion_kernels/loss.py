@@ -110,7 +110,7 @@ def fused_dispersion_loss(
 
     For each sequence of n ordered pairs of tokens, with ``c_ij = x_i . x_j`` of the row-transformed tokens::
 
-        loss = log(1/n sum_{i != j} psi(c_ij) + eps)          (log-mean potentials; else the mean itself)
+        loss = log(1/n sum_{i != j} psi(c_ij)) + eps          (log-mean potentials; else the mean itself)
 
     and for the default, ``angular_spread``: ``x = z / (|z| + eps)``, ``psi = exp(-D / tau)``,
     ``D = arccos(clip(c, -1 + clamp, 1 - clamp)) / pi`` with a straight-through clip. Add it to the cross-entropy with a

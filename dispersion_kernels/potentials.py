@@ -35,7 +35,7 @@ _CLASSES: dict[str, type[Potential]] = {}
 class Potential:
     """A potential psi(c) of the inner product ``c_ij = x_i . x_j`` of two row-transformed tokens.
 
-    The loss of a sequence with ``n`` ordered pairs is ``log(sum psi / n + log_eps)`` where ``reduction`` is
+    The loss of a sequence with ``n`` ordered pairs is ``log(sum psi / n) + loss_offset`` where ``reduction`` is
     ``"log_mean"``, ``sum psi / n`` where it is ``"mean"``. Its gradient with respect to ``x_i`` is
     ``f'(sum psi) * 2 * sum_j slope(c_ij) x_j``, chained through the row transform.
 
@@ -52,8 +52,9 @@ class Potential:
     features (unbiased), 0 for a constant token; ``none``: x = z (a potential of the distance, built in only)."""
     norm_eps: ClassVar[float] = 0.0
     """What is added to the norm in ``normalize``; a field or a property may take its place."""
-    log_eps: ClassVar[float] = 0.0
-    """What is added to the mean under the logarithm of ``log_mean``; a field or a property may take its place."""
+    loss_offset: ClassVar[float] = 0.0
+    """A constant that is added to the loss of ``log_mean``, without a part in the gradient; a field or a property may
+    take its place. (For log(mean psi + eps), add eps to ``value``.)"""
     triton: ClassVar[Any] = None
     """For ``impl="triton"``: ``staticmethod`` of a ``@triton.jit`` function ``(c, p0, p1, p2, p3)`` of a tile of c and
     the fields of the potential, at most four, that returns the tiles of psi and of its slope."""
@@ -150,9 +151,10 @@ class DistancePotential(ExponentialPotential):
 
 @dataclass(frozen=True)
 class AngularSpread(ExponentialPotential):
-    """``psi = exp(-D / tau)``, ``D = arccos(clip(c, -1 + clamp, 1 - clamp)) / pi``; loss ``log(mean psi + eps)``.
+    """``psi = exp(-D / tau)``, ``D = arccos(clip(c, -1 + clamp, 1 - clamp)) / pi``; loss ``log(mean psi) + eps``.
 
-    ``x = z / (|z| + eps)``. The clip is straight-through: outside the band the slope stays the boundary's,
+    ``x = z / (|z| + eps)``. eps is a constant of the loss, as published, and has its part in the gradient through x
+    alone. The clip is straight-through: outside the band the slope stays the boundary's,
     ``psi / (pi tau sqrt(1 - clip(c)^2))``, so that condensed tokens are still pushed apart; 1 - clip(c)^2 counts as no
     less than 1.2e-7 (2.2e-16 for fp64), what fp32 resolves of a c near 1, so that the slope is finite for equal and
     opposite tokens at any ``clamp``. Source: Liu et al., ICML 2026, arXiv 2602.00217.
@@ -176,7 +178,7 @@ class AngularSpread(ExponentialPotential):
         return self.eps
 
     @property
-    def log_eps(self) -> float:  # type: ignore[override]
+    def loss_offset(self) -> float:  # type: ignore[override]
         return self.eps
 
     varying_slope: ClassVar[bool] = True
@@ -240,7 +242,9 @@ class Orthogonalization(Potential):
 
 @dataclass(frozen=True)
 class L2Repel(DistancePotential):
-    """``psi = exp(-|z_i - z_j|^2 / tau)``; loss ``log(mean psi + eps) + norm_weight * mean(z^2)``.
+    """``psi = exp(-|z_i - z_j|^2 / tau)``; loss ``log(mean psi) + eps + norm_weight * mean(z^2)``.
+
+    eps is a constant, as published, without a part in the gradient.
 
     The published code counts the diagonal (i = j) among the pairs, where psi is 1; at the norms of a language model
     everything else is then negligible and nothing is repelled. ``include_diagonal=False`` leaves it out. ``mean(z^2)``
@@ -263,7 +267,7 @@ class L2Repel(DistancePotential):
         return "l2_repel"
 
     @property
-    def log_eps(self) -> float:  # type: ignore[override]
+    def loss_offset(self) -> float:  # type: ignore[override]
         return self.eps
 
     def distance_scale(self, features: int) -> float:

@@ -80,10 +80,10 @@ def _sequence_loss(z: Tensor, potential: Potential, groups: Tensor | None) -> tu
 def _loss_over_pairs(z: Tensor, potential: Potential, left_out: Tensor, count: int) -> Tensor:
     """The loss over the ``count`` entries of the L x L matrices that are not ``left_out``."""
 
-    def log_mean_exp(exponent: Tensor, eps: float = 0.0) -> Tensor:
-        """log(mean(exp(exponent)) + eps), finite wherever the logarithm of the mean is."""
-        log_mean = torch.logsumexp(exponent.masked_fill(left_out, -math.inf), (0, 1)) - math.log(count)
-        return torch.logaddexp(log_mean, torch.full_like(log_mean, eps).log())
+    def log_mean_exp(exponent: Tensor) -> Tensor:
+        """log(mean(exp(exponent))) + loss_offset, finite wherever the exponents are."""
+        log_sum = torch.logsumexp(exponent.masked_fill(left_out, -math.inf), (0, 1))
+        return log_sum - math.log(count) + potential.loss_offset
 
     def mean(psi: Tensor) -> Tensor:
         return psi.masked_fill(left_out, 0.0).sum() / count
@@ -94,7 +94,7 @@ def _loss_over_pairs(z: Tensor, potential: Potential, left_out: Tensor, count: i
         return (p * torch.log2((p + potential.eps).clamp(min=tiny))).sum(1).mean()
     if isinstance(potential, L2Repel):
         penalty = potential.norm_weight * z.square().mean()
-        return log_mean_exp(-_squared_distances(z) / potential.tau, potential.eps) + penalty
+        return log_mean_exp(-_squared_distances(z) / potential.tau) + penalty
     if isinstance(potential, DispersiveL2):
         return log_mean_exp(-_squared_distances(z) / (z.shape[1] * potential.tau))
     if isinstance(potential, Uniformity):
@@ -107,14 +107,14 @@ def _loss_over_pairs(z: Tensor, potential: Potential, left_out: Tensor, count: i
     # A token with itself has c = 1, where arccos has no finite slope that a factor of 0 could take away afterwards.
     c = (x @ x.T).masked_fill(left_out, 0.0)
     if isinstance(potential, AngularSpread):
-        return log_mean_exp(-_clipped_angle(c, potential.clamp) / (math.pi * potential.tau), potential.eps)
+        return log_mean_exp(-_clipped_angle(c, potential.clamp) / (math.pi * potential.tau))
     if isinstance(potential, Orthogonalization):
         angle = _clipped_angle(c, potential.clamp) / math.pi
         return mean((potential.margin - angle).clamp(min=0).square())
 
     # A potential of the user's: its value forward, its slope backward.
     psi = mean(potential.value(c).detach() + potential.slope(c).detach() * (c - c.detach()))
-    return torch.log(psi + potential.log_eps) if potential.reduction == "log_mean" else psi
+    return torch.log(psi) + potential.loss_offset if potential.reduction == "log_mean" else psi
 
 
 def _normalize(z: Tensor, eps: float) -> Tensor:

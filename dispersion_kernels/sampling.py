@@ -25,7 +25,7 @@ coefficients are from the pairs of a few random tokens, drawn independently of t
 directions from other tokens than the coefficients: p would be too good an estimate of c on tokens it was made from. psi
 has the control variate d1 c, whose mean over all pairs is known from |sum_j x_j|^2.
 
-The loss is log(P / n + eps), its gradient G / (P + n eps): P and G are unbiased, their logarithm and quotient biased by
+The loss is log(P / n), its gradient G / P: P and G are unbiased, their logarithm and quotient biased by
 about Var P / P^2, one part in the number of visited pairs.
 
 The order is an index: no copy of the tokens is made in it. Two backends sample in their own kernels, where the rank is
@@ -218,8 +218,8 @@ def losses_of(request: Request, mean: Tensor, missed: Tensor | None) -> tuple[Te
         # Where a correction is larger than psi itself, a line says nothing of it.
         mean = torch.where(corrected <= 0, mean, corrected) if logarithmic else corrected
     empty = plan.pairs == 0
-    losses = ((mean + potential.log_eps).log() if logarithmic else mean).masked_fill(empty, 0.0)
-    slope = 1 / (mean + potential.log_eps) if logarithmic else torch.ones_like(mean)
+    losses = (mean.log() + potential.loss_offset if logarithmic else mean).masked_fill(empty, 0.0)
+    slope = 1 / mean if logarithmic else torch.ones_like(mean)
     loss = losses.view(len(request.layers), -1).sum(0) if request.reduction == "none" else losses.sum()
     return loss * request.weight, 2 * request.weight * slope.masked_fill(empty, 0.0) / pairs
 

@@ -138,15 +138,14 @@ def log_mean_loss(potential: Potential, log_total: Tensor, shift: Tensor, count:
     """The loss from the logarithm of the sum of psi over ``count`` pairs, and what the slopes of psi / exp(shift) are
     to be multiplied by."""
     log_mean = log_total - count.log()
-    loss = torch.logaddexp(log_mean, torch.full_like(log_mean, potential.log_eps).log())
-    return loss, 2 / count * (shift - loss).exp()
+    return log_mean + potential.loss_offset, 2 / count * (shift - log_mean).exp()
 
 
 def mean_loss(potential: Potential, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """The loss from the sum of psi over ``count`` pairs, and what the slopes are to be multiplied by."""
     mean = total / count
     if potential.reduction == "log_mean":
-        return (mean + potential.log_eps).log(), 2 / count / (mean + potential.log_eps)
+        return mean.log() + potential.loss_offset, 2 / count / mean
     return mean, 2 / count
 
 

@@ -168,7 +168,7 @@ bool describe(int32_t potential, const double* params, int64_t features, Job& jo
       const double tau = params[0], clamp = params[1];
       if (!(tau > 0.0 && clamp >= 0.0 && clamp < 1.0 && params[2] >= 0.0)) return false;
       job.transform = Transform::kNormalise;
-      job.eps = reduction.eps = params[2];
+      job.eps = reduction.offset = params[2];
       reduction.kappa = 1.0 / (pi * tau);
       const float low = float(clamp - 1.0), high = float(1.0 - clamp);
       p.angular_spread = {low, high, float(1.0 / (pi * tau))};
@@ -215,7 +215,7 @@ bool describe(int32_t potential, const double* params, int64_t features, Job& jo
         if (potential == DK_L2_REPEL) {
           a = 1.0 / params[0];
           if (!(params[1] >= 0.0)) return false;
-          reduction.eps = params[1];
+          reduction.offset = params[1];
           reduction.norm_weight = params[2];
           reduction.include_diagonal = params[3] != 0.0;
         } else {

@@ -24,10 +24,10 @@ int32_t with_kernels(const Args& args, const Valid& valid, const Work& work) {
   }
 }
 
-// kappa: the constant factor of dpsi/ds; loss = log(mean psi + eps) or mean psi.
+// kappa: the constant factor of dpsi/ds; loss = log(mean psi) + offset or mean psi.
 struct Reduction {
   bool logarithm;
-  double eps;
+  double offset;
   double kappa;
   bool include_diagonal;
   double norm_weight;

@@ -358,8 +358,8 @@ class Call {
     double loss = psi / sequence.pairs, log_slope = -log(sequence.pairs);
     if (reduction_.logarithm) {
       const double log_mean = shift + log(psi) - log(sequence.pairs);
-      loss = reduction_.eps > 0.0 ? log(exp(log_mean) + reduction_.eps) : log_mean;
-      log_slope -= loss;
+      loss = log_mean + reduction_.offset;
+      log_slope -= log_mean;
     }
     float square_scale = 0.0f;
     if (reduction_.norm_weight != 0.0) {

@@ -425,8 +425,8 @@ class SampledCall {
         // Where a correction is larger than psi itself, a line says nothing of it.
         if (!(reduction_.logarithm && corrected <= 0.0)) mean = corrected;
       }
-      loss[s % of_layer] += args_.weight * (reduction_.logarithm ? log(mean + reduction_.eps) : mean);
-      args_.per_pair[s] = args_.weight * 2.0 / pairs / (reduction_.logarithm ? mean + reduction_.eps : 1.0);
+      loss[s % of_layer] += args_.weight * (reduction_.logarithm ? log(mean) + reduction_.offset : mean);
+      args_.per_pair[s] = args_.weight * 2.0 / pairs / (reduction_.logarithm ? mean : 1.0);
     }
     if (args_.loss) std::copy(loss.begin(), loss.end(), args_.loss);
     if (args_.total) *args_.total = float(std::accumulate(loss.begin(), loss.end(), 0.0));

@@ -136,10 +136,6 @@ def _log_mean(exponent: Tensor, counted: Tensor) -> Tensor:
     return torch.logsumexp(exponent.masked_fill(~counted, -math.inf), (0, 1)) - math.log(counted.sum().item())
 
 
-def _plus_eps(log_mean: Tensor, eps: float) -> Tensor:
-    return torch.logaddexp(log_mean, torch.full_like(log_mean, eps).log())
-
-
 def _of_distances(squared: Tensor, potential: Potential, pairs: Tensor, features: int, rounding: object) -> Tensor:
     assert callable(rounding)
     if isinstance(potential, PerplexityEntropy):
@@ -152,7 +148,7 @@ def _of_distances(squared: Tensor, potential: Potential, pairs: Tensor, features
     counted = pairs | torch.eye(len(pairs), dtype=torch.bool) if potential.include_diagonal else pairs
     exponent = -squared / scale
     log_mean = _log_mean(exponent * (1 + rounding(exponent)), counted)
-    return _plus_eps(log_mean, potential.eps) if isinstance(potential, L2Repel) else log_mean
+    return log_mean + potential.eps if isinstance(potential, L2Repel) else log_mean
 
 
 def _information_sizes(squared: Tensor, potential: PerplexityEntropy, pairs: Tensor) -> Tensor:
@@ -185,5 +181,5 @@ def _of_cosines(
     angle = (torch.arccos(clipped) + slope * (c - c.detach())) / math.pi
     if isinstance(potential, AngularSpread):
         exponent = -angle / potential.tau
-        return _plus_eps(_log_mean(exponent * (1 + rounding(exponent)), pairs), potential.eps)
+        return _log_mean(exponent * (1 + rounding(exponent)), pairs) + potential.eps
     return ((potential.margin - angle).clamp(min=0).square() * pairs).sum() / pairs.sum()
