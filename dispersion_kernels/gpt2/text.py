@@ -136,13 +136,12 @@ def decompress_xz(content: bytes) -> bytes:
     parts = []
     while content:
         decompressor = lzma.LZMADecompressor()
-        try:
-            parts.append(decompressor.decompress(content))
-        except lzma.LZMAError as error:
-            raise lzma.LZMAError(f"{error}, after {len(parts)} streams" if parts else str(error)) from error
+        parts.append(decompressor.decompress(content))
         if not decompressor.eof:
             raise EOFError("the file ends before its end-of-stream marker")
-        content = decompressor.unused_data.lstrip(b"\0")  # the format's own padding
+        content = decompressor.unused_data.lstrip(b"\0")
+        if (len(decompressor.unused_data) - len(content)) % 4:  # the format's own padding
+            raise EOFError("the file ends with padding that is no multiple of four bytes")
     return b"".join(parts)
 
 
