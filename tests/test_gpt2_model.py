@@ -47,6 +47,7 @@ def test_presets_have_the_published_sizes(preset, parameters):
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
+@pytest.mark.process
 def test_importing_needs_none_of_the_optional_libraries():
     absent = ("tqdm", "matplotlib", "tokenizers", "safetensors", "datasets")
     imports = "import dispersion_kernels.gpt2.train, dispersion_kernels.condensation"

@@ -349,6 +349,7 @@ def test_checkpointed_activations_change_nothing(run, tmp_path):
     assert computed(one) == computed(two)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")), reason="no C++ compiler"
 )
@@ -358,6 +359,15 @@ def test_compiled(run, tmp_path):
     for eager, compiled in zip(one, two, strict=True):
         assert compiled["cross_entropy"] == pytest.approx(eager["cross_entropy"], rel=1e-4)
         assert compiled["dispersion"] == pytest.approx(eager["dispersion"], rel=1e-3)
+
+
+def test_without_a_compiler_it_is_said(refused, monkeypatch):
+    def fail(x):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    said = refused("--compile")
+    assert said == "--compile: PyTorch cannot compile here (InvalidCxxCompiler: No working C++ compiler found)\n"
 
 
 @pytest.mark.process
@@ -414,6 +424,7 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth():
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
+@pytest.mark.process
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators do as they please")
 def test_freed_memory_is_kept():
     resident = 'int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")'

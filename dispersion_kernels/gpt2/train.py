@@ -171,6 +171,8 @@ class Run:
             impl=options.impl,
         )
         self.try_dispersion()
+        if options.compile:
+            self.try_compiler()
         self.windows = validation_windows(self.data.validation, self.context, options.validation_windows)
         self.optimizer = build_optimizer(self.model, options, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.dtype == "float16")
@@ -216,6 +218,14 @@ class Run:
             if out_of_memory(error):
                 raise
             raise ValueError(f"--impl {self.options.impl}: {error}") from error
+
+    def try_compiler(self) -> None:
+        """torch.compile needs a C++ compiler on a CPU, and Triton on a GPU."""
+        try:
+            torch.compile(torch.neg)(torch.ones(1, device=self.device))
+        except Exception as error:  # of TorchDynamo, TorchInductor or the compiler
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"--compile: PyTorch cannot compile here ({reason})") from error
 
     def train(self, stop: StopRequest) -> dict[str, Any] | None:
         """Trains to the last step and returns the results, or saves, says how to go on, and returns None."""

@@ -119,4 +119,4 @@ def test_killed_and_resumed_until_done(kind, tmp_path, monkeypatch):
         assert not list(out.glob("*.tmp")) + list(out.glob(".*.tmp"))
         assert [path.name.split("-")[0] for path in (folder / "cache").iterdir()] == [kind]
     print(f"\n{kind}: a run of {duration:.1f} s; {dict(counts)}")
-    assert counts["SIGKILL"] > 10
+    assert counts["SIGKILL"] > 2
