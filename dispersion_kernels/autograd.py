@@ -24,7 +24,7 @@ from dispersion_kernels.control_variates import GOOD_ENOUGH, RANK
 from dispersion_kernels.cuda import CudaKernels
 from dispersion_kernels.gpu import launch
 from dispersion_kernels.potentials import Potential
-from dispersion_kernels.sampling import Draws, Request, Sampler, estimate
+from dispersion_kernels.sampling import Draws, Request, Sampler, estimate, visits_all
 from dispersion_kernels.segments import check_cu_seqlens, host_segments, on_device, segment_of_token
 from dispersion_kernels.sweep import accumulation_dtype, in_blocks, loss_weight, sweep
 
@@ -424,6 +424,11 @@ def _sampled(
     """As ``forward``, of layers that are alike, with a gradient for all in one tensor, ``[layers, B, L, F]``, or for
     none; and ``[layers]``, the relative error to expect of each's."""
     z = layers[0]
+    if visits_all(share, control_variate, z, cu_seqlens):  # where a compiler has not asked
+        loss, grads, scale = _forward(
+            layers, groups, cu_seqlens, potential, params, reduction, impl, [with_grad] * len(layers)
+        )
+        return loss, torch.stack(grads) if with_grad else loss.new_empty(0), scale, loss.new_zeros(len(layers))
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])
     chosen = choose(impl, z, potential)

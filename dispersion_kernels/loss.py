@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from dispersion_kernels import reference
 from dispersion_kernels.autograd import dispersion_loss, sampled_loss, without_autocast
 from dispersion_kernels.backends import check_impl
-from dispersion_kernels.cliques import clique_tokens
 from dispersion_kernels.control_variates import CONTROL_VARIATES, RANK, RANKS
 from dispersion_kernels.potentials import (
     BUILT_IN,
@@ -23,15 +22,13 @@ from dispersion_kernels.potentials import (
     Potential,
     resolve_potential,
 )
-from dispersion_kernels.sampling import draw
+from dispersion_kernels.sampling import draw, visits_all
 from dispersion_kernels.segments import make_groups, on_device, sample_packed_tokens, sample_tokens
 
 Reduction = Literal["mean", "sum", "none"]
 Pairs = Literal["all"] | float
 ControlVariate = Literal["auto", "none", "constant", "low_rank"]
 
-# Tokens of a sequence up to which all pairs take no longer than a share of them.
-_SHORT = 512
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -238,7 +235,10 @@ def fused_dispersion_loss(
     error: Tensor | None = None
     if impl == "reference":
         loss = _reference_loss(layers[0], groups, cu_seqlens, resolved, reduction)
-    elif pairs != "all" and not _visits_all(pairs, control_variate, layers[0], cu_seqlens):
+    # A compiler would ask for each length which it is, and compile it again: there the operator does.
+    elif pairs != "all" and (
+        torch.compiler.is_compiling() or not visits_all(float(pairs), control_variate, layers[0], cu_seqlens)
+    ):
         loss, error = sampled_loss(
             layers,
             groups,
@@ -454,13 +454,6 @@ def _check_sampled(
                 f"rank must be from {RANKS[0]} to {RANKS[1]}, or at least the number of features of z, for c itself, "
                 f"got {rank} for {z.shape[-1]} features; take rank={RANKS[1]} or rank={z.shape[-1]}"
             )
-
-
-def _visits_all(pairs: float, control_variate: str, z: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether the shape says to visit all pairs: there is none, a clique would be a whole sequence, or sampling saves
-    nothing."""
-    length = z.shape[1] if cu_seqlens is None else z.shape[1] // max(1, cu_seqlens.numel() - 1)
-    return z.shape[0] == 0 or length <= clique_tokens(pairs, length) or (control_variate == "auto" and length <= _SHORT)
 
 
 def _check_inputs(z: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, document_ids: Tensor | None) -> None:

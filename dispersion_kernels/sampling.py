@@ -47,7 +47,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dispersion_kernels.cliques import Plan, equal_parts, of_sequences, plan_of
+from dispersion_kernels.cliques import Plan, clique_tokens, equal_parts, of_sequences, plan_of
 from dispersion_kernels.control_variates import (
     FIT_GROUPS,
     FIT_TOKENS,
@@ -59,7 +59,12 @@ from dispersion_kernels.control_variates import (
 )
 from dispersion_kernels.native import Sampled
 from dispersion_kernels.potentials import Potential
+from dispersion_kernels.segments import uniform
 from dispersion_kernels.sweep import accumulation_dtype, loss_weight
+
+
+# Tokens of a sequence up to which all pairs take no longer than a share of them.
+_SHORT = 512
 
 
 class Draws(NamedTuple):
@@ -91,18 +96,50 @@ class Estimate(NamedTuple):
 Sampler = Callable[["Request"], Sampled | None]
 
 
+def visits_all(share: float, control_variate: str, z: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether the shape of tokens ``[B, L, F]`` says to visit all pairs: there is none, a clique would be a whole
+    sequence, or sampling saves nothing."""
+    length = z.shape[1] if cu_seqlens is None else z.shape[1] // max(1, cu_seqlens.numel() - 1)
+    return z.shape[0] == 0 or length <= clique_tokens(share, length) or (control_variate == "auto" and length <= _SHORT)
+
+
 def draw(layers: Sequence[Tensor], share: float, rank: int, generator: torch.Generator | None) -> Draws:
     """For a share of the pairs of tokens ``[B, L, F]`` of each layer, and so many directions."""
     (batch, length, features), device, count = layers[0].shape, layers[0].device, len(layers)
     groups = FIT_GROUPS * (2 if RANK < rank < features else 1)
-    uniform = functools.partial(torch.rand, dtype=torch.float32, device=device, generator=generator)
-    fit = uniform(count, groups, 1 + FIT_TOKENS)
+    fit = uniform(count, groups, 1 + FIT_TOKENS, device=device, generator=generator)
     if share == 0:
         return Draws(fit.new_empty(count, 0, 0, dtype=torch.int64), fit)
-    if device.type == "cpu":  # where sorting takes seven times as long
-        orders = [torch.randperm(length, device=device, generator=generator) for _ in range(count * batch)]
-        return Draws(torch.stack(orders).view(count, batch, length), fit)
-    return Draws(uniform(count, batch, length).argsort(2), fit)
+    if device.type != "cpu":
+        return Draws(uniform(count, batch, length, device=device, generator=generator).argsort(2), fit)
+    # On a CPU sorting takes seven times as long as this.
+    if torch.compiler.is_compiling() and generator is None:
+        orders = torch.ops.dispersion_kernels.permutations(count * batch, length)
+    else:
+        orders = _permutations(count * batch, length, generator)
+    return Draws(orders.view(count, batch, length), fit)
+
+
+def _permutations(count: int, length: int, generator: torch.Generator | None = None) -> Tensor:
+    """``[count, length]`` int64 on the CPU: random orders."""
+    orders = torch.empty(count, length, dtype=torch.int64, device="cpu")
+    for order in orders.unbind():
+        torch.randperm(length, generator=generator, out=order)
+    return orders
+
+
+# An operator, because torch.compile would unroll the loop, and compile it again for every other number of sequences.
+_library = torch.library.Library("dispersion_kernels", "FRAGMENT")
+_library.define(
+    "permutations(SymInt count, SymInt length) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
+)
+_library.impl("permutations", _permutations, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("dispersion_kernels::permutations")
+def _permutations_fake(count: int, length: int) -> Tensor:
+    return torch.empty(count, length, dtype=torch.int64, device="cpu")
 
 
 def estimate(

@@ -30,7 +30,7 @@ def sample_tokens(
 
     Tokens whose group is negative are drawn only where a row has no others left.
     """
-    keys = torch.rand(z.shape[:2], dtype=torch.float32, device=z.device, generator=generator)
+    keys = uniform(z.shape[0], z.shape[1], device=z.device, generator=generator)
     if groups is not None:
         keys = keys - (groups < 0).to(keys.dtype)
     chosen = keys.topk(max_tokens, dim=1).indices.sort(dim=1).values
@@ -47,7 +47,7 @@ def sample_packed_tokens(
     """
     device = cu_seqlens.device
     segment = segment_of_token(cu_seqlens, tokens)
-    keys = torch.rand(tokens, dtype=torch.float32, device=device, generator=generator)
+    keys = uniform(tokens, device=device, generator=generator)
     if groups is not None:
         keys = keys + (groups[0] < 0).to(keys.dtype)
     # A token's place after its segment's beginning is the rank of its key there.
@@ -57,6 +57,13 @@ def sample_packed_tokens(
     left_out = position - cu_seqlens.long()[segment] >= max_tokens
     groups = torch.zeros(1, tokens, dtype=torch.int64, device=device) if groups is None else groups
     return groups.masked_fill(left_out, -1)
+
+
+def uniform(*shape: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """fp32 random numbers in [0, 1)."""
+    if generator is None:  # torch.compile does not take a None as generator where a dimension is dynamic
+        return torch.rand(shape, dtype=torch.float32, device=device)
+    return torch.rand(shape, dtype=torch.float32, device=device, generator=generator)
 
 
 def segment_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:

@@ -61,16 +61,37 @@ def test_compile_fullgraph_equals_eager(backend: str, impl: str) -> None:
     torch.testing.assert_close(grad, evaluate(z, "uniformity", impl=impl).grad / 2)
 
 
-def test_compile_does_not_recompile_over_lengths() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "packed"),
+    [
+        ({}, False),
+        ({"pairs": 0}, False),
+        ({"pairs": 1 / 16}, False),
+        ({"pairs": 1 / 16}, True),
+        ({"max_tokens": 8}, False),
+        ({"max_tokens": 8}, True),
+    ],
+)
+def test_compile_takes_any_shape(options: dict[str, Any], packed: bool) -> None:
+    """Twice over all batch sizes and lengths, sampled ones on both sides of the length up to which all pairs are
+    visited, too: once for the first shape, once for all. The random numbers are those of an eager call."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
+    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(fused_dispersion_loss, fullgraph=True, backend=counter, dynamic=True)
-    for length in (17, 33, 64, 100, 257):
-        z = torch.randn(2, length, 16, requires_grad=True)
-        compiled(z).backward()
-        torch.testing.assert_close(z.grad, evaluate(z, "angular_spread").grad / 2)
-    assert counter.frame_count == 1
+    compiled = torch.compile(fused_dispersion_loss, fullgraph=True, backend=counter)
+    for batch, length in ((2, 600), (3, 700), (5, 40), (4, 1040), (6, 513), (2, 33)):
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * length if packed else None
+        answers = []
+        for function in (fused_dispersion_loss, compiled):
+            z = torch.randn(batch, length, 8, generator=torch.Generator().manual_seed(length))
+            z = (z.flatten(0, 1) if packed else z).requires_grad_()
+            torch.manual_seed(length)
+            loss = function(z, cu_seqlens=cu_seqlens, **options)
+            answers.append((loss, torch.autograd.grad(loss, z)[0]))
+        torch.testing.assert_close(*answers)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLS])
