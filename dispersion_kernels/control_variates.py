@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dispersion_kernels.cliques import Plan, may_read, select
-from dispersion_kernels.potentials import Potential
+from dispersion_kernels.potentials import ExponentialPotential, Potential
 from dispersion_kernels.sweep import token_norms, transform, wide_dtype
 
 CONTROL_VARIATES = ("auto", "none", "constant", "low_rank")
@@ -95,7 +95,12 @@ def fit_of(
     c = tokens @ tokens.mT
     there = (positions.unsqueeze(2) != positions.unsqueeze(3)).to(x.dtype)
     number = _of_layer(there).clamp(min=1)
-    psi, slope = potential.value(c), potential.slope(c) * there
+    similarity = c
+    if isinstance(potential, ExponentialPotential) and potential.distance_rate(x.shape[1]) is not None:
+        # By whose c that of two unit vectors has the distance that these have; a zero token has another.
+        squares = c.diagonal(dim1=2, dim2=3)
+        similarity = c + (1 - (squares.unsqueeze(2) + squares.unsqueeze(3)) / 2)
+    psi, slope = potential.value(similarity), potential.slope(similarity) * there
     mean_psi, mean_c = _of_layer(psi * there) / number, _of_layer(c * there) / number
     # Of psi, too: of nearly equal tokens c varies as little as its mean is rounded.
     deviation = (c - mean_c.to(x.dtype).view(-1, 1, 1, 1)) * there
@@ -113,7 +118,7 @@ def fit_of(
         residual = slope - b.view(-1, 1, 1, 1) * there
     if control_variate == "auto" and may_read(x.device) and share > 0:
         others = (of_unit - 1).clamp(min=1)
-        factor = (others * inverse).square()
+        factor = (others * inverse.to(wide_dtype(x.device))).square()
         noise = _of_layer(factor * _noise_of_tokens(_moments(residual, tokens, c, there), others, plan, unit, share))
         signal = _of_layer(factor * _moments(slope, tokens, c, there).mean_squared)
         control_variate = "constant" if (noise <= GOOD_ENOUGH**2 * signal).all() else "low_rank"
@@ -208,7 +213,7 @@ def noise_of(fit: Fit, plan: Plan, per_pair: Tensor, share: float) -> Tensor:
     """``[Y]``: the expected square of the gradient's error, summed over all tokens, from that of the fit's tokens.
     ``per_pair`` ``[S]`` and the inverse length are what G is multiplied by."""
     others = (plan.unit_tokens[fit.unit] - 1).clamp(min=1).unsqueeze(2)
-    factor = per_pair[plan.sequence_of_unit[fit.unit]].unsqueeze(2).to(fit.inverse.dtype) * fit.inverse
+    factor = per_pair[plan.sequence_of_unit[fit.unit]].unsqueeze(2) * fit.inverse
     of_token = _noise_of_tokens(_moments(fit.residual, fit.tokens, fit.c, fit.pairs), others, plan, fit.unit, share)
     squares, counted = (others * factor).square() * of_token, fit.pairs.sum(3) > 1
     return of_all_tokens(squares.flatten(1).to(wide_dtype(squares.device)), counted.flatten(1), plan)

@@ -60,8 +60,7 @@ from dispersion_kernels.control_variates import (
 from dispersion_kernels.native import Sampled
 from dispersion_kernels.potentials import Potential
 from dispersion_kernels.segments import uniform
-from dispersion_kernels.sweep import accumulation_dtype, loss_weight
-
+from dispersion_kernels.sweep import accumulation_dtype, loss_weight, sum_of_tokens
 
 # Tokens of a sequence up to which all pairs take no longer than a share of them.
 _SHORT = 512
@@ -264,6 +263,6 @@ def losses_of(request: Request, mean: Tensor, missed: Tensor | None) -> tuple[Te
 def _relative_error(grad: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
     """``[Y]``: from the gradient's factors and, ``[Y]``, the square of its error."""
     of_tokens = torch.linalg.vector_norm(grad.view(-1, grad.shape[-1]), dim=1) * scale.flatten()
-    squares = of_tokens.to(noise.dtype).square().view(noise.numel(), -1).sum(1)
+    squares = sum_of_tokens(of_tokens.to(noise.dtype).square().view(noise.numel(), -1))
     error: Tensor = (noise / (squares - noise).clamp(min=torch.finfo(grad.dtype).tiny)).sqrt()
     return error

@@ -197,6 +197,12 @@ def token_norms(z: Tensor) -> Tensor:
     return torch.where(ordinary, norm, scaled.masked_fill_(scaled < tiny, 0.0))
 
 
+def sum_of_tokens(values: Tensor) -> Tensor:
+    """``[B]`` from ``[B, L]``; so many at a time as PyTorch does not share among threads, whose number would matter."""
+    parts = values.split(2**14, 1)
+    return torch.stack([part.sum(1) for part in parts], 1).sum(1) if len(parts) > 1 else values.sum(1)
+
+
 class _Reduction:
     """From values of tokens ``[B, L]`` to values of sequences ``[S]``, and back."""
 
@@ -207,7 +213,7 @@ class _Reduction:
 
     def sum(self, values: Tensor) -> Tensor:
         if self.offsets is None:
-            return values.sum(1)
+            return sum_of_tokens(values)
         return torch.segment_reduce(values[0], "sum", offsets=self.offsets, unsafe=True)
 
     def max(self, values: Tensor) -> Tensor:
@@ -466,7 +472,8 @@ class _PairTotal:
 
     def add(self, psi: Tensor, tile: _Tile) -> None:
         if self.reduce.offsets is None:
-            self.value[tile.batch] += psi.sum((1, 2)) * (1 if tile.diagonal else 2)
+            # Of rows first: one thread sums a row.
+            self.value[tile.batch] += psi.sum(2).sum(1, dtype=self.value.dtype) * (1 if tile.diagonal else 2)
             return
         self.value[tile.batch, tile.i] += psi.sum(2)
         if not tile.diagonal:

@@ -194,3 +194,82 @@ def test_random_calls(impl: str) -> None:
             failed.append(f"{seed}: {case.potential} {tuple(case.z.shape)} {case.z.dtype} {[*case.options]}: {wrong}")
     print(f"{impl}: {tried} tried, {len(failed)} failed")
     assert not failed, "\n".join(failed)
+
+
+def draw_sampled(seed: int) -> tuple[Tensor, Potential, dict[str, Any]]:
+    """Tokens ``[B, L, F]`` or ``[T, F]``, a potential of the cosine, and the options of a share of the pairs."""
+    dice = Dice(seed)
+    dtype = dice.of(torch.float32, torch.bfloat16, torch.float16)
+    pairs = dice.of(0, 1 / 64, 1 / 16, 0.3, 1)
+    layout = "plain" if pairs == 0 else dice.of("plain", "mask", "documents", "packed")
+    batch, length, features = (
+        dice.of(1, 2),
+        dice.of(1, 2, 17, 1 + dice.below(100), 1 + dice.below(600)),
+        dice.of(2, 17, 40),
+    )
+    batch = 1 if layout == "packed" else batch
+    z = dice.randn(batch, length, features) + dice.of(0.0, 1.0) * dice.randn(features)
+    z *= 1.0 if dtype == torch.float16 else dice.of(1e-20, 1e-4, 1.0, 1.0, 1e4, 1e15)
+    z = z.to(dtype)
+    for share, value in ((0.3, "zero"), (0.2, "equal"), (0.1, "constant")):
+        tokens = dice.some(length, share)
+        if dice.below(4) == 0:
+            z[:, tokens] = {"zero": 0 * z, "equal": z[:, :1].expand_as(z), "constant": z[:, :, :1].expand_as(z)}[value][
+                :, tokens
+            ]
+    if dice.below(3) == 0:
+        z = z.transpose(1, 2).contiguous().transpose(1, 2)
+    options: dict[str, Any] = {"pairs": pairs, "generator": seed}
+    options["control_variate"] = dice.of(*(["constant", "low_rank"] + ["none"] * (pairs > 0)))
+    if options["control_variate"] == "low_rank":
+        options["rank"] = dice.of(16, 16, 3, max(3, features))
+    if layout == "mask":
+        options["mask"] = torch.rand(batch, length, generator=dice.generator) < dice.of(0.0, 0.5, 1.0)
+    if layout == "documents":
+        options["document_ids"] = torch.randint(-1, dice.of(0, 1, 5), (batch, length), generator=dice.generator)
+    if layout == "packed":
+        cuts = sorted(dice.below(length + 1) for _ in range(dice.below(5)))
+        options["cu_seqlens"] = torch.tensor([0, *cuts, length], dtype=torch.int32)
+        z = z[0]
+    eps = dice.of(0.0, 0.01)
+    potential = dice.of(
+        AngularSpread(eps=eps), Orthogonalization(eps=eps), Decorrelation(), Uniformity(), Uniformity(t=8.0)
+    )
+    return z, potential, options
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_random_sampled_calls(impl: str) -> None:
+    """Against the same draws in float64."""
+
+    def evaluate(z: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+        z = z.detach().requires_grad_()
+        generator = torch.Generator().manual_seed(options["generator"])
+        given = {**options, "generator": generator}
+        loss = fused_dispersion_loss(z, potential, reduction="none", impl=impl, **given)
+        loss.sum().backward()
+        assert z.grad is not None
+        return loss.detach().double(), z.grad.double()
+
+    failed, tried = [], 0
+    for seed in range(CALLS):
+        z, potential, options = draw_sampled(seed)
+        if isinstance(potential, Decorrelation) and z.shape[-1] == 2:
+            continue  # whose gradient is rounding alone
+        tried += 1
+        try:
+            exact_loss, exact_grad = evaluate(z.double(), "torch")
+            loss, grad = evaluate(z, impl)
+            largest = max(exact_grad.abs().max().item() if exact_grad.numel() else 0.0, 1e-300)
+            size = exact_grad.norm() / largest
+            overflows = largest > 0.1 * torch.finfo(z.dtype).max or largest < torch.finfo(z.dtype).tiny
+            bad_loss = not bool(((loss - exact_loss).abs() <= 1e-4).all())
+            bad_grad = not bool(((grad - exact_grad) / largest).norm() <= 0.02 * size) and not overflows
+            wrong = f"loss {loss.tolist()}, not {exact_loss.tolist()}" * bad_loss
+            wrong += f" gradient off by {(grad - exact_grad).abs().max():.1e} of {largest:.1e}" * bad_grad
+        except Exception as error:
+            wrong = f"{type(error).__name__}: {error}"
+        if wrong:
+            failed.append(f"{seed}: {potential} {tuple(z.shape)} {z.dtype} {options}: {wrong}")
+    print(f"{impl}: {tried} tried, {len(failed)} failed")
+    assert not failed, "\n".join(failed)
