@@ -268,7 +268,7 @@ class DispersionLoss(nn.Module):
 
     Args:
         variant: the potential: a name, or a :class:`Potential`.
-        tau_l2: tau of ``l2_repel`` and ``dispersive_l2``.
+        tau_l2: tau of ``l2_repel`` and ``dispersive_l2``, sigma2 of ``perplexity_entropy``.
         tau_cos: tau of ``angular_spread``.
         margin: of ``orthogonalization``.
         epsilon: eps of the potentials that have one.
@@ -277,7 +277,8 @@ class DispersionLoss(nn.Module):
             published code's.
         pairs, control_variate, rank, reduction, recompute, impl: as in :func:`fused_dispersion_loss`.
 
-    A variant takes what it has of these and leaves the rest. Errors are raised here, as there.
+    As in the published class, every variant accepts all arguments and ignores those that it does not use. Errors are
+    raised here, as there.
     """
 
     def __init__(
@@ -307,7 +308,7 @@ class DispersionLoss(nn.Module):
             case "l2_repel":
                 self.potential = L2Repel(tau=tau_l2, eps=epsilon)
             case "perplexity_entropy":
-                self.potential = PerplexityEntropy(eps=epsilon)
+                self.potential = PerplexityEntropy(sigma2=tau_l2, eps=epsilon)
             case "dispersive_l2":
                 self.potential = DispersiveL2(tau=tau_l2)
             case _:
