@@ -39,6 +39,17 @@ def one_user_on_one_thread(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """SIGINT and SIGHUP with their default handlers, here and in child processes: a background job and nohup have them
+    ignored."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    previous = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def arguments(tmp_path):
     return partial(command_line, tmp_path)
@@ -173,9 +184,12 @@ def test_a_closed_terminal_ends_the_run_saved(arguments, tmp_path):
         [sys.executable, "-c", code, *command], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
     )
     os.close(theirs)
-    wait_for_step(process, out)
-    os.close(ours)
-    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    try:
+        wait_for_step(process, out)
+        os.close(ours)
+        assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == metrics(out)[-1]["step"]
 
 

@@ -355,7 +355,10 @@ class TestKernels(OnEveryBackend):
         z[:, 5] = z[:, 6]
         z[:, 7] = z[:, 8] * 1.001
         answer, wide = (evaluate(x, potential, impl=self.impl) for x in (z, z.float()))
-        torch.testing.assert_close(answer.loss, wide.loss, rtol=2e-6, atol=1e-6)
+        # The exponents of AngularSpread(tau=0.02) are tens, and those of equal tokens have the rounding of 1 - c.
+        naive, exact = evaluate(z.float(), potential, impl="reference"), oracle(z, potential)
+        rounding = 2 * (naive.loss - exact.loss).abs().max().item()
+        torch.testing.assert_close(answer.loss, wide.loss, rtol=2e-6, atol=max(1e-6, rounding))
         assert relative_errors(answer, Answer(wide.loss.double(), wide.grad.double()))[1] < 2**-10
 
     @pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
