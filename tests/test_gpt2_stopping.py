@@ -1,5 +1,6 @@
 """How a run of `dispersion-gpt2` ends early: a signal, a closed terminal, a full disk, another run, no memory."""
 
+import contextlib
 import os
 import re
 import signal
@@ -256,20 +257,28 @@ def test_a_run_that_is_refused_leaves_no_folder(arguments, tmp_path, capsys):
     assert f"{tmp_path / 'file'} cannot be written (File exists)" in refusal(capsys, arguments(tmp_path / "file"))
 
 
-@pytest.fixture
-def file_size_limit():
+def limit_file_size(size: int) -> None:
     """The largest file that this process may write: what the system says beyond it is much as of a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def test_a_disk_that_fills_up_keeps_the_old_checkpoint(arguments, tmp_path, capsys, file_size_limit):
+@contextlib.contextmanager
+def file_size_limit(size: int | None = None):
+    """The limit, where a size is given, until the block ends: pytest's own output may go to a file that is larger."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        if size is not None:
+            limit_file_size(size)
+        yield
+    finally:
+        limit_file_size(soft)
+
+
+def test_a_disk_that_fills_up_keeps_the_old_checkpoint(arguments, tmp_path, capsys):
     out = tmp_path / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        before_step(patch, 4, lambda: file_size_limit(50_000))
+    with pytest.MonkeyPatch.context() as patch, file_size_limit():
+        before_step(patch, 4, lambda: limit_file_size(50_000))
         said = refusal(capsys, arguments(out))
-    file_size_limit(resource.RLIM_INFINITY)
     assert re.fullmatch(
         rf"{out / 'checkpoint.pt'} cannot be written \(File too large\): [\d.e+]+ GB are free, it needs 0.000132 GB; "
         "make room and --resume from the checkpoint before it, which is kept\n",
@@ -285,19 +294,21 @@ def test_a_disk_that_fills_up_keeps_the_old_checkpoint(arguments, tmp_path, caps
 @pytest.mark.parametrize(
     ("size", "name"), [(0, "metrics.jsonl"), (1000, "metrics.jsonl"), (45_000, "checkpoint.pt"), (300_000, None)]
 )
-def test_a_file_that_cannot_be_written_is_named(arguments, tmp_path, capsys, file_size_limit, size, name):
+def test_a_file_that_cannot_be_written_is_named(arguments, tmp_path, capsys, size, name):
     out = tmp_path / "out"
     train.main(arguments(out, "--steps", "1"))  # the cache is there, matplotlib's, too
     for file in out.iterdir():
         file.unlink()
-    file_size_limit(size)
-    if name is None:
-        assert train.main(arguments(out)) == 0
-    else:
-        assert f"{out / name} cannot be written (File too large): " in refusal(capsys, arguments(out))
+    with file_size_limit(size):
+        if name is None:
+            assert train.main(arguments(out)) == 0
+        else:
+            said = refusal(capsys, arguments(out))
+    if name is not None:
+        assert f"{out / name} cannot be written (File too large): " in said
 
 
-def test_weights_that_cannot_be_written_are_named(arguments, tmp_path, capsys, file_size_limit):
+def test_weights_that_cannot_be_written_are_named(arguments, tmp_path, capsys):
     out = tmp_path / "out"
     assert train.main(arguments(out)) == 0
     for name, size in (("model.safetensors", 40_000), ("condensation.png", 40_000)):
@@ -305,9 +316,8 @@ def test_weights_that_cannot_be_written_are_named(arguments, tmp_path, capsys, f
             size = (out / name).stat().st_size - 1000
         (out / name).unlink()
         # The checkpoint is written already.
-        file_size_limit(size)
-        said = refusal(capsys, ["--resume", "--out", str(out)])
-        file_size_limit(resource.RLIM_INFINITY)
+        with file_size_limit(size):
+            said = refusal(capsys, ["--resume", "--out", str(out)])
         assert f"{out / name} cannot be written (File too large)" in said, said
         assert train.main(["--resume", "--out", str(out)]) == 0
 
