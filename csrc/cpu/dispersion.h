@@ -88,7 +88,7 @@ typedef struct {
   int32_t control_variate;  // dk_control_variate
   double good_enough;       // the relative error of the gradient up to which DK_AUTO is DK_CONSTANT
   // [layer_count, fit_groups, 1 + fit_tokens] in [0, 1): a unit and tokens of it, whose pairs the model is from; NULL,
-  // with DK_NONE: there is nothing to fit. dk::kFitGroups and dk::kFitTokens.
+  // with DK_NONE: there is nothing to fit. dk::kFitGroups and dk::kFitTokens. With draws, all layers have as many tokens.
   const float* draws;
   int32_t fit_groups, fit_tokens;
   double* loss;      // [sequence_count / layer_count], summed over layers: 0 without a pair, NaN if a token is not

@@ -268,11 +268,11 @@ class SampledCall {
     return true;
   }
 
-  // The unit of a random token of a layer.
+  // The unit of a random token of a layer; layers have as many tokens each.
   int64_t unit_drawn(int64_t layer, float draw) const {
     const int64_t* units = args_.units;
     const int64_t of_layer = (units[args_.unit_count] - units[0]) / args_.layer_count;
-    const int64_t token = layer * args_.rows + int64_t(draw * float(of_layer));
+    const int64_t token = units[0] + layer * of_layer + int64_t(draw * float(of_layer));
     return std::max<int64_t>(std::upper_bound(units, units + args_.unit_count, token) - units - 1, 0);
   }
 
