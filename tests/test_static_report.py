@@ -229,6 +229,13 @@ def test_faults() -> None:
     assert [fault.split(": ")[2] for fault in shared] == ["128.0 KiB of shared memory, the device has 99"]
 
 
+def test_scalar_registers_in_one_vector_register_are_no_fault() -> None:
+    row = examined(Toy("product", "gfx942", tensor_kind="v_mfma", options={"num_warps": 4, "num_stages": 1}))
+    assert not static_report.faults(replace(row, spills={"sgpr": 64}))
+    for spills in ({"sgpr": 65}, {"sgpr": 3, "vgpr": 1}, {"bytes": 4}):
+        assert len(static_report.faults(replace(row, spills=spills))) == 1
+
+
 def test_an_epilogue_beyond_its_share_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     toy = Toy("pair tiles", "sm_80")
     row = static_report.examine(toy, compiled(toy))
