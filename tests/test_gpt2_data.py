@@ -118,7 +118,7 @@ def test_folders_are_read_recursively_and_hidden_or_binary_files_left_out(load, 
     (root / "deep" / "er").mkdir(parents=True)
     (root / ".git").mkdir()
     (root / "a.md").write_text("alpha " * 99)
-    (root / "deep" / "b.txt.gz").write_bytes(gzip.compress(b"beta " * 99))
+    (root / "deep" / "b.txt.gz").write_bytes(gzip.compress(b"beta " * 99, mtime=0))
     (root / "deep" / "er" / "c.py.xz").write_bytes(lzma.compress(b"gamma " * 99))
     (root / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
     (root / ".git" / "d.txt").write_text("delta " * 99)
@@ -412,7 +412,7 @@ def test_data_sets_of_the_hub(load, monkeypatch):
         ("a.txt", b"caf\xe9", "not UTF-8 .*convert it"),
         ("a.txt.gz", b"not gzip", "cannot be read"),
         ("a.txt.xz", b"not xz", "cannot be read"),
-        ("a.txt.gz", gzip.compress(b"cut short " * 99)[:-20], "cannot be read"),
+        ("a.txt.gz", gzip.compress(b"cut short " * 99, mtime=0)[:-20], "cannot be read"),
     ],
 )
 def test_texts_that_cannot_be_used_are_named(load, tmp_path, name, content, message):
