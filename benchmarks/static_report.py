@@ -1,9 +1,9 @@
 """The static report: what every shipped GPU kernel costs on every architecture, found without a GPU.
 
-``python -m benchmarks.static_report [--arch sm_90 ...] [--out docs/static-report.md] [--check]`` compiles the Triton
-kernels; those of all pairs are in that file (``--pairs all``), those of sampled ones in docs/static-report-sampled.md
-(``--pairs sampled``). With ``--backend cuda --out docs/static-report-cuda.md`` it reads the CUDA C++ kernels as they
-are built into the installed extension, for its architectures.
+``python -m benchmarks.static_report [--arch sm_90 ...] [--out FILE] [--check]`` compiles the Triton kernels: those of
+all pairs (``--pairs all``), of sampled ones (``--pairs sampled``), or both. With ``--backend cuda`` it reads the CUDA
+C++ kernels as they are built into the installed extension, for its architectures. ``--summary FILE ... --out
+docs/static-report.md`` makes the page of the documentation from such full reports, and compiles nothing.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks import sass
+from benchmarks import machine, sass
 
 HEAD = """\
-# Static report
+# Static report: {title}
+
+Commit {commit}.
 
 Compiled ahead of time, read from the machine code, run on nothing: bounds, not measurements.
 
@@ -72,6 +74,33 @@ COLUMNS = (
     "tensor instructions | thread instructions per tile, thousands | cycles per tile | epilogue share | "
     "of peak: ideal (no overlap)"
 )
+SUMMARY = """\
+# Static report
+
+Every shipped GPU kernel, compiled ahead of time and read from the machine code on a machine without a GPU: bounds, not
+measurements. Full reports, with a line for each kernel and the definition of every column, are made by
+
+```bash
+python -m benchmarks.static_report --pairs all --every --check --out build/all.md  # an hour on two cores
+python -m benchmarks.static_report --pairs sampled --every --check --out build/sampled.md  # 18 minutes
+python -m benchmarks.static_report --backend cuda --check --out build/cuda.md  # needs the built CUDA extension
+```
+
+and this summary of them by `python -m benchmarks.static_report --summary build/all.md build/sampled.md build/cuda.md
+--out docs/static-report.md`. It is made from the full reports of
+
+{sources}
+
+- *registers* a thread; *spilling*: kernels that spill a register, or have anything else on the stack.
+- *of peak, ideal*: busy cycles of the tensor cores as a share of what a tile of pairs takes if all pipes overlap, from
+  the lowest to the highest kernel; "-" for kernels without matrix products. Latencies, a device that is not full, and
+  memory beyond L1 are not in it.
+- *worst case*: the kernel with the lowest share, its share, and in parentheses its share without overlap.
+"""
+SUMMARY_COLUMNS = (
+    "report: kernels | number | most registers | spilling | most shared memory, KiB | of peak, ideal | worst case"
+)
+EVERY = "Every potential in every dtype"
 # What the epilogue of the kernel that matters most may take of any pipe, as a share of its tile's tensor cycles with
 # the library's.
 EPILOGUE_SHARE = 0.2
@@ -232,26 +261,36 @@ def main(arguments: list[str] | None = None) -> None:
         "minutes for those of sampled pairs; the tables stay those of angular_spread in every dtype and of every "
         "potential in bf16 at F=768",
     )
+    parser.add_argument("--summary", nargs="+", type=Path, help="full reports to sum up in one page; compiles nothing")
     args = parser.parse_args(arguments)
     if args.backend == "cuda" and args.pairs is not None:
         parser.error(f"--pairs {args.pairs} is for Triton's kernels: those of --backend cuda are of all pairs")
+    if args.summary is not None:
+        if args.arch or args.check or args.every or args.pairs or args.backend != "triton":
+            parser.error("--summary compiles nothing: the only other option it takes is --out")
+        _publish(summarize({str(path): path.read_text(encoding="utf-8") for path in args.summary}), args.out)
+        return
     triton = functools.partial(examine_shipped, pairs=args.pairs)
     examine_all = triton if args.backend == "triton" else examine_extension
     rows = examine_all(args.arch)
-    text = render(rows, OF_CUDA if args.backend == "cuda" else OF_SAMPLED if args.pairs == "sampled" else "")
+    kernels = "" if args.pairs is None else f", {args.pairs} pairs"
+    title = "CUDA" if args.backend == "cuda" else f"Triton{kernels}"
+    text = render(rows, title, OF_CUDA if args.backend == "cuda" else OF_SAMPLED if args.pairs == "sampled" else "")
     if args.every:
         everything = examine_all(args.arch, every=True)
         of = "all" if args.backend == "cuda" else args.pairs
         text += "\n" + render_every(everything, SIZES.values() if of is None else [SIZES[of]])
         rows += everything
-    print(text)
-    if args.out is not None:
-        temporary = args.out.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, args.out)
+    _publish(text, args.out)
     if args.check and (found := [fault for row in rows for fault in faults(row)]):
         print("\n".join(found), file=sys.stderr)
         raise SystemExit(1)
+
+
+def _publish(text: str, out: Path | None) -> None:
+    print(text)
+    if out is not None:
+        machine.write_text(out, text)
 
 
 def examine_shipped(arches: list[str] | None, every: bool = False, pairs: str | None = None) -> list[Row]:
@@ -446,12 +485,13 @@ def _narrow(variant: Variant, accesses: dict[str, int]) -> list[str]:
     return found
 
 
-def render(rows: Iterable[Row], note: str = "") -> str:
-    """The report in Markdown: a table for each architecture."""
+def render(rows: Iterable[Row], title: str, note: str = "") -> str:
+    """The full report in Markdown: a table for each architecture."""
     by_arch: dict[str, list[Row]] = {}
     for row in rows:
         by_arch.setdefault(row.variant.arch, []).append(row)
-    heads = [HEAD, note] if note else [HEAD]
+    head = HEAD.format(title=title, commit=machine.describe()["commit"])
+    heads = [head, note] if note else [head]
     return "\n".join([*heads, *(_section(arch, of_arch) for arch, of_arch in by_arch.items())])
 
 
@@ -461,7 +501,7 @@ def render_every(rows: Iterable[Row], sizes: Iterable[str]) -> str:
     for row in rows:
         by_arch.setdefault(row.variant.arch, []).append(row)
     lines = [
-        "## Every potential in every dtype",
+        f"## {EVERY}",
         "",
         *sizes,
         "",
@@ -473,6 +513,73 @@ def render_every(rows: Iterable[Row], sizes: Iterable[str]) -> str:
         registers, shared = max(row.registers for row in of_arch), max(row.shared for row in of_arch) / 1024
         lines.append(f"| {arch} | {len(of_arch)} | {spilling} | {registers} | {shared:.1f} |")
     return "\n".join([*lines, ""])
+
+
+def summarize(reports: dict[str, str]) -> str:
+    """The page that sums up full reports, given by the names of their files: a table for each architecture.
+
+    Raises ValueError for a text that is no full report.
+    """
+    sources: list[str] = []
+    tables: dict[str, list[str]] = {}
+    every: list[str] = []
+    for name, report in reports.items():
+        head = re.match(r"# Static report: (.+)\n\nCommit (\S+)\.\n", report)
+        if head is None:
+            raise ValueError(f"{name} is no full report; python -m benchmarks.static_report --out {name} makes one")
+        title, commit = head.groups()
+        sources.append(f"- {title}: commit {commit}")
+        for section in re.split(r"^## ", report, flags=re.MULTILINE)[1:]:
+            arch, _, body = section.partition("\n")
+            if arch == EVERY:
+                every += [f"{title}. {body.strip()}", ""]
+            else:
+                tables.setdefault(arch, []).extend(_summary_lines(title, body))
+    parts = [SUMMARY.format(sources="\n".join(sources))]
+    for arch, lines in tables.items():
+        parts += [
+            f"## {arch}",
+            "",
+            f"| {SUMMARY_COLUMNS} |",
+            "|---" * (SUMMARY_COLUMNS.count("|") + 1) + "|",
+            *lines,
+            "",
+        ]
+    if every:
+        parts += [f"## {EVERY}", "", *every]
+    return "\n".join(parts)
+
+
+def _summary_lines(title: str, section: str) -> list[str]:
+    """A line for each kind of kernel in one architecture's table of a full report."""
+    kinds: dict[str, list[dict[str, str]]] = {}
+    columns = COLUMNS.split(" | ")
+    for line in re.findall(r"^\| (.+) \|$", section, flags=re.MULTILINE):
+        row = dict(zip(columns, line.split(" | "), strict=True))
+        if row["kernel"] != "kernel":
+            # "dk_row_sweep_bf16_..." is a row sweep of the CUDA kernels.
+            kind = re.sub(r"_(bf|fp|tf)\d.*", "", row["kernel"].split(",")[0])
+            kinds.setdefault(kind, []).append(row)
+    lines = []
+    for kind, rows in kinds.items():
+        shares = {row["kernel"]: row[columns[-1]] for row in rows if row[columns[-1]] != "-"}
+        of_peak = worst_case = "-"
+        if shares:
+            ideal = {kernel: int(share.partition("%")[0]) for kernel, share in shares.items()}
+            worst = min(ideal, key=lambda kernel: ideal[kernel])
+            of_peak = f"{ideal[worst]}% to {max(ideal.values())}%"
+            worst_case = f"{worst}: {shares[worst]}"
+        cells = [
+            f"{title}: {kind.removeprefix('dk_').replace('_', ' ')}",
+            str(len(rows)),
+            str(max(int(row["registers"]) for row in rows)),
+            str(sum(row["spills"] != "0" for row in rows)),
+            f"{max(float(row['shared memory, KiB']) for row in rows):.1f}",
+            of_peak,
+            worst_case,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _section(arch: str, rows: list[Row]) -> str:

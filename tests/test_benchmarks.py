@@ -368,26 +368,52 @@ def test_times_on_a_gpu_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- the report
 
 
-def test_readme_and_the_page_are_what_the_files_make() -> None:
+def test_readme_and_the_pages_are_what_the_files_make() -> None:
     results = report.read_results(report.RESULTS)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.filled(readme, results) == readme, "run python -m benchmarks.report"
-    assert {"headline-cpu", "loss-cpu", "memory-cpu"} <= set(report.re.findall(r"<!-- ([\w-]+) -->", readme))
-    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    assert page == report.page(results), "run python -m benchmarks.report"
+    made = set()
+    for path in report.pages(ROOT):
+        text = path.read_text(encoding="utf-8")
+        expected = report.page(results) if path.name == "benchmarks.md" else report.filled(text, results)
+        assert text == expected, "run python -m benchmarks.report"
+        made |= set(report.re.findall(r"<!-- ([\w-]+) -->", text))
+    assert {"headline-cpu", "loss-cpu", "sampling-cpu", "convergence-cpu"} <= made
 
 
 def test_check_finds_a_changed_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
-    for name in ("README.md", "docs/benchmarks.md"):
+    for name in ("README.md", "docs/benchmarks.md", "docs/sampling.md"):
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     report.main(["--check"])
-    readme = tmp_path / "README.md"
-    changed = readme.read_text(encoding="utf-8").replace("<!-- loss-cpu -->\n|", "<!-- loss-cpu -->\n| 0 |", 1)
-    readme.write_text(changed, encoding="utf-8")
-    with pytest.raises(SystemExit):
-        report.main(["--check"])
+    for name, table in (("README.md", "loss-cpu"), ("docs/sampling.md", "sampling-cpu")):
+        path = tmp_path / name
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace(f"<!-- {table} -->\n|", f"<!-- {table} -->\n| 0 |", 1), encoding="utf-8")
+        with pytest.raises(SystemExit):
+            report.main(["--check"])
+        path.write_text(text, encoding="utf-8")
+    report.main(["--check"])
+
+
+def test_readme_table_of_times() -> None:
+    row = {"dtype": "fp32", "mode": "f+b", "B": "1", "F": "64", "status": "timed"}
+    rows = [
+        row | {"variant": name, "L": length, "ms": ms, "ratio": ratio}
+        for name, length, ms, ratio in (
+            ("naive eager", "256", "1240.6", "4.7"),
+            ("naive eager", "512", "25.4", "2"),
+            ("KeOps", "256", "1", "1"),  # in docs/benchmarks.md alone
+            ("cpu", "256", "0.9949", "0.714"),
+            ("cpu", "512", "9.3", "0.5"),
+        )
+    ]
+    rows += [row | {"mode": "loss", "variant": "cpu", "L": "256", "ms": "7", "ratio": "7"}]
+    rows[1] |= {"ratio": "", "status": "not timed: a call takes 14 s"}
+    assert [line.strip("| ").split(" | ") for line in report.loss_short(rows).splitlines()[::2]] == [
+        ["B, L, F:", "1, 256, 64", "1, 512, 64"],
+        ["naive eager", "1,241 (4.70)", "14 s"],
+    ]
+    assert report.loss_short(rows).splitlines()[3:] == ["| cpu | 0.99 (0.71) | 9.30 (0.50) |"]
 
 
 def test_a_table_without_a_file_says_how_to_make_it() -> None:

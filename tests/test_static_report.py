@@ -338,3 +338,39 @@ def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.
     with pytest.raises(SystemExit):
         static_report.main(["--backend", "cuda", "--pairs", "sampled"])
     assert "--pairs sampled is for Triton's kernels" in capsys.readouterr().err
+
+
+def test_summary_of_full_reports(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    product = examined(Toy("product", "sm_80"))
+    rows = [
+        replace(product, variant=replace(product.variant, label=label), registers=registers, epilogue={"fma": cycles})
+        for label, registers, cycles in (
+            ("pair tiles, loss, F=64", 90, 3 * product.tensor),
+            ("pair tiles, loss, F=768", 120, 0.0),
+            ("dk_row_sweep_tf32x3_narrow_loss, F=64", 30, 0.0),
+        )
+    ]
+    rows[1] = replace(rows[1], spills={"bytes": 8})
+    monkeypatch.setattr(static_report, "examine_shipped", lambda arches, **_: rows)
+    full, summary = tmp_path / "full.md", tmp_path / "summary.md"
+    static_report.main(["--pairs", "all", "--out", str(full)])
+    static_report.main(["--summary", str(full), "--out", str(summary)])
+    text = summary.read_text()
+    assert f"- Triton, all pairs: commit {static_report.machine.describe()['commit']}\n" in text
+    table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert table[0] == static_report.SUMMARY_COLUMNS.split(" | ")
+    kinds = {kind: cells for kind, *cells in table[1:]}
+    number, registers, spilling, shared, of_peak, worst = kinds["Triton, all pairs: pair tiles"]
+    assert (number, registers, spilling, shared) == ("2", "120", "1", f"{product.shared / 1024:.1f}")
+    lowest, highest = (int(share.rstrip("%")) for share in of_peak.split(" to "))
+    assert lowest < highest
+    assert worst.startswith(f"pair tiles, loss, F=64: {lowest}% (")
+    assert kinds["Triton, all pairs: row sweep"][:2] == ["1", "30"]
+    # A summary is no full report.
+    with pytest.raises(ValueError, match=r"summary\.md is no full report"):
+        static_report.main(["--summary", str(summary)])
+    with pytest.raises(SystemExit):
+        static_report.main(["--summary", str(full), "--check"])
+    assert "--summary compiles nothing" in capsys.readouterr().err
