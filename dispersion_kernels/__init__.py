@@ -13,11 +13,13 @@ from dispersion_kernels.potentials import (
     Potential,
     Uniformity,
 )
+from dispersion_kernels.regularizer import DispersionRegularizer
 
 __all__ = [
     "AngularSpread",
     "Decorrelation",
     "DispersionLoss",
+    "DispersionRegularizer",
     "DispersiveL2",
     "L2Repel",
     "Orthogonalization",

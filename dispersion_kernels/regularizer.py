@@ -1,0 +1,572 @@
+"""The loss on the hidden states of a model of anybody's, by hooks on its blocks: :class:`DispersionRegularizer`.
+
+Each block's output z passes through an identity ``z -> (z, term)``, whose second output is the layer's loss. Its
+backward receives the gradients of both, computes the gradient of the loss then, and returns their sum: whatever
+multiplies the term on its way to the total (a weight, a loss scale, a division by accumulation steps) arrives with the
+gradient, nothing but z is kept, and autograd adds no tensors.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dispersion_kernels.control_variates import RANK
+from dispersion_kernels.loss import ControlVariate, DispersionLoss, Pairs, fused_dispersion_loss
+from dispersion_kernels.potentials import Potential, resolve_potential
+
+Layers = str | Sequence[int | nn.Module]
+Tokens = Literal["attended", "labels", "all"]
+
+IGNORED_LABEL = -100
+"""The label of tokens without a prediction, in Hugging Face's models and in ``cross_entropy``."""
+
+
+class DispersionRegularizer:
+    """The dispersion loss on the outputs of a model's blocks, as a term to add to the model's own loss::
+
+        reg = DispersionRegularizer(model, layers="all", weight=0.1)
+        loss = model(**batch).loss + reg.loss()  # once a forward
+
+    Hooks on the blocks act in training mode with gradients enabled, and at no other time. Make it before the first call
+    of a compiled model: PyTorch compiles the hooks with the blocks, and looks for none later. A deep copy or a pickle
+    of the model has no regulariser.
+
+    Args:
+        model: any module with a stack of blocks in a ``ModuleList`` (or a ``ModuleDict`` whose keys are numbers), which
+            return hidden states, ``[B, L, F]`` or ``[L, F]``, or a tuple, list or mapping that begins with them. DDP,
+            FSDP2, PEFT and ``torch.compile`` may be around it, before or after.
+        layers: ``"all"``, ``"last"``, ``"early_half"``, ``"late_half"``, or a list of layers, counted from 1, as
+            ``hidden_states`` of Hugging Face's models are; or a list of modules, wherever they are. The embedding is no
+            layer, and the final norm is not applied.
+        weight: of the mean over the chosen layers, in :meth:`loss`. The attribute may change from step to step.
+        stack: where a model has several stacks: the name of one, or a part of it, as ``"decoder"``.
+        tokens: ``"attended"``: those that the model attends to, by the arguments of the module that owns the blocks:
+            ``cu_seq_lens_q``, else a 2-D ``attention_mask``, else ``position_ids``, which start again at each document,
+            of which each has one loss, else all. ``"labels"``: those of them whose label is not -100, by the model's
+            argument ``labels``. ``"all"``: all.
+        potential, tau, clamp, eps, max_tokens, pairs, control_variate, rank, impl: as in
+            :func:`~dispersion_kernels.fused_dispersion_loss`.
+        keep_gradients: compute the gradient in forward, too, and keep it until backward. That takes 3 instead of 4
+            B L^2 F FLOPs, and the memory of one fp32 z a layer. It is also for a model that writes to its blocks'
+            outputs in place.
+
+    On a GPU under autocast the loss takes hidden states in autocast's dtype, as a matrix product would.
+
+    Raises:
+        ValueError: a model without a stack of blocks, or with several; a layer or an option that is wrong.
+        TypeError: a type that is wrong.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers = "all",
+        weight: float = 0.1,
+        *,
+        stack: str | None = None,
+        tokens: Tokens = "attended",
+        potential: str | Potential = "angular_spread",
+        tau: float | None = None,
+        clamp: float | None = None,
+        eps: float | None = None,
+        max_tokens: int | None = None,
+        pairs: Pairs = "all",
+        control_variate: ControlVariate = "auto",
+        rank: int = RANK,
+        impl: str = "auto",
+        keep_gradients: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; give the model itself")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ValueError(f"weight must be a finite number of at least 0, got {weight!r}; try 0.1")
+        if tokens not in ("attended", "labels", "all"):
+            raise ValueError(f"tokens must be 'attended', 'labels' or 'all', got {tokens!r}")
+        self.weight = weight
+        self.values: dict[str, Tensor] = {}
+        """The loss of each layer, without its weight, at the last call of :meth:`loss`."""
+        self._tokens = tokens
+        self._keep_gradients = keep_gradients
+        self._options: dict[str, Any] = {
+            "potential": resolve_potential(potential, tau=tau, clamp=clamp, eps=eps),
+            "max_tokens": max_tokens,
+            "pairs": pairs,
+            "control_variate": control_variate,
+            "rank": rank,
+            "impl": impl,
+        }
+        DispersionLoss(
+            self._options["potential"], **{k: v for k, v in self._options.items() if k != "potential"}
+        )  # checks
+        self._random = max_tokens is not None or pairs != "all"
+
+        owner, self._layers = _choose(self, model, layers, stack)
+        self._pending: _Term | _End = _END
+        self._before: _Term | _End = _END
+        self._scrap: Tensor | None = None
+        self._forward: _Forward | None = None
+        self._selection: _Selection = _ALL
+        self._labels: Tensor | None = None
+        self._removed = False
+        self._handles = [layer.module.register_forward_hook(layer) for layer in self._layers]
+        if tokens == "labels":
+            self._handles.append(model.register_forward_pre_hook(_Labels(self, model), with_kwargs=True))
+        self._handles.append(owner.register_forward_pre_hook(_Begin(self, owner), with_kwargs=True))
+        self._handles.append(owner.register_forward_hook(_Finish(self)))
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the chosen layers' modules."""
+        return [layer.name for layer in self._layers]
+
+    def loss(self) -> Tensor:
+        """``weight`` times the mean over the chosen layers, ``[]``. Call it once a forward; of several forwards since
+        the last call it is the mean."""
+        found: dict[_Layer, list[Tensor]] = {layer: [] for layer in self._layers}
+        while not isinstance(self._pending, _End):
+            term = self._pending
+            term.forward.taken = True
+            found[term.layer].append(term.value)
+            self._pending = term.earlier
+        self._before, self._scrap = _END, None
+        if missing := [layer.name for layer in self._layers if not found[layer]]:
+            raise RuntimeError(self._nothing_to_add(missing))
+        device = found[self._layers[-1]][0].device
+        means = [torch.stack(values[::-1]).mean().to(device) for values in found.values()]
+        self.values = {layer.name: mean.detach() for layer, mean in zip(self._layers, means, strict=True)}
+        return self.weight * torch.stack(means).mean()
+
+    def _nothing_to_add(self, missing: list[str]) -> str:
+        if self._removed:
+            return "DispersionRegularizer.loss() was called after remove(); make another DispersionRegularizer"
+        return (
+            f"{len(missing)} of {len(self._layers)} layers did not run in training mode with gradients enabled since "
+            f"the last call of DispersionRegularizer.loss(): {', '.join(missing)}. Call it once, after the model's "
+            "forward, in training alone. If they did run: make the DispersionRegularizer before the first call of a "
+            "compiled model, and activation checkpointing around the blocks' hooks needs use_reentrant=False"
+        )
+
+    def remove(self) -> None:
+        """Takes the hooks off the model, which is then what it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._removed = True
+        self._pending = self._before = _END
+        self._scrap, self._forward, self._labels = None, None, None
+
+    def _select(self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Selection:
+        if self._tokens == "all":
+            return _ALL
+        given = dict(zip(names, args, strict=False), **kwargs)
+        mask, cu_seqlens = None, given.get("cu_seq_lens_q")
+        attention_mask, position_ids = given.get("attention_mask"), given.get("position_ids")
+        if cu_seqlens is None and attention_mask is not None:
+            if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+                shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else ""
+                raise ValueError(
+                    f"attention_mask is a {type(attention_mask).__name__} {shape}, and DispersionRegularizer knows "
+                    "which tokens take part from one of shape [B, L] alone; give the model that, or take tokens='all'"
+                )
+            mask = attention_mask.bool()
+        elif cu_seqlens is None and isinstance(position_ids, Tensor) and position_ids.dim() == 2:
+            tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+            batch = position_ids.shape[0] if tokens is None else tokens.shape[0]
+            cu_seqlens = _documents(position_ids.expand(batch, -1))
+        if self._tokens == "labels":
+            if self._labels is None:
+                raise ValueError(
+                    "tokens='labels' was given, and the model was called without labels; call it with labels=, or take "
+                    "tokens='attended'"
+                )
+            predicted = self._labels != IGNORED_LABEL
+            mask = predicted if mask is None else mask & predicted
+        return _Selection(mask, cu_seqlens)
+
+    def _value(self, z: Tensor, selection: _Selection, seed: int | None = None, *, recompute: bool = False) -> Tensor:
+        """The loss of one layer, ``[]``."""
+        mask, cu_seqlens = selection
+        if cu_seqlens is not None:
+            z = z.flatten(0, -2)
+        if mask is not None and z.dim() == 2:
+            mask = mask.flatten()
+        generator = None if seed is None else torch.Generator(z.device).manual_seed(seed)
+        loss: Tensor = fused_dispersion_loss(
+            z, **self._options, mask=mask, cu_seqlens=cu_seqlens, generator=generator, recompute=recompute
+        )
+        return loss
+
+    def _discard(self, forward: _Forward) -> None:
+        """The terms of a forward whose backward has run."""
+        kept = [term for term in _chain(self._pending) if term.forward is not forward]
+        self._pending = _END
+        for term in reversed(kept):
+            self._pending = _Term(self._pending, term.layer, term.forward, term.value)
+        warnings.warn(
+            "backward ran through a model with a DispersionRegularizer whose loss() nobody added: the model is trained "
+            "without it. Add reg.loss() to the loss once a forward, or call reg.remove()",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+class _Forward:
+    """One call of the module that owns the blocks."""
+
+    def __init__(self) -> None:
+        self.taken = False
+        """Whether ``loss`` has taken its terms."""
+
+
+class _End:
+    """Of a chain of terms."""
+
+
+_END = _End()
+
+
+class _Term:
+    """A layer's loss, in a chain: unlike a list, which the compiler would compile again for each length it finds."""
+
+    def __init__(self, earlier: _Term | _End, layer: _Layer, forward: _Forward, value: Tensor) -> None:
+        self.earlier, self.layer, self.forward, self.value = earlier, layer, forward, value
+
+
+def _chain(term: _Term | _End) -> Iterator[_Term]:
+    while not isinstance(term, _End):
+        yield term
+        term = term.earlier
+
+
+class _Selection(NamedTuple):
+    """The tokens that take part, of ``z`` ``[B, L, F]``."""
+
+    mask: Tensor | None
+    """``[B, L]``, boolean."""
+    cu_seqlens: Tensor | None
+    """``[S + 1]``, bounds of sequences of the ``B L`` tokens."""
+
+
+_ALL = _Selection(None, None)
+
+
+def _no_hook(*_: object) -> None:
+    """What a copy of a hook does."""
+
+
+class _Hook:
+    """A hook that stays with its own module: a deep copy or a pickle of it does nothing."""
+
+    def __init__(self, regularizer: DispersionRegularizer) -> None:
+        self.regularizer = regularizer
+
+    def __deepcopy__(self, memo: object) -> Any:
+        return _no_hook
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (_no_hook,)
+
+
+class _Labels(_Hook):
+    """Before the model's forward: its labels."""
+
+    def __init__(self, regularizer: DispersionRegularizer, model: nn.Module) -> None:
+        super().__init__(regularizer)
+        self.names = _argument_names(model)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.regularizer._labels = dict(zip(self.names, args, strict=False), **kwargs).get("labels")
+
+
+class _Begin(_Hook):
+    """Before the forward of the module that owns the blocks: which tokens take part."""
+
+    def __init__(self, regularizer: DispersionRegularizer, owner: nn.Module) -> None:
+        super().__init__(regularizer)
+        self.names = _argument_names(owner)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        regularizer = self.regularizer
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "DispersionRegularizer is not for nn.DataParallel, whose replicas run in threads; take "
+                "DistributedDataParallel, or make one GPU visible: CUDA_VISIBLE_DEVICES=0"
+            )
+        if regularizer._forward is not None:  # which ended in an exception
+            regularizer._pending, regularizer._forward = regularizer._before, None
+        if regularizer._removed or not module.training or not torch.is_grad_enabled():
+            return
+        regularizer._scrap = None
+        regularizer._before, regularizer._forward = regularizer._pending, _Forward()
+        regularizer._selection = regularizer._select(self.names, args, kwargs)
+
+
+class _Finish(_Hook):
+    """After it."""
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        regularizer = self.regularizer
+        regularizer._forward, regularizer._selection, regularizer._labels = None, _ALL, None
+
+
+def _argument_names(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
+
+
+def _documents(position_ids: Tensor) -> Tensor | None:
+    """``cu_seqlens`` of the documents in ``position_ids`` ``[B, L]``: one begins with each row, and wherever a position
+    does not follow the one before it. None: the rows, which were found to be whole."""
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids.diff(dim=1) != 1
+    tokens = begins.numel()
+    if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = begins.flatten().nonzero().flatten()
+        if bounds.numel() == position_ids.shape[0]:
+            return None
+    else:
+        # Their number is not known without synchronising; sequences without a token take the places that are left.
+        places = torch.arange(tokens, device=begins.device)
+        bounds = torch.where(begins.flatten(), places, tokens).sort().values
+    return torch.nn.functional.pad(bounds, (0, 1), value=tokens).int()
+
+
+class _Layer(_Hook):
+    """After a block's forward: its term."""
+
+    def __init__(self, regularizer: DispersionRegularizer, name: str, module: nn.Module) -> None:
+        super().__init__(regularizer)
+        self.name, self.module = name, module
+
+    def __call__(self, module: nn.Module, args: object, output: Any) -> Any:
+        regularizer = self.regularizer
+        forward = regularizer._forward
+        # Without a forward, in training with gradients: activation checkpointing calls the block again, in backward,
+        # where it must leave what it left the first time, and count no term.
+        if regularizer._removed or not torch.is_grad_enabled() or (forward is None and not module.training):
+            return None
+        z = _hidden_states(output, self.name)
+        selection = regularizer._selection
+        if torch.compiler.is_compiling():
+            # The compiler fuses the addition of the two gradients.
+            value = regularizer._value(_narrowed(z), selection, recompute=not regularizer._keep_gradients)
+            if forward is None:
+                regularizer._scrap = value
+            else:
+                regularizer._pending = _Term(regularizer._pending, self, forward, value)
+            return None
+        if not z.requires_grad:
+            if forward is not None:
+                value = regularizer._value(_narrowed(z), selection)
+                regularizer._pending = _Term(regularizer._pending, self, forward, value)
+            return None
+        z, value = _WithTerm.apply(z, regularizer, forward, selection)
+        if forward is not None:
+            regularizer._pending = _Term(regularizer._pending, self, forward, value)
+        return _replaced(output, z)
+
+
+class _WithTerm(torch.autograd.Function):
+    """``z -> (z, term)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, regularizer: DispersionRegularizer, forward: _Forward | None, selection: _Selection
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        # Under checkpointing the node is that of the first forward, and saved tensors alone are made again: all else
+        # are attributes, which the forward that makes them again need not compute.
+        ctx.regularizer, ctx.forward_call, ctx.selection, ctx.kept = regularizer, forward, selection, None
+        ctx.seed = int(torch.randint(2**62, (), device="cpu")) if regularizer._random else None
+        ctx.dtype = _narrow_dtype(z)
+        # A tensor of its own: an input returned as it is could not be written to in place.
+        same = z.detach()
+        if regularizer._keep_gradients:
+            if forward is None:
+                return same, torch.zeros((), device=z.device)
+            ctx.kept = _leaf_and_loss(ctx, z)
+            return same, ctx.kept[1].detach()
+        ctx.save_for_backward(z)
+        if forward is None:
+            return same, torch.zeros((), device=z.device)
+        return same, regularizer._value(z.to(ctx.dtype), selection, ctx.seed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor | None, dterm: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dterm is None:
+            forward = ctx.forward_call
+            if forward is not None and not forward.taken:
+                forward.taken = True
+                ctx.regularizer._discard(forward)
+            return dz, None, None, None
+        kept, ctx.kept = ctx.kept, (ctx.kept if _graph_is_kept() else None)
+        if kept is None:
+            if ctx.regularizer._keep_gradients:
+                raise RuntimeError(
+                    "backward ran a second time through a DispersionRegularizer with keep_gradients=True; give the "
+                    "first one retain_graph=True"
+                )
+            try:
+                (z,) = ctx.saved_tensors
+            except RuntimeError as error:
+                if "inplace" not in str(error):
+                    raise
+                raise RuntimeError(
+                    "the hidden states that a DispersionRegularizer reads were modified in place by what follows the "
+                    "block; make it with keep_gradients=True, which reads them before that"
+                ) from error
+            kept = _leaf_and_loss(ctx, z)
+        leaf, loss = kept
+        (gradient,) = torch.autograd.grad(loss, leaf, dterm, retain_graph=ctx.kept is not None)
+        return gradient if dz is None else gradient.add_(dz), None, None, None
+
+
+def _leaf_and_loss(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+    # Without the hooks of checkpointing or offloading, which would make the gradient again.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        leaf = z.detach().requires_grad_()
+        return leaf, ctx.regularizer._value(leaf.to(ctx.dtype), ctx.selection, ctx.seed)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward may run again. PyTorch has no public name for that."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is None or bool(keeps())
+
+
+def _narrow_dtype(z: Tensor) -> torch.dtype:
+    """The dtype in which the loss takes ``z``."""
+    return torch.get_autocast_dtype("cuda") if z.is_cuda and torch.is_autocast_enabled("cuda") else z.dtype
+
+
+def _narrowed(z: Tensor) -> Tensor:
+    return z.to(_narrow_dtype(z))
+
+
+def _hidden_states(output: Any, name: str) -> Tensor:
+    """The first of a block's outputs."""
+    first = output
+    if isinstance(output, Mapping):
+        first = next(iter(output.values()), None)
+    elif isinstance(output, tuple | list):
+        first = output[0] if output else None
+    if not isinstance(first, Tensor):
+        raise TypeError(
+            f"{name} returned {type(output).__name__}; DispersionRegularizer takes the hidden states of a block that "
+            "returns a tensor, or a tuple, list or mapping that begins with one. Give layers= a list of modules that do"
+        )
+    return first
+
+
+def _replaced(output: Any, z: Tensor) -> Any:
+    """``output`` with ``z`` for its hidden states."""
+    if isinstance(output, Tensor):
+        return z
+    if isinstance(output, Mapping):
+        return type(output)(**{**output, next(iter(output)): z})
+    if hasattr(output, "_fields"):
+        return type(output)(z, *output[1:])
+    return type(output)((z, *output[1:]))
+
+
+class _Stack(NamedTuple):
+    name: str
+    owner: nn.Module
+    """The module whose arguments say which tokens there are."""
+    blocks: list[nn.Module]
+
+
+def _choose(
+    regularizer: DispersionRegularizer, model: nn.Module, layers: Layers, stack: str | None
+) -> tuple[nn.Module, list[_Layer]]:
+    """The module that owns the blocks, and the chosen ones."""
+    if not isinstance(layers, str):
+        layers = list(layers)
+        if not layers:
+            raise ValueError("layers is an empty list; give at least one layer, or layers='all'")
+        modules = [layer for layer in layers if isinstance(layer, nn.Module)]
+        if len(modules) == len(layers):
+            names = {module: name for name, module in model.named_modules()}
+            if strangers := [type(module).__name__ for module in modules if module not in names]:
+                raise ValueError(f"layers has modules that are no part of model: {', '.join(strangers)}")
+            return model, [_Layer(regularizer, names[module], module) for module in modules]
+        if modules:
+            raise TypeError("layers mixes numbers and modules; give either")
+    found = _stack(model, stack)
+    chosen = _numbers(layers, len(found.blocks))
+    return found.owner, [
+        _Layer(regularizer, f"{found.name}.{number - 1}", found.blocks[number - 1]) for number in chosen
+    ]
+
+
+def _numbers(layers: Any, count: int) -> list[int]:
+    """The chosen of ``count`` layers, counted from 1."""
+    half = max(count // 2, 1)
+    named = {
+        "all": range(1, count + 1),
+        "last": range(count, count + 1),
+        "early_half": range(1, half + 1),
+        "late_half": range(count - half + 1, count + 1),
+    }
+    if isinstance(layers, str):
+        if layers in named:
+            return list(named[layers])
+    elif all(isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= count for k in layers):
+        return sorted(set(layers))
+    raise ValueError(
+        f"layers must be 'all', 'last', 'early_half', 'late_half', a list of numbers from 1 to {count}, or of modules, "
+        f"got {layers!r}"
+    )
+
+
+def _stack(model: nn.Module, name: str | None) -> _Stack:
+    stacks = list(_stacks(model, "", model))
+    pretrained = [stack for stack in stacks if _is_pretrained(stack.owner)]
+    stacks = pretrained or stacks
+    candidates = [f"{stack.name} ({len(stack.blocks)} x {type(stack.blocks[0]).__name__})" for stack in stacks]
+    if name is not None:
+        stacks = [stack for stack in stacks if f".{name}." in f".{stack.name}."]
+    if len(stacks) == 1:
+        return stacks[0]
+    type_name = type(model).__name__
+    if not candidates:
+        raise ValueError(
+            f"{type_name} has no stack of blocks, which is a ModuleList, or a ModuleDict whose keys are numbers; give "
+            "the blocks, as layers=[model.first, model.second]"
+        )
+    wanted = "several stacks of blocks" if name is None else f"{len(stacks) or 'no'} stacks of blocks named {name!r}"
+    raise ValueError(
+        f"{type_name} has {wanted}; give stack= the name of one of: {', '.join(candidates)}; or the blocks, as "
+        "layers=[model.first, model.second]"
+    )
+
+
+def _stacks(module: nn.Module, prefix: str, owner: nn.Module) -> Iterator[_Stack]:
+    """The stacks below ``module``, those within a block of another not counted."""
+    for key, child in module.named_children():
+        name = f"{prefix}{key}"
+        is_list = isinstance(child, nn.ModuleList) or (
+            isinstance(child, nn.ModuleDict) and all(key.isdecimal() for key in child)
+        )
+        if is_list:
+            blocks = list(child.children())
+            if blocks:
+                yield _Stack(name, owner, blocks)
+        else:
+            yield from _stacks(
+                child, f"{name}.", child if _is_pretrained(child) or not _is_pretrained(owner) else owner
+            )
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    """Whether it is a ``PreTrainedModel`` of Hugging Face's transformers, which this does not import."""
+    return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)

@@ -1,0 +1,540 @@
+"""DispersionRegularizer on plain PyTorch models: numbers, life cycle, choice of blocks and tokens, refusals."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import itertools
+import pickle
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from regularized import WEIGHT, Block, Model, Step, assert_same, by_hand, gradients, tokens
+from torch import Tensor, nn
+
+from dispersion_kernels import AngularSpread, DispersionRegularizer, fused_dispersion_loss
+from dispersion_kernels.gpt2.model import GPT2, GPT2Config
+
+
+def blocks(model: nn.Module) -> Sequence[nn.Module]:
+    return list(model.blocks)  # type: ignore[arg-type]
+
+
+def step(model: nn.Module, reg: DispersionRegularizer, *batches: Tensor, **arguments: Any) -> Step:
+    model.zero_grad()
+    own = torch.stack([model(batch, **arguments) for batch in batches]).sum()
+    total = own + reg.loss()
+    total.backward()
+    return Step(total.detach(), gradients(model))
+
+
+@pytest.mark.parametrize("keep_gradients", [False, True])
+@pytest.mark.parametrize(
+    ("layers", "numbers"),
+    [("all", (1, 2, 3, 4)), ("last", (4,)), ("early_half", (1, 2)), ("late_half", (3, 4)), ([3, 1], (1, 3))],
+)
+def test_loss_and_gradients_are_the_sum_by_hand(layers: Any, numbers: tuple[int, ...], keep_gradients: bool) -> None:
+    model, batch = Model(), tokens()
+    reg = DispersionRegularizer(model, layers, WEIGHT, keep_gradients=keep_gradients)
+    exact = by_hand(model, [lambda m: m(batch)], lambda m: [blocks(m)[k - 1] for k in numbers])
+    assert_same(step(model, reg, batch), exact)
+    assert reg.layers == [f"blocks.{k - 1}" for k in numbers]
+    assert list(reg.values) == reg.layers
+    without = by_hand(model, [lambda m: m(batch)], blocks, weight=0.0)
+    assert (exact.grads["embedding.weight"] - without.grads["embedding.weight"]).abs().max() > 1e-3
+    assert_same(step(model, reg, batch), exact)  # nothing is left over
+
+
+def test_explicit_modules_and_options() -> None:
+    model, batch = Model(), tokens()
+    chosen = [model.blocks[1], model.norm]
+    reg = DispersionRegularizer(model, chosen, WEIGHT, potential="uniformity", impl="torch")
+    exact = by_hand(
+        model, [lambda m: m(batch)], lambda m: [blocks(m)[1], m.norm], options=[{"potential": "uniformity"}]
+    )
+    assert_same(step(model, reg, batch), exact)
+    other = DispersionRegularizer(model, "last", 0.1, potential=AngularSpread(tau=0.5))
+    model(batch)
+    reg.loss()
+    z = []
+    handle = model.blocks[3].register_forward_hook(lambda m, a, output: z.append(output))
+    model(batch)
+    handle.remove()
+    torch.testing.assert_close(other.loss(), 0.1 * fused_dispersion_loss(z[0], tau=0.5))
+    reg.loss()
+
+
+def test_weight_may_change_and_the_value_is_of_the_loss_alone() -> None:
+    model, batch = Model(), tokens()
+    reg = DispersionRegularizer(model, weight=1.0)
+    model(batch)
+    one = reg.loss()
+    reg.weight = 0.25
+    model(batch)
+    torch.testing.assert_close(reg.loss(), one / 4)
+    torch.testing.assert_close(torch.stack(list(reg.values.values())).mean(), one)
+    assert not any(value.requires_grad for value in reg.values.values())
+
+
+def test_two_forwards_and_one_loss_are_the_mean_of_both() -> None:
+    model, batches = Model(), (tokens(seed=1), tokens(seed=2))
+    reg = DispersionRegularizer(model, weight=WEIGHT)
+    exact = [by_hand(model, [lambda m, b=b: m(b)], blocks, weight=WEIGHT / 2) for b in batches]  # type: ignore[misc]
+    both = Step(exact[0].loss + exact[1].loss, {name: g + exact[1].grads[name] for name, g in exact[0].grads.items()})
+    assert_same(step(model, reg, *batches), both)
+
+
+def test_an_upstream_factor_arrives_once() -> None:
+    """A GradScaler's, and the division of accumulation: four microbatches of a quarter are the mean."""
+    model, batches = Model(), [tokens(seed=k) for k in range(4)]
+    reg = DispersionRegularizer(model, weight=WEIGHT)
+    exact = by_hand(
+        model,
+        [lambda m, b=b: m(b) for b in batches],  # type: ignore[misc]
+        blocks,
+        options=[{}] * 4,
+        scales=[0.25] * 4,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    total = torch.zeros(())
+    for batch in batches:
+        loss = (model(batch) + reg.loss()) / 4
+        total += loss.detach()
+        scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    assert_same(Step(total, gradients(model)), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_rounded_like_the_model(dtype: torch.dtype) -> None:
+    """Under autocast the residual stream is fp32; in a 16-bit model the gradient of z is 16 bits."""
+    model, batch = Model(), tokens()
+    reg = DispersionRegularizer(model, weight=3.0)
+    exact = by_hand(model, [lambda m: m(batch)], blocks, weight=3.0)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = model(batch) + reg.loss()
+    loss.backward()
+    assert_same(Step(loss.detach(), gradients(model)), exact, tolerance=2e-2)
+    if dtype == torch.bfloat16:
+        model = model.to(dtype)
+        assert_same(step(model, reg, batch), exact, tolerance=5e-2)
+
+
+@pytest.mark.parametrize("options", [{"max_tokens": 8}, {"pairs": 1 / 4, "control_variate": "constant"}])
+@pytest.mark.parametrize("keep_gradients", [False, True])
+def test_backward_draws_what_forward_drew(options: dict[str, Any], keep_gradients: bool) -> None:
+    model, batch = Model(layers=1), tokens(length=64)
+    reg = DispersionRegularizer(model, weight=1.0, keep_gradients=keep_gradients, **options)
+    z = []
+    handle = model.blocks[0].register_forward_pre_hook(lambda m, args: z.append(args[0]))
+    torch.manual_seed(5)
+    model(batch)
+    term = reg.loss()
+    (grad,) = torch.autograd.grad(term, z[0])
+    handle.remove()
+    seed = torch.manual_seed(5) and int(torch.randint(2**62, ()))
+    again = z[0].detach().requires_grad_()
+    drawn = fused_dispersion_loss(
+        Block.forward(model.blocks[0], again), generator=torch.Generator().manual_seed(seed), **options
+    )  # type: ignore[arg-type]
+    torch.testing.assert_close(term, drawn)
+    torch.testing.assert_close(grad, torch.autograd.grad(drawn, again)[0])
+
+
+def test_only_in_training_with_gradients() -> None:
+    model, batch = Model(), tokens()
+    reg = DispersionRegularizer(model)
+    plain = copy.deepcopy(model)
+    model.eval()
+    assert torch.equal(model(batch), plain(batch))
+    model(batch).backward()  # a gradient in evaluation is the model's own, without a warning
+    plain(batch).backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    model.train()
+    with torch.no_grad():
+        assert torch.equal(model(batch), plain(batch))
+    with torch.inference_mode():
+        model(batch)
+    with pytest.raises(RuntimeError, match=r"4 of 4 layers did not run .* blocks.0, blocks.1, blocks.2, blocks.3"):
+        reg.loss()
+    model(batch)
+    assert reg.loss() != 0
+    with pytest.raises(RuntimeError, match="did not run"):
+        reg.loss()
+
+
+def test_frozen_layers_count_in_the_mean() -> None:
+    model, batch = Model(), tokens()
+    for part in (model.embedding, model.blocks[0], model.blocks[1]):
+        part.requires_grad_(False)
+    reg = DispersionRegularizer(model, weight=WEIGHT)
+    exact = by_hand(model, [lambda m: m(batch)], blocks)
+    assert_same(step(model, reg, batch), exact)
+    assert len(reg.values) == 4
+
+
+def test_a_forgotten_loss_warns_and_nothing_grows() -> None:
+    model, batch = Model(), tokens()
+    reg = DispersionRegularizer(model)
+
+    def objects() -> int:
+        gc.collect()
+        return sum(type(found) is Tensor or "_Term" in type(found).__name__ for found in gc.get_objects())
+
+    with pytest.warns(RuntimeWarning, match=r"whose loss\(\) nobody added"):
+        model(batch).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(batch).backward()
+        before = objects()
+        for _ in range(50):
+            model(batch).backward()
+        assert objects() <= before
+    with pytest.raises(RuntimeError, match="did not run"):
+        reg.loss()
+    model(batch)
+    loss = reg.loss()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.zero_grad()
+        loss.backward()
+
+
+def test_backward_in_two_parts_needs_no_warning() -> None:
+    model, batch = Model(), tokens()
+    reg = DispersionRegularizer(model, weight=WEIGHT)
+    exact = by_hand(model, [lambda m: m(batch)], blocks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own, term = model(batch), reg.loss()
+        own.backward(retain_graph=True)
+        term.backward()
+    assert_same(Step((own + term).detach(), gradients(model)), exact)
+
+
+@pytest.mark.parametrize("keep_gradients", [False, True])
+def test_backward_again(keep_gradients: bool) -> None:
+    model, batch = Model(), tokens()
+    reg = DispersionRegularizer(model, weight=WEIGHT, keep_gradients=keep_gradients)
+    total = model(batch) + reg.loss()
+    total.backward(retain_graph=True)
+    once = gradients(model)
+    total.backward()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, 2 * once[name])
+    with pytest.raises(RuntimeError, match="second time"):
+        total.backward()
+    model(batch)
+    reg.loss().backward()
+    model(batch)
+    (grad,) = torch.autograd.grad(reg.loss(), model.embedding.weight, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+def test_a_forward_that_raises_leaves_no_term() -> None:
+    model, batch = Model(), tokens()
+    reg = DispersionRegularizer(model, weight=WEIGHT)
+    exact = by_hand(model, [lambda m: m(batch)], blocks)
+    with pytest.raises(IndexError):
+        model(torch.full_like(batch, 99))
+    handle = model.blocks[2].register_forward_pre_hook(lambda m, args: 1 / 0)  # after two terms
+    with pytest.raises(ZeroDivisionError):
+        model(batch)
+    handle.remove()
+    assert_same(step(model, reg, batch), exact)
+
+
+class InPlace(Block):
+    """Writes to its input, which is the output of the block before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += 0.1 * torch.tanh(self.linear(self.norm(x.clone())))
+        return x
+
+
+class InPlaceInside(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(torch.tanh(self.norm(x)))
+        h += x
+        return h
+
+
+def test_in_place_residual_blocks() -> None:
+    batch = tokens()
+    for block, keep_gradients in ((InPlaceInside, False), (InPlaceInside, True), (InPlace, True)):
+        model = Model(block=block)
+        reg = DispersionRegularizer(model, weight=WEIGHT, keep_gradients=keep_gradients)
+
+        def outputs(m: nn.Module) -> Sequence[nn.Module]:
+            return blocks(m)
+
+        if block is InPlace:  # by hand what a block writes must not change what was recorded
+            exact = by_hand(copy.deepcopy(model), [lambda m: m(batch)], lambda m: [Cloned.after(b) for b in blocks(m)])
+        else:
+            exact = by_hand(model, [lambda m: m(batch)], outputs)
+        assert_same(step(model, reg, batch), exact)
+    model = Model(block=InPlace)
+    reg = DispersionRegularizer(model, weight=WEIGHT)
+    loss = model(batch) + reg.loss()
+    with pytest.raises(RuntimeError, match="keep_gradients=True"):
+        loss.backward()
+
+
+class Cloned:
+    """A block whose hook gets a copy of its output."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    @classmethod
+    def after(cls, block: nn.Module) -> Any:
+        return cls(block)
+
+    def register_forward_hook(self, hook: Callable[..., None]) -> Any:
+        return self.block.register_forward_hook(lambda m, args, output: hook(m, args, output.clone()))
+
+
+class Returns(Block):
+    """A block that returns its hidden states in a container."""
+
+    container: Callable[[Tensor], Any] = staticmethod(lambda z: (z, None))
+
+    def forward(self, x: Any) -> Any:
+        return self.container(super().forward(x if isinstance(x, Tensor) else next(iter(_values(x)))))
+
+
+def _values(output: Any) -> Any:
+    return output.values() if isinstance(output, dict) else output
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        lambda z: (z, None),
+        lambda z: [z],
+        lambda z: {"hidden_states": z, "cache": None},
+        lambda z: torch.return_types.max((z, z)),
+    ],
+    ids=["tuple", "list", "dict", "structseq"],
+)
+def test_blocks_may_return_more(container: Callable[[Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Returns, "container", staticmethod(container))
+    model, batch = Model(block=Returns), tokens()
+    final = model.norm.forward
+    monkeypatch.setattr(model.norm, "forward", lambda x: final(next(iter(_values(x)))))
+    reg = DispersionRegularizer(model, weight=WEIGHT)
+    loss = model(batch) + reg.loss()
+    loss.backward()
+    plain = Model()
+    plain.load_state_dict(model.state_dict())
+    assert_same(Step(loss.detach(), gradients(model)), by_hand(plain, [lambda m: m(batch)], blocks))
+
+
+def test_removing_the_hooks_restores_the_model() -> None:
+    model, batch = Model(), tokens()
+    before = copy.deepcopy(model)
+    reg = DispersionRegularizer(model)
+    model(batch)
+    reg.remove()
+    for a, b in zip(model.modules(), before.modules(), strict=True):
+        assert {k: v for k, v in vars(a).items() if "hooks" in k} == {k: v for k, v in vars(b).items() if "hooks" in k}
+        assert vars(a).keys() == vars(b).keys()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        losses = [m(batch) for m in (model, before)]
+        for loss in losses:
+            loss.backward()
+    assert torch.equal(*losses)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    with pytest.raises(RuntimeError, match=r"after remove\(\)"):
+        reg.loss()
+
+
+def test_a_copy_has_no_regulariser() -> None:
+    model, batch = Model(), tokens()
+    reg = DispersionRegularizer(model)
+    model(batch)  # with terms that wait
+    file = io.BytesIO()
+    torch.save(model, file)
+    copies = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(io.BytesIO(file.getvalue()), weights_only=False),
+    ]
+    reg.remove()
+    for other in (*copies, copy.deepcopy(model)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loss = other(batch)
+            loss.backward()
+        assert torch.equal(loss, model(batch))
+    mended = DispersionRegularizer(copies[0], weight=WEIGHT)
+    assert_same(step(copies[0], mended, batch), by_hand(model, [lambda m: m(batch)], blocks))
+
+
+def test_the_state_dict_is_the_model_s() -> None:
+    model = Model()
+    keys = list(model.state_dict())
+    DispersionRegularizer(model)
+    assert list(model.state_dict()) == keys
+
+
+class Padded(Model):
+    """The padding is in the stack's own arguments, as in Hugging Face's models."""
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Tensor:
+        return super().forward(tokens)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_takes_no_part(side: str) -> None:
+    model, batch = Padded(), tokens()
+    mask = torch.ones_like(batch)
+    mask[0, : 7 if side == "left" else None] = 0 if side == "left" else 1
+    mask[1, -5 if side == "right" else 24 :] = 0
+    reg = DispersionRegularizer(model, weight=WEIGHT)
+    exact = by_hand(model, [lambda m: m(batch)], blocks, options=[{"mask": mask.bool()}])
+    assert_same(step(model, reg, batch, attention_mask=mask), exact)
+    everything = DispersionRegularizer(model, weight=WEIGHT, tokens="all")
+    total = model(batch, mask) + everything.loss()  # positional, too
+    reg.loss()
+    torch.testing.assert_close(total.double(), by_hand(model, [lambda m: m(batch)], blocks).loss, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["cu_seq_lens_q", "position_ids", "position_ids of one row"])
+def test_packed_documents_have_a_loss_each(given: str) -> None:
+    model, batch = Padded(), tokens(batch=2 if given == "position_ids of one row" else 1, length=30)
+    cu_seqlens = torch.tensor([0, 7, 19, 30], dtype=torch.int32)
+    positions = torch.cat([torch.arange(7), torch.arange(12), torch.arange(11)])[None]
+    arguments = (
+        {"cu_seq_lens_q": cu_seqlens} if given == "cu_seq_lens_q" else {"position_ids": positions, "input_ids": batch}
+    )
+    reg = DispersionRegularizer(model, weight=WEIGHT)
+    bounds = cu_seqlens if len(batch) == 1 else torch.cat([cu_seqlens, cu_seqlens[1:] + 30])
+    exact = by_hand(model, [lambda m: m(batch)], blocks, options=[{"cu_seqlens": bounds}], flatten=True)
+    assert_same(step(model, reg, batch, **arguments), exact)
+    # And these are the losses of the documents, each a row of its own.
+    model(batch, **arguments)
+    packed = reg.loss()
+    pieces = [batch[0, begin:end][None] for begin, end in itertools.pairwise(cu_seqlens)]
+    if len(batch) == 1:
+        for piece in pieces:
+            model(piece)
+        torch.testing.assert_close(reg.loss(), packed)
+
+
+def test_whole_rows_of_positions_are_no_documents() -> None:
+    model, batch = Padded(), tokens()
+    reg = DispersionRegularizer(model, weight=WEIGHT)
+    exact = by_hand(model, [lambda m: m(batch)], blocks)
+    assert_same(step(model, reg, batch, position_ids=torch.arange(3, 27)[None]), exact)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_labels_leave_prompts_out(packed: bool) -> None:
+    model, batch = Padded(), tokens(batch=1 if packed else 2)
+    labels = batch.clone()
+    labels[:, :6] = -100
+    arguments: dict[str, Any] = {"attention_mask": torch.arange(24).expand(batch.shape) < 20}
+    options: dict[str, Any] = {"mask": (labels != -100) & arguments["attention_mask"]}
+    if packed:
+        arguments = {"cu_seq_lens_q": torch.tensor([0, 11, 24], dtype=torch.int32)}
+        options = {"mask": (labels != -100).flatten(), "cu_seqlens": arguments["cu_seq_lens_q"]}
+    reg = DispersionRegularizer(model, weight=WEIGHT, tokens="labels")
+    exact = by_hand(model, [lambda m: m(batch)], blocks, options=[options], flatten=packed)
+    assert_same(step(model, reg, batch, labels=labels, **arguments), exact)
+    with pytest.raises(ValueError, match="called without labels"):
+        model(batch)
+    assert_same(step(model, reg, batch, labels=labels, **arguments), exact)
+
+
+def test_bad_arguments_are_named() -> None:
+    model = Model()
+    two = nn.ModuleDict({"encoder": Model(), "decoder": Model()})
+    for error, wanted, arguments in (
+        (TypeError, "model must be a torch.nn.Module", (3,)),
+        (ValueError, "weight must be .* got -1", (model, "all", -1)),
+        (ValueError, "weight must be .* got nan", (model, "all", float("nan"))),
+        (ValueError, "layers must be .* from 1 to 4.*'some'", (model, "some")),
+        (ValueError, r"layers must be .*\[0\]", (model, [0])),
+        (ValueError, r"layers must be .*\[5\]", (model, [5])),
+        (ValueError, "empty list", (model, [])),
+        (ValueError, "no part of model: Linear", (model, [nn.Linear(2, 2)])),
+        (TypeError, "mixes", (model, [1, model.norm])),
+        (ValueError, "no stack of blocks.*layers=", (model.head,)),
+        (ValueError, r"several stacks.*encoder.blocks \(4 x Block\), decoder.blocks \(4 x Block\)", (two,)),
+    ):
+        with pytest.raises(error, match=wanted):
+            DispersionRegularizer(*arguments)
+    assert DispersionRegularizer(two, "last", stack="decoder").layers == ["decoder.blocks.3"]
+    with pytest.raises(ValueError, match=r"no stacks of blocks named 'middle'.*encoder.blocks"):
+        DispersionRegularizer(two, stack="middle")
+    for name, options in (
+        ("tokens", {"tokens": "some"}),
+        ("unknown potential", {"potential": "nothing"}),
+        ("max_tokens", {"max_tokens": 1}),
+        ("pairs", {"pairs": 2.0}),
+        ("impl", {"impl": "nothing"}),
+    ):
+        with pytest.raises(ValueError, match=name):
+            DispersionRegularizer(model, **options)
+    model = Padded()
+    DispersionRegularizer(model)
+    with pytest.raises(ValueError, match=r"attention_mask is a Tensor \(2, 1, 24, 24\).*tokens='all'"):
+        model(tokens(), attention_mask=torch.ones(2, 1, 24, 24))
+    model = Model(block=lambda width: Strange(width))
+    DispersionRegularizer(model)
+    with pytest.raises(TypeError, match=r"blocks.0 returned str"):
+        model(tokens())
+
+
+class Strange(Block):
+    def forward(self, x: Tensor) -> Any:
+        return "hidden states"
+
+
+class Nested(nn.Module):
+    """Experts are a list within the blocks, numbered layers a dictionary, as in torchtitan's models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleDict({str(k): nn.ModuleList(Block() for _ in range(3)) for k in range(2)})
+        self.losses = nn.ModuleDict({"main": nn.MSELoss()})
+        self.no_blocks = nn.ModuleList()
+
+
+def test_lists_within_blocks_are_no_stacks() -> None:
+    assert DispersionRegularizer(Nested()).layers == ["model.layers.0", "model.layers.1"]
+
+
+def test_data_parallel_is_refused() -> None:
+    model = Model()
+    DispersionRegularizer(model)
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="DataParallel"):
+        replica(tokens())
+
+
+def test_our_gpt2() -> None:
+    config = GPT2Config(layers=3, width=16, heads=2, context=24, vocab=32)
+    batch = tokens()
+    torch.manual_seed(0)
+    model = GPT2(config)
+    reg = DispersionRegularizer(model, "late_half", WEIGHT)
+    assert reg.layers == ["h.2"]
+
+    def call(m: nn.Module) -> Tensor:
+        loss: Tensor = m(batch, batch).loss
+        return loss
+
+    exact = by_hand(model, [call], lambda m: [m.h[2]])  # type: ignore[index]
+    total = call(model) + reg.loss()
+    total.backward()
+    assert_same(Step(total.detach(), gradients(model)), exact)
