@@ -154,7 +154,7 @@ def test_loss_suite(
     for render in (report.loss_short, report.loss_full):
         lines = render(rows).splitlines()
         assert len({line.count("|") for line in lines}) == 1
-        assert "2, 100, 32" in lines[2]
+        assert any("2, 100, 32" in line for line in lines)
 
 
 def test_a_slow_variant_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch, quick_clock: None) -> None:
@@ -252,8 +252,7 @@ def test_accuracy_suite(tmp_path: Path) -> None:
     for cosine in ("0.0", "0.999"):
         ours, naive = (found[name, "bf16", cosine] for name in ("torch", "naive"))
         assert float(ours["grad_error"]) < 5e-3 < float(naive["grad_error"])
-    for render in (report.accuracy_short, report.accuracy_full):
-        assert len(render(rows).splitlines()) == 2 + len(accuracy.COSINES)
+    assert len(report.accuracy_table(rows).splitlines()) == 2 + len(accuracy.COSINES)
 
 
 @needs_proc
