@@ -23,7 +23,7 @@ from dispersion_kernels.cliques import clique_tokens
 from dispersion_kernels.control_variates import GOOD_ENOUGH, RANK
 from dispersion_kernels.cuda import CudaKernels
 from dispersion_kernels.gpu import launch
-from dispersion_kernels.potentials import Potential
+from dispersion_kernels.potentials import Potential, carried, carry, for_backends
 from dispersion_kernels.sampling import Draws, Request, Sampler, estimate, visits_all
 from dispersion_kernels.segments import check_cu_seqlens, host_segments, on_device, segment_of_token
 from dispersion_kernels.sweep import accumulation_dtype, in_blocks, loss_weight, sweep
@@ -43,7 +43,7 @@ def dispersion_loss(
 ) -> Tensor:
     """The mean over ``layers``, each ``[B, L, F]``, of their reduced loss (``[S]`` for ``"none"``), differentiable
     once."""
-    options = (potential.name(), potential.params(), reduction, impl)
+    options = (potential, reduction, impl)
     if torch.is_grad_enabled() and any(z.requires_grad for z in layers):
         loss: Tensor = _Dispersion.apply(groups, cu_seqlens, options, recompute, *layers)
         return loss
@@ -67,7 +67,7 @@ def sampled_loss(
 ) -> tuple[Tensor, Tensor]:
     """The mean over ``layers``, each ``[B, L, F]`` and alike, of their reduced loss, from a share of the pairs
     (:mod:`dispersion_kernels.sampling`), and the relative error to expect of the gradient of each."""
-    options = (potential.name(), potential.params(), reduction, impl, share, control_variate, rank)
+    options = (potential, reduction, impl, share, control_variate, rank)
     if torch.is_grad_enabled() and any(z.requires_grad for z in layers):
         loss, error = _Sampled.apply(groups, cu_seqlens, *draws, options, recompute, with_error, *layers)
         return loss, error
@@ -81,7 +81,7 @@ class _Dispersion(torch.autograd.Function):
         ctx: Any,
         groups: Tensor | None,
         cu_seqlens: Tensor | None,
-        options: tuple[str, list[float], str, str],
+        options: tuple[Potential, str, str],
         recompute: bool,
         *layers: Tensor,
     ) -> Tensor:
@@ -116,7 +116,7 @@ class _Sampled(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         shuffle: Tensor,
         fit: Tensor,
-        options: tuple[str, list[float], str, str, float, str, int],
+        options: tuple[Potential, str, str, float, str, int],
         recompute: bool,
         with_error: bool,
         *layers: Tensor,
@@ -149,7 +149,10 @@ def _run(name: Literal["forward", "sampled"], layers: Sequence[Tensor], *rest: A
     if _unobserved(*layers, *(value for value in rest if isinstance(value, Tensor))):
         implementation: Callable[..., Any] = _forward if name == "forward" else _sampled
         return implementation(layers, *rest)
-    return getattr(torch.ops.dispersion_kernels, name)(layers, *rest)
+    arguments: list[Any] = []
+    for value in rest:
+        arguments.extend(carry(value) if isinstance(value, Potential) else (value,))
+    return getattr(torch.ops.dispersion_kernels, name)(layers, *arguments)
 
 
 def _unobserved(*tensors: Tensor | None) -> bool:
@@ -242,12 +245,22 @@ _library.define(
 
 
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
-def _forward(
+def _forward_carried(
     layers: Sequence[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
     potential: str,
     params: list[float],
+    *options: Any,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    return _forward(layers, groups, cu_seqlens, carried(potential, params), *options)
+
+
+def _forward(
+    layers: Sequence[Tensor],
+    groups: Tensor | None,
+    cu_seqlens: Tensor | None,
+    potential: Potential,
     reduction: str,
     impl: str,
     with_grad: list[bool],
@@ -259,7 +272,7 @@ def _forward(
         check_cu_seqlens(cu_seqlens, z.shape[1])
     run = _SWEEPS[choose(impl, z, potential)]
     with without_autocast(z.device):
-        return run(layers, groups, cu_seqlens, potential, params, reduction, with_grad)
+        return run(layers, groups, cu_seqlens, for_backends(potential), reduction, with_grad)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -274,15 +287,15 @@ def _gpu_sweep(
     layers: Sequence[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
-    potential: str,
-    params: list[float],
+    potential: Potential,
     reduction: str,
     with_grad: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    chosen = Potential.from_params(potential, params)
     with torch.cuda.device_of(layers[0]):  # Triton launches on the current device
         kernels = kernels_for(layers[0])
-        loss, pairs, gradients, scale = launch.dispersion(layers, chosen, groups, cu_seqlens, any(with_grad), kernels)
+        loss, pairs, gradients, scale = launch.dispersion(
+            layers, potential, groups, cu_seqlens, any(with_grad), kernels
+        )
     weight = loss_weight(len(layers), reduction, (pairs > 0).sum())
     total = (loss.sum(0) if reduction == "none" else loss.sum()) * weight
     grads = [gradients[n] if need else total.new_empty(0, dtype=torch.float32) for n, need in enumerate(with_grad)]
@@ -299,8 +312,7 @@ def _native_sweep(
     layers: Sequence[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
-    potential: str,
-    params: list[float],
+    potential: Potential,
     reduction: str,
     with_grad: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -314,8 +326,8 @@ def _native_sweep(
     for z, need_grad in zip(layers, with_grad, strict=True):
         loss, grad, scale = native.dispersion(
             z.contiguous() if native.row_stride(z) is None else z,
-            potential_name=potential,
-            params=params,
+            potential_name=potential.name(),
+            params=potential.params(),
             index=runs.rows,
             begins=runs.begins,
             ends=runs.ends,
@@ -336,17 +348,15 @@ def _torch_sweep(
     layers: Sequence[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
-    potential: str,
-    params: list[float],
+    potential: Potential,
     reduction: str,
     with_grad: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    chosen = Potential.from_params(potential, params)
     losses: list[Tensor] = []
     grads: list[Tensor] = []
     scales: list[Tensor] = []
     for z, need_grad in zip(layers, with_grad, strict=True):
-        loss, pairs, grad, scale = sweep(z, chosen, groups, cu_seqlens, need_grad)
+        loss, pairs, grad, scale = sweep(z, potential, groups, cu_seqlens, need_grad)
         weight = loss_weight(len(layers), reduction, (pairs > 0).sum())
         losses.append((loss if reduction == "none" else loss.sum()) * weight)
         grads.append(loss.new_empty(0) if grad is None else grad)
@@ -405,7 +415,7 @@ _library.define(
 
 
 @torch.library.impl(_library, "sampled", "CompositeExplicitAutograd")
-def _sampled(
+def _sampled_carried(
     layers: Sequence[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -413,6 +423,18 @@ def _sampled(
     fit: Tensor,
     potential: str,
     params: list[float],
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _sampled(layers, groups, cu_seqlens, shuffle, fit, carried(potential, params), *options)
+
+
+def _sampled(
+    layers: Sequence[Tensor],
+    groups: Tensor | None,
+    cu_seqlens: Tensor | None,
+    shuffle: Tensor,
+    fit: Tensor,
+    potential: Potential,
     reduction: str,
     impl: str,
     share: float,
@@ -425,15 +447,13 @@ def _sampled(
     none; and ``[layers]``, the relative error to expect of each's."""
     z = layers[0]
     if visits_all(share, control_variate, z, cu_seqlens):  # where a compiler has not asked
-        loss, grads, scale = _forward(
-            layers, groups, cu_seqlens, potential, params, reduction, impl, [with_grad] * len(layers)
-        )
+        loss, grads, scale = _forward(layers, groups, cu_seqlens, potential, reduction, impl, [with_grad] * len(layers))
         return loss, torch.stack(grads) if with_grad else loss.new_empty(0), scale, loss.new_zeros(len(layers))
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])
     chosen = choose(impl, z, potential)
     run = _SWEEPS[chosen]
-    formula = Potential.from_params(potential, params)
+    formula = for_backends(potential)
     own: Sampler | None = None
     if chosen == "cpu" and (cu_seqlens is not None or clique_tokens(share, z.shape[1]) <= native.LARGEST_CLIQUE):
         own = _native_sampled
@@ -441,7 +461,7 @@ def _sampled(
         own = _triton_sampler(layers, formula)
 
     def sweep_cliques(tokens: Tensor, groups: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        loss, grads, scale = run([tokens], groups, bounds, potential, params, "none", [with_grad])
+        loss, grads, scale = run([tokens], groups, bounds, formula, "none", [with_grad])
         return loss, grads[0], scale
 
     with without_autocast(z.device):

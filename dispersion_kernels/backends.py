@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dispersion_kernels import cuda, native
-from dispersion_kernels.potentials import Potential, resolve_potential
+from dispersion_kernels.potentials import Potential, is_built_in, resolve_potential
 
 IMPLS = ("auto", "triton", "cuda", "cpu", "torch", "reference")
 
@@ -44,8 +43,8 @@ def supported(impl: str, z: Tensor, potential: str | Potential = "angular_spread
         ValueError: an unknown ``impl`` or potential.
     """
     check_impl(impl)
-    cls = type(resolve_potential(potential))
-    return Support(_WHY_NOT[impl](z, cls) if impl in _WHY_NOT else None)
+    resolved = resolve_potential(potential)
+    return Support(_WHY_NOT[impl](z, resolved) if impl in _WHY_NOT else None)
 
 
 def check_impl(impl: str) -> None:
@@ -53,35 +52,34 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"unknown impl {impl!r}; available: {', '.join(IMPLS)}")
 
 
-def choose(impl: str, z: Tensor, potential: str) -> str:
-    """``"triton"``, ``"cuda"``, ``"cpu"`` or ``"torch"``, for the potential of that name.
+def choose(impl: str, z: Tensor, potential: Potential) -> str:
+    """``"triton"``, ``"cuda"``, ``"cpu"`` or ``"torch"``.
 
     An explicit request that cannot be met is an error, never another backend.
     """
     if impl == "torch":
         return "torch"
-    cls = Potential.named(potential)
     if impl != "auto":
-        reason = _WHY_NOT[impl](z, cls)
+        reason = _WHY_NOT[impl](z, potential)
         if reason is not None:
             raise RuntimeError(f'impl="{impl}" cannot run here: {reason}. impl="auto" chooses what can')
         return impl
     # On the CPU Triton has its interpreter alone, which is for tests.
     fastest = ("cpu",) if z.device.type == "cpu" else ("triton", "cuda")
-    return next((impl for impl in fastest if _WHY_NOT[impl](z, cls) is None), "torch")
+    return next((impl for impl in fastest if _WHY_NOT[impl](z, potential) is None), "torch")
 
 
-def _why_not_cpu(z: Tensor, potential: type[Potential]) -> str | None:
+def _why_not_cpu(z: Tensor, potential: Potential) -> str | None:
     if z.device.type != "cpu":
         return f"the tokens are on {z.device}, and the CPU kernel takes CPU tensors"
     if z.dtype == torch.float64:
         return "the CPU kernel computes in fp32, and the tokens are float64"
-    if potential.name() not in native.PARAMETERS:
+    if not is_built_in(potential) or potential.name() not in native.PARAMETERS:
         return f"the CPU kernel has no potential {potential.name()!r}; it has {', '.join(native.PARAMETERS)}"
     return native.unavailable_reason()
 
 
-def _why_not_triton(z: Tensor, potential: type[Potential]) -> str | None:
+def _why_not_triton(z: Tensor, potential: Potential) -> str | None:
     if triton_version() is None:
         return "Triton is not installed (there is none for macOS; on Windows it is triton-windows): pip install triton"
     if z.device.type == "cpu":
@@ -93,18 +91,24 @@ def _why_not_triton(z: Tensor, potential: type[Potential]) -> str | None:
         return _too_old(z.device, "Triton")
     if z.dtype == torch.float64:
         return "the Triton kernels compute in fp32, and the tokens are float64"
-    if potential.__module__ != Potential.__module__:
+    if not is_built_in(potential):
         if potential.triton is None:
             return (
                 f"potential {potential.name()!r} has no Triton function; give its class an attribute "
                 "triton = staticmethod(f), f a @triton.jit function (c, p0, p1, p2, p3) that returns psi and its slope"
             )
-        if len(dataclasses.fields(potential)) > 4:
+        try:
+            fields = potential.params()
+        except (TypeError, ValueError):
+            return (
+                f"potential {potential.name()!r} has a field that is no number, and the Triton kernels pass on numbers"
+            )
+        if len(fields) > 4:
             return f"potential {potential.name()!r} has more than four fields, and the Triton kernels pass on p0 to p3"
     return None
 
 
-def _why_not_cuda(z: Tensor, potential: type[Potential]) -> str | None:
+def _why_not_cuda(z: Tensor, potential: Potential) -> str | None:
     reason = cuda.unavailable_reason()
     if reason is not None:
         return reason
@@ -116,7 +120,7 @@ def _why_not_cuda(z: Tensor, potential: type[Potential]) -> str | None:
         return _too_old(z.device, "CUDA")
     if z.dtype == torch.float64:
         return "the CUDA kernels compute in fp32, and the tokens are float64"
-    if potential.__module__ != Potential.__module__:
+    if not is_built_in(potential):
         return f"the CUDA kernels are compiled, and potential {potential.name()!r} is not among them; Triton's take it"
     return None
 

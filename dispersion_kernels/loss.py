@@ -20,6 +20,7 @@ from dispersion_kernels.potentials import (
     Orthogonalization,
     PerplexityEntropy,
     Potential,
+    for_backends,
     resolve_potential,
 )
 from dispersion_kernels.sampling import draw, visits_all
@@ -364,7 +365,7 @@ def _reference_loss(
                 "holds none; take impl='torch' or 'auto'"
             )
     with without_autocast(z.device):
-        losses, pairs = reference.dispersion_loss(z, potential, groups, cu_seqlens)
+        losses, pairs = reference.dispersion_loss(z, for_backends(potential), groups, cu_seqlens)
     losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
     if reduction == "none":
         return losses

@@ -4,12 +4,17 @@ Every token ``z_i`` is row-transformed to ``x_i``; every ordered pair ``(i, j)``
 ``psi(c_ij)`` with ``c_ij = x_i . x_j``; the potentials of a sequence are averaged and, for most, a logarithm is taken.
 A potential is a small frozen dataclass: its fields are numbers, its class attributes say how it is reduced, and
 ``value`` and ``slope`` are psi and the weight with which the pair enters the gradient.
+
+The operators, whose arguments are no objects, carry a built-in as its name and its fields. A potential of the user's
+is called as the object that it is; where a compiler or a mode takes the call to the operator, it is carried as a key to
+its class and state (:func:`carry`). Classes are told apart by what they are, never by their names.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import uuid
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -28,10 +33,7 @@ __all__ = [
     "resolve_potential",
 ]
 
-_CLASSES: dict[str, type[Potential]] = {}
 
-
-@dataclass(frozen=True)
 class Potential:
     """A potential psi(c) of the inner product ``c_ij = x_i . x_j`` of two row-transformed tokens.
 
@@ -39,10 +41,11 @@ class Potential:
     ``"log_mean"``, ``sum psi / n`` where it is ``"mean"``. Its gradient with respect to ``x_i`` is
     ``f'(sum psi) * 2 * sum_j slope(c_ij) x_j``, chained through the row transform.
 
-    To define a potential of your own, subclass this as a frozen dataclass at module level, with numbers (or booleans)
-    that have defaults as fields, and write ``value`` and ``slope`` as PyTorch functions of ``c``, an fp32 tensor (fp64
-    for fp64 tokens) of any shape that must not be changed in place. ``slope`` is the derivative of ``value``, or, for a
-    straight-through estimator, whatever should stand in its place.
+    To define a potential of your own, subclass this, best as a frozen dataclass, and write ``value`` and ``slope`` as
+    PyTorch functions of ``c``, an fp32 tensor (fp64 for fp64 tokens) of any shape that must not be changed in place.
+    ``slope`` is the derivative of ``value``, or, for a straight-through estimator, whatever should stand in its place.
+    What runs is the object that is given, wherever its class was defined. Of a subclass of a built-in, too, ``value``,
+    ``slope`` and the attributes below are all that counts.
     """
 
     reduction: ClassVar[Literal["mean", "log_mean"]] = "log_mean"
@@ -57,17 +60,12 @@ class Potential:
     take its place. (For log(mean psi + eps), add eps to ``value``.)"""
     triton: ClassVar[Any] = None
     """For ``impl="triton"``: ``staticmethod`` of a ``@triton.jit`` function ``(c, p0, p1, p2, p3)`` of a tile of c and
-    the fields of the potential, at most four, that returns the tiles of psi and of its slope."""
+    the fields of the potential, at most four, that returns the tiles of psi and of its slope. (Of a class that is no
+    dataclass: of the attributes of the object.)"""
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        # The custom ops carry a potential as this name and its numbers, because an op's arguments are not objects.
-        _CLASSES[cls.name()] = cls
-
-    @classmethod
-    def name(cls) -> str:
-        """The name under which the class is known: ``"angular_spread"`` for a built-in, the import path for others."""
-        return f"{cls.__module__}.{cls.__qualname__}"
+    def name(self) -> str:
+        """``"angular_spread"`` for a built-in of exactly that type, the import path of its class for another."""
+        return _NAMES.get(type(self)) or f"{type(self).__module__}.{type(self).__qualname__}"
 
     def value(self, c: Tensor) -> Tensor:
         """psi(c), elementwise."""
@@ -78,26 +76,11 @@ class Potential:
         raise NotImplementedError(f"{type(self).__name__} must define value(c) and slope(c)")
 
     def params(self) -> list[float]:
-        """The fields as numbers, in the order in which they are declared."""
-        return [float(getattr(self, field.name)) for field in dataclasses.fields(self)]
-
-    @staticmethod
-    def named(name: str) -> type[Potential]:
-        """The class with that ``name()``."""
-        if name not in _CLASSES:
-            raise ValueError(f"potential {name!r} is not known in this process; import the module that defines it")
-        return _CLASSES[name]
-
-    @staticmethod
-    def from_params(name: str, params: list[float]) -> Potential:
-        """The potential that ``name()`` and ``params()`` describe."""
-        cls = Potential.named(name)
-        fields = dataclasses.fields(cls)
-        typed: dict[str, Any] = {}
-        for field, param in zip(fields, params, strict=True):
-            kind: Any = type(field.default)
-            typed[field.name] = kind(param)
-        return cls(**typed)
+        """The fields as numbers, in the order in which they are declared; of a class that is no dataclass the
+        attributes of the object, in the order in which they were set."""
+        if dataclasses.is_dataclass(self):
+            return [float(getattr(self, field.name)) for field in dataclasses.fields(self)]
+        return [float(value) for value in vars(self).values()]
 
 
 class ExponentialPotential(Potential):
@@ -169,10 +152,6 @@ class AngularSpread(ExponentialPotential):
         _check_clamp(self)
         _check_eps(self)
 
-    @classmethod
-    def name(cls) -> str:
-        return "angular_spread"
-
     @property
     def norm_eps(self) -> float:  # type: ignore[override]
         return self.eps
@@ -219,10 +198,6 @@ class Orthogonalization(Potential):
         _check_clamp(self)
         _check_eps(self)
 
-    @classmethod
-    def name(cls) -> str:
-        return "orthogonalization"
-
     @property
     def norm_eps(self) -> float:  # type: ignore[override]
         return self.eps
@@ -262,10 +237,6 @@ class L2Repel(DistancePotential):
         if not 0 <= self.norm_weight < math.inf:
             raise ValueError(f"norm_weight must be a finite number >= 0, got {self.norm_weight!r}; 0 turns it off")
 
-    @classmethod
-    def name(cls) -> str:
-        return "l2_repel"
-
     @property
     def loss_offset(self) -> float:  # type: ignore[override]
         return self.eps
@@ -285,10 +256,6 @@ class Decorrelation(Potential):
 
     reduction: ClassVar[Literal["mean", "log_mean"]] = "mean"
     row_transform: ClassVar[Literal["normalize", "standardize", "none"]] = "standardize"
-
-    @classmethod
-    def name(cls) -> str:
-        return "decorrelation"
 
     # x is divided by sqrt(F - 1) in the sweep, so that c is the correlation itself.
     def value(self, c: Tensor) -> Tensor:
@@ -316,10 +283,6 @@ class PerplexityEntropy(Potential):
         if not 0 < self.eps < math.inf:
             raise ValueError(f"eps must be a finite number > 0, got {self.eps!r}; the published value is 0.01")
 
-    @classmethod
-    def name(cls) -> str:
-        return "perplexity_entropy"
-
 
 @dataclass(frozen=True)
 class Uniformity(ExponentialPotential):
@@ -332,10 +295,6 @@ class Uniformity(ExponentialPotential):
 
     def __post_init__(self) -> None:
         _check_positive(self, "t")
-
-    @classmethod
-    def name(cls) -> str:
-        return "uniformity"
 
     @property
     def slope_factor(self) -> float:  # type: ignore[override]
@@ -364,26 +323,20 @@ class DispersiveL2(DistancePotential):
     def __post_init__(self) -> None:
         _check_positive(self, "tau")
 
-    @classmethod
-    def name(cls) -> str:
-        return "dispersive_l2"
-
     def distance_scale(self, features: int) -> float:
         return self.tau * features
 
 
 BUILT_IN: dict[str, type[Potential]] = {
-    cls.name(): cls
-    for cls in (
-        AngularSpread,
-        Orthogonalization,
-        L2Repel,
-        Decorrelation,
-        PerplexityEntropy,
-        Uniformity,
-        DispersiveL2,
-    )
+    "angular_spread": AngularSpread,
+    "orthogonalization": Orthogonalization,
+    "l2_repel": L2Repel,
+    "decorrelation": Decorrelation,
+    "perplexity_entropy": PerplexityEntropy,
+    "uniformity": Uniformity,
+    "dispersive_l2": DispersiveL2,
 }
+_NAMES: dict[type[Potential], str] = {cls: name for name, cls in BUILT_IN.items()}
 
 
 def resolve_potential(potential: str | Potential, **overrides: float | None) -> Potential:
@@ -400,13 +353,13 @@ def resolve_potential(potential: str | Potential, **overrides: float | None) -> 
                 f"{', '.join(given)} given beside a potential that is an instance, {potential!r}; "
                 "set it there: dataclasses.replace(potential, ...)"
             )
-        _check_user_fields(potential)
+        _check_own(potential)
         return potential
     if not isinstance(potential, str):
         raise TypeError(f"potential must be a name or a Potential, got {type(potential).__name__}")
     if potential not in BUILT_IN:
         raise ValueError(f"unknown potential {potential!r}; available: {', '.join(BUILT_IN)}, or a Potential instance")
-    cls = BUILT_IN[potential]
+    cls: Any = BUILT_IN[potential]
     for name, value in given.items():
         # Every field has a default, so it is an attribute of the class. (torch.compile traces no dataclasses.fields.)
         if not hasattr(cls, name):
@@ -414,7 +367,121 @@ def resolve_potential(potential: str | Potential, **overrides: float | None) -> 
             raise ValueError(
                 f"{name}={value!r} was given, but potential {potential!r} has no {name}; its parameters: {fields}"
             )
-    return cls(**given)
+    named: Potential = cls(**given)
+    return named
+
+
+def is_built_in(potential: Potential) -> bool:
+    """Whether the potential is of exactly a built-in type: a subclass may have another value."""
+    return type(potential) in _NAMES
+
+
+class Own(Potential):
+    """A potential of the user's as the backends see it: value, slope, and how they are reduced. Of what a subclass of a
+    built-in inherits, its exponent or distance, nothing counts, because the subclass may have replaced the value."""
+
+    def __init__(self, given: Potential) -> None:
+        self.given = given
+        self.reduction, self.row_transform = given.reduction, given.row_transform  # type: ignore[misc]
+        self.norm_eps, self.loss_offset = given.norm_eps, given.loss_offset  # type: ignore[misc]
+        self.triton = given.triton  # type: ignore[misc]
+        self.value, self.slope = given.value, given.slope  # type: ignore[method-assign]
+        self.name, self.params = given.name, given.params  # type: ignore[method-assign]
+
+
+def for_backends(potential: Potential) -> Potential:
+    """The built-in itself, or :class:`Own` of a potential of the user's."""
+    return potential if is_built_in(potential) else Own(potential)
+
+
+# What the keys of potentials of the users' mean: a class and the state of its objects but for their numbers, or an
+# object. Kept as long as the process lives, as are the compiled graphs that hold the keys.
+_MEANINGS: dict[str, tuple[type[Potential], _Constants] | Potential] = {}
+_KEYS: dict[object, str] = {}
+# Of each attribute: name, type, and value, None where it is a number that is carried beside the key.
+_Constants = tuple[tuple[str, str, Any], ...]
+
+
+def carry(potential: Potential) -> tuple[str, list[float]]:
+    """What an operator takes in place of ``potential``: a name or key, and numbers. :func:`carried` is the inverse.
+
+    Objects of one class whose attributes are constants share a key, so that a compiler sees nothing new in another
+    object like the last; any other object has its own. torch.compile traces this function, all but the registration.
+    """
+    if is_built_in(potential):
+        return potential.name(), potential.params()
+    constants: list[tuple[str, str, Any]] = []
+    numbers: list[float] = []
+    for name, value in vars(potential).items():
+        if type(value) is float or (type(value) is int and abs(value) < 2**53):
+            constants.append((name, "float" if type(value) is float else "int", None))
+            numbers.append(float(value))
+        elif value is None or type(value) is bool or type(value) is str:
+            constants.append((name, "constant", value))
+        else:
+            return _key_of_object(potential, tuple(vars(potential))), []
+    if _has_slots(type(potential)):
+        return _key_of_object(potential, tuple(vars(potential))), []
+    return _key_of_state(type(potential), tuple(constants)), numbers
+
+
+def _has_slots(cls: type[Potential]) -> bool:
+    """Whether its objects have state that ``vars`` does not show."""
+    return any(vars(base).get("__slots__") for base in cls.__mro__)
+
+
+def _key_of_state(cls: type[Potential], constants: _Constants) -> str:
+    return _key((cls, repr(constants)), (cls, constants), cls)
+
+
+def _key_of_object(potential: Potential, attributes: tuple[str, ...]) -> str:
+    if not vars(potential).keys() >= set(attributes):  # the compiler's stand-in for an object that is not yet there
+        raise TypeError(
+            f"potential {potential.name()!r} was made inside of a function that torch.compile compiles, and has an "
+            "attribute that is no number, boolean or string; make it outside of the function"
+        )
+    return _key(id(potential), potential, type(potential))
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler, and Triton with it: torch.compile
+# calls these, and keeps what they return.
+for _function in (_has_slots, _key_of_state, _key_of_object):
+    vars(_function)["_dynamo_marked_constant"] = True
+
+
+def _key(what: object, meaning: tuple[type[Potential], _Constants] | Potential, cls: type[Potential]) -> str:
+    if what not in _KEYS:
+        # Unique in all processes: an exported graph must not find another potential where it is loaded.
+        _KEYS[what] = f"{cls.__module__}.{cls.__qualname__}:{uuid.uuid4().hex}"
+        _MEANINGS[_KEYS[what]] = meaning
+    return _KEYS[what]
+
+
+def carried(key: str, numbers: list[float]) -> Potential:
+    """The potential that :func:`carry` made them of, or its equal."""
+    if key in BUILT_IN:
+        cls: Any = BUILT_IN[key]
+        fields: Any = dataclasses.fields(cls)
+        values = {field.name: type(field.default)(n) for field, n in zip(fields, numbers, strict=True)}
+        built_in: Potential = cls(**values)
+        return built_in
+    if key not in _MEANINGS:
+        raise ValueError(
+            f"potential {key!r} is not known in this process; an exported program of a potential of your own runs in "
+            "the process that exported it alone, one of a built-in potential anywhere"
+        )
+    meaning = _MEANINGS[key]
+    if isinstance(meaning, Potential):
+        return meaning
+    own, constants = meaning
+    potential = object.__new__(own)
+    rest = iter(numbers)
+    convert = {"float": float, "int": int}
+    # Past __init__ and the __setattr__ of a frozen dataclass: the state itself.
+    vars(potential).update(
+        (name, convert[kind](next(rest)) if kind in convert else value) for name, kind, value in constants
+    )
+    return potential
 
 
 def _inverse_sine(clipped: Tensor, clamp: float, out: Tensor) -> Tensor:
@@ -446,16 +513,8 @@ def _check_eps(potential: AngularSpread | Orthogonalization | L2Repel) -> None:
         raise ValueError(f"eps must be a finite number >= 0, got {potential.eps!r}; the published value is 0.01")
 
 
-def _check_user_fields(potential: Potential) -> None:
-    if type(potential).name() in BUILT_IN:
-        return
-    for field in dataclasses.fields(potential):
-        if not isinstance(field.default, int | float):
-            raise TypeError(
-                f"field {field.name!r} of potential {type(potential).__name__} must have a number or boolean as its "
-                "default, because the operators carry a potential as numbers"
-            )
-    if potential.row_transform == "none":
+def _check_own(potential: Potential) -> None:
+    if potential.row_transform == "none" and not is_built_in(potential):
         raise ValueError(
             f"potential {type(potential).__name__} has row_transform='none'; a potential of your own is a function of "
             "the cosine ('normalize') or of the correlation ('standardize')"

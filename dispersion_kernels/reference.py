@@ -113,7 +113,8 @@ def _loss_over_pairs(z: Tensor, potential: Potential, left_out: Tensor, count: i
         return mean((potential.margin - angle).clamp(min=0).square())
 
     # A potential of the user's: its value forward, its slope backward.
-    psi = mean(potential.value(c).detach() + potential.slope(c).detach() * (c - c.detach()))
+    constant = c.detach()
+    psi = mean(potential.value(constant) + potential.slope(constant) * (c - constant))
     return torch.log(psi) + potential.loss_offset if potential.reduction == "log_mean" else psi
 
 

@@ -125,6 +125,7 @@ def test_why_not_triton() -> None:
     if GPU or INTERPRETED:
         assert "no Triton function" in str(supported("triton", tokens(1, 2, 2), WithoutTriton()).reason)
         assert "more than four fields" in str(supported("triton", tokens(1, 2, 2), FiveFields()).reason)
+        assert "a field that is no number" in str(supported("triton", tokens(1, 2, 2), Quartic("strong")).reason)  # type: ignore[arg-type]
     else:
         with pytest.raises(RuntimeError, match=r'impl="triton" cannot run here: the tokens are on the CPU'):
             fused_dispersion_loss(tokens(1, 2, 2), impl="triton")
@@ -487,6 +488,11 @@ class TestKernelsOfTriton:
         assert supported("triton", z, potential)
         answer = evaluate(z, potential, impl="triton")
         assert_as_accurate_as_naive(z, potential, answer, oracle(z, potential))
+        # Of a class that is no dataclass, and of a subclass of a built-in.
+        for potential in (OfAttributes(0.7), OfABuiltIn(margin=0.7)):
+            answer = evaluate(z, potential, impl="triton")
+            torch.testing.assert_close(answer, evaluate(z, Quartic(strength=0.7), impl="triton"))
+            assert_as_accurate_as_naive(z, potential, answer, oracle(z, potential))
         # Slopes of up to 2,000 times an inverse norm fit fp16.
         z, potential = z.half(), Quartic(strength=500.0)
         z[:, 5] = z[:, 6]
@@ -544,6 +550,30 @@ class Quartic(Potential):
 
     def slope(self, c: Tensor) -> Tensor:
         return 4 * self.strength * c**3
+
+
+class OfAttributes(Potential):
+    """The same of a class that is no dataclass."""
+
+    reduction = "mean"
+    triton = staticmethod(quartic)
+    value, slope = Quartic.value, Quartic.slope
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+
+
+class OfABuiltIn(Orthogonalization):
+    """margin c^4."""
+
+    triton = staticmethod(quartic)
+    norm_eps = 0.0
+
+    def value(self, c: Tensor) -> Tensor:
+        return self.margin * c**4
+
+    def slope(self, c: Tensor) -> Tensor:
+        return 4 * self.margin * c**3
 
 
 class WithoutTriton(Quartic):

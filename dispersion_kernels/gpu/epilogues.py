@@ -130,7 +130,7 @@ def epilogue_of(potential: Potential, features: int, narrow_range: bool) -> Epil
         kappa=1.0,
         eps=potential.norm_eps,
         largest_slope=_largest_slope(potential) if narrow_range else 1.0,
-        own=type(potential).triton,
+        own=potential.triton,
     )
 
 
