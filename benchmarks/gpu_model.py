@@ -83,7 +83,7 @@ that is longer; `angular_spread`.
   SXM 3.35, H200 4.8, RTX 4090 1.01, B200 8.0, from the data sheets. L2 cache, TB/s: A100 5.0, H100 and H200 5.7, RTX
   4090 5.0, about what microbenchmarks report, and B200 10, a guess.
 - *tensor, fma, xu (special functions), alu, lsu*: milliseconds that each pipe is busy: instructions a tile from the
-  compiled kernel ([static-report.md](static-report.md)) times tiles, with the library's products under tensor, at the
+  compiled kernel ([full static report](static-report.md)) times tiles, with the library's products under tensor, at the
   data sheet's rates and on all SMs.
 - *L2, memory*: milliseconds that the bytes take: through L2 the tokens that each tile reads, none of them taken for a
   hit in L1, and the slopes, written to the workspace of 32 MiB and read by the library; through memory the tokens, the

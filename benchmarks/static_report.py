@@ -77,8 +77,10 @@ COLUMNS = (
 SUMMARY = """\
 # Static report
 
-Every shipped GPU kernel, compiled ahead of time and read from the machine code on a machine without a GPU: bounds, not
-measurements. Full reports, with a line for each kernel and the definition of every column, are made by
+The shipped GPU kernels, compiled ahead of time and read from the machine code on a machine without a GPU: bounds, not
+measurements. The tables have the kernels of `angular_spread` in every dtype, and of every potential in bf16 at F = 768;
+the last section has those of every potential in every dtype. Full reports, with a line for each kernel and the
+definition of every column, are made by
 
 ```bash
 python -m benchmarks.static_report --pairs all --every --check --out build/all.md  # an hour on two cores
@@ -87,9 +89,11 @@ python -m benchmarks.static_report --backend cuda --check --out build/cuda.md  #
 ```
 
 and this summary of them by `python -m benchmarks.static_report --summary build/all.md build/sampled.md build/cuda.md
---out docs/static-report.md`. It is made from the full reports of
+--out docs/static-report.md`. The kernels are those of these commits, from which later ones may differ:
 
 {sources}
+
+The columns:
 
 - *registers* a thread; *spilling*: kernels that spill a register, or have anything else on the stack.
 - *of peak, ideal*: busy cycles of the tensor cores as a share of what a tile of pairs takes if all pipes overlap, from
