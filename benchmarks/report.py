@@ -206,7 +206,7 @@ def loss_short(rows: list[Row]) -> str:
 def _milliseconds(row: Row) -> str:
     if not row["ratio"]:
         return _status(row)
-    # Three digits.
+    # Three significant digits, and no exponent.
     time = float(row["ms"])
     return f"{time:,.{max(0, 2 - int(math.log10(max(time, 1))))}f} ({float(row['ratio']):.2f})"
 
