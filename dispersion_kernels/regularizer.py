@@ -110,8 +110,8 @@ class DispersionRegularizer:
         self._random = max_tokens is not None or pairs != "all"
 
         owner, self._layers = _choose(self, model, layers, stack)
-        self._pending: _Term | _End = _END
-        self._before: _Term | _End = _END
+        self._pending: _Term = _END
+        self._before: _Term = _END
         self._scrap: Tensor | None = None
         self._forward: _Forward | None = None
         self._selection: _Selection = _ALL
@@ -132,11 +132,10 @@ class DispersionRegularizer:
         """``weight`` times the mean over the chosen layers, ``[]``. Call it once a forward; of several forwards since
         the last call it is the mean."""
         found: dict[_Layer, list[Tensor]] = {layer: [] for layer in self._layers}
-        while not isinstance(self._pending, _End):
-            term = self._pending
+        for term in _chain(self._pending):
             term.forward.taken = True
             found[term.layer].append(term.value)
-            self._pending = term.earlier
+        self._pending = _END
         self._before, self._scrap = _END, None
         if missing := [layer.name for layer in self._layers if not found[layer]]:
             raise RuntimeError(self._nothing_to_add(missing))
@@ -227,22 +226,19 @@ class _Forward:
         """Whether ``loss`` has taken its terms."""
 
 
-class _End:
-    """Of a chain of terms."""
-
-
-_END = _End()
-
-
 class _Term:
     """A layer's loss, in a chain: unlike a list, which the compiler would compile again for each length it finds."""
 
-    def __init__(self, earlier: _Term | _End, layer: _Layer, forward: _Forward, value: Tensor) -> None:
+    def __init__(self, earlier: _Term, layer: _Layer, forward: _Forward, value: Tensor) -> None:
         self.earlier, self.layer, self.forward, self.value = earlier, layer, forward, value
 
 
-def _chain(term: _Term | _End) -> Iterator[_Term]:
-    while not isinstance(term, _End):
+# The end of a chain; of the same type, of which the compiler would make two cases.
+_END = _Term.__new__(_Term)
+
+
+def _chain(term: _Term) -> Iterator[_Term]:
+    while term is not _END:
         yield term
         term = term.earlier
 
@@ -327,16 +323,13 @@ def _documents(position_ids: Tensor) -> Tensor | None:
     does not follow the one before it. None: the rows, which were found to be whole."""
     begins = torch.ones_like(position_ids, dtype=torch.bool)
     begins[:, 1:] = position_ids.diff(dim=1) != 1
-    tokens = begins.numel()
+    begins = torch.nn.functional.pad(begins.flatten(), (0, 1), value=True)
     if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        bounds = begins.flatten().nonzero().flatten()
-        if bounds.numel() == position_ids.shape[0]:
-            return None
-    else:
-        # Their number is not known without synchronising; sequences without a token take the places that are left.
-        places = torch.arange(tokens, device=begins.device)
-        bounds = torch.where(begins.flatten(), places, tokens).sort().values
-    return torch.nn.functional.pad(bounds, (0, 1), value=tokens).int()
+        bounds = begins.nonzero().flatten()
+        return None if bounds.numel() == position_ids.shape[0] + 1 else bounds
+    # Their number is not known without synchronising; sequences without a token take the places that are left.
+    places = torch.arange(begins.numel(), device=begins.device)
+    return torch.where(begins, places, places[-1]).sort().values
 
 
 class _Layer(_Hook):

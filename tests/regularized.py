@@ -56,7 +56,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            for wrapper in ("module.", "_orig_mod.", "_checkpoint_wrapped_module."):
+            for wrapper in ("_checkpoint_wrapped_module.", "_orig_mod.", "module."):
                 name = name.replace(wrapper, "")
             found[name] = parameter.grad.clone()
     return found
