@@ -1,7 +1,8 @@
 """Builds the CPU kernel (csrc/cpu) and, where it can, the CUDA kernels (csrc/cuda); all else is in pyproject.toml.
 
 The CPU kernel is a shared library with a plain C interface. It needs a C++17 compiler (``$CXX``, or c++, g++, clang++)
-and no PyTorch. Without a compiler, or with ``DISPERSION_KERNELS_SKIP_NATIVE=1``, the package installs without it.
+and no PyTorch; ``CPPFLAGS``, ``CFLAGS``, ``CXXFLAGS`` and ``LDFLAGS`` are passed to it. Without a compiler, or with
+``DISPERSION_KERNELS_SKIP_NATIVE=1``, the package installs without it, and says so at its first call on a CPU.
 
 The CUDA kernels need nvcc and a CUDA build of PyTorch that setup.py can import: ``pip install --no-build-isolation``.
 ``DISPERSION_KERNELS_BUILD_CUDA=1`` makes their absence an error, ``=0`` leaves them out; ``TORCH_CUDA_ARCH_LIST`` says
@@ -37,7 +38,8 @@ LIBRARY = "_native_cpu" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512", *AVX2]
-X86: dict[str, list[str]] = {"avx2": AVX2, "avx512": AVX512}
+# The kernel's AVX2 version has no AVX-512, which -march=native in CXXFLAGS would give it.
+X86: dict[str, list[str]] = {"avx2": [*AVX2, "-mno-avx512f"], "avx512": AVX512}
 ARM: dict[str, list[str]] = {"neon": []}
 ISAS = {"x86_64": X86, "amd64": X86, "arm64": ARM, "aarch64": ARM}
 
@@ -83,7 +85,7 @@ class SkipNative(Exception):
 
 def compile_library(directory: Path) -> BuildInfo:
     if os.environ.get("DISPERSION_KERNELS_SKIP_NATIVE", "0") not in ("", "0"):
-        raise SkipNative("DISPERSION_KERNELS_SKIP_NATIVE was set")
+        raise SkipNative("DISPERSION_KERNELS_SKIP_NATIVE was set when the package was built")
     machine = platform.machine().lower()
     if machine not in ISAS:
         raise SkipNative(f"there is no CPU kernel for {machine or 'this processor'}")
@@ -94,7 +96,11 @@ def compile_library(directory: Path) -> BuildInfo:
     result = subprocess.run([ninja, "-C", str(directory)], capture_output=True, text=True)
     if result.returncode:
         print(result.stdout, result.stderr, sep="\n", file=sys.stderr)
-        raise SkipNative(f"{version} failed to compile it (`ninja -C {directory}` shows how)")
+        error = re.search(r"\berror: (.+)", result.stdout)
+        raise SkipNative(
+            f"{version} failed to compile it ({error[1] if error else 'no reason given'}): set CXX to another compiler "
+            f"and build the package again (`ninja -C {directory}` repeats what failed)"
+        )
     return BuildInfo(native=True, compiler=version, isas=sorted(ISAS[machine]))
 
 
@@ -109,7 +115,7 @@ def find_compiler() -> tuple[list[str], str]:
             return command, result.stdout.splitlines()[0]
     tried = f"$CXX ({requested})" if requested else "c++, g++ and clang++"
     windows = "; MSVC lacks the vector extensions it is written in" if sys.platform == "win32" else ""
-    raise SkipNative(f"no C++ compiler (tried {tried}{windows})")
+    raise SkipNative(f"no C++ compiler (tried {tried}{windows}): install g++ or clang++ and build the package again")
 
 
 def find_ninja() -> str:
@@ -118,41 +124,56 @@ def find_ninja() -> str:
     except ImportError:
         found = shutil.which("ninja")
         if not found:
-            raise SkipNative("ninja is missing (`pip install ninja`)") from None
+            raise SkipNative("ninja is missing: `pip install ninja` and build the package again") from None
         return found
     return str(Path(ninja.BIN_DIR) / "ninja")
 
 
 def ninja_file(compiler: list[str], clang: bool, isas: dict[str, list[str]]) -> str:
-    # Contracting a * b + c is wanted; -ffast-math is not, because NaN must stay NaN.
-    flags = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra"]
+    given = {name: shlex.split(os.environ.get(name, "")) for name in ("CPPFLAGS", "CFLAGS", "CXXFLAGS", "LDFLAGS")}
+    defaults = ["-O3", "-Wall", "-Wextra"]
+    # What the kernel needs whatever the environment asks for. Contracting a * b + c is wanted; -ffast-math is not,
+    # because NaN must stay NaN.
+    needed = ["-std=c++17", "-fvisibility=hidden", "-fno-fast-math", "-fno-math-errno", "-ffp-contract=fast"]
     if sys.platform != "win32":
-        flags.append("-fPIC")
+        needed.append("-fPIC")
     if not clang:
         # GCC's own AVX-512 headers trip maybe-uninitialized (GCC bug 105593). Predictive commoning carries the left
         # factor of a product with short rows from step to step, through the stack.
-        flags += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-fno-predictive-commoning"]
+        needed += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-fno-predictive-commoning"]
     sources: dict[str, list[str]] = {"call": [], "dispersion": [], "sampled": []} | {
         f"kernels_{isa}": isa_flags for isa, isa_flags in isas.items()
     }
+    # The C interface alone: the standard library's templates are visible whatever -fvisibility says, and would be
+    # merged with another library's.
+    exports = SOURCES / "exports.map"
+    exported = {"win32": [], "darwin": ["-Wl,-exported_symbol,_dk_*"]}.get(
+        sys.platform, [f"-Wl,--version-script={exports}"]
+    )
 
     def path(file: Path) -> str:
         return re.sub(r"([ :$])", r"$\1", str(file))
 
+    def words(flags: list[str]) -> str:
+        return shlex.join(flags).replace("$", "$$")
+
     lines = [
         "ninja_required_version = 1.5",
-        f"cxx = {shlex.join(compiler)}",
-        f"flags = {shlex.join(flags)}",
+        f"cxx = {words(compiler)}",
+        f"flags = {words([*defaults, *given['CPPFLAGS'], *given['CFLAGS'], *given['CXXFLAGS'], *needed])}",
+        f"link_flags = {words([*given['LDFLAGS'], *exported])}",
         "rule compile",
         "  command = $cxx $flags $isa_flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        "  command = $cxx -shared $in -o $out",
+        # -O3, because with -Ofast GCC links code that makes subnormal numbers 0 for the whole process.
+        "  command = $cxx $flags -O3 -shared $in -o $out $link_flags",
     ]
     for name, isa_flags in sources.items():
-        lines += [f"build {name}.o: compile {path(SOURCES / name)}.cpp", f"  isa_flags = {shlex.join(isa_flags)}"]
-    lines += [f"build {LIBRARY}: link {' '.join(f'{name}.o' for name in sources)}", f"default {LIBRARY}", ""]
+        lines += [f"build {name}.o: compile {path(SOURCES / name)}.cpp", f"  isa_flags = {words(isa_flags)}"]
+    objects = " ".join(f"{name}.o" for name in sources)
+    lines += [f"build {LIBRARY}: link {objects} | {path(exports)}", f"default {LIBRARY}", ""]
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -64,9 +65,25 @@ def choose(impl: str, z: Tensor, potential: Potential) -> str:
         if reason is not None:
             raise RuntimeError(f'impl="{impl}" cannot run here: {reason}. impl="auto" chooses what can')
         return impl
+    if z.device.type != "cpu":
+        return next((impl for impl in ("triton", "cuda") if _WHY_NOT[impl](z, potential) is None), "torch")
     # On the CPU Triton has its interpreter alone, which is for tests.
-    fastest = ("cpu",) if z.device.type == "cpu" else ("triton", "cuda")
-    return next((impl for impl in fastest if _WHY_NOT[impl](z, potential) is None), "torch")
+    reason = _why_not_cpu(z, potential)
+    # Of another dtype or potential, the sweep is what there is; about a missing kernel something can be done.
+    if reason is not None and reason == native.unavailable_reason():
+        _warn_that_there_is_no_kernel(reason)
+    return "cpu" if reason is None else "torch"
+
+
+@functools.cache
+def _warn_that_there_is_no_kernel(reason: str) -> None:
+    """Once a process: pip does not show what the build says."""
+    warnings.warn(
+        f"dispersion_kernels computes in plain PyTorch, several times slower than its CPU kernel: {reason}. "
+        "(`python -m dispersion_kernels.env_report` says what was built; "
+        'impl="torch" asks for PyTorch and does not warn)',
+        stacklevel=2,
+    )
 
 
 def _why_not_cpu(z: Tensor, potential: Potential) -> str | None:

@@ -48,12 +48,13 @@ IMPLS += [pytest.param(impl, marks=pytest.mark.gpu) for impl in GPU_IMPLS]  # ty
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Attacks are run where `-m` names them, the Triton kernels' own tests where something can run them."""
-    attacks = "attack" in config.option.markexpr
+    """Attacks and builds of wheels are run where `-m` names them, the Triton kernels' own tests where something can run
+    them."""
+    on_request = [name for name in ("attack", "wheel") if name not in config.option.markexpr]
     left_out = [
         item
         for item in items
-        if (item.get_closest_marker("attack") and not attacks)
+        if any(item.get_closest_marker(name) for name in on_request)
         or ("TestKernels" in item.nodeid and not (GPU or INTERPRETED))
     ]
     items[:] = [item for item in items if item not in left_out]

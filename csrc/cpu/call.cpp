@@ -6,6 +6,10 @@
 
 #include <math.h>
 
+#if !defined(__aarch64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <functional>
 #include <mutex>
@@ -15,11 +19,23 @@ namespace dk {
 
 // ---- which instructions
 
+#if !defined(__aarch64__)
+namespace {
+
+// Leaf 1 of cpuid: not every Clang knows "f16c" in __builtin_cpu_supports (14 does not).
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+
+}  // namespace
+#endif
+
 int32_t resolve_isa(int32_t requested) {
 #if defined(__aarch64__)
   return requested == DK_ISA_BEST || requested == DK_ISA_NEON ? DK_ISA_NEON : 0;
 #else
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   if (avx512 && (requested == DK_ISA_BEST || requested == DK_ISA_AVX512)) return DK_ISA_AVX512;
