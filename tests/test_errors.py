@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -185,8 +186,13 @@ def test_an_explicit_request_never_falls_back() -> None:
 def test_without_the_native_library_auto_is_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = fused_dispersion_loss(Z, impl="torch")
     monkeypatch.setattr(native, "unavailable_reason", lambda: "no C++ compiler was found at install")
-    assert backends.choose("auto", Z, AngularSpread()) == "torch"
-    assert torch.equal(fused_dispersion_loss(Z), expected)
+    backends._warn_that_there_is_no_kernel.cache_clear()
+    with pytest.warns(UserWarning, match="plain PyTorch.*no C\\+\\+ compiler was found at install"):
+        assert torch.equal(fused_dispersion_loss(Z), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it warns once
+        assert torch.equal(fused_dispersion_loss(Z), expected)
+        assert backends.choose("auto", Z, AngularSpread()) == "torch"
     assert supported("cpu", Z).reason == "no C++ compiler was found at install"
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler was found at install"):
         fused_dispersion_loss(Z, impl="cpu")
