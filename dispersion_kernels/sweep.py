@@ -13,11 +13,12 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
+from dispersion_kernels.batches import batches
 from dispersion_kernels.potentials import (
     DistancePotential,
     ExponentialPotential,
@@ -25,7 +26,7 @@ from dispersion_kernels.potentials import (
     PerplexityEntropy,
     Potential,
 )
-from dispersion_kernels.segments import group_sizes, segment_of_token, within_segments
+from dispersion_kernels.segments import HostSegments, group_sizes, host_segments, segment_of_token, within_segments
 
 # Bytes of one tile of similarities: on a CPU it should stay in the last-level cache, on a GPU it must fill the machine.
 _TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
@@ -53,85 +54,247 @@ class Result(NamedTuple):
 def sweep(z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool) -> Result:
     """Loss of each sequence and, if asked, its gradient. Arguments as in :mod:`dispersion_kernels.segments`.
 
-    On the CPU the packed sequences are swept one by one. On an accelerator their lengths are not read, because that
-    would synchronise: the sweep visits all pairs of the packed row and masks those of different sequences.
+    On the CPU the runs of tokens that pair with each other are swept, those of like length together. On an accelerator
+    no value there is read, because that would synchronise: the sweep visits all pairs of a row, or of a packed sequence
+    whose bounds are on the CPU, and masks those of different groups.
     """
-    if cu_seqlens is None:
+    if cu_seqlens is None and (groups is None or z.device.type != "cpu"):
         return _sweep_rows(z, potential, groups, None, with_grad)
-    if cu_seqlens.device.type != "cpu":
-        groups = within_segments(groups, cu_seqlens, z.shape[1])
-        return _sweep_rows(z, potential, groups, cu_seqlens, with_grad)
-    bounds = cu_seqlens.tolist()
-    parts = [
-        _sweep_rows(z[:, begin:end], potential, None if groups is None else groups[:, begin:end], None, with_grad)
-        for begin, end in itertools.pairwise(bounds)
-    ]
-    if not parts:
-        return _nothing(z, 0, with_grad)
-    return Result(
-        torch.cat([part.loss for part in parts]),
-        torch.cat([part.pairs for part in parts]),
-        torch.cat([part.grad for part in parts if part.grad is not None], 1) if with_grad else None,
-        torch.cat([part.scale for part in parts if part.scale is not None], 1) if with_grad else None,
-    )
+    if z.device.type == "cpu":
+        sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        runs = host_segments(z.shape[0], z.shape[1], groups, cu_seqlens)
+        return _sweep_runs(z, potential, runs, sequences, with_grad)
+    assert cu_seqlens is not None
+    if cu_seqlens.device.type == "cpu":
+        return _sweep_stretches(z, potential, groups, cu_seqlens, with_grad)
+    groups = within_segments(groups, cu_seqlens, z.shape[1])
+    return _sweep_rows(z, potential, groups, cu_seqlens, with_grad)
 
 
 def _sweep_rows(
     z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool
 ) -> Result:
     """The sweep over the rows of ``z``: each a sequence, or, with ``cu_seqlens``, the one that holds them all."""
+    if z.shape[0] == 0 or z.shape[1] < 2:
+        return _nothing(z, z.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1, with_grad)
+    sums, tokens = _sums_of_rows(z, potential, groups, cu_seqlens, with_grad)
+    losses = _losses(sums, potential, z)
+    if tokens.grad is None:
+        return Result(losses.loss, sums.pairs, None, None)
+    scale = tokens.scale(losses.scale)
+    if losses.penalty is not None:
+        _add_penalty_(tokens.grad, scale, tokens.spread(losses.penalty), z)
+    return Result(losses.loss, sums.pairs, tokens.grad, scale)
+
+
+def _sweep_runs(z: Tensor, potential: Potential, runs: HostSegments, sequences: int, with_grad: bool) -> Result:
+    """The sweep over runs of tokens that pair with each other, on the CPU; a sequence may have several."""
+    _, _, grad, scale = result = _nothing(z, sequences, with_grad)
+    parts = list(batches(runs))
+    if not parts:
+        return result
+    flat = z.reshape(-1, z.shape[2])
+    sums, tokens = [], []
+    for part in parts:
+        added, swept = _sums_of_rows(part.gathered(flat), potential, part.groups, None, with_grad)
+        if grad is not None and swept.grad is not None:
+            part.scatter(swept.grad, grad.view(flat.shape))
+        sums.append(added)
+        tokens.append(swept._replace(grad=None))
+    of_runs = _Sums(*map(torch.cat, zip(*sums, strict=True)))
+    sequence = torch.cat([part.sequence for part in parts])
+    of_sequences = _of_sequences(of_runs, potential, sequence, sequences)
+    losses = _losses(of_sequences, potential, z)
+    if grad is None or scale is None:
+        return Result(losses.loss, of_sequences.pairs, None, None)
+    penalty = torch.zeros_like(scale)
+    # A run's gradient is in units of its own exp(shift).
+    factor = losses.scale[sequence] * (of_runs.shift - of_sequences.shift[sequence]).exp()
+    first = 0
+    for part, swept in zip(parts, tokens, strict=True):
+        units = slice(first, first := first + part.shape[0])
+        part.scatter(swept.scale(factor[units]), scale.view(-1))
+        if losses.penalty is not None:
+            part.scatter(swept.spread(losses.penalty[sequence[units]]), penalty.view(-1))
+    if losses.penalty is not None:
+        _add_penalty_(grad, scale, penalty, z)
+    return Result(losses.loss, of_sequences.pairs, grad, scale)
+
+
+def _sweep_stretches(
+    z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor, with_grad: bool
+) -> Result:
+    """The sweep over packed sequences whose bounds alone are on the CPU: neighbours of one length together."""
+    parts, begin = [], 0
+    for length, alike in itertools.groupby(cu_seqlens.diff().tolist()):
+        rows = len(list(alike))
+        stretch = slice(begin, begin := begin + rows * length)
+        within = None if groups is None else groups[0, stretch].view(rows, length)
+        parts.append(_sweep_rows(z[0, stretch].view(rows, length, z.shape[2]), potential, within, None, with_grad))
+    if not parts:
+        return _nothing(z, 0, with_grad)
+    loss, pairs = torch.cat([part.loss for part in parts]), torch.cat([part.pairs for part in parts])
+    grads = [part.grad.flatten(0, 1) for part in parts if part.grad is not None]
+    scales = [part.scale.flatten() for part in parts if part.scale is not None]
+    if not grads:
+        return Result(loss, pairs, None, None)
+    return Result(loss, pairs, torch.cat(grads).view(z.shape), torch.cat(scales).view(z.shape[:2]))
+
+
+class _Sums(NamedTuple):
+    """What the pairs of each unit add up to, ``[U]``: a unit is a row, or, with ``cu_seqlens``, a sequence of a row."""
+
+    pairs: Tensor
+    """int64: the ordered pairs."""
+    tokens: Tensor
+    """The tokens that have a partner."""
+    total: Tensor
+    """The sum of psi, or its logarithm (:class:`ExponentialPotential`), or the sum of the tokens' entropies
+    (:class:`PerplexityEntropy`)."""
+    shift: Tensor
+    """G is in units of its exponential."""
+    squares: Tensor
+    """The sum of |z|^2 over the tokens that have a partner; 0 where the loss has no term of it."""
+    nonfinite: Tensor
+    """Boolean: whether one of them is NaN, infinite or too large."""
+
+
+class _Tokens(NamedTuple):
+    """What the pairs of each token add up to."""
+
+    grad: Tensor | None
+    """``[R, N, F]``: d loss / d z, but for a factor of its unit and ``inverse``; None where it was not asked for."""
+    inverse: Tensor | None
+    """``[R, N]``; None for 1."""
+    alone: Tensor | None
+    """``[R, N]``: whether a token has no partner; None where all have."""
+    dtype: torch.dtype
+    """That of ``grad``."""
+    reduce: _Reduction
+
+    def scale(self, of_units: Tensor) -> Tensor:
+        """``[R, N]``: what ``grad`` is to be multiplied by, from the factors of units ``[U]``."""
+        scale = self.spread(of_units)
+        return scale if self.inverse is None else scale.mul_(self.inverse)
+
+    def spread(self, of_units: Tensor) -> Tensor:
+        """``[R, N]`` in new memory, 0 for tokens without a partner."""
+        spread = self.reduce.spread(of_units).to(self.dtype).expand(self.reduce.shape)
+        # Before it meets anything: where there is no pair it may be infinite.
+        return spread.clone() if self.alone is None else spread.masked_fill(self.alone, 0.0)
+
+
+def _sums_of_rows(
+    z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool
+) -> tuple[_Sums, _Tokens]:
+    """What the pairs of the rows of ``z`` add up to; with ``cu_seqlens`` the row holds the sequences of all units."""
     batch, length, features = z.shape
-    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    if batch == 0 or length < 2:
-        return _nothing(z, sequences, with_grad)
     reduce = _Reduction(batch, length, cu_seqlens)
     partners = None if groups is None else group_sizes(groups) - 1
-    pairs = _count_pairs(potential, partners, reduce, z)
+    alone = None if partners is None else partners <= 0
 
     norm = token_norms(z)
     # A zero in place of what is not finite keeps it out of other sequences; its own is made NaN at the end. So is one
     # whose norm overflows, or the sum of whose features might: its x would be 0, and the loss a finite wrong number.
     nonfinite = ~(norm.squeeze(-1) * math.sqrt(features)).isfinite()
     left_out = nonfinite
-    if partners is not None:
-        nonfinite, left_out = nonfinite & (partners > 0), nonfinite | (partners <= 0)
+    if alone is not None:
+        nonfinite, left_out = nonfinite & ~alone, nonfinite | alone
     x, rows = transform(z, norm.masked_fill_(left_out.unsqueeze(-1), 0.0), potential, left_out)
     if potential.row_transform == "none":
         # A distance is lost where its square leaves the dtype's range.
         nonfinite = nonfinite | (x.square().sum(-1) > LARGEST_SQUARE * torch.finfo(x.dtype).max)
 
     wide = wide_dtype(z.device)
-    count = pairs.clamp(min=1).to(wide)
+    shift: Tensor | None = None
     if isinstance(potential, PerplexityEntropy):
         entropy, grad = _perplexity_entropy(x, potential, groups, partners, with_grad)
-        if partners is not None:
-            entropy.masked_fill_(partners <= 0, 0.0)
-        anchors = reduce.sum((partners > 0).to(wide) if partners is not None else torch.ones_like(entropy, dtype=wide))
-        loss = reduce.sum(entropy.to(wide)) / anchors.clamp(min=1)
-        scale = 1 / anchors.clamp(min=1)
+        total = reduce.sum((entropy if alone is None else entropy.masked_fill_(alone, 0.0)).to(wide))
     elif isinstance(potential, ExponentialPotential):
-        log_total, shift, grad = _exponential_sums(x, potential, groups, partners, reduce, with_grad)
-        loss, scale = log_mean_loss(potential, log_total, shift, count)
+        total, shift, grad = _exponential_sums(x, potential, groups, partners, reduce, with_grad)
     else:
         total, grad = _sums(x, potential, groups, reduce, with_grad)
-        loss, scale = mean_loss(potential, total, count)
-
-    poison = torch.zeros_like(loss).masked_fill_(reduce.any(nonfinite), math.nan)
-    loss, scale = loss + poison, scale + poison
-    if isinstance(potential, ExponentialPotential):
-        rate = distance_rate(potential, x)
-        scale = scale * (potential.slope_factor if rate is None else 2 * rate)
     if grad is not None:
         _project_(grad, x, rows, potential)
-    scale = reduce.spread(scale).to(x.dtype).expand(batch, length)
-    scale = scale.clone() if rows is None else scale * rows.inverse.squeeze(-1)
-    empty = pairs == 0
-    # Before it meets anything: where there is no pair it may be infinite.
-    scale.masked_fill_(reduce.spread(empty).expand(batch, length) if partners is None else partners <= 0, 0.0)
-    if isinstance(potential, L2Repel) and potential.norm_weight:
-        loss = _add_norm_penalty(loss, grad, scale, z, potential, partners, reduce)
-    loss = loss.masked_fill(empty, 0.0).to(x.dtype)
-    return Result(loss, pairs, grad, None if grad is None else scale)
+    zeros = torch.zeros_like(total)
+    sums = _Sums(
+        pairs=_count_pairs(potential, partners, reduce, z),
+        tokens=torch.full_like(total, length) if alone is None else reduce.sum((~alone).to(wide)),
+        total=total,
+        shift=zeros if shift is None else shift,
+        squares=reduce.sum(_squares(z.to(x.dtype), alone).to(wide)) if _has_penalty(potential) else zeros,
+        nonfinite=reduce.any(nonfinite),
+    )
+    return sums, _Tokens(grad, None if rows is None else rows.inverse.squeeze(-1), alone, x.dtype, reduce)
+
+
+def _of_sequences(of_runs: _Sums, potential: Potential, sequence: Tensor, sequences: int) -> _Sums:
+    """Those of sequences ``[S]`` on the CPU from those of runs, whose ``sequence`` is ``[U]``."""
+
+    def added(values: Tensor) -> Tensor:
+        return values.new_zeros(sequences).index_add_(0, sequence, values)
+
+    least = torch.full((sequences,), -math.inf, dtype=of_runs.shift.dtype, device="cpu")
+    shift = least.scatter_reduce_(0, sequence, of_runs.shift, "amax")
+    if isinstance(potential, ExponentialPotential):
+        total = added((of_runs.total - shift[sequence]).exp()).log() + shift
+    else:
+        total = added(of_runs.total)
+    return _Sums(
+        pairs=added(of_runs.pairs),
+        tokens=added(of_runs.tokens),
+        total=total,
+        shift=shift,
+        squares=added(of_runs.squares),
+        nonfinite=added(of_runs.nonfinite.to(total.dtype)) > 0,
+    )
+
+
+class _Losses(NamedTuple):
+    """``[S]``."""
+
+    loss: Tensor
+    """In the accumulation dtype; 0 for a sequence without a pair."""
+    scale: Tensor
+    """What the gradient of its tokens is to be multiplied by."""
+    penalty: Tensor | None
+    """What of z is to be added to its own gradient."""
+
+
+def _losses(sums: _Sums, potential: Potential, z: Tensor) -> _Losses:
+    features, dtype = z.shape[2], accumulation_dtype(z.dtype)
+    count, tokens = sums.pairs.clamp(min=1).to(sums.total.dtype), sums.tokens.clamp(min=1)
+    factor = 1.0
+    if isinstance(potential, PerplexityEntropy):
+        loss, scale = sums.total / tokens, 1 / tokens
+    elif isinstance(potential, ExponentialPotential):
+        loss, scale = log_mean_loss(potential, sums.total, sums.shift, count)
+        rate = distance_rate(potential, features, dtype)
+        factor = potential.slope_factor if rate is None else 2 * rate
+    else:
+        loss, scale = mean_loss(potential, sums.total, count)
+    poison = torch.zeros_like(loss).masked_fill_(sums.nonfinite, math.nan)
+    loss, scale, penalty = loss + poison, (scale + poison) * factor, None
+    if _has_penalty(potential):
+        per_token = potential.norm_weight / (tokens * features)
+        loss, penalty = loss + sums.squares * per_token, 2 * per_token
+    return _Losses(loss.masked_fill(sums.pairs == 0, 0.0).to(dtype), scale, penalty)
+
+
+def _has_penalty(potential: Potential) -> TypeGuard[L2Repel]:
+    """Whether the loss has the term norm_weight * mean(z^2), over the features of the tokens that have a partner."""
+    return isinstance(potential, L2Repel) and potential.norm_weight > 0
+
+
+def _squares(z: Tensor, alone: Tensor | None) -> Tensor:
+    return (z if alone is None else z.masked_fill(alone.unsqueeze(-1), 0.0)).square().sum(-1)
+
+
+def _add_penalty_(grad: Tensor, scale: Tensor, penalty: Tensor, z: Tensor) -> None:
+    """Adds to ``grad``, whose scale is multiplied in first, ``penalty`` ``[B, L]`` times z."""
+    of_z = z.to(grad.dtype).masked_fill((penalty == 0).unsqueeze(-1), 0.0)  # of the others not even what is not finite
+    grad.mul_(scale.unsqueeze(-1)).add_(of_z.mul_(penalty.unsqueeze(-1)))
+    scale.fill_(1.0)
 
 
 def log_mean_loss(potential: Potential, log_total: Tensor, shift: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,29 +470,6 @@ def in_blocks(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(value.reshape(tokens, value.shape[2]).split(block) for value in values), strict=True)
 
 
-def _add_norm_penalty(
-    loss: Tensor,
-    grad: Tensor | None,
-    scale: Tensor,
-    z: Tensor,
-    potential: L2Repel,
-    partners: Tensor | None,
-    reduce: _Reduction,
-) -> Tensor:
-    """The term norm_weight * mean(z^2), over the features of the tokens that have a partner, added to the loss; its
-    gradient to ``grad``, whose scale is multiplied in first."""
-    wide = z.to(scale.dtype)
-    if partners is not None:
-        wide = wide.masked_fill((partners <= 0).unsqueeze(-1), 0.0)
-    squares = wide.square().sum(-1).to(loss.dtype)
-    weights = torch.ones_like(squares) if partners is None else (partners > 0).to(squares.dtype)
-    per_token = potential.norm_weight / (reduce.sum(weights).clamp(min=1) * z.shape[2])
-    if grad is not None:
-        grad.mul_(scale.unsqueeze(-1)).add_(wide * (2 * reduce.spread(per_token).to(grad.dtype)).unsqueeze(-1))
-        scale.fill_(1.0)
-    return loss + reduce.sum(squares) * per_token
-
-
 class _Tile(NamedTuple):
     """A pair of tiles: rows ``batch`` of x, its tokens ``i`` against its tokens ``j``."""
 
@@ -496,7 +636,7 @@ def _exponential_sums(
     Where the exponent's range is small one fixed shift in its middle is enough; else each token keeps the largest
     exponent it has met, as in an online softmax, and what it has summed is rescaled when that grows.
     """
-    rate = distance_rate(potential, x)
+    rate = distance_rate(potential, x.shape[2], x.dtype)
     low, high = potential.exponent_range()
     if high - low <= _SAFE_RANGE:
         # Left alone where exp neither overflows nor vanishes, which saves a pass; and of distances, so that psi of
@@ -555,10 +695,10 @@ def _exponential_sums(
     return log_total, shift, grad
 
 
-def distance_rate(potential: ExponentialPotential, x: Tensor) -> float | None:
+def distance_rate(potential: ExponentialPotential, features: int, dtype: torch.dtype) -> float | None:
     """That of ``potential``, as far as the dtype of x goes."""
-    rate = potential.distance_rate(x.shape[-1])
-    return None if rate is None else min(rate, torch.finfo(x.dtype).max)
+    rate = potential.distance_rate(features)
+    return None if rate is None else min(rate, torch.finfo(dtype).max)
 
 
 def _difference_(grad: Tensor, x: Tensor, row_sum: Tensor) -> None:
