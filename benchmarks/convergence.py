@@ -29,7 +29,6 @@ VARIANTS: dict[str, list[str]] = {
     "1/16 of the pairs": ["--pairs", "0.0625"],
     "1/64 of the pairs": ["--pairs", "0.015625"],
     "no pairs": ["--pairs", "0"],
-    "no pairs, constant": ["--pairs", "0", "--control-variate", "constant"],
     "all pairs": [],
 }
 SEEDS = 10

@@ -296,8 +296,6 @@ def _stages() -> list[Stage]:
     ]
     for impl, why_not, needs in (("triton", no_triton, triton), ("cuda", no_cuda_kernels, both)):
         for part, chosen in TESTS.items():
-            if impl == "cuda" and part == "sampled":
-                continue  # Triton has kernels of its own for them
             # Of the class's fixture, whose value is the first part of a test's name; Triton's own tests have none.
             of_impl = "not [cuda" if impl == "triton" else "[cuda"
             command = _pytest("tests/test_triton.py", "-k", f"({chosen}) and {of_impl}")

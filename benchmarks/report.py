@@ -336,9 +336,7 @@ def sampling_short(rows: list[Row]) -> str:
     variants = [
         "256 tokens, naive",
         "none, 64",
-        "constant, 64",
         "low_rank, 64",
-        "constant, 0",
         "low_rank, 0",
         "full rank, 0",
         "low_rank, 1/16",
@@ -413,7 +411,6 @@ def plot_sampling(rows: list[Row], path: Path) -> Path:
     panels = figure.subplots(len(taus), len(lengths), squeeze=False, sharey="row", sharex="col")
     models = {
         "none": "pairs, no model",
-        "constant": "pairs, constant",
         "low_rank": "pairs, low rank",
         "full rank": "pairs, full rank",
     }

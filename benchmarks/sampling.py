@@ -34,7 +34,7 @@ LENGTHS = (1024, 4096, 16384)
 TAUS = (1.0, 0.1)
 # In a call that is timed.
 LAYERS = 4
-# Of one clique; the share of the pairs is that over L.
+# Partners of a token; the fraction of the pairs is that over L.
 PARTNERS = (32, 64, 128, 256)
 # Beside them, a share that is the same for all L.
 SHARE = Fraction(1, 16)
@@ -59,7 +59,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
             continue
         for length in (512,) if quick else LENGTHS:
             z = tokens(length).to(device)
-            variants = _variants(length, z.shape[2])
+            variants = _variants(length)
             layers = [z.clone() for _ in range(LAYERS)]
             calls = {name: partial(_gradients, layers, options, 1.0, None) for name, options in variants.items()}
             rounds, seconds, draws = (2, 0.0, 2) if quick else (5, 0.1, 5)
@@ -69,18 +69,18 @@ def run(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def _variants(length: int, features: int) -> dict[str, dict[str, Any]]:
+def _variants(length: int) -> dict[str, dict[str, Any]]:
     variants: dict[str, dict[str, Any]] = {
         "256 tokens, naive": {"max_tokens": 256, "impl": "reference"},
         "256 tokens": {"max_tokens": 256},
     }
-    for model in ("none", "constant", "low_rank"):
+    for model in ("none", "low_rank"):
         for partners in PARTNERS:
             if partners < length:
                 variants[f"{model}, {partners}"] = {"pairs": partners / length, "control_variate": model}
         if model != "none":
             variants[f"{model}, 0"] = {"pairs": 0, "control_variate": model}
-    full = {"control_variate": "low_rank", "rank": features}
+    full = {"control_variate": "full_rank"}
     variants[f"low_rank, {SHARE}"] = {"pairs": float(SHARE), "control_variate": "low_rank"}
     variants[f"full rank, {SHARE}"] = {"pairs": float(SHARE), **full}
     variants["full rank, 0"] = {"pairs": 0, **full}

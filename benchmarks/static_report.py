@@ -1,15 +1,14 @@
 """The static report: what every shipped GPU kernel costs on every architecture, found without a GPU.
 
-``python -m benchmarks.static_report [--arch sm_90 ...] [--out FILE] [--check]`` compiles the Triton kernels: those of
-all pairs (``--pairs all``), of sampled ones (``--pairs sampled``), or both. With ``--backend cuda`` it reads the CUDA
-C++ kernels as they are built into the installed extension, for its architectures. ``--summary FILE ... --out
-docs/static-report.md`` makes the page of the documentation from such full reports, and compiles nothing.
+``python -m benchmarks.static_report [--arch sm_90 ...] [--out FILE] [--check]`` compiles the Triton kernels. With
+``--backend cuda`` it reads the CUDA C++ kernels as they are built into the installed extension, for its architectures.
+``--summary FILE ... --out docs/static-report.md`` makes the page of the documentation from such full reports, and
+compiles nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import multiprocessing
 import os
@@ -59,16 +58,11 @@ twice, with the masks of the diagonal and of the last tiles and without, and bot
 the warps copy: thread instructions are of the others, and of the registers that a block starts with those that copy
 keep 24 a thread and those that multiply get 232.
 """
-OF_SAMPLED = """\
-These are the Triton kernels of sampled pairs. A tile of the clique sweep is one of a clique of 128 tokens, and of the
-others, which have no pairs, so many tokens; *of the model* says how many features, padded, are summed or added.
-"""
-# What --every compiles beside all potentials and dtypes, of all pairs and of sampled ones.
-SIZES = {
-    "all": "With F of 64, 128 and 768, with and without groups; angular_spread also at F=100 and 776, at lengths "
-    "that 16 does not divide and for 12 layers.",
-    "sampled": "At F=768, with cliques of 128, 32 and 16 tokens and without, with each model and with none.",
-}
+# What --every compiles beside all potentials and dtypes.
+SIZES = (
+    "With F of 64, 128 and 768, with and without groups; angular_spread also at F=100 and 776, at lengths "
+    "that 16 does not divide and for 12 layers."
+)
 COLUMNS = (
     "kernel | tile, warps, stages | registers | spills | shared memory, KiB | CTAs per SM (warps) | "
     "tensor instructions | thread instructions per tile, thousands | cycles per tile | epilogue share | "
@@ -83,13 +77,12 @@ the last section has those of every potential in every dtype. Full reports, with
 definition of every column, are made by
 
 ```bash
-python -m benchmarks.static_report --pairs all --every --check --out build/all.md  # an hour on two cores
-python -m benchmarks.static_report --pairs sampled --every --check --out build/sampled.md  # 18 minutes
+python -m benchmarks.static_report --every --check --out build/triton.md  # an hour on two cores
 python -m benchmarks.static_report --backend cuda --check --out build/cuda.md  # needs the built CUDA extension
 ```
 
-and this summary of them by `python -m benchmarks.static_report --summary build/all.md build/sampled.md build/cuda.md
---out docs/static-report.md`. The kernels are those of these commits, from which later ones may differ:
+and this summary of them by `python -m benchmarks.static_report --summary build/triton.md build/cuda.md --out
+docs/static-report.md`. The kernels are those of these commits, from which later ones may differ:
 
 {sources}
 
@@ -246,11 +239,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--backend", choices=["triton", "cuda"], default="triton", help="cuda: what the installed extension has"
     )
-    parser.add_argument(
-        "--pairs",
-        choices=["all", "sampled"],
-        help="of Triton's kernels those of all pairs, or of a share; default: both",
-    )
     parser.add_argument("--arch", nargs="+", choices=[*DEVICES, "sm_90a"], help="default: all of them")
     parser.add_argument("--out", type=Path, help="a Markdown file for the report")
     parser.add_argument(
@@ -261,29 +249,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--every",
         action="store_true",
-        help="compile the kernels of every potential in every dtype, too, some 6,000: an hour on two cores, and 18 "
-        "minutes for those of sampled pairs; the tables stay those of angular_spread in every dtype and of every "
+        help="compile the kernels of every potential in every dtype, too, some 3,200: an hour on two cores; the "
+        "tables stay those of angular_spread in every dtype and of every "
         "potential in bf16 at F=768",
     )
     parser.add_argument("--summary", nargs="+", type=Path, help="full reports to sum up in one page; compiles nothing")
     args = parser.parse_args(arguments)
-    if args.backend == "cuda" and args.pairs is not None:
-        parser.error(f"--pairs {args.pairs} is for Triton's kernels: those of --backend cuda are of all pairs")
     if args.summary is not None:
-        if args.arch or args.check or args.every or args.pairs or args.backend != "triton":
+        if args.arch or args.check or args.every or args.backend != "triton":
             parser.error("--summary compiles nothing: the only other option it takes is --out")
         _publish(summarize({str(path): path.read_text(encoding="utf-8") for path in args.summary}), args.out)
         return
-    triton = functools.partial(examine_shipped, pairs=args.pairs)
-    examine_all = triton if args.backend == "triton" else examine_extension
+    examine_all = examine_shipped if args.backend == "triton" else examine_extension
     rows = examine_all(args.arch)
-    kernels = "" if args.pairs is None else f", {args.pairs} pairs"
-    title = "CUDA" if args.backend == "cuda" else f"Triton{kernels}"
-    text = render(rows, title, OF_CUDA if args.backend == "cuda" else OF_SAMPLED if args.pairs == "sampled" else "")
+    text = render(rows, *(("CUDA", OF_CUDA) if args.backend == "cuda" else ("Triton", "")))
     if args.every:
         everything = examine_all(args.arch, every=True)
-        of = "all" if args.backend == "cuda" else args.pairs
-        text += "\n" + render_every(everything, SIZES.values() if of is None else [SIZES[of]])
+        text += "\n" + render_every(everything)
         rows += everything
     _publish(text, args.out)
     if args.check and (found := [fault for row in rows for fault in faults(row)]):
@@ -297,15 +279,14 @@ def _publish(text: str, out: Path | None) -> None:
         machine.write_text(out, text)
 
 
-def examine_shipped(arches: list[str] | None, every: bool = False, pairs: str | None = None) -> list[Row]:
+def examine_shipped(arches: list[str] | None, every: bool = False) -> list[Row]:
     """The figures of every Triton kernel shipped for these architectures, compiled on all cores."""
     arches = arches or list(DEVICES)
     workers = os.cpu_count() or 1
     # Not forked: PyTorch's threads do not survive it.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         shares = {
-            arch: [pool.submit(_examine_share, arch, every, pairs, n, workers) for n in range(workers)]
-            for arch in arches
+            arch: [pool.submit(_examine_share, arch, every, n, workers) for n in range(workers)] for arch in arches
         }
         rows = {arch: [share.result() for share in of_arch] for arch, of_arch in shares.items()}
     # Dealt out one by one, and put back in order.
@@ -314,12 +295,12 @@ def examine_shipped(arches: list[str] | None, every: bool = False, pairs: str | 
     ]
 
 
-def _examine_share(arch: str, every: bool, pairs: str | None, share: int, shares: int) -> list[Row]:
+def _examine_share(arch: str, every: bool, share: int, shares: int) -> list[Row]:
     # Not at the top: it needs Triton, which this module's users may lack.
     from dispersion_kernels.triton.ahead_of_time import compile_variant, shipped
 
     rows = []
-    for variant in shipped(arch, every, pairs)[share::shares]:
+    for variant in shipped(arch, every)[share::shares]:
         try:
             row = examine(variant, compile_variant(variant))
         except Exception as error:
@@ -499,7 +480,7 @@ def render(rows: Iterable[Row], title: str, note: str = "") -> str:
     return "\n".join([*heads, *(_section(arch, of_arch) for arch, of_arch in by_arch.items())])
 
 
-def render_every(rows: Iterable[Row], sizes: Iterable[str]) -> str:
+def render_every(rows: Iterable[Row]) -> str:
     """What the kernels of every potential in every dtype come to."""
     by_arch: dict[str, list[Row]] = {}
     for row in rows:
@@ -507,7 +488,7 @@ def render_every(rows: Iterable[Row], sizes: Iterable[str]) -> str:
     lines = [
         f"## {EVERY}",
         "",
-        *sizes,
+        SIZES,
         "",
         "| architecture | kernels | that spill | most registers | most shared memory, KiB |",
         "|---|---|---|---|---|",

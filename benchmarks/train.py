@@ -45,7 +45,6 @@ VARIANTS: dict[str, list[str]] = {
     "ours, 1/16 of the pairs": ["--pairs", "0.0625"],
     "ours, 1/64 of the pairs": ["--pairs", "0.015625"],
     "ours, no pairs": ["--pairs", "0"],
-    "ours, no pairs, constant": ["--pairs", "0", "--control-variate", "constant"],
 }
 
 

@@ -17,14 +17,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
-from dispersion_kernels import composed, native
+from dispersion_kernels import native
 from dispersion_kernels.backends import choose
-from dispersion_kernels.cliques import clique_tokens
-from dispersion_kernels.control_variates import GOOD_ENOUGH, RANK
 from dispersion_kernels.cuda import CudaKernels
 from dispersion_kernels.gpu import launch
 from dispersion_kernels.potentials import Potential, carried, carry, for_backends
-from dispersion_kernels.sampling import Draws, Request, Sampler, estimate, visits_all
+from dispersion_kernels.sampling import cpu_sampler
+from dispersion_kernels.sampling.estimate import Draws, estimate, visits_all
 from dispersion_kernels.segments import check_cu_seqlens, host_segments, on_device, segment_of_token
 from dispersion_kernels.sweep import accumulation_dtype, in_blocks, loss_weight, sweep
 
@@ -59,15 +58,14 @@ def sampled_loss(
     reduction: str,
     impl: str,
     recompute: bool,
-    share: float,
+    fraction: float,
     control_variate: str,
-    rank: int,
     draws: Draws,
     with_error: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The mean over ``layers``, each ``[B, L, F]`` and alike, of their reduced loss, from a share of the pairs
+    """The mean over ``layers``, each ``[B, L, F]`` and alike, of their reduced loss, from a fraction of the pairs
     (:mod:`dispersion_kernels.sampling`), and the relative error to expect of the gradient of each."""
-    options = (potential, reduction, impl, share, control_variate, rank)
+    options = (potential, reduction, impl, fraction, control_variate)
     if torch.is_grad_enabled() and any(z.requires_grad for z in layers):
         loss, error = _Sampled.apply(groups, cu_seqlens, *draws, options, recompute, with_error, *layers)
         return loss, error
@@ -116,7 +114,7 @@ class _Sampled(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         shuffle: Tensor,
         fit: Tensor,
-        options: tuple[Potential, str, str, float, str, int],
+        options: tuple[Potential, str, str, float, str],
         recompute: bool,
         with_error: bool,
         *layers: Tensor,
@@ -408,8 +406,8 @@ def _forward_fake(
 
 _library.define(
     "sampled(Tensor[] layers, Tensor? groups, Tensor? cu_seqlens, Tensor shuffle, Tensor fit, str potential,"
-    " float[] params, str reduction, str impl, float share, str control_variate, int rank, bool with_grad,"
-    " bool with_error) -> (Tensor loss, Tensor grad, Tensor scale, Tensor error)",
+    " float[] params, str reduction, str impl, float fraction, str control_variate, bool with_grad, bool with_error)"
+    " -> (Tensor loss, Tensor grad, Tensor scale, Tensor error)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -437,16 +435,15 @@ def _sampled(
     potential: Potential,
     reduction: str,
     impl: str,
-    share: float,
+    fraction: float,
     control_variate: str,
-    rank: int,
     with_grad: bool,
     with_error: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``forward``, of layers that are alike, with a gradient for all in one tensor, ``[layers, B, L, F]``, or for
     none; and ``[layers]``, the relative error to expect of each's."""
     z = layers[0]
-    if visits_all(share, control_variate, z, cu_seqlens):  # where a compiler has not asked
+    if visits_all(fraction, z, cu_seqlens):  # where a compiler has not asked
         loss, grads, scale = _forward(layers, groups, cu_seqlens, potential, reduction, impl, [with_grad] * len(layers))
         return loss, torch.stack(grads) if with_grad else loss.new_empty(0), scale, loss.new_zeros(len(layers))
     if cu_seqlens is not None:
@@ -454,16 +451,12 @@ def _sampled(
     chosen = choose(impl, z, potential)
     run = _SWEEPS[chosen]
     formula = for_backends(potential)
-    own: Sampler | None = None
-    if chosen == "cpu" and (cu_seqlens is not None or clique_tokens(share, z.shape[1]) <= native.LARGEST_CLIQUE):
-        own = _native_sampled
-    elif chosen == "triton":
-        own = _triton_sampler(layers, formula)
 
-    def sweep_cliques(tokens: Tensor, groups: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def sweep_blocks(tokens: Tensor, groups: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         loss, grads, scale = run([tokens], groups, bounds, formula, "none", [with_grad])
         return loss, grads[0], scale
 
+    own = chosen == "cpu" and cpu_sampler.takes(formula, fraction, control_variate, z, cu_seqlens)
     with without_autocast(z.device):
         found = estimate(
             layers,
@@ -471,52 +464,19 @@ def _sampled(
             cu_seqlens,
             formula,
             Draws(shuffle, fit),
-            share,
+            fraction,
             control_variate,
-            rank,
             reduction,
             with_grad,
             with_error,
-            [sampler for sampler in (own, composed.sampler_of(sweep_cliques)) if sampler is not None],
+            sweep_blocks,
+            cpu_sampler.sample if own else None,
         )
     dtype = accumulation_dtype(z.dtype)
     loss, error = found.loss.to(dtype), found.error.to(dtype)
     if found.grad is None or found.scale is None:
         return loss, loss.new_empty(0), loss.new_empty(0), error
     return loss, found.grad, found.scale, error
-
-
-def _native_sampled(request: Request) -> native.Sampled | None:
-    layers, plan = request.layers, request.plan
-    if request.rank != RANK or plan.cliques.numel() < 2:  # no clique where no token takes part
-        return None
-    if any(native.row_stride(z) is None or z.stride() != layers[0].stride() for z in layers):
-        layers = [z.contiguous() for z in layers]
-    return native.sampled(
-        layers,
-        potential_name=request.potential.name(),
-        params=request.potential.params(),
-        order=plan.order,
-        units=plan.units,
-        cliques=plan.cliques if request.share > 0 else None,
-        inverse_share=plan.unit_inverse_share,
-        sequence=plan.sequence_of_unit,
-        pairs=plan.pairs,
-        control_variate=request.control_variate,
-        draws=request.uniform,
-        good_enough=GOOD_ENOUGH,
-        weight=float(request.weight),
-        total=request.reduction != "none",
-        need_grad=request.with_grad,
-        need_noise=request.with_error,
-        out=request.out,
-    )
-
-
-def _triton_sampler(layers: Sequence[Tensor], potential: Potential) -> Sampler | None:
-    from dispersion_kernels.triton.sampled import sampler_of  # imports Triton
-
-    return sampler_of(_triton_kernels(layers[0]), layers, potential)
 
 
 @torch.library.register_fake("dispersion_kernels::sampled")
@@ -530,9 +490,8 @@ def _sampled_fake(
     params: list[float],
     reduction: str,
     impl: str,
-    share: float,
+    fraction: float,
     control_variate: str,
-    rank: int,
     with_grad: bool,
     with_error: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from dispersion_kernels import reference
 from dispersion_kernels.autograd import dispersion_loss, sampled_loss, without_autocast
 from dispersion_kernels.backends import check_impl
-from dispersion_kernels.control_variates import CONTROL_VARIATES, RANK, RANKS
 from dispersion_kernels.potentials import (
     BUILT_IN,
     AngularSpread,
@@ -23,12 +22,12 @@ from dispersion_kernels.potentials import (
     for_backends,
     resolve_potential,
 )
-from dispersion_kernels.sampling import draw, visits_all
+from dispersion_kernels.sampling.estimate import draw, visits_all
 from dispersion_kernels.segments import make_groups, on_device, sample_packed_tokens, sample_tokens
 
 Reduction = Literal["mean", "sum", "none"]
 Pairs = Literal["all"] | float
-ControlVariate = Literal["auto", "none", "constant", "low_rank"]
+ControlVariate = Literal["low_rank", "full_rank", "none"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,8 +54,7 @@ def fused_dispersion_loss(
     document_ids: Tensor | None = None,
     max_tokens: int | None = None,
     pairs: Pairs = "all",
-    control_variate: ControlVariate = "auto",
-    rank: int = RANK,
+    control_variate: ControlVariate = "low_rank",
     generator: torch.Generator | None = None,
     return_stats: Literal[False] = False,
     reduction: Reduction = "mean",
@@ -76,8 +74,7 @@ def fused_dispersion_loss(
     document_ids: Tensor | None = None,
     max_tokens: int | None = None,
     pairs: Pairs = "all",
-    control_variate: ControlVariate = "auto",
-    rank: int = RANK,
+    control_variate: ControlVariate = "low_rank",
     generator: torch.Generator | None = None,
     return_stats: Literal[True],
     reduction: Reduction = "mean",
@@ -96,8 +93,7 @@ def fused_dispersion_loss(
     document_ids: Tensor | None = None,
     max_tokens: int | None = None,
     pairs: Pairs = "all",
-    control_variate: ControlVariate = "auto",
-    rank: int = RANK,
+    control_variate: ControlVariate = "low_rank",
     generator: torch.Generator | None = None,
     return_stats: bool = False,
     reduction: Reduction = "mean",
@@ -146,17 +142,9 @@ def fused_dispersion_loss(
             alone, and with a bias, 1 to 6% of the gradient on hidden states of GPT-2 and SmolLM2 at tau = 1, but some
             20% at tau = 0.1: look at ``return_stats``. Not for potentials of a distance.
             :mod:`dispersion_kernels.sampling` has the models.
-        control_variate: what stands for the pairs that are not visited: ``"none"``, nothing; ``"constant"``, their mean
-            slope; ``"low_rank"``, a parabola in an estimate of c, for some more passes over the tokens. ``"auto"``:
-            all pairs of up to 512 tokens, where sampling saves nothing; beyond, ``"low_rank"``, but on a CPU, where
-            looking does not synchronise, ``"constant"`` while that promises an error of 2% at most.
-        rank: of ``"low_rank"``, whose slope is ``b0 + b1 p_ij + b2 q_ij + b3 q_ij^2``: p is the product of the two
-            tokens' projections to so many directions, 3 to 128, near the principal ones, and q to 3 of them, in 4 B L F
-            rank FLOPs. F or more: p = c itself, for tokens that are alike in all directions, of which a few say
-            nothing: at a share of 1/16 of the pairs of random directions the error is some 0.5%, and with 16 directions
-            5% and more. That takes 4 to 8 B L F^2 FLOPs and, for a sequence or document, an F x F matrix: for L several
-            times F, or on a GPU, where it is a few matrix products. The CPU kernel of sampled pairs has 16 directions;
-            other ranks take more passes over the tokens there.
+        control_variate: what stands for the pairs that are not visited: ``"low_rank"``, a parabola in an estimate of c
+            from 16 directions; ``"full_rank"``, in c itself, for whole sequences of tokens that are alike in all
+            directions, in 4 to 8 B L F^2 FLOPs; ``"none"``, nothing.
         generator: for these draws; on the device of ``z``.
         return_stats: also return :class:`SamplingStats`.
         reduction: ``"mean"`` over the sequences that have a pair, their ``"sum"``, or ``"none"``: one loss a sequence,
@@ -183,14 +171,14 @@ def fused_dispersion_loss(
     check_impl(impl)
     check_reduction(reduction)
     check_max_tokens(max_tokens)
-    check_pairs(pairs, control_variate, rank, resolved, max_tokens)
+    check_pairs(pairs, control_variate, resolved, max_tokens)
     layers = [z] if isinstance(z, Tensor) else list(z)
     if not layers:
         raise ValueError("z is an empty list; it must hold the hidden states of at least one layer")
     for layer in layers:
         _check_inputs(layer, mask, cu_seqlens, document_ids)
     if pairs != "all":
-        _check_sampled(pairs, rank, layers, mask, cu_seqlens, document_ids, impl)
+        _check_sampled(pairs, control_variate, mask, cu_seqlens, document_ids, impl)
     first = layers[0]
     alike = all(
         (layer.shape, layer.dtype, layer.device) == (first.shape, first.dtype, first.device) for layer in layers
@@ -207,7 +195,6 @@ def fused_dispersion_loss(
                 max_tokens=max_tokens,
                 pairs=pairs,
                 control_variate=control_variate,
-                rank=rank,
                 generator=generator,
                 return_stats=True,
                 reduction=reduction,
@@ -237,9 +224,7 @@ def fused_dispersion_loss(
     if impl == "reference":
         loss = _reference_loss(layers[0], groups, cu_seqlens, resolved, reduction)
     # A compiler would ask for each length which it is, and compile it again: there the operator does.
-    elif pairs != "all" and (
-        torch.compiler.is_compiling() or not visits_all(float(pairs), control_variate, layers[0], cu_seqlens)
-    ):
+    elif pairs != "all" and (torch.compiler.is_compiling() or not visits_all(float(pairs), layers[0], cu_seqlens)):
         loss, error = sampled_loss(
             layers,
             groups,
@@ -250,8 +235,7 @@ def fused_dispersion_loss(
             recompute,
             float(pairs),
             control_variate,
-            rank,
-            draw(layers, pairs, rank, generator),
+            draw(layers, pairs, generator),
             return_stats,
         )
     else:
@@ -276,7 +260,7 @@ class DispersionLoss(nn.Module):
         clamp_threshold: clamp of ``angular_spread`` and ``orthogonalization``.
         max_tokens: tokens drawn for each sequence. None, all of them, is the one default that differs from the
             published code's.
-        pairs, control_variate, rank, reduction, recompute, impl: as in :func:`fused_dispersion_loss`.
+        pairs, control_variate, reduction, recompute, impl: as in :func:`fused_dispersion_loss`.
 
     As in the published class, every variant accepts all arguments and ignores those that it does not use. Errors are
     raised here, as there.
@@ -293,8 +277,7 @@ class DispersionLoss(nn.Module):
         max_tokens: int | None = None,
         *,
         pairs: Pairs = "all",
-        control_variate: ControlVariate = "auto",
-        rank: int = RANK,
+        control_variate: ControlVariate = "low_rank",
         reduction: Reduction = "mean",
         recompute: bool = False,
         impl: str = "auto",
@@ -317,8 +300,8 @@ class DispersionLoss(nn.Module):
         check_impl(impl)
         check_reduction(reduction)
         check_max_tokens(max_tokens)
-        check_pairs(pairs, control_variate, rank, self.potential, max_tokens)
-        self.max_tokens, self.pairs, self.control_variate, self.rank = max_tokens, pairs, control_variate, rank
+        check_pairs(pairs, control_variate, self.potential, max_tokens)
+        self.max_tokens, self.pairs, self.control_variate = max_tokens, pairs, control_variate
         self.reduction, self.recompute, self.impl = reduction, recompute, impl
 
     def forward(
@@ -340,7 +323,6 @@ class DispersionLoss(nn.Module):
             max_tokens=self.max_tokens,
             pairs=self.pairs,
             control_variate=self.control_variate,
-            rank=self.rank,
             generator=generator,
             reduction=self.reduction,
             recompute=self.recompute,
@@ -350,7 +332,7 @@ class DispersionLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.potential}, max_tokens={self.max_tokens}, pairs={self.pairs!r}, "
-            f"control_variate={self.control_variate!r}, rank={self.rank}, reduction={self.reduction!r}, "
+            f"control_variate={self.control_variate!r}, reduction={self.reduction!r}, "
             f"recompute={self.recompute}, impl={self.impl!r}"
         )
 
@@ -384,37 +366,12 @@ def check_max_tokens(max_tokens: int | None) -> None:
         )
 
 
-def check_pairs(pairs: Pairs, control_variate: str, rank: int, potential: Potential, max_tokens: int | None) -> None:
-    if control_variate not in CONTROL_VARIATES:
-        raise ValueError(f"unknown control_variate {control_variate!r}; available: {', '.join(CONTROL_VARIATES)}")
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(
-            f"rank must be an integer, the number of directions of low_rank, got {rank!r}; for c itself give the "
-            "number of features of z"
-        )
-    if rank < RANKS[0]:
-        raise ValueError(
-            f"rank must be from {RANKS[0]} to {RANKS[1]}, or at least the number of features of z, for c itself, got "
-            f"{rank}; for fewer directions take control_variate='constant', which has none"
-        )
-    if rank != RANK and control_variate in ("none", "constant"):
-        raise ValueError(
-            f"rank={rank} was given, but control_variate={control_variate!r} has no directions; take "
-            "control_variate='low_rank'"
-        )
+def check_pairs(pairs: Pairs, control_variate: str, potential: Potential, max_tokens: int | None) -> None:
+    if control_variate not in ("low_rank", "full_rank", "none"):
+        raise ValueError(f"unknown control_variate {control_variate!r}; available: low_rank, full_rank, none")
     if isinstance(pairs, str):
         if pairs != "all":
             raise ValueError(f"pairs must be 'all' or a share of the pairs from 0 to 1, got {pairs!r}")
-        if control_variate != "auto":
-            raise ValueError(
-                f"control_variate={control_variate!r} was given, but pairs is 'all', and of all pairs there is nothing "
-                "to estimate; give pairs a share, as 1/16"
-            )
-        if rank != RANK:
-            raise ValueError(
-                f"rank={rank} was given, but pairs is 'all', and of all pairs there is nothing to estimate; give pairs "
-                "a share, as 1/16"
-            )
         return
     if isinstance(pairs, bool) or not isinstance(pairs, int | float) or not 0 <= pairs <= 1:
         raise ValueError(f"pairs must be 'all' or a share of the pairs from 0 to 1, got {pairs!r}")
@@ -437,8 +394,7 @@ def check_pairs(pairs: Pairs, control_variate: str, rank: int, potential: Potent
 
 def _check_sampled(
     pairs: float,
-    rank: int,
-    layers: Sequence[Tensor],
+    control_variate: str,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     document_ids: Tensor | None,
@@ -446,16 +402,11 @@ def _check_sampled(
 ) -> None:
     if impl == "reference":
         raise ValueError(f"impl='reference' materialises all pairs, and pairs={pairs} was given; take another impl")
-    given = {"mask": mask, "cu_seqlens": cu_seqlens, "document_ids": document_ids}
-    for name, value in given.items():
-        if pairs == 0 and value is not None:
+    for name, value in {"mask": mask, "cu_seqlens": cu_seqlens, "document_ids": document_ids}.items():
+        if value is not None and pairs == 0:
             raise ValueError(f"pairs=0 is for whole sequences, and {name} was given; take a small share, as pairs=1/64")
-    for z in layers:
-        if RANKS[1] < rank < z.shape[-1]:
-            raise ValueError(
-                f"rank must be from {RANKS[0]} to {RANKS[1]}, or at least the number of features of z, for c itself, "
-                f"got {rank} for {z.shape[-1]} features; take rank={RANKS[1]} or rank={z.shape[-1]}"
-            )
+        if value is not None and control_variate == "full_rank":
+            raise ValueError(f"full_rank is for whole sequences, and {name} was given; take control_variate='low_rank'")
 
 
 def _check_inputs(z: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, document_ids: Tensor | None) -> None:

@@ -17,14 +17,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 __all__ = [
-    "LARGEST_CLIQUE",
+    "LARGEST_BLOCK",
     "PARAMETERS",
-    "Sampled",
     "build_info",
     "dispersion",
     "isa",
@@ -44,10 +43,10 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "dispersive_l2": ("tau", "include_diagonal"),
 }
 
-#: Tokens of a clique that :func:`sampled` takes.
-LARGEST_CLIQUE = 256
+#: Tokens of a block that :func:`sampled` takes.
+LARGEST_BLOCK = 256
 
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 _POTENTIALS = {name: number for number, name in enumerate(PARAMETERS)}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ISAS = {"": 0, "avx2": 1, "avx512": 2, "neon": 3}
@@ -56,8 +55,6 @@ _STATUS = {
     2: "out of memory for the workspace",
     3: "this processor lacks the instructions the library was built for",
 }
-_NOT_HERE = 4
-_CONTROL_VARIATES = {"none": 0, "constant": 1, "low_rank": 2, "auto": 3}
 
 
 def unavailable_reason() -> str | None:
@@ -203,73 +200,46 @@ def dispersion(
     return loss, grad, scale
 
 
-class Sampled(NamedTuple):
-    """What :func:`sampled` gives."""
-
-    loss: torch.Tensor
-    """Float64, of each sequence the sum over the layers, 0 without a pair, NaN where a token is not finite; or
-    float32 ``[]``, their sum."""
-    per_pair: torch.Tensor
-    """``[layers * sequences]`` float64: the gradient by x_i is this times sum_j slope(c_ij) x_j."""
-    grad: torch.Tensor | None
-    scale: torch.Tensor | None
-    """float32 ``[layers, ..., F]``, and of that shape without F: their product, row by row, is the gradient of every
-    sequence's own loss."""
-    noise: torch.Tensor | None
-    """``[layers, groups, 3]`` float64: of each group of the fit its unit; of its tokens' errors of sum_j slope(c_ij)
-    x_j / |z_i| the expected square, summed; and of how many."""
-
-
 def sampled(
     layers: Sequence[torch.Tensor],
     *,
     potential_name: str,
     params: Sequence[float],
     order: torch.Tensor | None,
-    units: torch.Tensor,
-    cliques: torch.Tensor | None,
-    inverse_share: torch.Tensor,
+    populations: torch.Tensor,
+    blocks: torch.Tensor | None,
+    inverse_probability: torch.Tensor,
     sequence: torch.Tensor,
     pairs: torch.Tensor,
-    control_variate: str,
     draws: torch.Tensor | None,
-    good_enough: float,
-    weight: float = 1.0,
-    need_grad: bool,
-    need_noise: bool,
-    total: bool = False,
-    out: torch.Tensor | None = None,
-) -> Sampled | None:
-    """The pairs within cliques, and a model of all others, with the gradient of both
-    (:mod:`dispersion_kernels.sampling`). Tokens are read where they lie, and nothing of their size is written but the
-    gradient.
+    gradient: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pairs within blocks, and a model of all others (:mod:`dispersion_kernels.sampling`). Tokens are read where
+    they lie, and nothing of their size is written but the gradient.
 
     Token ``i`` is row ``order[i]`` (row ``i`` without an order), counted through all layers.
 
     Args:
         layers: each ``[..., F]``, alike: CPU, float32, bfloat16 or float16, with the same :func:`row_stride`.
-        potential_name: a key of :data:`PARAMETERS`, of a potential of the cosine or the correlation.
+        potential_name: a key of :data:`PARAMETERS`, of a potential of the cosine or the correlation, whose exponents
+            need no running maximum.
         params: the values of that potential's parameters, in their order there.
         order: ``[tokens]`` int64, without repetitions, or None.
-        units: ``[units + 1]`` int64, ascending: the bounds of the tokens that pair with each other, of one layer.
-        cliques: ``[cliques + 1]`` int64, ascending through all units: the bounds of the tokens of which all pairs are
-            visited; None: no pair is.
-        inverse_share: ``[units]`` float64: what a visited pair stands for.
-        sequence: ``[units]`` int64: whose loss the unit's pairs belong to; as many sequences for each layer.
+        populations: ``[populations + 1]`` int64, ascending: bounds of the tokens that pair with each other, of one
+            layer.
+        blocks: ``[blocks + 1]`` int64, ascending through all populations: bounds of at most :data:`LARGEST_BLOCK`
+            tokens of which all pairs are visited; None: no pair is.
+        inverse_probability: ``[populations]`` float64: what a visited pair stands for.
+        sequence: ``[populations]`` int64: whose loss its pairs belong to; as many sequences for each layer.
         pairs: ``[sequences]`` int64: ordered, visited or not.
-        control_variate: the model: ``"none"``, ``"constant"``, ``"low_rank"`` of 16 directions, or ``"auto"``, the
-            constant where that promises a relative error of the gradient of ``good_enough`` at most in all layers.
-        draws: ``[layers, groups, 1 + tokens]`` float32 in [0, 1): of each group of the fit a unit, and tokens of it;
-            None: there is nothing to fit.
-        weight: a factor of every loss, and so of its gradient.
-        need_grad: whether to compute the gradient.
-        need_noise: whether to estimate its error.
-        total: whether to return the sum of the losses in their place.
-        out: where ``grad`` goes; None: to new memory.
+        draws: ``[layers, groups, 1 + tokens]`` float32 in [0, 1): a population for each group that the model is fitted
+            to, and tokens of it; None: no model.
+        gradient: contiguous float32 ``[layers, ..., F]``, and of that shape without F, to which the two factors of the
+            gradient of every sequence's own loss go; None where none is wanted.
 
     Returns:
-        None where a clique is larger than :data:`LARGEST_CLIQUE`, or the exponents need a running maximum:
-        :func:`dispersion` does the cliques there.
+        Float64 ``[sequences]``: the losses, 0 without a pair, NaN where a token is not finite; and the factor of
+        sum_j slope(c_ij) x_j in their derivatives by x_i.
 
     Raises:
         RuntimeError: if the kernel is unavailable (:func:`unavailable_reason`) or the call fails.
@@ -292,30 +262,25 @@ def sampled(
             )
     rows, features = math.prod(first.shape[:-1]), first.shape[-1]
     # These are read through their addresses, and must live as long as the call.
-    order, cliques = (
+    order, blocks = (
         tensor if tensor is None else _int64_list(name, tensor)
-        for name, tensor in (("order", order), ("cliques", cliques))
+        for name, tensor in (("order", order), ("blocks", blocks))
     )
-    units, sequence, pairs = (
-        _int64_list(name, tensor) for name, tensor in (("units", units), ("sequence", sequence), ("pairs", pairs))
+    populations, sequence, pairs = (
+        _int64_list(name, tensor)
+        for name, tensor in (("populations", populations), ("sequence", sequence), ("pairs", pairs))
     )
-    inverse_share = inverse_share.to("cpu", torch.float64).contiguous()
-    per_pair = torch.empty(pairs.numel(), dtype=torch.float64, device="cpu")
-    if total:
-        loss = torch.empty((), dtype=torch.float32, device="cpu")
-    else:
-        loss = torch.empty(pairs.numel() // len(layers), dtype=torch.float64, device="cpu")
-    noise = grad = scale = None
-    groups = fit_tokens = 0
-    if draws is not None:
-        draws = draws.to("cpu", torch.float32).contiguous()
-        groups, fit_tokens = draws.shape[1], draws.shape[2] - 1
-        if need_noise:
-            noise = torch.empty(len(layers), groups, 3, dtype=torch.float64, device="cpu")
-    if need_grad:
-        grad = torch.empty(len(layers), *first.shape, dtype=torch.float32, device="cpu") if out is None else out
-        scale = torch.empty(len(layers), *first.shape[:-1], dtype=torch.float32, device="cpu")
-        if int(units[-1]) < scale.numel():  # the kernel leaves the rows that are in no unit
+    inverse_probability = inverse_probability.to("cpu", torch.float64).contiguous()
+    draws = None if draws is None else draws.to("cpu", torch.float32).contiguous()
+    loss, per_pair = (torch.empty(pairs.numel(), dtype=torch.float64, device="cpu") for _ in range(2))
+    grad, scale = (None, None) if gradient is None else gradient
+    if grad is not None and scale is not None:
+        if (grad.shape, scale.shape) != ((len(layers), *first.shape), grad.shape[:-1]) or not grad.is_contiguous():
+            raise ValueError(
+                f"gradient must be contiguous, {(len(layers), *first.shape)} and the same without the last, got "
+                f"{tuple(grad.shape)} and {tuple(scale.shape)}"
+            )
+        if int(populations[-1]) < scale.numel():  # the kernel leaves the rows that are in no population
             grad.zero_()
             scale.zero_()
     pointers = _addresses(layers)
@@ -328,34 +293,26 @@ def sampled(
         features=features,
         order=None if order is None else order.data_ptr(),
         tokens=rows * len(layers) if order is None else order.numel(),
-        units=units.data_ptr(),
-        unit_count=units.numel() - 1,
-        cliques=None if cliques is None else cliques.data_ptr(),
-        clique_count=0 if cliques is None else cliques.numel() - 1,
-        inverse_share=inverse_share.data_ptr(),
+        populations=populations.data_ptr(),
+        population_count=populations.numel() - 1,
+        blocks=None if blocks is None else blocks.data_ptr(),
+        block_count=0 if blocks is None else blocks.numel() - 1,
+        inverse_probability=inverse_probability.data_ptr(),
         sequence=sequence.data_ptr(),
         pairs=pairs.data_ptr(),
         sequence_count=pairs.numel(),
         params=ctypes.addressof(values),
-        weight=weight,
         potential=_POTENTIALS[potential_name],
-        control_variate=_CONTROL_VARIATES[control_variate],
-        good_enough=good_enough,
         draws=None if draws is None else draws.data_ptr(),
-        fit_groups=groups,
-        fit_tokens=fit_tokens,
-        loss=None if total else loss.data_ptr(),
-        total=loss.data_ptr() if total else None,
+        fit_groups=0 if draws is None else draws.shape[1],
+        fit_tokens=0 if draws is None else draws.shape[2] - 1,
+        loss=loss.data_ptr(),
         per_pair=per_pair.data_ptr(),
         grad=None if grad is None else grad.data_ptr(),
         scale=None if scale is None else scale.data_ptr(),
-        noise=None if noise is None else noise.data_ptr(),
     )
-    status = _library().dk_sampled(ctypes.byref(args))
-    if status == _NOT_HERE:
-        return None
-    _check(status)
-    return Sampled(loss, per_pair, grad, scale, noise)
+    _check(_library().dk_sampled(ctypes.byref(args)))
+    return loss, per_pair
 
 
 def row_stride(z: torch.Tensor) -> int | None:
@@ -510,28 +467,23 @@ class _SampledArgs(_Call):
         ("features", ctypes.c_int64),
         ("order", ctypes.c_void_p),
         ("tokens", ctypes.c_int64),
-        ("units", ctypes.c_void_p),
-        ("unit_count", ctypes.c_int64),
-        ("cliques", ctypes.c_void_p),
-        ("clique_count", ctypes.c_int64),
-        ("inverse_share", ctypes.c_void_p),
+        ("populations", ctypes.c_void_p),
+        ("population_count", ctypes.c_int64),
+        ("blocks", ctypes.c_void_p),
+        ("block_count", ctypes.c_int64),
+        ("inverse_probability", ctypes.c_void_p),
         ("sequence", ctypes.c_void_p),
         ("pairs", ctypes.c_void_p),
         ("sequence_count", ctypes.c_int64),
         ("params", ctypes.c_void_p),
-        ("weight", ctypes.c_double),
         ("potential", ctypes.c_int32),
-        ("control_variate", ctypes.c_int32),
-        ("good_enough", ctypes.c_double),
-        ("draws", ctypes.c_void_p),
         ("fit_groups", ctypes.c_int32),
         ("fit_tokens", ctypes.c_int32),
+        ("draws", ctypes.c_void_p),
         ("loss", ctypes.c_void_p),
-        ("total", ctypes.c_void_p),
         ("per_pair", ctypes.c_void_p),
         ("grad", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
-        ("noise", ctypes.c_void_p),
     ]
 
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dispersion_kernels.control_variates import RANK
 from dispersion_kernels.loss import ControlVariate, DispersionLoss, Pairs, fused_dispersion_loss
 from dispersion_kernels.potentials import Potential, resolve_potential
 
@@ -53,7 +52,7 @@ class DispersionRegularizer:
             ``cu_seq_lens_q``, else a 2-D ``attention_mask``, else ``position_ids``, which start again at each document,
             of which each has one loss, else all. ``"labels"``: those of them whose label is not -100, by the model's
             argument ``labels``. ``"all"``: all.
-        potential, tau, clamp, eps, max_tokens, pairs, control_variate, rank, impl: as in
+        potential, tau, clamp, eps, max_tokens, pairs, control_variate, impl: as in
             :func:`~dispersion_kernels.fused_dispersion_loss`.
         keep_gradients: compute the gradient in forward, too, and keep it until backward. That takes 3 instead of 4
             B L^2 F FLOPs, and the memory of one fp32 z a layer. It is also for a model that writes to its blocks'
@@ -80,8 +79,7 @@ class DispersionRegularizer:
         eps: float | None = None,
         max_tokens: int | None = None,
         pairs: Pairs = "all",
-        control_variate: ControlVariate = "auto",
-        rank: int = RANK,
+        control_variate: ControlVariate = "low_rank",
         impl: str = "auto",
         keep_gradients: bool = False,
     ) -> None:
@@ -101,7 +99,6 @@ class DispersionRegularizer:
             "max_tokens": max_tokens,
             "pairs": pairs,
             "control_variate": control_variate,
-            "rank": rank,
             "impl": impl,
         }
         DispersionLoss(

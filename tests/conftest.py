@@ -19,12 +19,11 @@ from dispersion_kernels import (
     PerplexityEntropy,
     Potential,
     Uniformity,
-    cliques,
-    control_variates,
     fused_dispersion_loss,
     native,
     supported,
 )
+from dispersion_kernels.sampling import partition
 
 POTENTIALS: dict[str, Potential] = {
     "angular_spread": AngularSpread(),
@@ -81,8 +80,7 @@ def _poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def read_nothing(patch: pytest.MonkeyPatch) -> None:
     """Sampled pairs as on an accelerator, where reading a value would synchronise."""
-    for module in (cliques, control_variates):
-        patch.setattr(module, "may_read", lambda device: False)
+    patch.setattr(partition, "may_read", lambda device: False)
 
 
 def _isas() -> list[str]:

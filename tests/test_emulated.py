@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import sass
-from dispersion_kernels import AngularSpread, L2Repel, Potential, composed, cuda, sampling
+from dispersion_kernels import AngularSpread, L2Repel, Potential, cuda
 from dispersion_kernels.gpu import launch
+from dispersion_kernels.sampling.estimate import draw, estimate
 from dispersion_kernels.sweep import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -423,8 +424,7 @@ def test_slices_of_the_gradient(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sampled_pairs(backend: str) -> None:
-    """Two cliques of 66 tokens, as they lie (Triton), as rows of their own and, without some tokens, as packed
-    sequences; and the model alone."""
+    """Two blocks of 66 tokens, as rows of their own and, without some tokens, as packed sequences."""
 
     def emulated(x: Tensor, groups: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         losses = dispersion([x], AngularSpread(), backend, groups=groups, cu_seqlens=bounds)
@@ -437,21 +437,11 @@ def test_sampled_pairs(backend: str) -> None:
         assert result.scale is not None
         return result.loss, result.grad, result.scale
 
-    name, arch = backend.split("-")
     mask = (torch.arange(132) % 9 > 0).long()[None] - 1
-    cases = [
-        (tokens(1, 132, 200), None, 0.5, "low_rank"),
-        (tokens(1, 132, 36), mask, 0.5, "low_rank"),
-        (tokens(1, 132, 36, dtype=torch.float16), None, 0.5, "constant"),
-        (tokens(1, 70, 36), None, 0.0, "low_rank"),
-    ]
-    for z, groups, share, control_variate in cases[: 4 if name == "triton" else 2]:
-        draws = sampling.draw([z], share, 16, None)
-        options = (groups, None, AngularSpread(), draws, share, control_variate, 16, "none", True, False)
-        with KERNELS[name](z, arch) as kernels:
-            sampler = _sampler_of(kernels, z) if name == "triton" else composed.sampler_of(emulated)
-            found = sampling.estimate([z], *options, [sampler])
-        exact = sampling.estimate([z.double()], *options, [composed.sampler_of(in_float64)])
+    for z, groups in ((tokens(1, 132, 200), None), (tokens(1, 132, 36), mask)):
+        options = (groups, None, AngularSpread(), draw([z], 0.5, None), 0.5, "low_rank", "none", True, False)
+        found = estimate([z], *options, emulated)
+        exact = estimate([z.double()], *options, in_float64)
         torch.testing.assert_close(found.loss, exact.loss, rtol=1e-3, atol=1e-3)
         gradients = []
         for each in (found, exact):
@@ -459,14 +449,6 @@ def test_sampled_pairs(backend: str) -> None:
             assert each.scale is not None
             gradients.append(each.grad * each.scale.unsqueeze(-1))
         assert (gradients[0] - gradients[1]).norm() < 5e-3 * gradients[1].norm()
-
-
-def _sampler_of(kernels: launch.Kernels, z: Tensor) -> sampling.Sampler:
-    from dispersion_kernels.triton.sampled import sampler_of
-
-    sampler = sampler_of(kernels, [z], AngularSpread())
-    assert sampler is not None
-    return sampler
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

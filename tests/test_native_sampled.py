@@ -20,7 +20,7 @@ from dispersion_kernels import (
     fused_dispersion_loss,
     native,
 )
-from dispersion_kernels.native import Sampled
+from dispersion_kernels.sampling import cpu_sampler
 
 pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
 
@@ -61,25 +61,24 @@ def check(z: Tensor, potential: Potential, sensitivity: float, **options: Any) -
 
 @pytest.fixture
 def sampled_here(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each call of the kernel was done by it."""
+    """An entry for each call of the kernel."""
     done: list[bool] = []
 
-    def spy(*args: Any, **kwargs: Any) -> Sampled | None:
-        answer = original(*args, **kwargs)
-        done.append(answer is not None)
-        return answer
+    def spy(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        done.append(True)
+        return original(*args, **kwargs)
 
-    original: Callable[..., Sampled | None] = native.sampled
+    original: Callable[..., tuple[Tensor, Tensor]] = native.sampled
     monkeypatch.setattr(native, "sampled", spy)
     return done
 
 
-@pytest.mark.parametrize("control_variate", ["none", "constant", "low_rank"])
+@pytest.mark.parametrize("control_variate", ["none", "low_rank"])
 @pytest.mark.parametrize(("potential", "sensitivity"), POTENTIALS, ids=repr)
 @pytest.mark.parametrize(
     ("length", "features", "pairs"),
     [
-        (320, 24, 0.1),  # cliques of a panel
+        (320, 24, 0.1),  # blocks of a panel
         (240, 37, 1 / 16),  # of which some share a tile
         (600, 130, 0.25),  # of many panels
         (331, 40, 0.2),  # of different lengths
@@ -111,10 +110,10 @@ def test_16_bit_tokens(isa: str, dtype: torch.dtype) -> None:
         check(z, AngularSpread(), 1, pairs=pairs, control_variate="low_rank")
 
 
-@pytest.mark.parametrize("control_variate", ["none", "constant", "low_rank"])
+@pytest.mark.parametrize("control_variate", ["none", "low_rank"])
 @pytest.mark.parametrize("case", ["mask", "documents", "packed"])
-def test_units(isa: str, case: str, control_variate: str, sampled_here: list[bool]) -> None:
-    """Tokens that are left out, units that are visited whole, and empty ones."""
+def test_populations(isa: str, case: str, control_variate: str, sampled_here: list[bool]) -> None:
+    """Tokens that are left out, populations that are visited whole, and empty ones."""
     z = tokens(3, 300, 24)
     options: dict[str, Any] = {
         "mask": {"mask": torch.rand(3, 300) < 0.8},
@@ -129,7 +128,7 @@ def test_units(isa: str, case: str, control_variate: str, sampled_here: list[boo
 def test_rows_where_they_lie(isa: str) -> None:
     """Of a wider tensor, and of layers that are not spaced alike."""
     wide = tokens(2, 320, 48)
-    check(wide[..., :24], AngularSpread(), 1, pairs=0.1, control_variate="constant")
+    check(wide[..., :24], AngularSpread(), 1, pairs=0.1, control_variate="low_rank")
     layers = [wide[..., :24], wide[..., 24:].contiguous(), wide[..., ::2]]
     losses = [
         fused_dispersion_loss(z, pairs=0.1, generator=torch.Generator().manual_seed(0))
@@ -139,16 +138,27 @@ def test_rows_where_they_lie(isa: str) -> None:
 
 
 def test_what_is_left_to_the_sweep(sampled_here: list[bool]) -> None:
-    """Cliques larger than a tile, and exponents that need a running maximum."""
+    """Blocks larger than a tile, exponents that need a running maximum, and a model of full rank."""
     check(tokens(1, 1024, 24), AngularSpread(), 1, pairs=0.5, control_variate="low_rank")
     assert sampled_here == []
     check(tokens(1, 320, 24), AngularSpread(tau=0.005), 100, pairs=0.1, control_variate="none")
-    assert sampled_here == [False]
-    assert call(cliques=torch.tensor([0, 300]), **TOKENS_300) is None
-    assert call(cliques=torch.tensor([0, 256, 300]), **TOKENS_300) is not None
+    check(tokens(1, 320, 24), AngularSpread(), 1, pairs=0.1, control_variate="full_rank")
+    assert sampled_here == []
+    call(blocks=torch.tensor([0, 256, 300]), **TOKENS_300)
 
 
-@pytest.mark.parametrize("control_variate", ["none", "constant", "low_rank", "auto"])
+@pytest.mark.parametrize("rate", [9.8, 9.9, 9.99, 10.0, 10.01])
+def test_exponents_that_need_a_running_maximum(rate: float) -> None:
+    """What is said to be for the kernel it takes."""
+    for potential in (Uniformity(t=2 * rate), AngularSpread(tau=0.5 / (rate * 4), clamp=0.0)):
+        z = tokens(1, 320, 24)
+        if cpu_sampler.takes(potential, 0.1, "low_rank", z, None):
+            fused_dispersion_loss(z, potential, pairs=0.1, impl="cpu")
+        else:
+            assert rate > 9.85
+
+
+@pytest.mark.parametrize("control_variate", ["none", "low_rank"])
 @pytest.mark.parametrize("pairs", [0.0, 0.05])
 def test_the_error_it_states(isa: str, control_variate: str, pairs: float) -> None:
     if pairs == 0 and control_variate == "none":
@@ -218,25 +228,22 @@ def test_norms(isa: str, norm: float, pairs: float) -> None:
     check(z, Uniformity(), 1, pairs=pairs, control_variate="low_rank")  # which adds nothing to a norm
 
 
-TOKENS_300 = {"layers": [torch.ones(1, 300, 8)], "order": None, "units": torch.tensor([0, 300])}
+TOKENS_300 = {"layers": [torch.ones(1, 300, 8)], "order": None, "populations": torch.tensor([0, 300])}
 
 
-def call(**changes: Any) -> Sampled | None:
+def call(**changes: Any) -> tuple[Tensor, Tensor]:
     layers = changes.pop("layers", [tokens(1, 96, 8)])
     arguments: dict[str, Any] = {
         "potential_name": "angular_spread",
         "params": AngularSpread().params(),
         "order": torch.arange(96),
-        "units": torch.tensor([0, 96]),
-        "cliques": torch.tensor([0, 32, 64, 96]),
-        "inverse_share": torch.tensor([95 / 31]),
+        "populations": torch.tensor([0, 96]),
+        "blocks": torch.tensor([0, 32, 64, 96]),
+        "inverse_probability": torch.tensor([95 / 31]),
         "sequence": torch.tensor([0]),
         "pairs": torch.tensor([96 * 95]),
-        "control_variate": "none",
         "draws": None,
-        "good_enough": 0.02,
-        "need_grad": True,
-        "need_noise": False,
+        "gradient": (torch.empty(1, *layers[0].shape), torch.empty(1, *layers[0].shape[:2])),
     }
     return native.sampled(layers, **{**arguments, **changes})
 
@@ -249,7 +256,8 @@ def call(**changes: Any) -> Sampled | None:
         ({"potential_name": "perplexity_entropy"}, "potential_name must be"),
         ({"params": [1.0]}, "takes the parameters"),
         ({"order": torch.arange(96, dtype=torch.int32)}, "order must be"),
-        ({"units": torch.tensor([0.0, 96.0])}, "units must be"),
+        ({"gradient": (torch.empty(96, 8), torch.empty(96))}, "gradient must be contiguous"),
+        ({"populations": torch.tensor([0.0, 96.0])}, "populations must be"),
     ],
 )
 def test_wrong_arguments(changes: dict[str, Any], message: str) -> None:
@@ -261,26 +269,27 @@ def test_wrong_arguments(changes: dict[str, Any], message: str) -> None:
     "changes",
     [
         {"order": torch.arange(96) + 1},
-        {"units": torch.tensor([0, 97])},
-        {"units": torch.tensor([96, 0])},
-        {"cliques": torch.tensor([0, 32, 64])},
-        {"cliques": torch.tensor([0, 64, 32, 96])},
-        {"cliques": torch.tensor([0, 32, 64, 97])},
-        {"cliques": None},
+        {"populations": torch.tensor([0, 97])},
+        {"populations": torch.tensor([96, 0])},
+        {"blocks": torch.tensor([0, 32, 64])},
+        {"blocks": torch.tensor([0, 64, 32, 96])},
+        {"blocks": torch.tensor([0, 32, 64, 97])},
+        {"blocks": None},
         {"sequence": torch.tensor([1])},
-        {"control_variate": "constant"},
         {"draws": torch.zeros(1, 2, 3)},
         {"potential_name": "dispersive_l2", "params": [1.0, 0.0]},
+        {"potential_name": "uniformity", "params": [50.0]},  # exponents that need a running maximum
+        {"blocks": torch.tensor([0, 300]), **TOKENS_300},
     ],
 )
 def test_arguments_out_of_range(changes: dict[str, Any]) -> None:
-    assert call() is not None
+    call()
     with pytest.raises(RuntimeError, match="out of range"):
         call(**changes)
 
 
-def test_largest_cliques(isa: str) -> None:
-    """Cliques of 256 tokens, which a panel of 24 columns does not divide: near all pairs with every instruction set."""
+def test_largest_blocks(isa: str) -> None:
+    """Blocks of 256 tokens, which a panel of 24 columns does not divide: near all pairs with every instruction set."""
     torch.manual_seed(0)
     z = torch.randn(1, 4096, 32) + 0.5
     sampled, exact = z.clone().requires_grad_(), z.double().requires_grad_()

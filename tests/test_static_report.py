@@ -301,22 +301,10 @@ def test_narrow_accesses() -> None:
     assert "no store of 16 bytes" in faults
 
 
-def test_kernels_of_all_pairs_and_of_sampled_ones() -> None:
-    """The two reports have every kernel between them, and share those that prepare and finish."""
-    both, exact, sampled = (
-        {variant.label for variant in ahead_of_time.shipped("gfx90a", pairs=pairs)}
-        for pairs in (None, "all", "sampled")
-    )
-    assert both == exact | sampled
-    assert all("clique" in label or "model" in label for label in sampled - exact)
-    assert all("pair tiles" in label or "row sweep" in label for label in exact - sampled if "F=" in label)
-
-
 def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     shipped = {"sm_80": [Toy("pair tiles", "sm_80", library_flops=1e8), SPILLING], "sm_90": []}
 
-    def examine_shipped(arches: list[str], pairs: str | None) -> list[static_report.Row]:
-        assert pairs is None
+    def examine_shipped(arches: list[str]) -> list[static_report.Row]:
         return [static_report.examine(toy, compiled(toy)) for arch in arches for toy in shipped[arch]]
 
     monkeypatch.setattr(static_report, "examine_shipped", examine_shipped)
@@ -335,9 +323,6 @@ def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.
     assert len({line.count("|") for line in table}) == 1
     shipped["sm_80"].pop()
     static_report.main(["--arch", "sm_80", "--check"])
-    with pytest.raises(SystemExit):
-        static_report.main(["--backend", "cuda", "--pairs", "sampled"])
-    assert "--pairs sampled is for Triton's kernels" in capsys.readouterr().err
 
 
 def test_summary_of_full_reports(
@@ -355,19 +340,19 @@ def test_summary_of_full_reports(
     rows[1] = replace(rows[1], spills={"bytes": 8})
     monkeypatch.setattr(static_report, "examine_shipped", lambda arches, **_: rows)
     full, summary = tmp_path / "full.md", tmp_path / "summary.md"
-    static_report.main(["--pairs", "all", "--out", str(full)])
+    static_report.main(["--out", str(full)])
     static_report.main(["--summary", str(full), "--out", str(summary)])
     text = summary.read_text()
-    assert f"- Triton, all pairs: commit {static_report.machine.describe()['commit']}\n" in text
+    assert f"- Triton: commit {static_report.machine.describe()['commit']}\n" in text
     table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert table[0] == static_report.SUMMARY_COLUMNS.split(" | ")
     kinds = {kind: cells for kind, *cells in table[1:]}
-    number, registers, spilling, shared, of_peak, worst = kinds["Triton, all pairs: pair tiles"]
+    number, registers, spilling, shared, of_peak, worst = kinds["Triton: pair tiles"]
     assert (number, registers, spilling, shared) == ("2", "120", "1", f"{product.shared / 1024:.1f}")
     lowest, highest = (int(share.rstrip("%")) for share in of_peak.split(" to "))
     assert lowest < highest
     assert worst.startswith(f"pair tiles, loss, F=64: {lowest}% (")
-    assert kinds["Triton, all pairs: row sweep"][:2] == ["1", "30"]
+    assert kinds["Triton: row sweep"][:2] == ["1", "30"]
     # A summary is no full report.
     with pytest.raises(ValueError, match=r"summary\.md is no full report"):
         static_report.main(["--summary", str(summary)])

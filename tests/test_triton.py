@@ -40,14 +40,12 @@ from dispersion_kernels import (
     Orthogonalization,
     Potential,
     Uniformity,
-    composed,
     cuda,
     fused_dispersion_loss,
     supported,
 )
 
 DEVICE = "cuda" if GPU else "cpu"
-COMPOSE = composed._compose
 TRITON = importlib.util.find_spec("triton") is not None
 IMPLS = ["triton"] * TRITON + ["cuda"] * (GPU and cuda.unavailable_reason() is None)
 if not IMPLS:
@@ -207,118 +205,20 @@ class TestKernels(OnEveryBackend):
         self.check(z, potential, cu_seqlens=cu_seqlens)
         self.check(z, potential, cu_seqlens=cu_seqlens, mask=torch.rand(len(z), device=DEVICE) > 0.2)
 
-    @pytest.fixture
-    def _no_sweep(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What Triton does not sample by itself fails."""
-
-        def fail(*_: Any) -> None:
-            raise AssertionError("the kernels left it to the sweep")
-
-        monkeypatch.setattr(composed, "_compose", fail)
-
-    def check_sampled(self, z: Tensor, potential: Potential, control_variate: str, **options: Any) -> None:
-        """Against the same draws in float64."""
-        seeds = (torch.Generator(DEVICE).manual_seed(1) for _ in range(2))
-        with pytest.MonkeyPatch.context() as patch:
-            read_nothing(patch)  # for the same bounds and models as on a GPU
-            answer = evaluate(
-                z, potential, control_variate=control_variate, generator=next(seeds), impl="triton", **options
-            )
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(composed, "_compose", COMPOSE)
-            exact = evaluate(
-                z.double(), potential, control_variate=control_variate, generator=next(seeds), impl="torch", **options
-            )
-        torch.testing.assert_close(answer.loss.double(), exact.loss, rtol=2e-5, atol=2e-5)
-        # In fp32 the fit of low_rank is another one.
-        tolerance = 5e-4 if control_variate == "low_rank" else 2e-5
-        tolerance += {torch.float32: 0.0, torch.bfloat16: 2**-7, torch.float16: 2**-10}[z.dtype]
-        assert (answer.grad.double() - exact.grad).norm() < tolerance * exact.grad.norm()
-
-    @pytest.mark.parametrize("control_variate", ["none", "constant", "low_rank"])
-    @pytest.mark.parametrize(
-        ("length", "features", "dtype"),
-        [(132, 24, torch.float32), (131, 70, torch.float32), (132, 40, torch.bfloat16), (132, 40, torch.float16)],
-        ids=str,
-    )
-    @pytest.mark.parametrize(
-        "potential", [AngularSpread(), Decorrelation(), Uniformity(), Orthogonalization(margin=0.9)], ids=repr
-    )
-    @pytest.mark.usefixtures("_no_sweep")
-    def test_sampled_pairs(
-        self, potential: Potential, length: int, features: int, dtype: torch.dtype, control_variate: str
-    ) -> None:
-        """Cliques of one length, and of two, of which some are all of their document; and no pairs."""
-        z = tokens(2, length, features, dtype=dtype)
-        self.check_sampled(z, potential, control_variate, pairs=0.25)
-        ids = torch.randint(-1, 2, (2, length), device=DEVICE)
-        ids[1, :9], ids[1, 9] = 5, 6
-        if isinstance(potential, AngularSpread):
-            self.check_sampled(z, potential, control_variate, pairs=0.25, document_ids=ids)
-            self.check_sampled(z, potential, control_variate, pairs=0.25, mask=ids >= 0)
-            bounds = torch.tensor([0, 100, 101, 101, 2 * length], device=DEVICE, dtype=torch.int32)
-            self.check_sampled(z.flatten(0, 1), potential, control_variate, pairs=0.25, cu_seqlens=bounds)
-        if control_variate != "none":
-            self.check_sampled(z, potential, control_variate, pairs=0.0)
-
-    @pytest.mark.usefixtures("_no_sweep")
     @pytest.mark.parametrize("pairs", [0.25, 0.0])
-    def test_sampled_tokens_that_are_nothing(self, pairs: float) -> None:
-        """Zero tokens and other norms; NaN and infinity stay in their sequence, and those left out are nowhere."""
-        z = tokens(4, 132, 24)
-        z[0, :5] = 0
-        z[3] *= 1e12
-        self.check_sampled(z, AngularSpread(), "low_rank", pairs=pairs)
-        z[1, 5], z[2, 9, 3] = torch.nan, torch.inf
-        mask = torch.ones(4, 132, dtype=torch.bool, device=DEVICE)
-        mask[1, 5] = False
-        options: dict[str, Any] = {"mask": mask} if pairs else {}
-        seeded = torch.Generator(DEVICE).manual_seed(0)
-        answer = evaluate(z, "angular_spread", pairs=pairs, impl="triton", generator=seeded, **options)
-        assert answer.loss.isnan().tolist() == [False, not pairs, True, False]
-        assert answer.grad[[0, 3]].isfinite().all()
-        if pairs:
-            assert answer.grad[1].isfinite().all()
-            assert (answer.grad[1, 5] == 0).all()
-
-    @pytest.mark.usefixtures("_no_sweep")
-    @pytest.mark.parametrize("options", [{}, {"recompute": True}], ids=str)
-    def test_sampled_layers(self, options: dict[str, Any]) -> None:
-        """A list is the mean of its layers, in one launch each, and states the error that PyTorch does."""
-        layers = [tokens(2, 132, 24) * scale for scale in (1.0, 3.0)]
-        losses, gradients, errors = [], [], []
-        for impl, dtype in (("triton", torch.float32), ("torch", torch.float64)):
-            leaves = [z.detach().to(dtype).requires_grad_() for z in layers]
+    @pytest.mark.parametrize("length", [132, 131])
+    def test_sampled_pairs(self, length: int, pairs: float) -> None:
+        """The general sampler over the backend's sweep, in blocks of one length and of two, against float64."""
+        z = tokens(2, length, 24)
+        ids = torch.randint(-1, 2, (2, length), device=DEVICE)
+        for options in ({}, {"document_ids": ids}) if pairs else ({},):
+            seeds = (torch.Generator(DEVICE).manual_seed(1) for _ in range(2))
             with pytest.MonkeyPatch.context() as patch:
-                read_nothing(patch)  # for the same bounds and models as on a GPU
-                if impl == "torch":
-                    patch.setattr(composed, "_compose", COMPOSE)
-                loss, stats = fused_dispersion_loss(
-                    leaves,
-                    pairs=0.25,
-                    impl=impl,
-                    generator=torch.Generator(DEVICE).manual_seed(0),
-                    return_stats=True,
-                    **options,
-                )
-                loss.backward()
-            losses.append(loss.double())
-            errors.append(stats.relative_error.double())
-            gradients.append(torch.stack([leaf.grad.double() for leaf in leaves if leaf.grad is not None]))
-        torch.testing.assert_close(*losses, rtol=2e-5, atol=2e-5)
-        torch.testing.assert_close(*errors, rtol=5e-3, atol=0)
-        assert (gradients[0] - gradients[1]).norm() < 5e-4 * gradients[1].norm()
-
-    @pytest.mark.usefixtures("_no_sweep")
-    @pytest.mark.parametrize("control_variate", ["none", "low_rank"])
-    def test_sampled_slopes_of_fp16_at_their_largest(self, control_variate: str) -> None:
-        z = tokens(2, 132, 40, dtype=torch.float16)
-        z[:, 1::2] = z[:, ::2] * 1.001
-        self.check_sampled(z, AngularSpread(tau=0.13, clamp=0.01), control_variate, pairs=0.25)
-
-    def test_sampled_pairs_that_are_left_to_the_sweep(self) -> None:
-        """Exponents that need a running maximum."""
-        self.check_sampled(tokens(1, 132, 24), AngularSpread(tau=0.005), "none", pairs=0.5)
+                read_nothing(patch)  # for the same bounds as on a GPU
+                answer = evaluate(z, "angular_spread", pairs=pairs, generator=next(seeds), impl=self.impl, **options)
+            exact = evaluate(z.double(), "angular_spread", pairs=pairs, generator=next(seeds), impl="torch", **options)
+            torch.testing.assert_close(answer.loss.double(), exact.loss, rtol=2e-5, atol=2e-5)
+            assert (answer.grad.double() - exact.grad).norm() < 5e-4 * exact.grad.norm()
 
     @pytest.mark.parametrize(
         "potential",

@@ -11,7 +11,7 @@
 #define DK_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-#define DK_ABI_VERSION 6
+#define DK_ABI_VERSION 7
 
 extern "C" {
 
@@ -19,11 +19,9 @@ extern "C" {
 typedef int32_t (*dk_parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
                                    void* context);
 
-enum dk_status { DK_OK = 0, DK_INVALID = 1, DK_OUT_OF_MEMORY = 2, DK_UNSUPPORTED = 3, DK_NOT_HERE = 4 };
+enum dk_status { DK_OK = 0, DK_INVALID = 1, DK_OUT_OF_MEMORY = 2, DK_UNSUPPORTED = 3 };
 enum dk_isa { DK_ISA_BEST = 0, DK_ISA_AVX2 = 1, DK_ISA_AVX512 = 2, DK_ISA_NEON = 3 };
 enum dk_dtype { DK_FLOAT32 = 0, DK_BFLOAT16 = 1, DK_FLOAT16 = 2 };
-
-enum dk_control_variate { DK_NONE = 0, DK_CONSTANT = 1, DK_LOW_RANK = 2, DK_AUTO = 3 };
 
 // The parameters (params) of each potential, in this order; design and formulas in potentials.h.
 enum dk_potential {
@@ -62,8 +60,8 @@ typedef struct {
   float* total;  // their sum; or NULL
 } dk_args;
 
-// The pairs within cliques of tokens, and a model of the rest: dispersion_kernels/sampling.py has the formulas.
-// DK_NOT_HERE where a clique is larger than a tile, or exponents need the running maximum of dk_dispersion.
+// The pairs within blocks of tokens, and a model of the rest: docs/sampling.md has the formulas. The exponents of the
+// potential, of the cosine or the correlation, must need no running maximum.
 typedef struct {
   int32_t abi_version;           // DK_ABI_VERSION
   int32_t isa;                   // dk_isa
@@ -74,33 +72,27 @@ typedef struct {
   int64_t layer_count, rows, row_stride, features;
   const int64_t* order;  // [tokens]: token i is row order[i], counted through all layers, no row twice; NULL: row i
   int64_t tokens;
-  const int64_t* units;  // [unit_count + 1]: bounds of the tokens that pair with each other, of one layer; ascending
-  int64_t unit_count;
-  const int64_t* cliques;  // [clique_count + 1]: bounds of tokens whose pairs are visited, ascending through all units
-  int64_t clique_count;    // 0: no pair is visited, and cliques NULL
-  const double* inverse_share;  // [unit_count]: of the visited pairs
-  const int64_t* sequence;      // [unit_count]: whose loss the unit's pairs belong to; as many for each layer
-  const int64_t* pairs;         // [sequence_count]: ordered, visited or not
+  const int64_t* populations;  // [population_count + 1]: bounds of the tokens of a layer that pair with each other;
+                               // ascending
+  int64_t population_count;
+  const int64_t* blocks;  // [block_count + 1]: bounds of at most kLargestTile tokens whose pairs are visited, ascending
+                          // through all populations
+  int64_t block_count;    // 0: no pair is visited, and blocks NULL
+  const double* inverse_probability;  // [population_count]: of the visited pairs
+  const int64_t* sequence;            // [population_count]: whose loss the pairs belong to; as many for each layer
+  const int64_t* pairs;               // [sequence_count]: ordered, visited or not
   int64_t sequence_count;
   const double* params;
-  double weight;            // of every loss, and so of its gradient
-  int32_t potential;        // dk_potential, of the cosine or the correlation
-  int32_t control_variate;  // dk_control_variate
-  double good_enough;       // the relative error of the gradient up to which DK_AUTO is DK_CONSTANT
-  // [layer_count, fit_groups, 1 + fit_tokens] in [0, 1): a unit and tokens of it, whose pairs the model is from; NULL,
-  // with DK_NONE: there is nothing to fit. dk::kFitGroups and dk::kFitTokens. With draws, all layers have as many tokens.
-  const float* draws;
+  int32_t potential;  // dk_potential
+  // [layer_count, fit_groups, 1 + fit_tokens] in [0, 1): a population and tokens of it, whose pairs the model is fitted
+  // to; NULL: no model. dk::kFitGroups and dk::kFitTokens. With draws, all layers have as many tokens.
   int32_t fit_groups, fit_tokens;
-  double* loss;      // [sequence_count / layer_count], summed over layers: 0 without a pair, NaN if a token is not
-                     // finite; or NULL
-  float* total;      // their sum; or NULL
+  const float* draws;
+  double* loss;      // [sequence_count]: 0 without a pair, NaN if a token is not finite
   double* per_pair;  // [sequence_count]: d loss / dx_i = per_pair sum_j slope(c_ij) x_j
-  // d loss / dz = scale * grad of each row. Rows that are in no unit are left untouched. NULL: no gradient.
+  // d loss / dz = scale * grad of each row. Rows that are in no population are left untouched. NULL: no gradient.
   float* grad;   // [layer_count * rows, features]
   float* scale;  // [layer_count * rows]
-  // [layer_count, 3 fit_groups]: of each group of the fit its unit; of its tokens' errors of sum_j slope(c_ij) x_j /
-  // |z_i| the expected square, summed; and of how many; or NULL
-  double* noise;
 } dk_sampled_args;
 
 // out = grad * scale * factor of each row of each layer, rounded once. out may be grad where dtype is DK_FLOAT32.
@@ -207,9 +199,9 @@ struct Job {
   const float* unit_means;  // [units][padded_features], only for kCentre
 };
 
-// h_ij = sum_k b_k phi_ik phi_jk for the tokens of one layer, in units of the kernel's slopes.
+// h_ij = sum_k b_k phi_ik phi_jk for the tokens of one layer, in units of the kernel's slopes; or no model.
 struct Model {
-  int features, padded;     // k: kModelFeatures, 1 or 0; in whole groups
+  int features;             // k: kModelFeatures, or 0
   const float* directions;  // [features of a token][kRank]
   float b[kModelFeatures];
 };
@@ -230,21 +222,10 @@ struct FitScratch {
   double* orthonormal;
 };
 
-struct FitNoise {
-  double of_group[kFitGroups] = {};  // summed over its tokens
-  double signal = 0.0;
-};
-
 // A layer's model, in units of the kernel's slopes and psi.
 struct Fit {
-  // Of the unit of each group, and the partners in one of its cliques, 0 where no pair is visited.
-  double tokens[kFitGroups], mates[kFitGroups];
-  bool constants, low_ranks, reports;  // what is asked for, and whether the noise of what is taken is
-  double psi_slope, mean_psi, mean_c, constant;
-  float b[kModelFeatures];  // of low rank
-  double counted[kFitGroups] = {};
-  double signal;  // where there are both to choose from
-  FitNoise of_constant, of_low_rank;
+  double psi_slope, mean_psi, mean_c;
+  float b[kModelFeatures];
 };
 
 // What turns a tile's projected sum into the gradient.
@@ -263,11 +244,12 @@ struct TileKernels {
   void (*finish)(const Job&, const Tile&, const Finish&, Scratch&);
   // Of a tile of kFitSize tokens; directions [features][kRank].
   void (*fit)(const Job&, Tile&, Scratch&, const FitScratch&, float* directions, Fit&);
-  // Of a tile that is not packed, to phi [rows][kModelFeatures], where there is more than a constant; and to sums
-  // [panel of features][model.padded][panel]: sum over the tile of phi_k x.
+  // Of a tile that is not packed, to phi [rows][kModelFeatures]; and to sums [panel of features][kModelFeatures][panel]:
+  // sum over the tile of phi_k x.
   void (*model_sums)(const Job&, const Model&, Tile&, Scratch&, float* phi, float* sums);
   // Pairs within the segments of a packed tile, and what the model has of all; its finished gradient.
-  void (*sample)(const Job&, const Model&, Tile&, Scratch&, const float* phi, const float* sums, float inverse_share);
+  void (*sample)(const Job&, const Model&, Tile&, Scratch&, const float* phi, const float* sums,
+                 float inverse_probability);
   // The latter alone, of a tile that is not packed.
   void (*expand)(const Job&, const Model&, Tile&, Scratch&, const float* phi, const float* sums);
   void (*scale)(const dk_scale_args&, int64_t layer, int64_t begin, int64_t end);  // of these rows

@@ -1,5 +1,5 @@
-// The model of a sampled call, from the pairs within a few groups of tokens of each layer: what fit_of of
-// dispersion_kernels/control_variates.py does in PyTorch. Included by tile_kernels.h.
+// The model of a sampled call, from the pairs within a few groups of tokens of each layer: what fit of
+// dispersion_kernels/sampling/control_variate.py does in PyTorch. Included by tile_kernels.h.
 #pragma once
 
 namespace dk {
@@ -27,38 +27,6 @@ void weigh_groups(const Job& job, const P& potential, const Tile& tile, const Fi
       store_pack(scratch.slope + at, w.slope);
     }
   }
-}
-
-// The expected square of what token i's gradient misses if the partners of its clique stand for all `others`: from the
-// variance of f_ij x_j, in what is orthogonal to x_i, or, where no pair is visited, its mean. f [kFitTokens], 0 where
-// there is no pair. `squares` [kFitSize]: |x|^2. `square`: of the mean itself.
-struct Noise {
-  double noise, square;
-};
-
-Noise noise_of_token(const float* products, const float* squares, int i, int partners, const float* f, double others,
-                     double mates) {
-  if (partners < 2) return {0.0, 0.0};
-  constexpr int kParts = kFitTokens / kLanes;
-  const int first = first_of_group(i);
-  const float *row = products + i * kWeightStride + first, inverse = squares[i] > 0.0f ? 1.0f / squares[i] : 0.0f;
-  vec along[kParts] = {};  // x_k . sum_j f_ij x_j
-  for (int j = 0; j < kFitTokens; ++j)
-    for (int k = 0; k < kParts; ++k)
-      along[k] += f[j] * load(products + (first + j) * kWeightStride + first + k * kLanes);
-  vec parts_of_squares = {}, parts_of_sum = {};
-  float along_own = 0.0f;
-  for (int k = 0; k < kParts; ++k) {
-    const vec factor = load(f + k * kLanes), c = load(row + k * kLanes);
-    parts_of_squares += factor * factor * (load(squares + first + k * kLanes) - c * c * inverse);
-    parts_of_sum += factor * along[k];
-    if (k == (i - first) / kLanes) along_own = along[k][i % kLanes];
-  }
-  const double n = partners, of_squares = sum(parts_of_squares);
-  const double of_sum = double(sum(parts_of_sum)) - double(along_own) * along_own * inverse;
-  const double variance = fmax((of_squares - of_sum / n) / (n - 1.0), 0.0);
-  const double square = fmax(of_sum / (n * n) - variance / n, 0.0);
-  return {mates > 0.0 ? (1.0 / fmax(mates, 1.0) - 1.0 / others) * variance : square, square};
 }
 
 // What makes a matrix of ones on the diagonal regular: eps^(3/4), of the numbers that it is made from.
@@ -185,11 +153,8 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
 
   // 1 where there is a pair: a token drawn twice is none.
   GroupMatrix there;
-  int partners[kFitSize] = {};
-  for (int i = 0; i < kFitSize; ++i) {
+  for (int i = 0; i < kFitSize; ++i)
     for (int j = 0; j < kFitTokens; ++j) there[i][j] = tile.rows[i] != tile.rows[first_of_group(i) + j] ? 1.0f : 0.0f;
-    for (const float one : there[i]) partners[i] += one > 0.0f;
-  }
   const auto at = [](int i, int j) { return int64_t(i) * kWeightStride + first_of_group(i) + j; };
   const float *c = matrices.products, *psi = matrices.psi, *slope = matrices.slope;
   // Of slope x_j the token i sees what is orthogonal to it, sqrt(1 - c^2) of its length.
@@ -199,15 +164,12 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
   };
   // Taken away before c is summed: the mean of what is all the same is exact, and its variance 0.
   const float first_c = c[at(0, 1)];
-  const Sums<5> of_pairs = sum_pairs<5>(there, [&](int i, int j) {
-    const int64_t pair = at(i, j);
-    const vec weight = weight_of(pair);
-    return Terms<5>{{splat(1.0f), load(psi + pair), load(c + pair) - first_c, weight, weight * load(slope + pair)}};
+  const Sums<3> of_pairs = sum_pairs<3>(there, [&](int i, int j) {
+    return Terms<3>{{splat(1.0f), load(psi + at(i, j)), load(c + at(i, j)) - first_c}};
   });
   const double pairs = fmax(of_pairs.of[0], 1.0);
   fit.mean_psi = of_pairs.of[1] / pairs;
   fit.mean_c = first_c + of_pairs.of[2] / pairs;
-  fit.constant = of_pairs.of[4] / fmax(of_pairs.of[3], 1e-38);
   // Of psi, too: of nearly equal tokens c varies as little as its mean is rounded.
   const Sums<2> of_deviations =
       sum_pairs<2>(there, [&, mean_c = float(fit.mean_c), mean_psi = float(fit.mean_psi)](int i, int j) {
@@ -215,33 +177,6 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
         return Terms<2>{{deviation * deviation, deviation * (load(psi + at(i, j)) - mean_psi)}};
       });
   fit.psi_slope = of_deviations.of[0] > 0.0 ? of_deviations.of[1] / of_deviations.of[0] : 0.0;
-
-  float squares[kFitSize];
-  for (int i = 0; i < kFitSize; ++i) squares[i] = c[i * kWeightStride + i];
-  // residual(i, j): what a model misses of the slopes of kLanes pairs.
-  const auto noise_of = [&](const auto& residual, FitNoise& noise) {
-    for (int i = 0; i < kFitSize; ++i) {
-      const int group = i / kFitTokens;
-      const double others = fmax(fit.tokens[group] - 1.0, 1.0), factor = others * tile.inverse[i];
-      float f[kFitTokens];
-      for (int j = 0; j < kFitTokens; j += kLanes)
-        store(f + j, load(there[i] + j) > 0.0f ? vec(residual(i, j)) : vec{});
-      const Noise of_token = noise_of_token(c, squares, i, partners[i], f, others, fit.mates[group]);
-      noise.of_group[group] += factor * factor * of_token.noise;
-      noise.signal += factor * factor * of_token.square;
-    }
-  };
-  for (int i = 0; i < kFitSize; ++i) fit.counted[i / kFitTokens] += partners[i] > 1;
-  const float constant = fit.constants ? float(fit.constant) : 0.0f;
-  const bool chooses = fit.constants && fit.low_ranks;
-  if (chooses) {
-    FitNoise of_all;
-    noise_of([&](int i, int j) { return load(slope + at(i, j)); }, of_all);
-    fit.signal = of_all.signal;
-  }
-  if (chooses || (fit.reports && !fit.low_ranks))
-    noise_of([&](int i, int j) { return load(slope + at(i, j)) - constant; }, fit.of_constant);
-  if (!fit.low_ranks) return;
 
   find_directions(job, tile, matrices, directions);
   Model model = {};
@@ -288,13 +223,6 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
     for (int other = one; other < kSquared; ++other) *of_products++ = float(one == other ? b[3] : 2.0 * b[3]);
   while (of_products < fit.b + kModelGroup) *of_products++ = 0.0f;
   for (int r = 0; r < kRank; ++r) fit.b[kModelGroup + r] = float(b[1] + (r < kSquared ? b[2] : 0.0));
-  if (!fit.reports) return;
-  noise_of(
-      [&](int i, int j) {
-        const vec p = load(all[i] + j), q = load(few[i] + j);
-        return load(slope + at(i, j)) - (float(b[0]) + float(b[1]) * p + (float(b[2]) + float(b[3]) * q) * q);
-      },
-      fit.of_low_rank);
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
-// Loss and gradient from the pairs within cliques and a model of the slope over all pairs of a unit.
+// Loss and gradient from the pairs within blocks and a model of the slope over all pairs of a population.
 //
-// Tokens are read twice, where they lie. First, in chunks, for the model's sums over their unit, sum_j phi_jk x_j, in
-// the order of the rows where the unit has all rows between its first and last. Then, clique by clique, for the
+// Tokens are read twice, where they lie. First, in chunks, for the model's sums over their population, sum_j phi_jk x_j,
+// in the order of the rows where the population has all rows between its first and last. Then, block by block, for the
 // gradient: the visited pairs' residual slopes and the model's features, kept from the first time, make one matrix
-// product with the clique's tokens and one with the sums. Chunks and tiles depend on the arguments alone and are summed
+// product with the block's tokens and one with the sums. Chunks and tiles depend on the arguments alone and are summed
 // in their order, so every bit is the same for any number of threads.
 
 #include "dispersion.h"
@@ -23,16 +23,16 @@
 namespace dk {
 namespace {
 
-// Tokens of one unit that a worker takes at once: a clique, or in the first pass, and the second where no pair is
+// Tokens of one population that a worker takes at once: a block, or in the first pass, and the second where no pair is
 // visited, so many.
 constexpr int64_t kChunkTokens = 256, kExpandedTokens = 64;
 static_assert(kChunkTokens <= kLargestTile && kExpandedTokens <= kLargestTile, "tokens taken at once are a tile");
 
-// A unit of so many numbers stays in a core's cache from the first pass to the second.
+// A population of so many numbers stays in a core's cache from the first pass to the second.
 constexpr int64_t kOwnNumbers = int64_t(1) << 18;
 
 struct Run {
-  int64_t layer, unit, first;
+  int64_t layer, population, first;
   int32_t tokens;
   const int64_t* rows;
 };
@@ -46,13 +46,12 @@ class SampledCall {
   int32_t run() {
     Job job = {};
     if (!describe(args_.potential, args_.params, args_.features, job, reduction_)) return DK_INVALID;
-    if (job.transform == Transform::kCentre) return DK_INVALID;
-    if (job.potential.online) return DK_NOT_HERE;
-    unit_ = reduction_.kappa * exp(double(job.potential.shift));
-    psi_unit_ = exp(double(job.potential.shift));
+    if (job.transform == Transform::kCentre || job.potential.online) return DK_INVALID;
+    slope_scale_ = reduction_.kappa * exp(double(job.potential.shift));
+    psi_scale_ = exp(double(job.potential.shift));
     job.gradient = true;  // rows are packed for products with them
     job.padded_features = int64_t(padded_features());
-    if (const int32_t status = plan()) return status;
+    if (!plan()) return DK_INVALID;
 
     const int64_t workers = std::min<int64_t>(threads_.count, int64_t(tiles_.size()));
     std::vector<Worker> worker(size_t(std::max<int64_t>(workers, 1)));
@@ -83,68 +82,64 @@ class SampledCall {
     bool finite = true;
   };
 
-  bool visited() const { return args_.clique_count > 0; }
+  bool visited() const { return args_.block_count > 0; }
+  bool models() const { return args_.draws; }
 
-  // The rows of each token within its layer, and the runs of both passes.
-  int32_t plan() {
+  // The rows of each token within its layer, and the runs of both passes; false where the bounds do not fit together.
+  bool plan() {
     rows_.resize(size_t(args_.tokens));
     partner_end_.resize(size_t(args_.tokens));
     ascending_.resize(size_t(args_.rows));
     std::iota(ascending_.begin(), ascending_.end(), 0);
     first_chunk_.push_back(0);
     first_tile_.push_back(0);
-    int64_t clique = 0;
-    for (int64_t u = 0; u < args_.unit_count; ++u) {
-      const int64_t first = args_.units[u], end = args_.units[u + 1];
-      if (first == end) {
-        modelled_.push_back(false);
-        cliques_.push_back(0);
-        first_chunk_.push_back(int64_t(chunks_.size()));
-        first_tile_.push_back(int64_t(tiles_.size()));
-        continue;
-      }
-      const int64_t layer = row_of(first) / args_.rows;
-      int64_t least = args_.rows, most = 0;
-      for (int64_t i = first; i < end; ++i) {
-        const int64_t row = row_of(i) - layer * args_.rows;
-        if (row < 0 || row >= args_.rows) return DK_INVALID;
-        rows_[size_t(i)] = row;
-        least = std::min(least, row);
-        most = std::max(most, row);
-      }
-      const int64_t* rows = rows_.data() + first;
-      const int64_t* in_any_order = most - least == end - first - 1 ? ascending_.data() + least : rows;
-      bool whole = false;
-      cliques_.push_back(0);
-      if (visited()) {
-        const size_t begins = tiles_.size();
-        for (; clique < args_.clique_count && args_.cliques[clique + 1] <= end; ++clique) {
-          const int64_t begin = args_.cliques[clique], tokens = args_.cliques[clique + 1] - begin;
-          if (begin < first || tokens > kLargestTile) return begin < first ? DK_INVALID : DK_NOT_HERE;
-          if (!tokens) continue;
-          ++cliques_.back();
-          whole = whole || tokens == end - first;
-          // Pairs across the cliques of a tile are wasted: small cliques fill a panel, and no more.
-          if (tiles_.size() == begins || tiles_.back().tokens + tokens > kernels_.panel)
-            tiles_.push_back({layer, u, begin, 0, rows + (begin - first)});
-          Run& tile = tiles_.back();
-          tile.tokens += int32_t(tokens);
-          std::fill_n(partner_end_.begin() + begin, tokens, tile.tokens);
-        }
-        if (tiles_.size() == begins || tiles_[begins].first != first ||
-            tiles_.back().first + tiles_.back().tokens != end)
-          return DK_INVALID;
-      } else {
-        cut({layer, u, first, 0, in_any_order}, end, kExpandedTokens, tiles_);
-      }
-      // Of a unit that is one clique there is nothing left for a model.
-      modelled_.push_back(args_.control_variate != DK_NONE && !whole);
-      if (modelled_.back()) cut({layer, u, first, 0, in_any_order}, end, kChunkTokens, chunks_);
+    int64_t block = 0;
+    for (int64_t p = 0; p < args_.population_count; ++p) {
+      if (args_.populations[p] < args_.populations[p + 1] && !plan_population(p, block)) return false;
+      modelled_.resize(size_t(p) + 1);
       first_chunk_.push_back(int64_t(chunks_.size()));
       first_tile_.push_back(int64_t(tiles_.size()));
     }
-    while (clique < args_.clique_count && args_.cliques[clique] == args_.cliques[clique + 1]) ++clique;
-    return clique == args_.clique_count ? DK_OK : DK_INVALID;
+    while (block < args_.block_count && args_.blocks[block] == args_.blocks[block + 1]) ++block;
+    return block == args_.block_count;
+  }
+
+  bool plan_population(int64_t p, int64_t& block) {
+    const int64_t first = args_.populations[p], end = args_.populations[p + 1], layer = row_of(first) / args_.rows;
+    int64_t least = args_.rows, most = 0;
+    for (int64_t i = first; i < end; ++i) {
+      const int64_t row = row_of(i) - layer * args_.rows;
+      if (row < 0 || row >= args_.rows) return false;
+      rows_[size_t(i)] = row;
+      least = std::min(least, row);
+      most = std::max(most, row);
+    }
+    const int64_t* rows = rows_.data() + first;
+    const int64_t* in_any_order = most - least == end - first - 1 ? ascending_.data() + least : rows;
+    bool whole = false;
+    if (visited()) {
+      const size_t begins = tiles_.size();
+      for (; block < args_.block_count && args_.blocks[block + 1] <= end; ++block) {
+        const int64_t begin = args_.blocks[block], tokens = args_.blocks[block + 1] - begin;
+        if (begin < first || tokens > kLargestTile) return false;
+        if (!tokens) continue;
+        whole = whole || tokens == end - first;
+        // Pairs across the blocks of a tile are wasted: small blocks fill a panel, and no more.
+        if (tiles_.size() == begins || tiles_.back().tokens + tokens > kernels_.panel)
+          tiles_.push_back({layer, p, begin, 0, rows + (begin - first)});
+        Run& tile = tiles_.back();
+        tile.tokens += int32_t(tokens);
+        std::fill_n(partner_end_.begin() + begin, tokens, tile.tokens);
+      }
+      if (tiles_.size() == begins || tiles_[begins].first != first || tiles_.back().first + tiles_.back().tokens != end)
+        return false;
+    } else {
+      cut({layer, p, first, 0, in_any_order}, end, kExpandedTokens, tiles_);
+    }
+    // Of a population that is one block there is nothing left for a model.
+    modelled_.push_back(models() && !whole);
+    if (modelled_.back()) cut({layer, p, first, 0, in_any_order}, end, kChunkTokens, chunks_);
+    return true;
   }
 
   int64_t row_of(int64_t token) const { return args_.order ? args_.order[token] : token; }
@@ -157,7 +152,7 @@ class SampledCall {
   }
 
   void place(std::vector<Worker>& workers, Arena& arena) {
-    int64_t longest = kChunkTokens, packed = args_.draws ? kFitSize : 0;
+    int64_t longest = kChunkTokens, packed = models() ? kFitSize : 0;
     for (const Run& tile : tiles_) {
       longest = std::max<int64_t>(longest, tile.tokens);
       if (visited()) packed = std::max<int64_t>(packed, tile.tokens);
@@ -173,23 +168,19 @@ class SampledCall {
         *of_token = arena.take<float>(size_t(longest));
       w.tile.feature_major = arena.take<float>(size_t(packed * args_.features));
       w.tile.token_major = arena.take<float>(size_t(packed) * padded_features());
-      if (!args_.draws) continue;
+      if (!models()) continue;
       for (float** matrix : {&w.fit.products, &w.fit.psi, &w.fit.slope})
         *matrix = arena.take<float>(size_t(kFitSize) * kWeightStride);
       w.fit.span = arena.take<float>(kRank * padded_features());
       w.fit.orthonormal = arena.take<double>(kRank * padded_features());
     }
     sums_ = arena.take<float>(chunks_.size() * kModelFeatures * padded_features());
-    if (!low_rank()) return;
+    if (!models()) return;
     phi_ = arena.take<float>(size_t(args_.layer_count * args_.rows) * kModelFeatures);
     directions_ = arena.take<float>(size_t(args_.layer_count * args_.features) * kRank);
   }
 
   size_t padded_features() const { return size_t(round_up(args_.features, kernels_.panel)); }
-  // Without a gradient a constant will do: of its sums that of the tokens alone is needed.
-  bool low_rank() const { return args_.grad && args_.control_variate >= DK_LOW_RANK; }
-  // Where nothing is visited no constant is good enough.
-  bool may_choose() const { return low_rank() && args_.control_variate == DK_AUTO && visited(); }
 
   void describe_layers(const Job& job) {
     of_layer_.resize(size_t(args_.layer_count));
@@ -208,30 +199,22 @@ class SampledCall {
     }
   }
 
-  // The model of each layer: of the same kind for all. False where a unit is not of its layer.
+  // The model of each layer. False where a population is not of its layer.
   bool fit(std::vector<Worker>& workers) {
     const int64_t layers = args_.layer_count;
     fits_.resize(size_t(layers));
-    std::vector<int64_t> unit_of_group(size_t(layers) * kFitGroups), rows(size_t(layers) * kFitSize);
-    for (int64_t l = 0; l < layers; ++l) {
-      Fit& fit = fits_[size_t(l)];
-      fit.constants = args_.control_variate == DK_CONSTANT || may_choose();
-      fit.low_ranks = low_rank();
-      fit.reports = args_.noise;
+    std::vector<int64_t> rows;
+    for (int64_t l = 0; l < layers; ++l)
       for (int g = 0; g < kFitGroups; ++g) {
         const float* draws = args_.draws + (l * kFitGroups + g) * (1 + kFitTokens);
-        const int64_t unit = unit_of_group[size_t(l * kFitGroups + g)] = unit_drawn(l, draws[0]);
-        const int64_t first = args_.units[unit], tokens = args_.units[unit + 1] - first;
-        fit.tokens[g] = double(tokens);
-        fit.mates[g] = visited() ? double(tokens) / std::max<int64_t>(cliques_[size_t(unit)], 1) - 1.0 : 0.0;
+        const int64_t population = population_drawn(l, draws[0]);
+        const int64_t first = args_.populations[population], tokens = args_.populations[population + 1] - first;
         for (int t = 0; t < kFitTokens; ++t) {
           const int64_t within = std::min(int64_t(draws[1 + t] * float(tokens)), std::max<int64_t>(tokens - 1, 0));
-          const int64_t row = row_of(std::min(first + within, args_.tokens - 1)) - l * args_.rows;
-          if (row < 0 || row >= args_.rows) return false;
-          rows[size_t(l * kFitSize + g * kFitTokens + t)] = row;
+          rows.push_back(row_of(std::min(first + within, args_.tokens - 1)) - l * args_.rows);
+          if (rows.back() < 0 || rows.back() >= args_.rows) return false;
         }
       }
-    }
     std::atomic<int64_t> next{0};
     threads_.run(std::min<int64_t>(int64_t(workers.size()), layers), [&](int64_t w) {
       Worker& worker = workers[size_t(w)];
@@ -239,79 +222,57 @@ class SampledCall {
         outline(worker.tile, rows.data() + l * kFitSize, kFitSize);
         kernels_.pack(jobs_[size_t(l)], worker.tile, worker.scratch);
         kernels_.fit(jobs_[size_t(l)], worker.tile, worker.scratch, worker.fit, directions_of(l), fits_[size_t(l)]);
+        models_[size_t(l)].features = kModelFeatures;
+        std::copy_n(fits_[size_t(l)].b, kModelFeatures, models_[size_t(l)].b);
       }
     });
-
-    bool constant = args_.control_variate == DK_CONSTANT || !low_rank();
-    if (may_choose()) {
-      constant = true;
-      for (const Fit& fit : fits_) {
-        const double noise = std::accumulate(fit.of_constant.of_group, fit.of_constant.of_group + kFitGroups, 0.0);
-        constant = constant && noise <= args_.good_enough * args_.good_enough * fit.signal;
-      }
-    }
-    for (int64_t l = 0; l < layers; ++l) {
-      const Fit& fit = fits_[size_t(l)];
-      Model& model = models_[size_t(l)];
-      model.features = args_.control_variate == DK_NONE ? 0 : constant ? 1 : kModelFeatures;
-      model.padded = int(round_up(model.features, kModelGroup));
-      std::copy_n(fit.b, kModelFeatures, model.b);
-      if (constant) model.b[0] = float(fit.constant);
-      if (!args_.noise) continue;
-      double* out = args_.noise + l * 3 * kFitGroups;
-      for (int g = 0; g < kFitGroups; ++g) {
-        *out++ = double(unit_of_group[size_t(l * kFitGroups + g)]);
-        *out++ = (model.features == kModelFeatures ? fit.of_low_rank : fit.of_constant).of_group[g] * unit_ * unit_;
-        *out++ = fit.counted[g];
-      }
-    }
     return true;
   }
 
-  // The unit of a random token of a layer; layers have as many tokens each.
-  int64_t unit_drawn(int64_t layer, float draw) const {
-    const int64_t* units = args_.units;
-    const int64_t of_layer = (units[args_.unit_count] - units[0]) / args_.layer_count;
-    const int64_t token = units[0] + layer * of_layer + int64_t(draw * float(of_layer));
-    return std::max<int64_t>(std::upper_bound(units, units + args_.unit_count, token) - units - 1, 0);
+  // The population of a random token of a layer; layers have as many tokens each.
+  int64_t population_drawn(int64_t layer, float draw) const {
+    const int64_t* bounds = args_.populations;
+    const int64_t of_layer = (bounds[args_.population_count] - bounds[0]) / args_.layer_count;
+    const int64_t token = bounds[0] + layer * of_layer + int64_t(draw * float(of_layer));
+    return std::max<int64_t>(std::upper_bound(bounds, bounds + args_.population_count, token) - bounds - 1, 0);
   }
 
   void sweep(std::vector<Worker>& workers, int64_t count) {
     of_chunk_.assign(chunks_.size(), {});
     of_tile_.assign(tiles_.size(), {});
-    const int64_t units = args_.unit_count;
-    // Small units are a worker's own, and what it read for their sums is in its cache for their gradient. Of the last
+    const int64_t populations = args_.population_count;
+    // Small populations are a worker's own, and what it read for their sums is in its cache for their gradient. Of the last
     // ones, and of large ones, all workers take chunks and tiles.
-    std::vector<bool> alone(static_cast<size_t>(units));
-    for (int64_t u = 0; u < units - count; ++u)
-      alone[size_t(u)] = (args_.units[u + 1] - args_.units[u]) * args_.features <= kOwnNumbers;
-    std::vector<std::atomic<int32_t>> left(static_cast<size_t>(units)), ready(static_cast<size_t>(units));
+    std::vector<bool> alone(static_cast<size_t>(populations));
+    for (int64_t u = 0; u < populations - count; ++u)
+      alone[size_t(u)] = (args_.populations[u + 1] - args_.populations[u]) * args_.features <= kOwnNumbers;
+    std::vector<std::atomic<int32_t>> left(static_cast<size_t>(populations)), ready(static_cast<size_t>(populations));
     for (size_t u = 0; u < left.size(); ++u) {
       left[u].store(int32_t(first_chunk_[u + 1] - first_chunk_[u]), std::memory_order_relaxed);
       ready[u].store(modelled_[u] ? 0 : 1, std::memory_order_relaxed);
     }
-    std::atomic<int64_t> next_unit{0}, next_chunk{0}, next_tile{0};
+    std::atomic<int64_t> next_population{0}, next_chunk{0}, next_tile{0};
     threads_.run(count, [&](int64_t w) {
       Worker& worker = workers[size_t(w)];
-      for (int64_t u; (u = next_unit.fetch_add(1)) < units;) {
+      for (int64_t u; (u = next_population.fetch_add(1)) < populations;) {
         if (!alone[size_t(u)]) continue;
         for (int64_t n = first_chunk_[size_t(u)]; n < first_chunk_[size_t(u) + 1]; ++n) add_chunk(worker, n);
         add_chunks_of(u);
         for (int64_t n = first_tile_[size_t(u)]; n < first_tile_[size_t(u) + 1]; ++n) finish_tile(worker, n);
       }
       for (int64_t n; (n = next_chunk.fetch_add(1)) < int64_t(chunks_.size());) {
-        const int64_t unit = chunks_[size_t(n)].unit;
-        if (alone[size_t(unit)]) continue;
+        const int64_t population = chunks_[size_t(n)].population;
+        if (alone[size_t(population)]) continue;
         add_chunk(worker, n);
-        if (left[size_t(unit)].fetch_sub(1) == 1) {
-          add_chunks_of(unit);
-          ready[size_t(unit)].store(1, std::memory_order_release);
+        if (left[size_t(population)].fetch_sub(1) == 1) {
+          add_chunks_of(population);
+          ready[size_t(population)].store(1, std::memory_order_release);
         }
       }
       for (int64_t n; (n = next_tile.fetch_add(1)) < int64_t(tiles_.size());) {
-        const int64_t unit = tiles_[size_t(n)].unit;
-        if (alone[size_t(unit)]) continue;
-        wait_for(ready[size_t(unit)], 1);
+        const int64_t population = tiles_[size_t(n)].population;
+        if (alone[size_t(population)]) continue;
+        wait_for(ready[size_t(population)], 1);
         finish_tile(worker, n);
       }
     });
@@ -338,20 +299,20 @@ class SampledCall {
     }
   }
 
-  // NULL but for a model of low rank.
+  // NULL without a model.
   float* features_of(int64_t layer) const { return phi_ ? phi_ + layer * args_.rows * kModelFeatures : nullptr; }
   float* directions_of(int64_t layer) const {
     return directions_ ? directions_ + layer * args_.features * kRank : nullptr;
   }
 
-  size_t sums_stride() const { return size_t(models_[0].padded) * padded_features(); }
+  size_t sums_stride() const { return size_t(kModelFeatures) * padded_features(); }
   float* sums_of(int64_t chunk) const { return sums_ + size_t(chunk) * sums_stride(); }
 
   // Into the first.
-  void add_chunks_of(int64_t unit) {
-    const int64_t first = first_chunk_[size_t(unit)];
+  void add_chunks_of(int64_t population) {
+    const int64_t first = first_chunk_[size_t(population)];
     float* total = sums_of(first);
-    for (int64_t n = first + 1; n < first_chunk_[size_t(unit) + 1]; ++n) {
+    for (int64_t n = first + 1; n < first_chunk_[size_t(population) + 1]; ++n) {
       const float* sums = sums_of(n);
       for (size_t k = 0; k < sums_stride(); ++k) total[k] += sums[k];
     }
@@ -361,17 +322,17 @@ class SampledCall {
     if (!args_.grad && !visited()) return;
     const Run& run = tiles_[size_t(n)];
     const Job& job = jobs_[size_t(run.layer)];
-    const bool modelled = args_.grad && modelled_[size_t(run.unit)];
+    const bool modelled = args_.grad && modelled_[size_t(run.population)];
     const Model model = modelled ? models_[size_t(run.layer)] : Model{};
-    const float* sums = modelled ? sums_of(first_chunk_[size_t(run.unit)]) : nullptr;
+    const float* sums = modelled ? sums_of(first_chunk_[size_t(run.population)]) : nullptr;
     const float* phi = features_of(run.layer);
     Tile& tile = worker.tile;
     outline(tile, run.rows, run.tokens);
     if (visited()) {
       tile.partner_end = partner_end_.data() + run.first;
       kernels_.pack(job, tile, worker.scratch);
-      kernels_.sample(job, model, tile, worker.scratch, phi, sums, float(args_.inverse_share[run.unit]));
-      of_tile_[size_t(n)] = {tile.psi_sum * psi_unit_, tile.c_sum, tile.finite};
+      kernels_.sample(job, model, tile, worker.scratch, phi, sums, float(args_.inverse_probability[run.population]));
+      of_tile_[size_t(n)] = {tile.psi_sum * psi_scale_, tile.c_sum, tile.finite};
     } else {
       kernels_.expand(job, model, tile, worker.scratch, phi, sums);
     }
@@ -386,53 +347,50 @@ class SampledCall {
       double psi = 0.0, missed_c = 0.0;  // missed: all pairs less their estimate from those visited
     };
     constexpr double nan = std::numeric_limits<double>::quiet_NaN();
-    std::vector<Estimate> of_unit(size_t(args_.unit_count)), of_sequence(size_t(args_.sequence_count));
+    std::vector<Estimate> of_population(size_t(args_.population_count)), of_sequence(size_t(args_.sequence_count));
     for (size_t n = 0; n < tiles_.size(); ++n) {
-      Estimate& sums = of_unit[size_t(tiles_[n].unit)];
-      const double share = visited() ? args_.inverse_share[tiles_[n].unit] : 0.0;
-      sums.psi += of_tile_[n].finite ? share * of_tile_[n].psi : nan;
-      sums.missed_c -= share * of_tile_[n].c;
+      Estimate& sums = of_population[size_t(tiles_[n].population)];
+      const double stands_for = visited() ? args_.inverse_probability[tiles_[n].population] : 0.0;
+      sums.psi += of_tile_[n].finite ? stands_for * of_tile_[n].psi : nan;
+      sums.missed_c -= stands_for * of_tile_[n].c;
     }
     for (size_t n = 0; n < chunks_.size(); ++n)
-      of_unit[size_t(chunks_[n].unit)].missed_c -= of_chunk_[n].finite ? of_chunk_[n].c : nan;
-    for (size_t u = 0; u < of_unit.size(); ++u) {
+      of_population[size_t(chunks_[n].population)].missed_c -= of_chunk_[n].finite ? of_chunk_[n].c : nan;
+    for (size_t u = 0; u < of_population.size(); ++u) {
       Estimate& sequence = of_sequence[size_t(args_.sequence[u])];
-      sequence.psi += of_unit[u].psi;
+      sequence.psi += of_population[u].psi;
       if (!modelled_[u]) continue;
       // The first feature is 1.
       const float* total = sums_of(first_chunk_[u]);
       for (int64_t f = 0; f < args_.features; ++f) {
-        const double x = total[f / kernels_.panel * kernels_.panel * models_[0].padded + f % kernels_.panel];
-        of_unit[u].missed_c += x * x;
+        const double x = total[f / kernels_.panel * kernels_.panel * kModelFeatures + f % kernels_.panel];
+        of_population[u].missed_c += x * x;
       }
-      sequence.missed_c += of_unit[u].missed_c;
+      sequence.missed_c += of_population[u].missed_c;
     }
     const size_t of_layer = of_sequence.size() / size_t(args_.layer_count);
-    std::vector<double> loss(of_layer);
     for (size_t s = 0; s < of_sequence.size(); ++s) {
       const double pairs = double(args_.pairs[s]);
-      args_.per_pair[s] = 0.0;
+      args_.loss[s] = args_.per_pair[s] = 0.0;
       if (pairs == 0.0) continue;
       double mean = of_sequence[s].psi / pairs;
-      if (args_.control_variate != DK_NONE) {
+      if (models()) {
         const Fit& fit = fits_[s / of_layer];
         double missed = of_sequence[s].missed_c / pairs;
         if (!visited()) {
-          mean += fit.mean_psi * psi_unit_;
+          mean += fit.mean_psi * psi_scale_;
           missed -= fit.mean_c;
         }
-        const double corrected = mean + fit.psi_slope * psi_unit_ * missed;
+        const double corrected = mean + fit.psi_slope * psi_scale_ * missed;
         // Where a correction is larger than psi itself, a line says nothing of it.
         if (!(reduction_.logarithm && corrected <= 0.0)) mean = corrected;
       }
-      loss[s % of_layer] += args_.weight * (reduction_.logarithm ? log(mean) + reduction_.offset : mean);
-      args_.per_pair[s] = args_.weight * 2.0 / pairs / (reduction_.logarithm ? mean : 1.0);
+      args_.loss[s] = reduction_.logarithm ? log(mean) + reduction_.offset : mean;
+      args_.per_pair[s] = 2.0 / pairs / (reduction_.logarithm ? mean : 1.0);
     }
-    if (args_.loss) std::copy(loss.begin(), loss.end(), args_.loss);
-    if (args_.total) *args_.total = float(std::accumulate(loss.begin(), loss.end(), 0.0));
     if (!args_.grad) return;
     for (const Run& tile : tiles_) {
-      const double factor = args_.per_pair[args_.sequence[tile.unit]] * unit_;
+      const double factor = args_.per_pair[args_.sequence[tile.population]] * slope_scale_;
       float* scale = args_.scale + tile.layer * args_.rows;
       for (int32_t t = 0; t < tile.tokens; ++t) {
         float& of_row = scale[tile.rows[t]];
@@ -445,19 +403,19 @@ class SampledCall {
   const TileKernels& kernels_;
   Threads threads_;
   Reduction reduction_ = {};
-  double unit_ = 1.0, psi_unit_ = 1.0;  // of slopes, and of psi
+  double slope_scale_ = 1.0, psi_scale_ = 1.0;  // of slopes, and of psi
   std::vector<int64_t> rows_, ascending_;
   std::vector<int32_t> partner_end_;
   std::vector<Run> chunks_, tiles_;
-  std::vector<int64_t> first_chunk_, first_tile_, cliques_;  // of each unit
-  std::vector<bool> modelled_;                               // whether a unit has pairs that are not visited
+  std::vector<int64_t> first_chunk_, first_tile_;  // of each population
+  std::vector<bool> modelled_;                     // whether a population has pairs that are not visited
   std::vector<dk_args> of_layer_;
   std::vector<Job> jobs_;
   std::vector<Model> models_;
   std::vector<Sums> of_chunk_, of_tile_;
   std::vector<Fit> fits_;
   float* sums_ = nullptr;  // of each chunk
-  // NULL but for a model of low rank:
+  // NULL without a model:
   float* phi_ = nullptr;         // of each row of each layer
   float* directions_ = nullptr;  // of each layer
 };
@@ -465,24 +423,22 @@ class SampledCall {
 bool valid(const dk_sampled_args& args) {
   if (args.tokens < 0 || args.features < 1 || args.rows < 1 || args.layer_count < 1) return false;
   if (args.dtype < DK_FLOAT32 || args.dtype > DK_FLOAT16) return false;
-  if (args.control_variate < DK_NONE || args.control_variate > DK_AUTO) return false;
-  if (args.draws ? args.fit_groups != kFitGroups || args.fit_tokens != kFitTokens : args.control_variate != DK_NONE)
-    return false;
+  if (args.draws && (args.fit_groups != kFitGroups || args.fit_tokens != kFitTokens)) return false;
   if (args.draws && args.tokens < 1) return false;
   for (int64_t i = 0; args.draws && i < args.layer_count * kFitGroups * (1 + kFitTokens); ++i)
     if (!(args.draws[i] >= 0.0f && args.draws[i] < 1.0f)) return false;
-  if (args.unit_count < 1 || args.clique_count < 0 || args.sequence_count % args.layer_count) return false;
-  if (!args.clique_count && args.control_variate == DK_NONE) return false;
+  if (args.population_count < 1 || args.block_count < 0 || args.sequence_count % args.layer_count) return false;
+  if (!args.block_count && !args.draws) return false;
   const int64_t rows = args.layer_count * args.rows;
   if (!args.order && args.tokens > rows) return false;
   for (int64_t i = 0; args.order && i < args.tokens; ++i)
     if (args.order[i] < 0 || args.order[i] >= rows) return false;
-  for (int64_t u = 0; u < args.unit_count; ++u)
-    if (args.units[u] < 0 || args.units[u + 1] < args.units[u] || args.units[u + 1] > args.tokens ||
+  for (int64_t u = 0; u < args.population_count; ++u)
+    if (args.populations[u] < 0 || args.populations[u + 1] < args.populations[u] || args.populations[u + 1] > args.tokens ||
         args.sequence[u] < 0 || args.sequence[u] >= args.sequence_count)
       return false;
-  for (int64_t k = 0; k < args.clique_count; ++k)
-    if (args.cliques[k] < 0 || args.cliques[k + 1] < args.cliques[k] || args.cliques[k + 1] > args.tokens) return false;
+  for (int64_t k = 0; k < args.block_count; ++k)
+    if (args.blocks[k] < 0 || args.blocks[k + 1] < args.blocks[k] || args.blocks[k + 1] > args.tokens) return false;
   return true;
 }
 

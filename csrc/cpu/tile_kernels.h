@@ -678,24 +678,17 @@ void model_sums(const Job& job, const Model& model, Tile& tile, Scratch& scratch
     const EvenRows x = even_rows(job, tile, first, scratch.rows);
     const int count = tile.tokens - first < kPanel ? tile.tokens - first : kPanel;
     float features[kPanel * kModelFeatures];
-    if (model.features > 1) {
-      model_features(job, model, x.at, x.stride, kPanel, int(round_up(count, kRows)), x.factor, features);
-      for (int t = 0; t < count; ++t) {
-        float* of_token = features + t * kModelFeatures;
-        memcpy(phi + tile.rows[first + t] * kModelFeatures, of_token, sizeof(float) * kModelFeatures);
-        for (int k = 0; k < kModelFeatures; ++k) of_token[k] *= x.factor[t];
-      }
-    } else {
-      for (int t = 0; t < count; ++t) {
-        memset(features + t * kModelFeatures, 0, sizeof(float) * size_t(model.padded));
-        features[t * kModelFeatures] = x.factor[t];
-      }
+    model_features(job, model, x.at, x.stride, kPanel, int(round_up(count, kRows)), x.factor, features);
+    for (int t = 0; t < count; ++t) {
+      float* of_token = features + t * kModelFeatures;
+      memcpy(phi + tile.rows[first + t] * kModelFeatures, of_token, sizeof(float) * kModelFeatures);
+      for (int k = 0; k < kModelFeatures; ++k) of_token[k] *= x.factor[t];
     }
     for (int64_t column = 0; column < job.padded_features; column += kPanel) {
-      static_assert(kModelGroup % kRows == 0 && kModelFeatures % kRows == 0, "model.padded is whole products");
+      static_assert(kModelFeatures % kRows == 0, "the features are whole products");
       float* rows[kModelFeatures];
-      for (int k = 0; k < model.padded; ++k) rows[k] = sums + column * model.padded + k * kPanel;
-      for (int k = 0; k < model.padded; k += kRows)
+      for (int k = 0; k < kModelFeatures; ++k) rows[k] = sums + column * kModelFeatures + k * kPanel;
+      for (int k = 0; k < kModelFeatures; k += kRows)
         micro_kernel<true>(count, {features + k, 1, kModelFeatures}, {x.at + column, x.stride}, rows + k, 0, 1.0f,
                            first ? 1.0f : 0.0f, [](int) {});
     }
@@ -706,9 +699,8 @@ void model_sums(const Job& job, const Model& model, Tile& tile, Scratch& scratch
 void weigh_features(const Model& model, const Tile& tile, const float* phi, Scratch& scratch) {
   for (int t = 0; t < int(round_up(tile.tokens, kRows)); ++t) {
     float* weighted = scratch.weighted + t * kModelFeatures;
-    if (t >= tile.tokens || model.features == 1) {
-      memset(weighted, 0, sizeof(float) * size_t(model.padded));
-      scratch.column_sum[t] = t < tile.tokens ? weighted[0] = model.b[0] : 0.0f;
+    if (t >= tile.tokens) {
+      memset(weighted, 0, sizeof(float) * kModelFeatures);
       continue;
     }
     const float* of_token = phi + tile.rows[t] * kModelFeatures;
@@ -726,9 +718,10 @@ void weigh_features(const Model& model, const Tile& tile, const float* phi, Scra
   }
 }
 
-// Replaces the similarities above the diagonal by inverse_share (slope - h), 0 between segments, and sums psi and c.
+// Replaces the similarities above the diagonal by inverse_probability (slope - h), 0 between segments, and sums psi and c.
 template <class P>
-void visit(const Job& job, const P& potential, const Model& model, Tile& tile, Scratch& scratch, float inverse_share) {
+void weigh_residuals(const Job& job, const P& potential, const Model& model, Tile& tile, Scratch& scratch,
+                     float inverse_probability) {
   double psi = 0.0, c = 0.0;
   for (int i = 0; i < tile.tokens; ++i) {
     const int begin = i + 1, end = tile.partner_end[i];
@@ -742,7 +735,7 @@ void visit(const Job& job, const P& potential, const Model& model, Tile& tile, S
       Weights<Pack> w = potential.weigh(s, q_i, load_pack(tile.square + j), job.potential.shift);
       for (int k = 0; k < model.features; ++k)
         w.slope = madd(load_pack(scratch.phi + k * kWeightStride + j), -weighted[k], w.slope);
-      w.slope = w.slope * inverse_share;
+      w.slope = w.slope * inverse_probability;
       if (j < begin || j + kPanel > end) {
         s = keep_columns(s, j, begin, end, 0.0f);
         w.psi = keep_columns(w.psi, j, begin, end, 0.0f);
@@ -772,25 +765,25 @@ void add_up(const Job& job, const Model& model, const Tile& tile, const Scratch&
                          {tile.token_major + column * tile.padded + begin * kPanel, kPanel}, rows, column, 1.0f, 0.0f,
                          [](int) {});
     if (model.features)
-      micro_kernel<true>(model.padded, {scratch.weighted + i * kModelFeatures, kModelFeatures, 1},
-                         {sums + column * model.padded, kPanel}, rows, column, 1.0f, begin < end ? 1.0f : 0.0f,
+      micro_kernel<true>(kModelFeatures, {scratch.weighted + i * kModelFeatures, kModelFeatures, 1},
+                         {sums + column * kModelFeatures, kPanel}, rows, column, 1.0f, begin < end ? 1.0f : 0.0f,
                          [](int) {});
   }
 }
 
 void sample(const Job& job, const Model& model, Tile& tile, Scratch& scratch, const float* phi, const float* sums,
-            float inverse_share) {
+            float inverse_probability) {
   if (model.features) {
     weigh_features(model, tile, phi, scratch);
     tile.own = scratch.column_sum;
   }
   for (int t = 0; t < tile.padded; ++t) {
-    const float* of_token = t < tile.tokens && model.features > 1 ? phi + tile.rows[t] * kModelFeatures : nullptr;
-    for (int k = 0; k < model.features; ++k) scratch.phi[k * kWeightStride + t] = of_token ? of_token[k] : 1.0f;
+    const float* of_token = t < tile.tokens ? phi + tile.rows[t] * kModelFeatures : nullptr;
+    for (int k = 0; k < model.features; ++k) scratch.phi[k * kWeightStride + t] = of_token ? of_token[k] : 0.0f;
   }
   similarities(job, tile, tile, true, scratch.weights);
   with_potential(job.potential, [&](const auto& potential) {
-    visit(job, potential, model, tile, scratch, inverse_share);
+    weigh_residuals(job, potential, model, tile, scratch, inverse_probability);
   });
   if (!job.args->grad) return;
   mirror(tile, scratch.weights);

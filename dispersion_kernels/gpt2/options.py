@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..control_variates import CONTROL_VARIATES, RANK, RANKS
 from .checkpoint import checkpoints, damage_named, is_signed, read_checkpoint
 from .model import PRESETS
 
@@ -227,13 +226,11 @@ def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) 
         metavar="X",
         help="share of the pairs of tokens to visit, or all (default: all)",
     )
-    add("--control-variate", choices=CONTROL_VARIATES, default="auto", help="for the rest (default: %(default)s)")
     add(
-        "--control-variate-rank",
-        type=at_least(RANKS[0]),
-        default=RANK,
-        metavar="N",
-        help="directions of low_rank; the width or more: all (default: %(default)s)",
+        "--control-variate",
+        choices=["low_rank", "full_rank", "none"],
+        default="low_rank",
+        help="for the rest (default: %(default)s)",
     )
     add("--impl", default="auto", help="backend of the loss (default: %(default)s)")
 

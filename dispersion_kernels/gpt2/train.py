@@ -167,7 +167,6 @@ class Run:
             max_tokens=options.dispersion_tokens,
             pairs=options.pairs,
             control_variate=options.control_variate,
-            rank=options.control_variate_rank,
             impl=options.impl,
         )
         self.try_dispersion()

@@ -34,20 +34,6 @@ class Call:
     """Of fp32's products: tf32, or None for the backend's most exact."""
 
 
-@dataclass(frozen=True)
-class SampledCall:
-    """Arguments of :func:`dispersion_kernels.sampling.estimate`, on the CPU, for a backend that has a sampler."""
-
-    name: str
-    potential: Potential
-    z: Tensor
-    clique: int
-    """How many tokens it has; 0 for no pairs."""
-    control_variate: str
-    with_grad: bool
-    precision: str | None
-
-
 _DTYPES = [(torch.bfloat16, None), (torch.float16, None), (torch.float32, None), (torch.float32, "tf32")]
 _POTENTIALS: list[tuple[str, Potential]] = [
     ("angular_spread", AngularSpread()),
@@ -86,15 +72,3 @@ def calls(every: bool = False) -> Iterator[Call]:
                 for groups, bounds in ((None, None), (mask, None), (None, cu_seqlens)):
                     for with_grad in (True, False):
                         yield Call(name, potential, layers, groups, bounds, with_grad, precision)
-
-
-def sampled_calls(every: bool = False) -> Iterator[SampledCall]:
-    """As :func:`calls`, at F=768 with cliques of 128 tokens; with ``every``, all the models and sizes of tiles, too."""
-    for name, potential in _POTENTIALS:
-        default = every or name == "angular_spread"
-        for dtype, precision in _DTYPES if default else _DTYPES[:1]:
-            z = torch.zeros(1, 1024, 768, dtype=dtype)
-            for clique in (128, 32, 16, 0) if every else (128, 0) if default else (128,):
-                for control_variate in ("low_rank", "constant", "none")[: 3 if every and clique else 1]:
-                    for with_grad in (True, False)[: 2 if every else 1]:
-                        yield SampledCall(name, potential, z, clique, control_variate, with_grad, precision)

@@ -16,13 +16,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dispersion_kernels.control_variates import RANK
 from dispersion_kernels.gpu import launch
-from dispersion_kernels.gpu.shipped import calls, sampled_calls
+from dispersion_kernels.gpu.shipped import calls
 from dispersion_kernels.potentials import Potential
-from dispersion_kernels.sampling import draw, estimate
 from dispersion_kernels.triton.backend import TritonKernels
-from dispersion_kernels.triton.sampled import sampler_of
 
 _TYPES = {
     torch.float64: "fp64",
@@ -139,57 +136,28 @@ def record(
     precision: str | None = None,
 ) -> list[Launch]:
     """The launches of a call on ``arch``, none of which is run."""
-    kernels, launches = _recorder(layers[0], arch, precision)
-    launch.dispersion(layers, potential, groups, cu_seqlens, with_grad, kernels)
-    return launches
-
-
-def record_sampled(
-    layers: list[Tensor],
-    potential: Potential,
-    share: float,
-    control_variate: str,
-    with_grad: bool,
-    arch: str,
-    precision: str | None = None,
-) -> list[Launch]:
-    """As :func:`record`, of a share of the pairs; none where Triton leaves it to others."""
-    kernels, launches = _recorder(layers[0], arch, precision)
-    sampler = sampler_of(kernels, layers, potential)
-    if sampler is not None:
-        draws = draw(layers, share, RANK, None)
-        options = (control_variate, RANK, "mean", with_grad, False)
-        estimate(layers, None, None, potential, draws, share, *options, [sampler])
-    return launches
-
-
-def _recorder(z: Tensor, arch: str, precision: str | None) -> tuple[TritonKernels, list[Launch]]:
-    """Kernels that run nothing, and what they were to launch."""
     launches: list[Launch] = []
 
     def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]) -> None:
         launches.append(Launch(kernel, grid, arguments, options))
 
-    return TritonKernels(z, arch, precision, run), launches
+    kernels = TritonKernels(layers[0], arch, precision, run)
+    launch.dispersion(layers, potential, groups, cu_seqlens, with_grad, kernels)
+    return launches
 
 
-def shipped(arch: str, every: bool = False, pairs: str | None = None) -> list[Variant]:
+def shipped(arch: str, every: bool = False) -> list[Variant]:
     """The kernels of every potential in bf16, and of angular_spread in every dtype, for few and for many features, with
-    and without groups; with ``every``, those of every potential in every dtype, each once. ``pairs``: ``"all"`` or
-    ``"sampled"``, the kernels of these; None: both."""
+    and without groups; with ``every``, those of every potential in every dtype, each once."""
     variants: dict[tuple[Any, ...], Variant] = {}
-    recorded = [
-        *(_exact(arch, every) if pairs != "sampled" else ()),
-        *(_sampled(arch, every) if pairs != "all" else ()),
-    ]
-    for variant in recorded:
+    for variant in _recorded(arch, every):
         constexprs = {name: str(value) for name, value in variant.constexprs.items()}
         same = (variant.kernel, str(variant.signature), str(constexprs), variant.divisible, str(variant.options))
         variants.setdefault(same if every else (variant.label,), variant)
     return list(variants.values())
 
 
-def _exact(arch: str, every: bool) -> Iterator[Variant]:
+def _recorded(arch: str, every: bool) -> Iterator[Variant]:
     for call in calls(every):
         if call.precision == "tf32" and arch.startswith("gfx"):
             continue
@@ -197,23 +165,6 @@ def _exact(arch: str, every: bool) -> Iterator[Variant]:
             call.layers, call.potential, call.groups, call.cu_seqlens, call.with_grad, arch, call.precision
         ):
             yield _variant(recorded, call.name, arch, call.layers[0])
-
-
-def _sampled(arch: str, every: bool) -> Iterator[Variant]:
-    for sampled in sampled_calls(every):
-        if sampled.precision == "tf32" and arch.startswith("gfx"):
-            continue
-        share = sampled.clique / sampled.z.shape[1]
-        for recorded in record_sampled(
-            [sampled.z],
-            sampled.potential,
-            share,
-            sampled.control_variate,
-            sampled.with_grad,
-            arch,
-            sampled.precision,
-        ):
-            yield _variant(recorded, sampled.name, arch, sampled.z)
 
 
 def _variant(recorded: Launch, potential: str, arch: str, z: Tensor) -> Variant:
@@ -248,25 +199,6 @@ def _variant(recorded: Launch, potential: str, arch: str, z: Tensor) -> Variant:
         )
         # What is outside of the loop over tiles is shared by those of 1,024 tokens.
         trips = {0: block_n / 1024, 1: 1.0, 2: features / arguments["BLOCK_K"]}
-    elif "clique sweep" in name:
-        block_m, block_n, model = arguments["BLOCK_M"], arguments["BLOCK_N"], arguments["MODEL"]
-        slices = features / arguments["BLOCK_F"]
-        if arguments["VISITED"]:
-            part, tile = "gradient" if arguments["GRADIENT"] else "loss", (block_m, block_n)
-            flops = (2.0 * block_m * block_n * features * (1 + arguments["GRADIENT"]), 0.0)
-            # What is outside of the loop over tiles is shared by those of a clique of 128 tokens.
-            trips = {0: block_n / 128, 1: 1.0, 2: slices}
-        else:
-            part, tile, trips = "no pairs", (block_m, 1), {0: 1.0, 1: slices}
-            flops = (2.0 * block_m * model * features if model > 1 else 0.0, 0.0)
-        label = f"{name}, {part}, {model} of the model, {what}"
-    elif name in ("features", "model sums"):
-        block_m, model = arguments["BLOCK_M"], arguments["MODEL"]
-        width = features if name == "features" else arguments["BLOCK_F"]
-        label, tile = f"{name}, {model} of the model, {arguments['TRANSFORM']}, {what}", (block_m, 1)
-        flops = (2.0 * block_m * model * width if model > 1 else 0.0, 0.0)
-        # Sums are stored once for 256 tokens.
-        trips = {0: 1.0, 1: features / arguments["BLOCK_K"]} if name == "features" else {0: block_m / 256, 1: 1.0}
     else:
         transform = arguments.get("TRANSFORM", "")
         label = f"{name}, {transform}, {_TYPES[z.dtype]}{layers}" if transform else f"{name}"

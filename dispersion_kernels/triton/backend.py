@@ -9,17 +9,13 @@ import torch
 import triton
 from torch import Tensor
 
-from dispersion_kernels.control_variates import RANK, SQUARED
 from dispersion_kernels.gpu.epilogues import Epilogue
 from dispersion_kernels.gpu.launch import Entropy, Region, Statistics, Tokens, fp32_precision
-from dispersion_kernels.triton import epilogues, kernels, sampled_kernels, tuning
+from dispersion_kernels.triton import epilogues, kernels, tuning
 from dispersion_kernels.triton.configs import (
-    CliqueConfig,
     RowConfig,
     TileConfig,
-    all_registers,
     architecture,
-    clique_config,
     row_candidates,
     row_config,
     tile_candidates,
@@ -52,8 +48,6 @@ class TritonKernels:
         self.device, self.dtype = z.device, z.dtype
         self.arch = architecture(z.device) if arch is None else arch
         self.precision = _precision(z.dtype, self.arch) if precision is None else precision
-        # Of the products of sampled pairs' features, which are fp32 whatever the tokens are.
-        self.model_precision = self.precision if z.dtype == torch.float32 else _precision(torch.float32, self.arch)
         self.run = run
 
     def tile_shape(self, groups: bool) -> TileConfig:
@@ -250,127 +244,6 @@ class TritonKernels:
             gradients=tuple(gradients),
         )
 
-    # ---- sampled pairs
-
-    def clique_shape(self, tokens: int) -> CliqueConfig:
-        return clique_config(self.arch, self.dtype, self.precision, tokens)
-
-    def features(
-        self, tokens: Tokens, epilogue: Epilogue, statistics: Statistics, directions: Tensor, phi: Tensor
-    ) -> None:
-        self._launch(
-            sampled_kernels.features_kernel,
-            (triton.cdiv(tokens.length, 32), tokens.rows),
-            tokens,
-            inverse_ptr=statistics.inverse,
-            extra_ptr=statistics.extra,
-            features=tokens.features,
-            directions_ptr=directions,
-            phi_ptr=phi,
-            TRANSFORM=epilogue.transform,
-            RANK=RANK,
-            SQUARED=SQUARED,
-            MODEL=phi.shape[1],
-            BLOCK_M=32,
-            BLOCK_K=32,
-            PRECISION=self.model_precision,
-            num_warps=2,
-        )
-
-    def model_sums(
-        self,
-        tokens: Tokens,
-        epilogue: Epilogue,
-        statistics: Statistics,
-        phi: Tensor | None,
-        order: Tensor | None,
-        begins: Tensor,
-        ends: Tensor,
-        sums: Tensor,
-        squares: Tensor,
-    ) -> None:
-        """T of each chunk of tokens, and the sum of their |x|^2."""
-        self._launch(
-            sampled_kernels.model_sums_kernel,
-            (begins.numel(), triton.cdiv(tokens.features, 64)),
-            tokens,
-            norm_ptr=statistics.norm,
-            inverse_ptr=statistics.inverse,
-            extra_ptr=statistics.extra,
-            phi_ptr=statistics.norm if phi is None else phi,
-            order_ptr=begins if order is None else order,
-            begins_ptr=begins,
-            ends_ptr=ends,
-            features=tokens.features,
-            sums_ptr=sums,
-            squares_ptr=squares,
-            TRANSFORM=epilogue.transform,
-            HAS_ORDER=order is not None,
-            MODEL=sums.shape[1],
-            BLOCK_M=32,
-            BLOCK_F=64,
-            PRECISION=self.model_precision,
-            num_warps=2,
-            max_registers=all_registers(self.arch),
-        )
-
-    def clique_sweep(
-        self,
-        shape: CliqueConfig,
-        tokens: Tokens,
-        epilogue: Epilogue,
-        statistics: Statistics,
-        *,
-        order: Tensor | None,
-        bounds: Tensor,
-        unit: Tensor,
-        inverse_share: Tensor | None,
-        phi: Tensor | None,
-        b: Tensor | None,
-        total: Tensor | None,
-        sums: Tensor,
-        gradient: Tensor | None,
-    ) -> Any:
-        """Without ``inverse_share`` no pairs are visited; without ``gradient`` it is their sums alone."""
-        unused = statistics.norm
-        return self._launch(
-            sampled_kernels.clique_sweep_kernel,
-            (sums.shape[1] * sums.shape[2],),
-            tokens,
-            **self._of_epilogue(epilogue),
-            norm_ptr=statistics.norm,
-            inverse_ptr=statistics.inverse,
-            extra_ptr=statistics.extra,
-            order_ptr=bounds if order is None else order,
-            bounds_ptr=bounds,
-            unit_ptr=unit,
-            inverse_share_ptr=unused if inverse_share is None else inverse_share,
-            phi_ptr=unused if phi is None else phi,
-            b_ptr=unused if b is None else b,
-            total_ptr=unused if total is None else total,
-            features=tokens.features,
-            sums_ptr=sums,
-            gradient_ptr=unused if gradient is None else gradient,
-            tiles=sums.shape[2],
-            # The model is taken from the slopes, and a fit may reach beyond them: two bits for it.
-            weight_exponent=float(epilogue.weight_exponent - 2),
-            HAS_ORDER=order is not None,
-            MODEL=0 if b is None else b.shape[1],
-            VISITED=inverse_share is not None,
-            GRADIENT=gradient is not None,
-            NARROW=self.dtype == torch.float16,
-            BLOCK_M=shape.block_m,
-            BLOCK_N=shape.block_n,
-            BLOCK_K=shape.block_k,
-            BLOCK_F=shape.block_f,
-            EVEN_K=tokens.width % shape.block_k == 0,
-            PRECISION=self.precision,
-            MODEL_PRECISION=self.model_precision,
-            num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
-            max_registers=shape.max_registers,
-        )
-
     def _of_epilogue(self, epilogue: Epilogue) -> dict[str, Any]:
         return dict(
             **{f"p{n}": value for n, value in enumerate(epilogue.p)},
@@ -403,7 +276,6 @@ class TritonKernels:
         *,
         num_warps: int,
         num_stages: int = 3,
-        max_registers: int | None = None,
         **rest: Any,
     ) -> Any:
         stride_b, stride_l, _ = tokens.layers[0].stride()
@@ -417,10 +289,7 @@ class TritonKernels:
             LAYERS=len(tokens.layers),
             **rest,
         )
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        if max_registers is not None:
-            options["maxnreg"] = max_registers
-        return self.run(kernel, grid, arguments, options)
+        return self.run(kernel, grid, arguments, {"num_warps": num_warps, "num_stages": num_stages})
 
 
 def _precision(dtype: torch.dtype, arch: str) -> str:

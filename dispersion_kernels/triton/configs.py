@@ -35,19 +35,6 @@ class RowConfig:
     num_stages: int
 
 
-@dataclass(frozen=True)
-class CliqueConfig:
-    """Of ``clique_sweep_kernel``; ``block_f`` is the width of a slice of the gradient."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    block_f: int
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None
-
-
 _INTERPRETER = "interpreter"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
 
@@ -67,12 +54,6 @@ def architecture(device: torch.device) -> str:
 def tokens_of_a_program(arch: str) -> int:
     """For the kernels that read each token by itself."""
     return 128 if arch == _INTERPRETER else 4
-
-
-def all_registers(arch: str) -> int | None:
-    """``max_registers`` of a thread for kernels that have registers to spare: with a limit, even that of the hardware,
-    NVIDIA's assembler does not spill to fit more warps on an SM."""
-    return 255 if arch.startswith("sm_") else None
 
 
 def tile_config(arch: str, dtype: torch.dtype, precision: str, groups: bool) -> TileConfig:
@@ -115,25 +96,6 @@ def row_config(
             return RowConfig(64, 32, 64, width, True, 4, 1)
         return RowConfig(64, 32 if arch == "sm_100" else 64, 64, width, True, 4, 2)
     return RowConfig(64, 64, 64, 256, False, 8, 2)
-
-
-def clique_config(arch: str, dtype: torch.dtype, precision: str, clique: int) -> CliqueConfig:
-    """For cliques of up to so many tokens."""
-    block = min(64, max(16, 1 << (clique - 1).bit_length()))
-    amd = arch.startswith("gfx")
-    if arch == _INTERPRETER:
-        return CliqueConfig(min(block, 32), 16, 32, 64, 1, 1)
-    # The products of features are of fp32 in three parts: wider tiles leave too few registers.
-    stages = 1 if amd or block == 32 or (arch == "sm_120" and precision == "tf32x3") else 2
-    if dtype == torch.float32 or block < 64:
-        # On AMD's processors the masks of a tile take scalar registers, of which there are few.
-        block_n = max(16, block // 2) if amd else min(block, 32)
-        return CliqueConfig(block, block_n, 32, 32, 4, stages, all_registers(arch))
-    if amd:
-        return CliqueConfig(block, block, 64, 32, 4, stages)
-    if arch == "sm_90":
-        return CliqueConfig(block, block, 64, 64, 8, stages)
-    return CliqueConfig(block, 32, 32, 32, 8, stages, all_registers(arch))
 
 
 def tile_candidates(config: TileConfig) -> list[TileConfig]:

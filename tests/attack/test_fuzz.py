@@ -220,9 +220,8 @@ def draw_sampled(seed: int) -> tuple[Tensor, Potential, dict[str, Any]]:
     if dice.below(3) == 0:
         z = z.transpose(1, 2).contiguous().transpose(1, 2)
     options: dict[str, Any] = {"pairs": pairs, "generator": seed}
-    options["control_variate"] = dice.of(*(["constant", "low_rank"] + ["none"] * (pairs > 0)))
-    if options["control_variate"] == "low_rank":
-        options["rank"] = dice.of(16, 16, 3, max(3, features))
+    models = ["low_rank"] + ["none"] * (pairs > 0) + ["full_rank"] * (layout == "plain")
+    options["control_variate"] = dice.of(*models)
     if layout == "mask":
         options["mask"] = torch.rand(batch, length, generator=dice.generator) < dice.of(0.0, 0.5, 1.0)
     if layout == "documents":

@@ -434,23 +434,19 @@ void check_bundles() {
     }
 }
 
-constexpr exact::Model kModels[] = {exact::Model::kNone, exact::Model::kConstant, exact::Model::kLowRank};
-constexpr const char* kModelNames[] = {"no model", "constant", "low rank"};
-
-// Units of each layer, of rows in random order.
+// Populations of each layer, of rows in random order.
 struct Sample {
-  std::vector<std::vector<int64_t>> cliques;  // of each unit: their sizes
+  std::vector<std::vector<int64_t>> blocks;  // of each population: their sizes
   bool visited;
 };
 
-// `more`: without a gradient and by DK_AUTO, too.
+// `more`: without a gradient, too.
 void check_sampled(const Potential& potential, const Sample& sample, int32_t dtype, int64_t features, int64_t layers,
                    bool odd, bool more) {
   const std::string of_case = context;
-  const double weight = 0.5;
   const int64_t of_layer = std::accumulate(
-      sample.cliques.begin(), sample.cliques.end(), int64_t(0),
-      [](int64_t total, const std::vector<int64_t>& unit) { return std::accumulate(unit.begin(), unit.end(), total); });
+      sample.blocks.begin(), sample.blocks.end(), int64_t(0),
+      [](int64_t total, const std::vector<int64_t>& population) { return std::accumulate(population.begin(), population.end(), total); });
   const bool all_rows = features % 2 == 0;
   const int64_t rows = of_layer + (all_rows ? 0 : 3), stride = features + (odd ? 2 : 0);
   std::vector<Tokens*> tokens;
@@ -462,31 +458,31 @@ void check_sampled(const Potential& potential, const Sample& sample, int32_t dty
     addresses.push_back(tokens.back()->memory.address());
   }
 
-  // A sequence a unit. Where no pair is visited and all rows take part, they are in their order.
-  std::vector<int64_t> order, units = {0}, cliques = {0}, sequence, pairs;
+  // A sequence a population. Where no pair is visited and all rows take part, they are in their order.
+  std::vector<int64_t> order, populations = {0}, blocks = {0}, sequence, pairs;
   std::vector<double> shares;
-  std::vector<exact::Unit> of_exact;
+  std::vector<exact::Population> of_exact;
   for (int64_t l = 0; l < layers; ++l) {
     std::vector<int64_t> of_rows = shuffled(rows);
     if (!sample.visited && all_rows) std::iota(of_rows.begin(), of_rows.end(), 0);
     for (int64_t i = 0; i < of_layer; ++i) order.push_back(l * rows + of_rows[size_t(i)]);
-    for (const std::vector<int64_t>& unit : sample.cliques) {
-      exact::Unit of_unit = {units.back(), units.back(), int64_t(sequence.size()), {}, 0.0};
+    for (const std::vector<int64_t>& population : sample.blocks) {
+      exact::Population of_population = {populations.back(), populations.back(), int64_t(sequence.size()), {}, 0.0};
       double visited = 0.0;
-      if (sample.visited) of_unit.cliques.push_back(of_unit.begin);
-      for (const int64_t size : unit) {
-        of_unit.end += size;
+      if (sample.visited) of_population.blocks.push_back(of_population.begin);
+      for (const int64_t size : population) {
+        of_population.end += size;
         visited += double(size) * double(size - 1);
-        cliques.push_back(of_unit.end);
-        if (sample.visited) of_unit.cliques.push_back(of_unit.end);
+        blocks.push_back(of_population.end);
+        if (sample.visited) of_population.blocks.push_back(of_population.end);
       }
-      const int64_t length = of_unit.end - of_unit.begin;
-      sequence.push_back(of_unit.sequence);
+      const int64_t length = of_population.end - of_population.begin;
+      sequence.push_back(of_population.sequence);
       pairs.push_back(length * (length - 1));
-      of_unit.inverse_share = sample.visited && visited > 0.0 ? double(pairs.back()) / visited : 0.0;
-      shares.push_back(of_unit.inverse_share);
-      units.push_back(of_unit.end);
-      of_exact.push_back(of_unit);
+      of_population.inverse_probability = sample.visited && visited > 0.0 ? double(pairs.back()) / visited : 0.0;
+      shares.push_back(of_population.inverse_probability);
+      populations.push_back(of_population.end);
+      of_exact.push_back(of_population);
     }
   }
   const bool in_order = !sample.visited && all_rows;
@@ -498,89 +494,74 @@ void check_sampled(const Potential& potential, const Sample& sample, int32_t dty
     for (int g = 0; g < dk::kFitGroups; ++g) {
       draw.push_back(g == 0 ? 0.0f : g == 1 ? 0.99999994f : float(uniform()));
       const int64_t token = l * of_layer + int64_t(draw.back() * float(of_layer));
-      const int64_t unit = std::upper_bound(units.begin(), units.end() - 1, token) - units.begin() - 1;
-      const int64_t length = units[size_t(unit) + 1] - units[size_t(unit)];
+      const int64_t population = std::upper_bound(populations.begin(), populations.end() - 1, token) - populations.begin() - 1;
+      const int64_t length = populations[size_t(population) + 1] - populations[size_t(population)];
       for (int t = 0; t < dk::kFitTokens; ++t) {
         draw.push_back(t == 0 ? 0.0f : t == 1 ? 0.99999994f : float(uniform()));
         const int64_t within = std::min(int64_t(draw.back() * float(length)), length - 1);
-        fit[size_t(l)].push_back(order[size_t(units[size_t(unit)] + within)]);
+        fit[size_t(l)].push_back(order[size_t(populations[size_t(population)] + within)]);
       }
     }
 
-  const size_t all = size_t(layers * rows), sequences = pairs.size() / size_t(layers);
+  const size_t all = size_t(layers * rows);
   std::vector<bool> touched(all, false);
   for (const int64_t row : order) touched[size_t(row)] = true;
   const Buffer<const void*> of_layers(addresses);
-  const Buffer<int64_t> ordered(order), bounds(units), of_cliques(cliques), of_sequence(sequence), of_pairs(pairs);
+  const Buffer<int64_t> ordered(order), bounds(populations), of_blocks(blocks), of_sequence(sequence), of_pairs(pairs);
   const Buffer<double> share(shares), params(potential.is.params);
   const Buffer<float> draws(draw);
-  for (const exact::Model model : kModels) {
-    if (!sample.visited && model == exact::Model::kNone) continue;
-    const exact::Answer answer = exact::sampled(potential.is, values, features, layers, order, of_exact, pairs, model,
-                                                fit, weight);
+  for (const bool model : {false, true}) {
+    if (!sample.visited && !model) continue;
+    const exact::Answer answer =
+        exact::sampled(potential.is, values, features, layers, order, of_exact, pairs, model, fit);
     for (const Isa& isa : isas)
-      // "auto" is a constant that is good enough, or of low rank where none is.
-      for (const bool automatic : {false, true}) {
-        if (automatic && (model == exact::Model::kNone || !sample.visited)) continue;
-        for (const bool gradient : {true, false}) {
-          if ((automatic || !gradient) && (!more || automatic != gradient)) continue;
-          std::string first;
-          for (const Pool& pool : pools) {
-            context = of_case + format(", %s%s, %s, %d threads%s", kModelNames[int(model)], automatic ? " (auto)" : "",
-                                       isa.name, pool.threads, gradient ? "" : ", no gradient");
-            const Buffer<double> loss(sequences), per_pair(pairs.size()), noise(size_t(layers * 3 * dk::kFitGroups));
-            const Buffer<float> total(1), grad(gradient ? all * size_t(features) : 0), scale(gradient ? all : 0);
-            dk_sampled_args args = {};
-            args.abi_version = DK_ABI_VERSION;
-            args.isa = isa.number;
-            args.parallel_for = pool.parallel_for;
-            args.threads = pool.threads;
-            args.dtype = dtype;
-            args.layers = of_layers.data();
-            args.layer_count = layers;
-            args.rows = rows;
-            args.row_stride = stride;
-            args.features = features;
-            args.order = in_order ? nullptr : ordered.data();
-            args.tokens = int64_t(order.size());
-            args.units = bounds.data();
-            args.unit_count = int64_t(units.size()) - 1;
-            args.cliques = sample.visited ? of_cliques.data() : nullptr;
-            args.clique_count = sample.visited ? int64_t(cliques.size()) - 1 : 0;
-            args.inverse_share = share.data();
-            args.sequence = of_sequence.data();
-            args.pairs = of_pairs.data();
-            args.sequence_count = int64_t(pairs.size());
-            args.params = params.data();
-            args.weight = weight;
-            args.potential = potential.is.kind;
-            args.control_variate = automatic                          ? DK_AUTO
-                                   : model == exact::Model::kNone     ? DK_NONE
-                                   : model == exact::Model::kConstant ? DK_CONSTANT
-                                                                      : DK_LOW_RANK;
-            args.good_enough = model == exact::Model::kConstant ? 1e9 : 0.0;
-            args.draws = model == exact::Model::kNone && features % 2 ? nullptr : draws.data();
-            args.fit_groups = dk::kFitGroups;
-            args.fit_tokens = dk::kFitTokens;
-            args.loss = loss.data();
-            args.total = total.data();
-            args.per_pair = per_pair.data();
-            args.grad = gradient ? grad.data() : nullptr;
-            args.scale = gradient ? scale.data() : nullptr;
-            args.noise = gradient && args.draws ? noise.data() : nullptr;
-            expect_status(dk_sampled(&args), DK_OK);
-            const std::string bits =
-                loss.bits() + total.bits() + per_pair.bits() + grad.bits() + scale.bits() + noise.bits();
-            if (first.empty()) {
-              first = bits;
-              // What fp32 makes of the fit of low rank is another model, as good.
-              compare(loss.values(), grad.values(), scale.values(), answer, touched, 2e-5 * potential.sensitivity,
-                      (model == exact::Model::kLowRank ? 2e-4 : 2e-5) * potential.sensitivity);
-              for (const double value : noise.values())
-                if (args.noise && !(value >= 0.0)) fail(format("the stated noise has a %g", value));
-            } else if (bits != first) {
-              fail("differs from one thread");
-            }
+      for (const bool gradient : {true, false}) {
+        if (!gradient && !more) continue;
+        std::string first;
+        for (const Pool& pool : pools) {
+          context = of_case + format(", %s, %s, %d threads%s", model ? "low rank" : "no model", isa.name,
+                                     pool.threads, gradient ? "" : ", no gradient");
+          const Buffer<double> loss(pairs.size()), per_pair(pairs.size());
+          const Buffer<float> grad(gradient ? all * size_t(features) : 0), scale(gradient ? all : 0);
+          dk_sampled_args args = {};
+          args.abi_version = DK_ABI_VERSION;
+          args.isa = isa.number;
+          args.parallel_for = pool.parallel_for;
+          args.threads = pool.threads;
+          args.dtype = dtype;
+          args.layers = of_layers.data();
+          args.layer_count = layers;
+          args.rows = rows;
+          args.row_stride = stride;
+          args.features = features;
+          args.order = in_order ? nullptr : ordered.data();
+          args.tokens = int64_t(order.size());
+          args.populations = bounds.data();
+          args.population_count = int64_t(populations.size()) - 1;
+          args.blocks = sample.visited ? of_blocks.data() : nullptr;
+          args.block_count = sample.visited ? int64_t(blocks.size()) - 1 : 0;
+          args.inverse_probability = share.data();
+          args.sequence = of_sequence.data();
+          args.pairs = of_pairs.data();
+          args.sequence_count = int64_t(pairs.size());
+          args.params = params.data();
+          args.potential = potential.is.kind;
+          args.draws = model ? draws.data() : nullptr;
+          args.fit_groups = dk::kFitGroups;
+          args.fit_tokens = dk::kFitTokens;
+          args.loss = loss.data();
+          args.per_pair = per_pair.data();
+          args.grad = gradient ? grad.data() : nullptr;
+          args.scale = gradient ? scale.data() : nullptr;
+          expect_status(dk_sampled(&args), DK_OK);
+          const std::string bits = loss.bits() + per_pair.bits() + grad.bits() + scale.bits();
+          if (first.empty()) {
+            first = bits;
+            // What fp32 makes of the fit of low rank is another model, as good.
+            compare(loss.values(), grad.values(), scale.values(), answer, touched, 2e-5 * potential.sensitivity,
+                    (model ? 2e-4 : 2e-5) * potential.sensitivity);
+          } else if (bits != first) {
+            fail("differs from one thread");
           }
         }
       }
@@ -589,23 +570,23 @@ void check_sampled(const Potential& potential, const Sample& sample, int32_t dty
   context = of_case;
 }
 
-// A unit of cliques of a size, and one of a clique that is all of it, and an empty one.
-void check_cliques(int step) {
+// A population of blocks of a size, and one of a block that is all of it, and an empty one.
+void check_blocks(int step) {
   size_t number = 0;
   for (const int64_t size : sizes(step)) {
     if (size < 2) continue;
     const Potential& potential = kPotentials[number % kSampledPotentials];
     const int64_t features = features_for(5 * number + 3), layers = 1 + int64_t(number / 2 % 2);
-    context = format("%s, cliques of %d, %d features, %d layers", potential.name, int(size), int(features), int(layers));
+    context = format("%s, blocks of %d, %d features, %d layers", potential.name, int(size), int(features), int(layers));
     check_sampled(potential, {{{size, size - 1}, {}, {size}}, true}, int32_t(number % 3), features, layers,
                   number % 4 == 1, number % 4 == 2);
     ++number;
   }
-  // Cliques of all sizes, several of which fill a panel, and those of a unit of several chunks.
+  // Blocks of all sizes, several of which fill a panel, and those of a population of several chunks.
   for (const Potential& potential : kPotentials) {
     if (&potential - kPotentials.data() >= ptrdiff_t(kSampledPotentials)) break;
     const int64_t features = features_for(7 * number + 2);
-    context = format("%s, ragged cliques, %d features", potential.name, int(features));
+    context = format("%s, ragged blocks, %d features", potential.name, int(features));
     check_sampled(potential, {{{1, 2, 3, 9, 8, 15, 16, 17, 24, 7, 32, 33, 1}, {2}, {1}, {16, 256, 20, 23, 31}}, true},
                   int32_t(number % 3), features, 1 + int64_t(number % 2), number % 3 == 1, false);
     ++number;
@@ -619,7 +600,7 @@ void check_expanded() {
     for (const int64_t layers : {1, 2}) {
       const Potential& potential = kPotentials[number % kSampledPotentials];
       const int64_t features = features_for(3 * number + 1);
-      context = format("%s, no cliques, %d tokens, %d features", potential.name, int(size), int(features));
+      context = format("%s, no blocks, %d tokens, %d features", potential.name, int(size), int(features));
       check_sampled(potential, {{{size}, {40}, {}}, false}, int32_t(number % 3), features, layers, number % 4 == 1,
                     number % 4 == 2);
       ++number;
@@ -665,7 +646,7 @@ void check_scale() {
               args.rows_per_factor = rows_per_factor;
               args.out = out.data();
               expect_status(dk_scale(&args), DK_OK);
-              // Half a unit in the last place, and fp32's rounding of the factor; half one of fp16's subnormal numbers.
+              // Half a population in the last place, and fp32's rounding of the factor; half one of fp16's subnormal numbers.
               const double relative = ldexp(1.0, dtype == DK_FLOAT32 ? -24 : dtype == DK_BFLOAT16 ? -8 : -11) + 2e-7;
               const double absolute = dtype == DK_FLOAT16 ? ldexp(1.0, -25) : 1e-38;
               for (const int64_t l : {0, 2})
@@ -740,9 +721,9 @@ void check_refusals() {
   const Buffer<float> of_one(drawn_with(1.0f)), negative(drawn_with(-0.1f)), nan(drawn_with(NAN));
   const Buffer<const void*> layers(std::vector<const void*>{z.memory.address()});
   const auto list = [](std::vector<int64_t> values) { return values; };
-  const Buffer<int64_t> units(list({0, 96})), units_beyond(list({0, 97})), units_reversed(list({96, 0})),
-      cliques(list({0, 32, 64, 96})), short_cliques(list({0, 32, 64, 80})), late(list({8, 32, 64, 96})),
-      reversed(list({0, 64, 32, 96})), cliques_beyond(list({0, 32, 64, 97})), none(list({0, 0}));
+  const Buffer<int64_t> populations(list({0, 96})), populations_beyond(list({0, 97})), populations_reversed(list({96, 0})),
+      blocks(list({0, 32, 64, 96})), short_blocks(list({0, 32, 64, 80})), late(list({8, 32, 64, 96})),
+      reversed(list({0, 64, 32, 96})), blocks_beyond(list({0, 32, 64, 97})), none(list({0, 0}));
   const auto some = [&](const char* what, int32_t status, const auto& change) {
     context = std::string("sampled refuses ") + what;
     dk_sampled_args args = {};
@@ -753,17 +734,15 @@ void check_refusals() {
     args.rows = args.tokens = 96;
     args.row_stride = args.features = 8;
     args.order = order.data();
-    args.units = units.data();
-    args.unit_count = 1;
-    args.cliques = cliques.data();
-    args.clique_count = 3;
-    args.inverse_share = share.data();
+    args.populations = populations.data();
+    args.population_count = 1;
+    args.blocks = blocks.data();
+    args.block_count = 3;
+    args.inverse_probability = share.data();
     args.sequence = zero.data();
     args.pairs = pairs.data();
     args.sequence_count = 1;
     args.params = params.data();
-    args.weight = 1.0;
-    args.control_variate = DK_LOW_RANK;
     args.draws = draws.data();
     args.fit_groups = dk::kFitGroups;
     args.fit_tokens = dk::kFitTokens;
@@ -780,21 +759,24 @@ void check_refusals() {
   some("no layer", DK_INVALID, [](dk_sampled_args& args) { args.layer_count = 0; });
   some("an order beyond the rows", DK_INVALID, [&](dk_sampled_args& args) { args.order = beyond.data(); });
   some("a negative order", DK_INVALID, [&](dk_sampled_args& args) { args.order = before.data(); });
-  some("units beyond the tokens", DK_INVALID, [&](dk_sampled_args& args) { args.units = units_beyond.data(); });
-  some("units in reverse", DK_INVALID, [&](dk_sampled_args& args) { args.units = units_reversed.data(); });
+  some("populations beyond the tokens", DK_INVALID, [&](dk_sampled_args& args) { args.populations = populations_beyond.data(); });
+  some("populations in reverse", DK_INVALID, [&](dk_sampled_args& args) { args.populations = populations_reversed.data(); });
   some("a sequence beyond the losses", DK_INVALID, [&](dk_sampled_args& args) { args.sequence = one.data(); });
-  some("cliques that end early", DK_INVALID, [&](dk_sampled_args& args) { args.cliques = short_cliques.data(); });
-  some("cliques that begin late", DK_INVALID, [&](dk_sampled_args& args) { args.cliques = late.data(); });
-  some("cliques in reverse", DK_INVALID, [&](dk_sampled_args& args) { args.cliques = reversed.data(); });
-  some("cliques beyond the tokens", DK_INVALID, [&](dk_sampled_args& args) { args.cliques = cliques_beyond.data(); });
-  some("a model without draws", DK_INVALID, [](dk_sampled_args& args) { args.draws = nullptr; });
+  some("blocks that end early", DK_INVALID, [&](dk_sampled_args& args) { args.blocks = short_blocks.data(); });
+  some("blocks that begin late", DK_INVALID, [&](dk_sampled_args& args) { args.blocks = late.data(); });
+  some("blocks in reverse", DK_INVALID, [&](dk_sampled_args& args) { args.blocks = reversed.data(); });
+  some("blocks beyond the tokens", DK_INVALID, [&](dk_sampled_args& args) { args.blocks = blocks_beyond.data(); });
+  some("no pairs and no model", DK_INVALID, [](dk_sampled_args& args) {
+    args.draws = nullptr;
+    args.block_count = 0;
+  });
   some("other groups than its own", DK_INVALID, [](dk_sampled_args& args) { args.fit_groups = 2; });
   some("a draw of 1", DK_INVALID, [&](dk_sampled_args& args) { args.draws = of_one.data(); });
   some("a negative draw", DK_INVALID, [&](dk_sampled_args& args) { args.draws = negative.data(); });
   some("a draw that is NaN", DK_INVALID, [&](dk_sampled_args& args) { args.draws = nan.data(); });
   some("draws without tokens", DK_INVALID, [&](dk_sampled_args& args) {
-    args.tokens = args.clique_count = 0;
-    args.units = none.data();
+    args.tokens = args.block_count = 0;
+    args.populations = none.data();
   });
   some("a potential of the distance", DK_INVALID, [](dk_sampled_args& args) { args.potential = DK_DISPERSIVE_L2; });
 }
@@ -862,7 +844,7 @@ int main(int count, char** arguments) {
   check_scale();
   check_sizes(step);
   check_long_tiles(step);
-  check_cliques(step);
+  check_blocks(step);
   check_expanded();
   if (threads > 1) {
     check_concurrent_calls(2 * threads);

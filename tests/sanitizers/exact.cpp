@@ -266,7 +266,6 @@ struct Fit {
     return y;
   }
   std::array<double, 4> terms(const std::vector<double>& y, const std::vector<double>& other) const {
-    if (directions.empty()) return {1.0, 0.0, 0.0, 0.0};
     const double p = dot(y.data(), other.data(), kRank), q = dot(y.data(), other.data(), kSquared);
     return {1.0, p, q, q * q};
   }
@@ -276,7 +275,7 @@ struct Fit {
   }
 };
 
-Fit fit_of(const Potential& p, const std::vector<Row>& rows, const std::vector<int64_t>& drawn, Model model) {
+Fit fit_of(const Potential& p, const std::vector<Row>& rows, const std::vector<int64_t>& drawn) {
   Fit fit;
   Matrix x;
   for (const int64_t row : drawn) x.push_back(rows[size_t(row)].x);
@@ -304,8 +303,7 @@ Fit fit_of(const Potential& p, const std::vector<Row>& rows, const std::vector<i
     covariance += (d.c - fit.mean_c) * (d.pair.psi - fit.mean_psi);
   }
   fit.psi_slope = variance > 0.0 ? covariance / variance : 0.0;
-  if (model == Model::kNone) return fit;
-  if (model == Model::kLowRank) fit.directions = directions_of(x);
+  fit.directions = directions_of(x);
   Matrix y;
   for (const std::vector<double>& of_token : x) y.push_back(fit.components(of_token));
   Matrix matrix(4, std::vector<double>(4));
@@ -315,10 +313,6 @@ Fit fit_of(const Potential& p, const std::vector<Row>& rows, const std::vector<i
       for (size_t k = 0; k < 4; ++k) matrix[a][k] += d.weight * terms[a] * terms[k];
       fit.b[a] += d.weight * terms[a] * d.pair.slope;
     }
-  }
-  if (model == Model::kConstant) {
-    fit.b = {fit.b[0] / std::max(matrix[0][0], 1e-38), 0.0, 0.0, 0.0};
-    return fit;
   }
   std::array<double, 4> scale;
   for (size_t a = 0; a < 4; ++a) scale[a] = matrix[a][a] > 0.0 ? 1.0 / sqrt(matrix[a][a]) : 0.0;
@@ -335,44 +329,44 @@ Fit fit_of(const Potential& p, const std::vector<Row>& rows, const std::vector<i
 }  // namespace
 
 Answer sampled(const Potential& p, const std::vector<double>& z, int64_t features, int64_t layers,
-               const std::vector<int64_t>& order, const std::vector<Unit>& units, const std::vector<int64_t>& pairs,
-               Model model, const std::vector<std::vector<int64_t>>& drawn, double weight) {
+               const std::vector<int64_t>& order, const std::vector<Population>& populations, const std::vector<int64_t>& pairs,
+               bool model, const std::vector<std::vector<int64_t>>& drawn) {
   const size_t sequences = pairs.size(), of_layer = sequences / size_t(layers);
-  Answer answer{std::vector<double>(of_layer), std::vector<double>(z.size())};
+  Answer answer{std::vector<double>(sequences), std::vector<double>(z.size())};
   std::vector<Row> rows(z.size() / size_t(features));
   for (size_t row = 0; row < rows.size(); ++row) rows[row] = transform(p, &z[row * size_t(features)], features);
   std::vector<Fit> fits(static_cast<size_t>(layers));
-  for (size_t l = 0; l < drawn.size(); ++l) fits[l] = fit_of(p, rows, drawn[l], model);
+  for (size_t l = 0; model && l < drawn.size(); ++l) fits[l] = fit_of(p, rows, drawn[l]);
 
   std::vector<double> psi(sequences), missed(sequences);
   std::vector<std::vector<double>> g(rows.size(), std::vector<double>(size_t(features)));
   bool visited = false;
-  for (const Unit& unit : units) {
-    if (unit.begin == unit.end) continue;
-    const Fit& fit = fits[size_t(order[size_t(unit.begin)]) / (rows.size() / size_t(layers))];
+  for (const Population& population : populations) {
+    if (population.begin == population.end) continue;
+    const Fit& fit = fits[size_t(order[size_t(population.begin)]) / (rows.size() / size_t(layers))];
     std::vector<std::vector<double>> y;
-    for (int64_t i = unit.begin; i < unit.end; ++i) y.push_back(fit.components(rows[size_t(order[size_t(i)])].x));
-    // A unit that is one clique is visited whole, and has no model.
+    for (int64_t i = population.begin; i < population.end; ++i) y.push_back(fit.components(rows[size_t(order[size_t(i)])].x));
+    // A population that is one block is visited whole, and has no model.
     bool whole = false;
-    for (size_t k = 0; k + 1 < unit.cliques.size(); ++k)
-      whole = whole || unit.cliques[k + 1] - unit.cliques[k] == unit.end - unit.begin;
-    const auto clique_of = [&](int64_t token) {
-      return std::upper_bound(unit.cliques.begin(), unit.cliques.end(), token) - unit.cliques.begin();
+    for (size_t k = 0; k + 1 < population.blocks.size(); ++k)
+      whole = whole || population.blocks[k + 1] - population.blocks[k] == population.end - population.begin;
+    const auto block_of = [&](int64_t token) {
+      return std::upper_bound(population.blocks.begin(), population.blocks.end(), token) - population.blocks.begin();
     };
-    for (int64_t i = unit.begin; i < unit.end; ++i)
-      for (int64_t j = i + 1; j < unit.end; ++j) {
+    for (int64_t i = population.begin; i < population.end; ++i)
+      for (int64_t j = i + 1; j < population.end; ++j) {
         const size_t row = size_t(order[size_t(i)]), other = size_t(order[size_t(j)]);
         double factor = 0.0;
         const double c = dot(rows[row].x.data(), rows[other].x.data(), features);
-        const bool models = model != Model::kNone && !whole;
-        if (models) missed[size_t(unit.sequence)] += 2.0 * c;
-        if (models) factor = fit.slope(y[size_t(i - unit.begin)], y[size_t(j - unit.begin)]);
-        if (!unit.cliques.empty() && clique_of(i) == clique_of(j)) {
+        const bool models = model && !whole;
+        if (models) missed[size_t(population.sequence)] += 2.0 * c;
+        if (models) factor = fit.slope(y[size_t(i - population.begin)], y[size_t(j - population.begin)]);
+        if (!population.blocks.empty() && block_of(i) == block_of(j)) {
           visited = true;
           const Pair pair = in_units(weigh(p, rows[row].x.data(), rows[other].x.data(), features));
-          factor += unit.inverse_share * (pair.slope - factor);
-          psi[size_t(unit.sequence)] += 2.0 * unit.inverse_share * pair.psi;
-          if (models) missed[size_t(unit.sequence)] -= 2.0 * unit.inverse_share * c;
+          factor += population.inverse_probability * (pair.slope - factor);
+          psi[size_t(population.sequence)] += 2.0 * population.inverse_probability * pair.psi;
+          if (models) missed[size_t(population.sequence)] -= 2.0 * population.inverse_probability * c;
         }
         for (size_t f = 0; f < size_t(features); ++f) {
           g[row][f] += factor * rows[other].x[f];
@@ -386,19 +380,19 @@ Answer sampled(const Potential& p, const std::vector<double>& z, int64_t feature
     const Fit& fit = fits[s / of_layer];
     const double count = double(pairs[s]);
     double mean = psi[s] / count;
-    if (model != Model::kNone) {
+    if (model) {
       const double corrected = mean + (visited ? 0.0 : fit.mean_psi) +
                                fit.psi_slope * (missed[s] / count - (visited ? 0.0 : fit.mean_c));
       if (!visited) mean += fit.mean_psi;
       if (!logarithmic(p) || corrected > 0.0) mean = corrected;
     }
-    answer.loss[s % of_layer] += weight * (logarithmic(p) ? log(mean) + loss_offset(p) : mean);
-    per_pair[s] = 2.0 * weight / count / (logarithmic(p) ? mean : 1.0);
+    answer.loss[s] = logarithmic(p) ? log(mean) + loss_offset(p) : mean;
+    per_pair[s] = 2.0 / count / (logarithmic(p) ? mean : 1.0);
   }
-  for (const Unit& unit : units)
-    for (int64_t i = unit.begin; i < unit.end; ++i) {
+  for (const Population& population : populations)
+    for (int64_t i = population.begin; i < population.end; ++i) {
       const size_t row = size_t(order[size_t(i)]);
-      for (double& value : g[row]) value *= per_pair[size_t(unit.sequence)];
+      for (double& value : g[row]) value *= per_pair[size_t(population.sequence)];
       through_transform(p, rows[row], g[row], &answer.grad[row * size_t(features)]);
     }
   return answer;

@@ -29,22 +29,20 @@ Answer dispersion(const Potential& potential, const std::vector<double>& z, int6
                   const std::vector<int64_t>& order, const std::vector<Segment>& segments, int64_t sequences,
                   double weight);
 
-// Tokens of one layer that pair with each other, and the bounds of their cliques; no bounds: no pair is visited.
-struct Unit {
+// Tokens of one layer that pair with each other, and the bounds of their blocks; no bounds: no pair is visited.
+struct Population {
   int64_t begin, end, sequence;
-  std::vector<int64_t> cliques;
-  double inverse_share;
+  std::vector<int64_t> blocks;
+  double inverse_probability;
 };
-
-enum class Model { kNone, kConstant, kLowRank };
 
 // A layer's fit: rows [kGroups * kGroupTokens] of z.
 constexpr int kGroups = 4, kGroupTokens = 32;
 
-// z [layers * rows, features]; `fit` has the rows of each layer's fit, or nothing. A unit's layer is
+// z [layers * rows, features]; `fit` has the rows of each layer's fit, or nothing. A population's layer is
 // order[begin] / rows. `pairs` [sequences], `loss` [sequences / layers].
 Answer sampled(const Potential& potential, const std::vector<double>& z, int64_t features, int64_t layers,
-               const std::vector<int64_t>& order, const std::vector<Unit>& units, const std::vector<int64_t>& pairs,
-               Model model, const std::vector<std::vector<int64_t>>& fit, double weight);
+               const std::vector<int64_t>& order, const std::vector<Population>& populations, const std::vector<int64_t>& pairs,
+               bool model, const std::vector<std::vector<int64_t>>& fit);
 
 }  // namespace exact

@@ -1,0 +1,47 @@
+"""Sampled pairs in the CPU kernel, which does all of a call at once."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dispersion_kernels import native
+from dispersion_kernels.potentials import ExponentialPotential, Potential
+from dispersion_kernels.sampling.control_variate import DIRECTIONS
+from dispersion_kernels.sampling.estimate import Request
+from dispersion_kernels.sampling.partition import block_tokens, blocks_of_same_size
+
+# A range of the exponent for which the kernel needs no running maximum.
+_FIXED_RANGE = 79.0
+
+
+def takes(potential: Potential, fraction: float, control_variate: str, z: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether the kernel samples the pairs of tokens ``[B, L, F]``; the sweep does where it does not."""
+    sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    length = z.shape[0] * z.shape[1] // max(1, sequences)
+    blocks = 0 if cu_seqlens is not None else blocks_of_same_size(fraction, length)
+    size = length // blocks if blocks else block_tokens(fraction, length)
+    if isinstance(potential, ExponentialPotential):
+        low, high = potential.exponent_range()
+        if high - low > _FIXED_RANGE:
+            return False
+    full_rank = control_variate == "full_rank" and z.shape[2] > DIRECTIONS
+    return not full_rank and (fraction == 0 or size <= native.LARGEST_BLOCK)
+
+
+def sample(request: Request) -> tuple[Tensor, Tensor]:
+    layers, partition = request.layers, request.partition
+    if any(native.row_stride(z) is None or z.stride() != layers[0].stride() for z in layers):
+        layers = [z.contiguous() for z in layers]
+    return native.sampled(
+        layers,
+        potential_name=request.potential.name(),
+        params=request.potential.params(),
+        order=partition.order,
+        populations=partition.populations,
+        blocks=partition.bounds if request.visited else None,
+        inverse_probability=partition.inverse_probability,
+        sequence=partition.sequence,
+        pairs=partition.pairs,
+        draws=request.uniform,
+        gradient=request.grad,
+    )

@@ -1,0 +1,162 @@
+"""The loss and its gradient from a fraction of the pairs. docs/sampling.md has the mathematics.
+
+A backend's own sampler does it, where it has one that takes the call: the CPU kernel, for blocks of up to 256 tokens
+and exponents that need no running maximum, unless the model is of full rank. Else
+:mod:`dispersion_kernels.sampling.torch_sampler` does, over the backend's sweep, one layer at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dispersion_kernels.potentials import Potential
+from dispersion_kernels.sampling.control_variate import FIT_GROUPS, FIT_TOKENS, fit, noise
+from dispersion_kernels.sampling.partition import Partition, block_tokens, blocks_of_same_size, partition_of
+from dispersion_kernels.sampling.torch_sampler import Sweep, sample
+from dispersion_kernels.segments import uniform
+from dispersion_kernels.sweep import accumulation_dtype, loss_weight, sum_of_tokens, wide_dtype
+
+
+class Draws(NamedTuple):
+    """What is random, of Y layers."""
+
+    shuffle: Tensor
+    """``[Y, B, L]`` int64: the tokens of each sequence (of all packed ones) in random order; empty where no pair is
+    visited."""
+    fit: Tensor
+    """``[Y, FIT_GROUPS, 1 + FIT_TOKENS]``, uniform in [0, 1): a population each, and tokens of it."""
+
+
+class Estimate(NamedTuple):
+    """What the sampled pairs give, of Y layers."""
+
+    loss: Tensor
+    """The mean over the layers of their reduced loss, ``[S]`` for "none", in :func:`wide_dtype`; 0 for a sequence
+    without a pair."""
+    grad: Tensor | None
+    """``[Y, B, L, F]``: d loss (of its sequence) / d z, but for its scale; None where it was not asked for."""
+    scale: Tensor | None
+    """``[Y, B, L]``."""
+    error: Tensor
+    """``[Y]``: the relative error to expect of the gradient; 0 where it was not asked for, or no gradient."""
+
+
+class Request(NamedTuple):
+    """What is asked of a backend's own sampler, for Y layers that are taken together."""
+
+    layers: Sequence[Tensor]
+    partition: Partition
+    potential: Potential
+    uniform: Tensor | None
+    """``Draws.fit`` of these layers; None without a control variate, which is ``low_rank``."""
+    visited: bool
+    grad: tuple[Tensor, Tensor] | None
+    """``[Y, B, L, F]`` and ``[Y, B, L]``: where the gradient goes, in two factors; None where none is wanted."""
+
+
+# A backend's own sampler: the loss of each sequence and ``per_pair``, both ``[Y S]``, as in ``corrected_losses``.
+Sampler = Callable[[Request], tuple[Tensor, Tensor]]
+
+
+def visits_all(fraction: float, z: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether the shape of tokens ``[B, L, F]`` says to visit all pairs: there is none, or a block would be a whole
+    sequence."""
+    length = z.shape[1] if cu_seqlens is None else z.shape[1] // max(1, cu_seqlens.numel() - 1)
+    return z.shape[0] == 0 or length <= block_tokens(fraction, length)
+
+
+def draw(layers: Sequence[Tensor], fraction: float, generator: torch.Generator | None) -> Draws:
+    """For a fraction of the pairs of tokens ``[B, L, F]`` of each layer."""
+    (batch, length, _), device, count = layers[0].shape, layers[0].device, len(layers)
+    of_fit = uniform(count, FIT_GROUPS, 1 + FIT_TOKENS, device=device, generator=generator)
+    if fraction == 0:
+        return Draws(of_fit.new_empty(count, 0, 0, dtype=torch.int64), of_fit)
+    if device.type != "cpu":
+        return Draws(uniform(count, batch, length, device=device, generator=generator).argsort(2), of_fit)
+    # On a CPU sorting takes seven times as long as this.
+    if torch.compiler.is_compiling() and generator is None:
+        orders = torch.ops.dispersion_kernels.permutations(count * batch, length)
+    else:
+        orders = _permutations(count * batch, length, generator)
+    return Draws(orders.view(count, batch, length), of_fit)
+
+
+def _permutations(count: int, length: int, generator: torch.Generator | None = None) -> Tensor:
+    """``[count, length]`` int64 on the CPU: random orders."""
+    orders = torch.empty(count, length, dtype=torch.int64, device="cpu")
+    for order in orders.unbind():
+        torch.randperm(length, generator=generator, out=order)
+    return orders
+
+
+# An operator, because torch.compile would unroll the loop, and compile it again for every other number of sequences.
+_library = torch.library.Library("dispersion_kernels", "FRAGMENT")
+_library.define(
+    "permutations(SymInt count, SymInt length) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
+)
+_library.impl("permutations", _permutations, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("dispersion_kernels::permutations")
+def _permutations_fake(count: int, length: int) -> Tensor:
+    return torch.empty(count, length, dtype=torch.int64, device="cpu")
+
+
+def estimate(
+    layers: Sequence[Tensor],
+    groups: Tensor | None,
+    cu_seqlens: Tensor | None,
+    potential: Potential,
+    draws: Draws,
+    fraction: float,
+    control_variate: str,
+    reduction: str,
+    with_grad: bool,
+    with_error: bool,
+    sweep: Sweep,
+    sampler: Sampler | None = None,
+) -> Estimate:
+    """Loss and gradient of tokens ``[B, L, F]``, alike in all layers, from a ``fraction`` of their pairs; ``groups``
+    and ``cu_seqlens`` as in :mod:`dispersion_kernels.segments`, None where the fraction is 0."""
+    first, count, visited = layers[0], len(layers), fraction > 0
+    dtype, wide = accumulation_dtype(first.dtype), wide_dtype(first.device)
+    grad = first.new_empty(count, *first.shape, dtype=dtype) if with_grad else None
+    scale = first.new_empty(count, *first.shape[:2], dtype=dtype) if with_grad else None
+    # A backend's sampler takes layers of whole sequences as one larger batch. An error is that of one layer.
+    whole = groups is None and cu_seqlens is None and blocks_of_same_size(fraction, first.shape[1]) > 0
+    at_once = count if whole and sampler is not None and not with_error else 1
+    losses, errors, weight = [], [], loss_weight(count, reduction, 0)
+    for n in range(0, count, at_once):
+        some = slice(n, n + at_once)
+        partition = partition_of(layers[some], draws.shuffle[some], groups, cu_seqlens, fraction)
+        weight = loss_weight(count, reduction, partition.with_pairs // at_once)
+        gradient = None if grad is None or scale is None else (grad[some], scale[some])
+        model = None
+        if (sampler is None and control_variate != "none") or (with_error and gradient is not None):
+            model = fit(layers[n], partition, draws.fit[n], potential, control_variate)
+        if sampler is not None:
+            uniform = None if control_variate == "none" else draws.fit[some]
+            loss, per_pair = sampler(Request(layers[some], partition, potential, uniform, visited, gradient))
+        else:
+            loss, per_pair = sample(sweep, layers[n], partition, potential, model, visited, gradient)
+        losses.append(loss.view(at_once, -1).sum(0))
+        if gradient is not None and model is not None and with_error:
+            errors.append(_relative_error(*gradient, noise(model, partition, per_pair, visited)))
+    total = torch.stack(losses).sum(0) * weight
+    if scale is not None:
+        scale *= weight
+    error = torch.stack(errors) if errors else first.new_zeros(count, dtype=wide)
+    return Estimate(total if reduction == "none" else total.sum(), grad, scale, error)
+
+
+def _relative_error(grad: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
+    """``[]``: from the gradient's factors of one layer and the square of its error."""
+    of_tokens = torch.linalg.vector_norm(grad.flatten(0, -2), dim=1) * scale.flatten()
+    squares = sum_of_tokens(of_tokens.to(noise.dtype).square().unsqueeze(0)).squeeze(0)
+    error: Tensor = (noise / (squares - noise).clamp(min=torch.finfo(grad.dtype).tiny)).sqrt()
+    return error

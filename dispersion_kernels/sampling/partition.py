@@ -1,0 +1,234 @@
+"""Which tokens meet: populations of tokens that pair with each other, and the random blocks that they are cut into."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dispersion_kernels.native import row_stride
+from dispersion_kernels.segments import on_device, order_of, segment_of_token
+from dispersion_kernels.sweep import wide_dtype
+
+# Tokens of a block: the sweep of smaller blocks costs as much as that of these.
+_SMALLEST_BLOCK = 16
+
+# Consecutive runs of rows: the number of rows of each run, where all have as many, or the bounds of the runs.
+Runs = int | Tensor
+
+
+@dataclass(frozen=True)
+class Partition:
+    """N tokens of U populations, of S sequences, in K blocks. A population is a sequence, or a document in one."""
+
+    order: Tensor | None
+    """``[N]`` int64: the tokens, those of a block side by side; None: as they lie."""
+    left_out: Tensor | None
+    """``[N]`` boolean, in that order: tokens of no population, which are the last; None: none."""
+    populations: Tensor
+    """``[U + 1]``: bounds of the populations in that order."""
+    sequence: Tensor
+    """``[U]``: the sequence of each population."""
+    blocks: Tensor
+    """``[U]``: the number of blocks of each population; 1 where no pair is visited."""
+    inverse_probability: Tensor
+    """``[U]`` in :func:`wide_dtype`: 1 / p for the probability p that a pair is visited; 0 where none is."""
+    bounds: Tensor
+    """``[K + 1]``: bounds of the blocks."""
+    population: Tensor
+    """``[K]``: the population of each block."""
+    size: int
+    """Tokens of the largest block, at most."""
+    same_size: bool
+    """Whether all blocks have as many tokens, and all populations as many blocks."""
+    pairs: Tensor
+    """``[S]`` int64: ordered pairs of each sequence, visited or not."""
+    with_pairs: int | Tensor
+    """Number of sequences that have a pair."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """``[U]``: the number of tokens of each population."""
+        return self.populations.diff()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The blocks that are a part of their population and not all of it, as R rows of as many tokens. (Of a population
+    that is one block all pairs are visited, and the model has nothing to add.)"""
+
+    shape: tuple[int, int]
+    places: Tensor | None
+    """``[R, size]``: the place of each token in the order of the partition, N for padding; None: as they follow."""
+    block: Tensor
+    """``[R]``."""
+    population: Tensor
+    """``[R]``: a number that the rows of a population share, ascending from 0."""
+    of_population: Runs
+    """The rows of each of these numbers."""
+    of_sequence: Runs
+    """The rows of each sequence."""
+
+
+def partition_of(
+    layers: Sequence[Tensor], shuffle: Tensor, groups: Tensor | None, cu_seqlens: Tensor | None, fraction: float
+) -> Partition:
+    """The partition of tokens ``[B, L, F]`` by their random order ``shuffle`` ``[layers, B, L]``; of several layers
+    together where all blocks have the same size."""
+    batch, length = layers[0].shape[:2]
+    if groups is None and cu_seqlens is None and (blocks := blocks_of_same_size(fraction, length)):
+        # Kept where no stream and no graph owns memory.
+        make = _kept_partition if layers[0].is_cpu else _whole_sequences
+        found = make(len(layers) * batch, length, blocks, fraction > 0, layers[0].device)
+        if fraction == 0:
+            return found
+        return replace(found, order=(shuffle.flatten(0, 1) + found.populations[:-1].unsqueeze(1)).flatten())
+    assert len(layers) == 1
+    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    size = block_tokens(fraction, batch * length // max(1, sequences))
+    return _populations_of_any_length(groups, cu_seqlens, shuffle[0], size)
+
+
+def blocks_of_same_size(fraction: float, length: int) -> int:
+    """Into how many blocks of the same size ``length`` tokens are cut; 0 where there is no such number near."""
+    if fraction == 0:
+        return 1
+    most = max(1, length // block_tokens(fraction, length))
+    return next((k for k in range(most, most * 3 // 4, -1) if length % k == 0), 0)
+
+
+def block_tokens(fraction: float, length: int) -> int:
+    """How many tokens a block of a sequence of ``length`` tokens has, about."""
+    return max(_SMALLEST_BLOCK, math.ceil(fraction * length))
+
+
+def _whole_sequences(sequences: int, length: int, blocks: int, visited: bool, device: torch.device) -> Partition:
+    """Every sequence a population, and all blocks of the same size; tokens in no order yet."""
+    sequence = torch.arange(sequences, device=device)
+    populations = torch.arange(sequences + 1, device=device) * length
+    found = _cut(populations, sequence, sequences, torch.full_like(sequence, blocks), sequences * blocks)
+    return replace(
+        found,
+        inverse_probability=found.inverse_probability * visited,
+        size=length // blocks,
+        same_size=True,
+        with_pairs=sequences if length > 1 else 0,
+    )
+
+
+_kept_partition = functools.lru_cache(maxsize=16)(_whole_sequences)
+
+
+def _populations_of_any_length(
+    groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: Tensor, size: int
+) -> Partition:
+    """Each population in the fewest blocks of at most ``size`` tokens that differ by one at most.
+
+    On an accelerator the number of populations and blocks is not read: bounds of it, known from shapes, take its place,
+    and the rest are empty.
+    """
+    (batch, length), count, device = shuffle.shape, shuffle.numel(), shuffle.device
+    if cu_seqlens is None:
+        sequences, sequence = batch, torch.arange(batch, device=device).repeat_interleave(length)
+    else:
+        sequences, sequence = cu_seqlens.numel() - 1, segment_of_token(on_device(cu_seqlens, device), count)
+    ids = torch.zeros_like(sequence) if groups is None else groups.flatten()
+
+    # Sorted by sequence, and in it by group and at random, with the tokens that are left out at the end.
+    order = (shuffle + torch.arange(batch, device=device).unsqueeze(1) * length).flatten()
+    order = order[order_of(sequence.masked_fill(ids < 0, sequences)[order], ids[order])]
+    ids, sequence = ids[order], sequence[order]
+    left_out = ids < 0
+    first = ~left_out
+    first[1:] &= (sequence[1:] != sequence[:-1]) | (ids[1:] != ids[:-1])
+    number = max(1, int(first.sum())) if may_read(device) else sequences if groups is None else count
+    population = (first.cumsum(0) - 1).masked_fill(left_out, count)
+    populations = torch.searchsorted(population, torch.arange(number + 1, device=device))
+    begins = populations[:-1]
+    sequence = sequence[begins.clamp(max=count - 1)].masked_fill(begins >= populations[-1:], max(0, sequences - 1))
+    blocks = (populations.diff() + size - 1) // size
+    total = max(1, int(blocks.sum())) if may_read(device) else number + count // size
+    found = _cut(populations, sequence, sequences, blocks, total)
+    return replace(found, order=order, left_out=None if groups is None else left_out, size=size)
+
+
+def _cut(populations: Tensor, sequence: Tensor, sequences: int, blocks: Tensor, total: int) -> Partition:
+    """Populations in so many ``blocks`` each, at most ``total``, that differ by one token at most."""
+    tokens, last = populations.diff(), blocks.cumsum(0)
+    number = torch.arange(total, device=blocks.device)
+    population = torch.searchsorted(last, number, right=True).clamp(max=blocks.numel() - 1)
+    pieces = blocks.clamp(min=1)
+    within = (number - (last - blocks)[population]) * tokens[population] // pieces[population]
+    begins = torch.where(number < last[-1:], populations[population] + within, populations[-1:])
+    per_population = tokens * (tokens - 1)
+    pairs = per_population.new_zeros(sequences).index_add_(0, sequence, per_population)
+    least, larger = tokens // pieces, tokens % pieces
+    visited = larger * (least + 1) * least + (blocks - larger) * least * (least - 1)
+    return Partition(
+        order=None,
+        left_out=None,
+        populations=populations,
+        sequence=sequence,
+        blocks=blocks,
+        inverse_probability=per_population / visited.clamp(min=1).to(wide_dtype(blocks.device)),
+        bounds=torch.cat([begins, populations[-1:]]),
+        population=population,
+        size=0,
+        same_size=False,
+        pairs=pairs,
+        with_pairs=(pairs > 0).sum(),
+    )
+
+
+def rows_of(partition: Partition) -> Rows:
+    """The rows of a partition whose pairs are visited, or of one whose populations are whole sequences."""
+    count, blocks = partition.populations.numel() - 1, partition.blocks[partition.population]
+    total, sequences, size = blocks.numel(), partition.pairs.numel(), partition.size
+    block = torch.arange(total, device=blocks.device)
+    if partition.same_size:
+        population = partition.population
+        return Rows((total, size), None, block, population, total // count, total // sequences)
+    assert partition.order is not None
+    bounds, tokens, last = partition.bounds, partition.order.numel(), max(0, sequences - 1)
+    partial = (bounds.diff() > 0) & (blocks > 1)
+    block = (~partial).int().argsort(stable=True)
+    block = block[: int(partial.sum()) if may_read(block.device) else 2 * tokens // size + 1]
+    # The rows that are none, at the end, count as one population more, and to the last sequence.
+    partial, population = partial[block], partition.population[block]
+    sequence = torch.where(partial, partition.sequence[population], last)
+    population = population.masked_fill(~partial, count)
+    population = torch.nn.functional.pad((population.diff() != 0).cumsum(0), (min(1, block.numel()), 0))
+    places = bounds[block].unsqueeze(1) + torch.arange(size, device=block.device)
+    padding = (places >= bounds[block + 1].unsqueeze(1)) | ~partial.unsqueeze(1)
+    return Rows(
+        shape=(block.numel(), size),
+        places=places.masked_fill(padding, tokens),
+        block=block,
+        population=population,
+        of_population=torch.searchsorted(population, torch.arange(block.numel() + 1, device=block.device)),
+        of_sequence=torch.searchsorted(sequence, torch.arange(sequences + 1, device=block.device)),
+    )
+
+
+def may_read(device: torch.device) -> bool:
+    """Whether reading a value costs nothing; elsewhere it would synchronise."""
+    return device.type == "cpu"
+
+
+def select(z: Tensor, index: Tensor) -> Tensor:
+    """``[n, F]``: the tokens of ``z`` ``[B, L, F]`` with these numbers, read where they lie, whatever the strides."""
+    if row_stride(z) is not None:
+        return z.flatten(0, 1).index_select(0, index)
+    return z[index // z.shape[1], index % z.shape[1]]  # flattening might copy all of z
+
+
+def sum_of_runs(values: Tensor, runs: Runs) -> Tensor:
+    """``[runs, ...]`` from ``[R, ...]``."""
+    if isinstance(runs, int):
+        return values.view(-1, runs, *values.shape[1:]).sum(1)
+    sums: Tensor = torch.segment_reduce(values, "sum", offsets=runs, axis=0, unsafe=True)
+    return sums

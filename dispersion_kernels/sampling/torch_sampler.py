@@ -1,0 +1,153 @@
+"""Sampled pairs of one layer from a backend's sweep, to which a block is a short sequence, and PyTorch's matrix
+products for the model: of every potential, with every control variate, on every backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dispersion_kernels.potentials import Potential
+from dispersion_kernels.sampling.control_variate import Fit, Transformed, corrected_losses, transformed
+from dispersion_kernels.sampling.partition import Partition, Rows, rows_of, select, sum_of_runs
+from dispersion_kernels.segments import segment_of_token
+from dispersion_kernels.sweep import wide_dtype
+
+# A backend's sweep of tokens ``[R, L, F]``, each row a sequence, or packed ones ``[1, N, F]`` with groups and bounds:
+# the loss of each, and of its gradient the two factors, as ``autograd.py`` has them.
+Sweep = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+
+
+def sample(
+    sweep: Sweep,
+    z: Tensor,
+    partition: Partition,
+    potential: Potential,
+    fit: Fit | None,
+    visited: bool,
+    gradient: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """The loss of each sequence of tokens ``[B, L, F]``, and ``per_pair``, both ``[S]``, as in
+    :func:`corrected_losses`; and to ``gradient`` ``[1, B, L, F]`` and ``[1, B, L]``, where one is wanted, that of each
+    sequence's loss."""
+    order = partition.order
+    grad = None
+    if gradient is not None:
+        grad = gradient[0].view(-1, z.shape[2])  # finished
+        gradient[1].fill_(1.0)
+    tokens = z.flatten(0, 1) if order is None else select(z, order)
+    rows = rows_of(partition) if fit is not None and fit.b is not None else None
+    read = transformed(tokens, potential, partition.left_out) if rows is not None else None
+    missed = model = None
+    if rows is not None and read is not None and fit is not None:
+        missed, model = _model(read, partition, rows, fit, grad is not None)
+    if not visited:
+        assert fit is not None
+        assert read is not None
+        nonfinite = read.nonfinite.view(z.shape[:2]).any(1)
+        mean = fit.mean_psi.expand(z.shape[0]).masked_fill(nonfinite, math.nan)
+        losses, per_pair = corrected_losses(partition, potential, mean, missed, fit, visited)
+        if grad is not None and model is not None:
+            torch.mul(model, (read.inverse * per_pair.to(model.dtype).repeat_interleave(z.shape[1]))[:, None], out=grad)
+        return losses, per_pair
+
+    means, grads, scale = _block_means(sweep, tokens, partition, potential)
+    sequence = partition.sequence[partition.population]
+    met = partition.bounds.diff()
+    pairs = partition.pairs.clamp(min=1).to(means.dtype)[sequence]
+    weight = met * (met - 1) * partition.inverse_probability[partition.population] / pairs
+    bounds = torch.searchsorted(sequence, torch.arange(partition.pairs.numel() + 1, device=sequence.device))
+    mean = sum_of_runs(weight * means, bounds)
+    losses, per_pair = corrected_losses(partition, potential, mean, missed, fit, visited)
+    if grad is None or order is None:
+        return losses, per_pair
+    # What the gradient of a block's loss counts in that of its sequence's.
+    of_block = per_pair[sequence] * weight * pairs / 2
+    if potential.reduction == "log_mean":
+        of_block = of_block * means
+    block = segment_of_token(torch.nn.functional.pad(partition.bounds, (0, 1), value=tokens.shape[0]), tokens.shape[0])
+    swept = grads.flatten(0, 1)
+    of_token = torch.nn.functional.pad(of_block, (0, 1))[block].to(swept.dtype)  # 0 for those that are left out
+    swept *= (of_token * scale.flatten()).unsqueeze(1)
+    if model is not None and read is not None:
+        of_token = torch.nn.functional.pad(per_pair[sequence], (0, 1))[block].to(swept.dtype)
+        swept.addcmul_(model, (of_token * read.inverse).unsqueeze(1))
+    grad.index_copy_(0, order, swept)
+    return losses, per_pair
+
+
+def _block_means(
+    sweep: Sweep, tokens: Tensor, partition: Partition, potential: Potential
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``[K]`` in :func:`wide_dtype`: the mean of psi over the pairs of each block; and the two factors of the gradient
+    of its loss, for the tokens in the order of the partition."""
+    if partition.same_size:
+        losses, grad, scale = sweep(tokens.view(-1, partition.size, tokens.shape[1]), None, None)
+    else:
+        # The tokens that are left out are a sequence more.
+        groups = None if partition.left_out is None else -partition.left_out.long().unsqueeze(0)
+        bounds = torch.nn.functional.pad(partition.bounds, (0, 1), value=tokens.shape[0])
+        losses, grad, scale = sweep(tokens.unsqueeze(0), groups, bounds)
+        losses = losses[:-1]
+    means = losses.to(wide_dtype(losses.device))
+    if potential.reduction == "log_mean":
+        means = (means - potential.loss_offset).exp()
+    return means, grad, scale
+
+
+def _model(
+    read: Transformed, partition: Partition, rows: Rows, fit: Fit, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``[S]``: the sum of c over all pairs of modelled populations, less 1/p times that over the pairs visited; and
+    ``[N, F]``: ``sum_j h_ij x_j`` of all pairs less 1/p times that of those visited, seen through the row transform but
+    for 1 / z."""
+    assert fit.b is not None
+    x, phi = _rows(read.x, rows), _rows(fit.features(read.x), rows)
+    population = partition.population[rows.block]
+    inverse = partition.inverse_probability[population]
+    sums = phi.mT @ x  # [R, k, F]
+    totals = sum_of_runs(sums, rows.of_population)
+
+    # phi begins with 1.
+    squares = x.square().sum((1, 2), dtype=inverse.dtype)
+    of_rows = sums[:, 0].to(inverse.dtype).square().sum(1) - squares
+    of_all = totals[:, 0].to(inverse.dtype).square().sum(1) - sum_of_runs(squares, rows.of_population)
+    # Divided among the rows of a population, which know their sequence.
+    missed = of_all[rows.population] / partition.blocks[population].clamp(min=1) - of_rows * inverse
+    missed = sum_of_runs(missed, rows.of_sequence)
+    if not with_grad:
+        return missed, None
+
+    share = inverse.to(x.dtype).view(-1, 1, 1)
+    out = (phi * fit.b) @ torch.addcmul(totals[rows.population], sums, share, value=-1)
+    own = phi.square() @ fit.b * (1 - share.squeeze(2))  # h_ii, which is among both sums and is no pair
+    if fit.b_of_c is not None:
+        # c itself: of the rows (X X^T) X, of a whole sequence X (X^T X).
+        if partition.order is not None:
+            out.baddbmm_((x @ x.mT) * (share * -fit.b_of_c), x)
+        own += x.square().sum(2) * fit.b_of_c * (1 - share.squeeze(2))
+    out, own = _places(out, rows, read.x), _places(own, rows, read.ratio)
+    if fit.b_of_c is not None:
+        whole = read.x.view(partition.pairs.numel(), -1, out.shape[1])
+        out.view(whole.shape).baddbmm_(whole, (whole.mT @ whole) * fit.b_of_c)
+    squares = torch.where(read.ratio > 0, read.ratio.square().reciprocal(), 0.0)
+    along = own + read.ratio * (torch.linalg.vecdot(out, read.x) - own * squares)
+    return missed, out.addcmul_(read.x, along.unsqueeze(1), value=-1)
+
+
+def _rows(values: Tensor, rows: Rows) -> Tensor:
+    """``[R, size, ...]`` from values ``[N, ...]`` in the order of the partition, 0 for padding."""
+    if rows.places is None:
+        return values.view(*rows.shape, -1)
+    return torch.cat([values, values.new_zeros(1, values.shape[1])])[rows.places]
+
+
+def _places(values: Tensor, rows: Rows, like: Tensor) -> Tensor:
+    """``[N, ...]`` from ``[R, size, ...]``: the inverse of :func:`_rows`, 0 for tokens that are in no row."""
+    values = values.flatten(0, 1)
+    if rows.places is None:
+        return values
+    out = like.new_zeros(like.shape[0] + 1, *like.shape[1:])
+    return out.index_copy_(0, rows.places.flatten(), values)[:-1]
