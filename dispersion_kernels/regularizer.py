@@ -111,14 +111,12 @@ class DispersionRegularizer:
         self._before: _Term = _END
         self._scrap: Tensor | None = None
         self._forward: _Forward | None = None
-        self._selection: _Selection = _ALL
-        self._labels: Tensor | None = None
         self._removed = False
         self._handles = [layer.module.register_forward_hook(layer) for layer in self._layers]
-        if tokens == "labels":
-            self._handles.append(model.register_forward_pre_hook(_Labels(self, model), with_kwargs=True))
-        self._handles.append(owner.register_forward_pre_hook(_Begin(self, owner), with_kwargs=True))
-        self._handles.append(owner.register_forward_hook(_Finish(self)))
+        for module in (model, owner)[: 1 if owner is model else 2]:
+            begin = _Begin(self, _argument_names(module), is_model=module is model, is_owner=module is owner)
+            self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(_Finish(self, is_model=module is model)))
 
     @property
     def layers(self) -> list[str]:
@@ -158,12 +156,11 @@ class DispersionRegularizer:
         self._handles.clear()
         self._removed = True
         self._pending = self._before = _END
-        self._scrap, self._forward, self._labels = None, None, None
+        self._scrap, self._forward = None, None
 
-    def _select(self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Selection:
+    def _select(self, given: Mapping[str, Any]) -> _Selection:
         if self._tokens == "all":
             return _ALL
-        given = dict(zip(names, args, strict=False), **kwargs)
         mask, cu_seqlens = None, given.get("cu_seq_lens_q")
         attention_mask, position_ids = given.get("attention_mask"), given.get("position_ids")
         if cu_seqlens is None and attention_mask is not None:
@@ -179,12 +176,13 @@ class DispersionRegularizer:
             batch = position_ids.shape[0] if tokens is None else tokens.shape[0]
             cu_seqlens = _documents(position_ids.expand(batch, -1))
         if self._tokens == "labels":
-            if self._labels is None:
+            labels = given.get("labels")
+            if labels is None:
                 raise ValueError(
                     "tokens='labels' was given, and the model was called without labels; call it with labels=, or take "
                     "tokens='attended'"
                 )
-            predicted = self._labels != IGNORED_LABEL
+            predicted = labels != IGNORED_LABEL
             mask = predicted if mask is None else mask & predicted
         return _Selection(mask, cu_seqlens)
 
@@ -216,9 +214,11 @@ class DispersionRegularizer:
 
 
 class _Forward:
-    """One call of the module that owns the blocks."""
+    """One call of the model, or of the module that owns the blocks alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, by_model: bool, given: Mapping[str, Any]) -> None:
+        self.by_model, self.given = by_model, given
+        self.selection: _Selection | None = None
         self.taken = False
         """Whether ``loss`` has taken its terms."""
 
@@ -269,23 +269,15 @@ class _Hook:
         return partial, (_no_hook,)
 
 
-class _Labels(_Hook):
-    """Before the model's forward: its labels."""
-
-    def __init__(self, regularizer: DispersionRegularizer, model: nn.Module) -> None:
-        super().__init__(regularizer)
-        self.names = _argument_names(model)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.regularizer._labels = dict(zip(self.names, args, strict=False), **kwargs).get("labels")
-
-
 class _Begin(_Hook):
-    """Before the forward of the module that owns the blocks: which tokens take part."""
+    """Before the forward of the model and of the module that owns the blocks: which tokens take part. Not every model
+    calls that module: Sentence Transformers' call its ``forward``, past its hooks."""
 
-    def __init__(self, regularizer: DispersionRegularizer, owner: nn.Module) -> None:
+    def __init__(
+        self, regularizer: DispersionRegularizer, names: Sequence[str], *, is_model: bool, is_owner: bool
+    ) -> None:
         super().__init__(regularizer)
-        self.names = _argument_names(owner)
+        self.names, self.is_model, self.is_owner = names, is_model, is_owner
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         regularizer = self.regularizer
@@ -294,21 +286,46 @@ class _Begin(_Hook):
                 "DispersionRegularizer is not for nn.DataParallel, whose replicas run in threads; take "
                 "DistributedDataParallel, or make one GPU visible: CUDA_VISIBLE_DEVICES=0"
             )
-        if regularizer._forward is not None:  # which ended in an exception
+        forward = regularizer._forward
+        if forward is not None and (self.is_model or not forward.by_model):  # which ended in an exception
             regularizer._pending, regularizer._forward = regularizer._before, None
+            forward = None
         if regularizer._removed or not module.training or not torch.is_grad_enabled():
             return
-        regularizer._scrap = None
-        regularizer._before, regularizer._forward = regularizer._pending, _Forward()
-        regularizer._selection = regularizer._select(self.names, args, kwargs)
+        given = _known(self.names, args, kwargs)
+        if forward is None:
+            regularizer._scrap = None
+            forward = _Forward(self.is_model, given)
+            regularizer._before, regularizer._forward = regularizer._pending, forward
+        if self.is_owner:
+            if "labels" in forward.given:
+                given["labels"] = forward.given["labels"]
+            forward.selection = regularizer._select(given)
 
 
 class _Finish(_Hook):
     """After it."""
 
+    def __init__(self, regularizer: DispersionRegularizer, *, is_model: bool) -> None:
+        super().__init__(regularizer)
+        self.is_model = is_model
+
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
-        regularizer = self.regularizer
-        regularizer._forward, regularizer._selection, regularizer._labels = None, _ALL, None
+        forward = self.regularizer._forward
+        if self.is_model or (forward is not None and not forward.by_model):
+            self.regularizer._forward = None
+
+
+_KNOWN = ("cu_seq_lens_q", "attention_mask", "position_ids", "input_ids", "inputs_embeds", "labels")
+
+
+def _known(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that say which tokens there are; some models take them in one mapping."""
+    given = dict(zip(names, args, strict=False), **kwargs)
+    for value in args:
+        if isinstance(value, Mapping):
+            given.update(value)
+    return {name: given[name] for name in _KNOWN if name in given}
 
 
 def _argument_names(module: nn.Module) -> list[str]:
@@ -344,7 +361,12 @@ class _Layer(_Hook):
         if regularizer._removed or not torch.is_grad_enabled() or (forward is None and not module.training):
             return None
         z = _hidden_states(output, self.name)
-        selection = regularizer._selection
+        if forward is None:
+            selection = _ALL
+        else:
+            if forward.selection is None:
+                forward.selection = regularizer._select(forward.given)
+            selection = forward.selection
         if torch.compiler.is_compiling():
             # The compiler fuses the addition of the two gradients.
             value = regularizer._value(_narrowed(z), selection, recompute=not regularizer._keep_gradients)

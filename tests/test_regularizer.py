@@ -392,6 +392,34 @@ class Padded(Model):
         return super().forward(tokens)
 
 
+class Bypassed(nn.Module):
+    """Calls the ``forward`` of the module that owns the blocks, past its hooks, with all arguments in one mapping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Padded()
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        return self.inner.forward(**features)
+
+
+def test_the_owner_s_hooks_may_be_passed_by() -> None:
+    model, batch = Bypassed(), tokens()
+    mask = torch.arange(24) < torch.tensor([[24], [15]])
+    reg = DispersionRegularizer(model, weight=WEIGHT)
+    call = {"tokens": batch, "attention_mask": mask}
+    exact = by_hand(model, [lambda m: m(call)], lambda m: blocks(m.inner), options=[{"mask": mask}])  # type: ignore[arg-type]
+    for _ in range(2):
+        model.zero_grad()
+        total = model(call) + reg.loss()
+        total.backward()
+        assert_same(Step(total.detach(), gradients(model)), exact)
+    model.zero_grad()
+    total = model.inner(batch, mask) + reg.loss()  # and the model may
+    total.backward()
+    assert_same(Step(total.detach(), {f"inner.{k}": v for k, v in gradients(model.inner).items()}), exact)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_takes_no_part(side: str) -> None:
     model, batch = Padded(), tokens()

@@ -1,0 +1,105 @@
+"""The dispersion loss in Hugging Face's ``Trainer`` and those made of it: TRL's and Sentence Transformers'::
+
+    trainer = SFTTrainer(model, train_dataset=dataset)
+    attach(trainer, layers="all", weight=0.1)
+    trainer.train()
+
+or, for a class of one's own, ``class MyTrainer(DispersionMixin, SFTTrainer)`` with ``dispersion={"weight": 0.1}`` among
+its arguments.
+
+A step of N accumulated batches adds ``weight`` times the mean over them of their dispersion, on however many processes,
+whether the trainer divides the loss by N or the model's loss is divided by the step's number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dispersion_kernels.regularizer import DispersionRegularizer
+
+
+def attach(trainer: Any, layers: Any = "all", weight: float = 0.1, **options: Any) -> DispersionRegularizer:
+    """Adds the dispersion loss to what ``trainer`` minimises, and to what it logs.
+
+    Args:
+        trainer: a ``transformers.Trainer``, or an instance of a class made of it, before ``train()``.
+        layers, weight, options: as in :class:`~dispersion_kernels.DispersionRegularizer`.
+
+    Returns:
+        The regulariser, as ``trainer.dispersion``, too.
+    """
+    if isinstance(trainer, DispersionMixin):
+        raise ValueError("trainer has a dispersion loss already: trainer.dispersion; change its weight there")
+    if not callable(getattr(trainer, "compute_loss", None)) or not hasattr(trainer, "accelerator"):
+        raise TypeError(
+            f"trainer must be a transformers.Trainer, or of a class made of it, got {type(trainer).__name__}; in a "
+            "loop of your own add DispersionRegularizer(model).loss() to the loss"
+        )
+    regularizer = DispersionRegularizer(trainer.model, layers, weight, **options)
+    kind = type(trainer)
+    trainer.__class__ = type(kind.__name__, (DispersionMixin, kind), {"__module__": kind.__module__})
+    trainer._start(regularizer)
+    return regularizer
+
+
+class DispersionMixin:
+    """A base class to put before a ``Trainer``; with the keyword argument ``dispersion``, the arguments of
+    :class:`~dispersion_kernels.DispersionRegularizer` after the model.
+
+    The logs of training have ``dispersion``, the mean over the chosen layers without its weight, and ``cross_entropy``,
+    the loss of the trainer itself; ``loss`` is the latter and ``weight`` times the former.
+    """
+
+    dispersion: DispersionRegularizer
+
+    def __init__(self, *args: Any, dispersion: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        model: Any = self.model  # type: ignore[attr-defined]
+        self._start(DispersionRegularizer(model, **(dispersion or {})))
+
+    def _start(self, regularizer: DispersionRegularizer) -> None:
+        self.dispersion = regularizer
+        self._sums: Tensor | None = None
+        self._summed_from: int = self.state.global_step  # type: ignore[attr-defined]
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        parent: Any = super()
+        result = parent.compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
+        )
+        if not (model.training and torch.is_grad_enabled()):
+            return result
+        own, outputs = result if return_outputs else (result, None)
+        # Where the trainer does not divide the loss by the batches of a step, super's is a share of the step's already.
+        steps: int = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        scaled = self._is_scaled(num_items_in_batch)
+        term = self.dispersion.loss().to(own.device)
+        loss = own + (term / steps if scaled else term)
+        values = torch.stack([value.to(own.device) for value in self.dispersion.values.values()])
+        share = torch.stack([values.mean() / steps, own.detach().to(values.dtype) / (1 if scaled else steps)])
+        self._sums = share if self._sums is None else self._sums + share
+        return (loss, outputs) if return_outputs else loss
+
+    def _is_scaled(self, num_items_in_batch: Any) -> bool:
+        """Whether ``training_step`` takes the loss as it is. The condition is its own."""
+        trainer: Any = self
+        if getattr(trainer, "loss_is_scaled_for_ga", None) is not None:
+            return bool(trainer.loss_is_scaled_for_ga)
+        by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return bool(by_model or trainer.compute_loss_func is not None)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        parent: Any = super()
+        trainer: Any = self
+        steps = trainer.state.global_step - self._summed_from
+        if "loss" in logs and self._sums is not None and steps > 0:
+            sums = trainer.accelerator.gather(self._sums[None]).mean(0) / steps
+            logs["dispersion"], logs["cross_entropy"] = sums.tolist()
+            self._sums, self._summed_from = None, trainer.state.global_step
+        parent.log(logs, *args, **kwargs)
