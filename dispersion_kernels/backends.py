@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dispersion_kernels import cuda, native
+from dispersion_kernels.arguments import check_tensor
 from dispersion_kernels.potentials import Potential, is_built_in, resolve_potential
 
 IMPLS = ("auto", "triton", "cuda", "cpu", "torch", "reference")
@@ -44,6 +45,7 @@ def supported(impl: str, z: Tensor, potential: str | Potential = "angular_spread
         ValueError: an unknown ``impl`` or potential.
     """
     check_impl(impl)
+    check_tensor("z", z, "hidden states", "of a list of layers, ask for each: supported(impl, layers[0])")
     resolved = resolve_potential(potential)
     return Support(_WHY_NOT[impl](z, resolved) if impl in _WHY_NOT else None)
 

@@ -7,12 +7,13 @@ models" (ICML 2026, arXiv 2602.00217) measure it by the cosine of every pair of 
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dispersion_kernels.arguments import beside, check_tensor, layers_of
 from dispersion_kernels.sweep import token_norms
 
 # Rows normalised at a time, which bounds the extra memory whatever the length of the sequence.
@@ -40,13 +41,20 @@ def mean_pairwise_cosine(z: Tensor, *, mask: Tensor | None = None) -> Tensor:
 
     Source: Liu et al., ICML 2026, arXiv 2602.00217 (the measure; the closed form is elementary).
     """
-    if z.ndim not in (2, 3) or not z.is_floating_point():
+    check_tensor("z", z, "hidden states [B, L, F] or [L, F]", "of a list of layers, take condensation_by_layer")
+    if z.layout != torch.strided or z.is_nested:
+        raise TypeError("z must be a dense tensor, got a nested or sparse one")
+    if z.ndim not in (2, 3) or not z.is_floating_point() or z.shape[-1] < 1:
         raise ValueError(f"z must be floating point of shape [B, L, F] or [L, F], got {z.dtype} {list(z.shape)}")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != z.shape[:-1]):
-        raise ValueError(
-            f"mask must be boolean of shape {list(z.shape[:-1])}, as z without its features, "
-            f"got {mask.dtype} {list(mask.shape)}"
-        )
+    if mask is not None:
+        check_tensor("mask", mask, "boolean with one entry a token", "give torch.as_tensor(mask)")
+        if mask.dtype != torch.bool or mask.shape != z.shape[:-1]:
+            raise ValueError(
+                f"mask must be boolean of shape {list(z.shape[:-1])}, as z without its features, "
+                f"got {mask.dtype} {list(mask.shape)}"
+            )
+        if mask.device != z.device:
+            raise ValueError(f"mask is on {mask.device}; it must be on {z.device}, with z")
     if z.ndim == 2:
         z, mask = z[None], None if mask is None else mask[None]
 
@@ -69,10 +77,22 @@ def mean_pairwise_cosine(z: Tensor, *, mask: Tensor | None = None) -> Tensor:
 
 
 def condensation_by_layer(hidden: Sequence[Tensor], *, mask: Tensor | None = None) -> Tensor:
-    """`mean_pairwise_cosine` of every layer's hidden states, `[layers]`."""
-    if not hidden:
-        raise ValueError("hidden must hold at least one layer's hidden states, got an empty sequence")
-    return torch.stack([mean_pairwise_cosine(z, mask=mask) for z in hidden])
+    """`mean_pairwise_cosine` of every layer's hidden states, `[layers]`, on the device of the first."""
+    if isinstance(hidden, Tensor):
+        raise TypeError(
+            "hidden must be a list of tensors, one a layer, got one tensor; give [hidden] where it is one layer's, "
+            "hidden.unbind() where its first dimension is the layers"
+        )
+    layers = layers_of(hidden, "hidden")
+    first = layers[0]
+    return torch.stack([mean_pairwise_cosine(z, mask=beside(mask, z, first)).to(first.device) for z in layers])
+
+
+def _numbers(label: str, values: Iterable[float]) -> list[float]:
+    try:
+        return [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"curves[{label!r}] must be numbers, one a layer, got {values!r}") from error
 
 
 # Okabe and Ito's palette, told apart in all common kinds of colour blindness; markers help in grey.
@@ -101,8 +121,15 @@ def plot_condensation(
 
     Source: Liu et al., ICML 2026, arXiv 2602.00217.
     """
-    if not curves or not all(len(values) for values in curves.values()):
+    if not isinstance(curves, Mapping):
+        raise TypeError(f"curves must map labels to one number a layer, got {curves!r}; as {{'model': cosines}}")
+    curves = {label: _numbers(label, values) for label, values in curves.items()}
+    if not curves or not all(curves.values()):
         raise ValueError("curves must hold at least one label with at least one layer")
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be a string or a path, got {path!r}")
+    if isinstance(dashed, str) or not isinstance(dashed, Iterable):
+        raise TypeError(f"dashed must be a list of labels, got {dashed!r}; give [{dashed!r}]")
     if unknown := set(dashed) - set(curves):
         raise ValueError(f"dashed names {sorted(unknown)}, curves has {list(curves)}")
     try:
@@ -115,6 +142,9 @@ def plot_condensation(
 
     # Without pyplot: no display, no global state, no figure left open.
     figure = Figure(figsize=(7, 4.2), layout="constrained")
+    formats = figure.canvas.get_supported_filetypes()
+    if (ending := Path(path).suffix.lstrip(".").lower() or "png") not in formats:
+        raise ValueError(f"path ends in .{ending}, which is no format of a picture; available: {', '.join(formats)}")
     axes = figure.add_subplot()
     coloured = iter(zip(COLOURS * len(curves), MARKERS * len(curves), strict=True))
     for label, values in curves.items():
@@ -138,6 +168,6 @@ def plot_condensation(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=160, format=path.suffix.lstrip(".") or "png")
+    figure.savefig(temporary, dpi=160, format=ending)
     os.replace(temporary, path)
     return path

@@ -9,6 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from dispersion_kernels import reference
+from dispersion_kernels.arguments import (
+    beside,
+    check_flag,
+    check_generator,
+    check_tensor,
+    layers_of,
+    refuse_tracing,
+)
 from dispersion_kernels.autograd import dispersion_loss, sampled_loss, without_autocast
 from dispersion_kernels.backends import check_impl
 from dispersion_kernels.potentials import (
@@ -122,8 +130,9 @@ def fused_dispersion_loss(
 
     Args:
         z: hidden states ``[B, L, F]``, or ``[L, F]`` for one sequence, or ``[T, F]`` packed with ``cu_seqlens``, or a
-            list of them, one a layer, whose losses are averaged. fp64, fp32, bf16 or fp16, any strides, F >= 2. Sums
-            are fp32 (fp64 for fp64).
+            list of them, one a layer, whose losses are averaged, on the device of the first (and mask,
+            ``document_ids`` and ``cu_seqlens`` with it). fp64, fp32, bf16 or fp16, any strides, F >= 2. Sums are fp32
+            (fp64 for fp64).
         potential: ``"angular_spread"``, ``"orthogonalization"``, ``"l2_repel"``, ``"decorrelation"``,
             ``"perplexity_entropy"``, ``"uniformity"``, ``"dispersive_l2"``, or a :class:`Potential`.
         tau, clamp, eps: fields of the named potential to set; None leaves its default.
@@ -172,11 +181,25 @@ def fused_dispersion_loss(
     check_reduction(reduction)
     check_max_tokens(max_tokens)
     check_pairs(pairs, control_variate, resolved, max_tokens)
-    layers = [z] if isinstance(z, Tensor) else list(z)
-    if not layers:
-        raise ValueError("z is an empty list; it must hold the hidden states of at least one layer")
+    check_flag("recompute", recompute)
+    check_flag("return_stats", return_stats)
+    check_generator(generator)
+    refuse_tracing(impl)
+    layers = layers_of(z)
+    if mask is not None:
+        check_tensor("mask", mask, "boolean with one entry a token", "give torch.as_tensor(mask)")
+    if document_ids is not None:
+        check_tensor("document_ids", document_ids, "integers, one a token", "give torch.as_tensor(document_ids)")
+    if cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens, "int32 [S + 1]", "give torch.tensor(cu_seqlens, dtype=torch.int32)")
     for layer in layers:
-        _check_inputs(layer, mask, cu_seqlens, document_ids)
+        if layer.is_meta and not layers[0].is_meta:
+            raise ValueError(
+                f"z has layers on {layers[0].device} and on meta, which holds no values to average with those; "
+                "materialise them, or give all on meta"
+            )
+        given = (beside(tensor, layer, layers[0]) for tensor in (mask, cu_seqlens, document_ids))
+        _check_inputs(layer, *given)
     if pairs != "all":
         _check_sampled(pairs, control_variate, mask, cu_seqlens, document_ids, impl)
     first = layers[0]
@@ -189,9 +212,9 @@ def fused_dispersion_loss(
             fused_dispersion_loss(
                 layer,
                 resolved,
-                mask=mask,
-                cu_seqlens=cu_seqlens,
-                document_ids=document_ids,
+                mask=beside(mask, layer, first),
+                cu_seqlens=beside(cu_seqlens, layer, first),
+                document_ids=beside(document_ids, layer, first),
                 max_tokens=max_tokens,
                 pairs=pairs,
                 control_variate=control_variate,
@@ -203,8 +226,9 @@ def fused_dispersion_loss(
             )
             for layer in layers
         ]
-        loss = torch.stack([of_layer for of_layer, _ in of_layers]).mean(0)
-        stats = SamplingStats(torch.stack([of_layer.relative_error for _, of_layer in of_layers]))
+        loss = torch.stack([of_layer.to(first.device) for of_layer, _ in of_layers]).mean(0)
+        errors = torch.stack([of_layer.relative_error.to(first.device) for _, of_layer in of_layers])
+        stats = SamplingStats(errors)
         return (loss, stats) if return_stats else loss
 
     one_sequence = first.dim() == 2
@@ -301,6 +325,7 @@ class DispersionLoss(nn.Module):
         check_reduction(reduction)
         check_max_tokens(max_tokens)
         check_pairs(pairs, control_variate, self.potential, max_tokens)
+        check_flag("recompute", recompute)
         self.max_tokens, self.pairs, self.control_variate = max_tokens, pairs, control_variate
         self.reduction, self.recompute, self.impl = reduction, recompute, impl
 
@@ -455,6 +480,11 @@ def _check_inputs(z: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, doc
         if per_token.device != z.device:
             raise ValueError(f"{name} is on {per_token.device}; it must be on {z.device}, with z")
     if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask must be boolean, True for the tokens that take part, got {mask.dtype}; try mask.bool()")
-    if document_ids is not None and (document_ids.is_floating_point() or document_ids.is_complex()):
-        raise TypeError(f"document_ids must be integers, got {document_ids.dtype}")
+        raise TypeError(
+            f"mask must be boolean, True for the tokens that take part, got {mask.dtype}; of 0 and 1 take "
+            "mask.bool(), of an additive mask of 0 and -inf mask == 0"
+        )
+    if document_ids is not None and (
+        document_ids.is_floating_point() or document_ids.is_complex() or document_ids.dtype == torch.bool
+    ):
+        raise TypeError(f"document_ids must be integers, got {document_ids.dtype}; which tokens take part is mask")

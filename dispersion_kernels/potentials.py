@@ -21,6 +21,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from dispersion_kernels.arguments import check_flag, check_number
+
 __all__ = [
     "AngularSpread",
     "Decorrelation",
@@ -190,6 +192,7 @@ class Orthogonalization(Potential):
     eps: float = 0.01
 
     def __post_init__(self) -> None:
+        check_number("margin", self.margin)
         if not 0 <= self.margin <= 1:
             raise ValueError(
                 f"margin must be in [0, 1], an angle as a share of pi, got {self.margin!r}; "
@@ -234,6 +237,8 @@ class L2Repel(DistancePotential):
     def __post_init__(self) -> None:
         _check_positive(self, "tau")
         _check_eps(self)
+        check_number("norm_weight", self.norm_weight)
+        check_flag("include_diagonal", self.include_diagonal)
         if not 0 <= self.norm_weight < math.inf:
             raise ValueError(f"norm_weight must be a finite number >= 0, got {self.norm_weight!r}; 0 turns it off")
 
@@ -280,6 +285,7 @@ class PerplexityEntropy(Potential):
 
     def __post_init__(self) -> None:
         _check_positive(self, "sigma2")
+        check_number("eps", self.eps)
         if not 0 < self.eps < math.inf:
             raise ValueError(f"eps must be a finite number > 0, got {self.eps!r}; the published value is 0.01")
 
@@ -322,6 +328,7 @@ class DispersiveL2(DistancePotential):
 
     def __post_init__(self) -> None:
         _check_positive(self, "tau")
+        check_flag("include_diagonal", self.include_diagonal)
 
     def distance_scale(self, features: int) -> float:
         return self.tau * features
@@ -356,7 +363,9 @@ def resolve_potential(potential: str | Potential, **overrides: float | None) -> 
         _check_own(potential)
         return potential
     if not isinstance(potential, str):
-        raise TypeError(f"potential must be a name or a Potential, got {type(potential).__name__}")
+        given_class = isinstance(potential, type) and issubclass(potential, Potential)
+        remedy = f"; give an instance: {potential.__name__}()" if given_class else ""
+        raise TypeError(f"potential must be a name or a Potential, got {type(potential).__name__}{remedy}")
     if potential not in BUILT_IN:
         raise ValueError(f"unknown potential {potential!r}; available: {', '.join(BUILT_IN)}, or a Potential instance")
     cls: Any = BUILT_IN[potential]
@@ -496,11 +505,13 @@ def _inverse_sine(clipped: Tensor, clamp: float, out: Tensor) -> Tensor:
 
 def _check_positive(potential: Potential, field: str) -> None:
     value = getattr(potential, field)
+    check_number(field, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{field} must be a finite number > 0 for {potential.name()!r}, got {value!r}")
 
 
 def _check_clamp(potential: AngularSpread | Orthogonalization) -> None:
+    check_number("clamp", potential.clamp)
     if not 0 <= potential.clamp < 1:
         raise ValueError(
             f"clamp must be in [0, 1), got {potential.clamp!r}: cosines are clipped to [-1 + clamp, 1 - clamp]; "
@@ -509,6 +520,7 @@ def _check_clamp(potential: AngularSpread | Orthogonalization) -> None:
 
 
 def _check_eps(potential: AngularSpread | Orthogonalization | L2Repel) -> None:
+    check_number("eps", potential.eps)
     if not 0 <= potential.eps < math.inf:
         raise ValueError(f"eps must be a finite number >= 0, got {potential.eps!r}; the published value is 0.01")
 
