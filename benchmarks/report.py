@@ -65,10 +65,11 @@ Loss and gradient of one sequence, in a process whose memory beyond the input ha
 Relative error of the gradient, of its part that is orthogonal to each token, and milliseconds of forward and backward
 for one of four layers in a call.
 *n partners*: each token meets so many others, a share n / L of the pairs; *0*: the model of the slope alone. *Low rank*
-has 16 directions, *full rank* the cosine itself.""",
+has 16 directions, *full rank* the cosine itself. At commits before 82b2872 the loss was log(mean psi + eps), which at
+tau = 0.1 has another gradient than log(mean psi) + eps; the times are the same.""",
     "convergence": """\
 The trainer's nano GPT-2 from several seeds: mean and standard deviation, and of the difference from all pairs, seed by
-seed, mean and standard error.""",
+seed, mean and standard error. At commits before 82b2872 the loss was log(mean psi + eps).""",
 }
 
 
