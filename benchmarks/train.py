@@ -58,6 +58,9 @@ def run(quick: bool, options: list[str] | None = None) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         runs = {name: _run(Path(folder, str(n)), [*recipe, *VARIANTS[name]]) for n, name in enumerate(VARIANTS)}
         _check({name: one.train_step(True) for name, one in runs.items()})
+        for one in runs.values():
+            if one.regularizer is not None:  # each model comes to have those of all runs, one after another
+                one.regularizer.remove()
         models = [(one.model, one.forward, one.optimizer) for one in runs.values()]
         steps = {
             name: partial(_step, one, itertools.cycle(models[n:] + models[:n]))
@@ -110,7 +113,10 @@ def _run(out: Path, arguments: list[str]) -> Run:
 
 def _step(run: Run, models: Iterator[tuple[GPT2, Module, AdamW]]) -> None:
     run.model, run.forward, run.optimizer = next(models)
+    run.regularizer = run.regularized()
     run.train_step(False)
+    if run.regularizer is not None:
+        run.regularizer.remove()
     run.step += 1
 
 

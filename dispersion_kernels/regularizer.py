@@ -514,13 +514,13 @@ def _choose(
         if modules:
             raise TypeError("layers mixes numbers and modules; give either")
     found = _stack(model, stack)
-    chosen = _numbers(layers, len(found.blocks))
+    chosen = layer_numbers(layers, len(found.blocks))
     return found.owner, [
         _Layer(regularizer, f"{found.name}.{number - 1}", found.blocks[number - 1]) for number in chosen
     ]
 
 
-def _numbers(layers: Any, count: int) -> list[int]:
+def layer_numbers(layers: Any, count: int) -> list[int]:
     """The chosen of ``count`` layers, counted from 1."""
     half = max(count // 2, 1)
     named = {

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..regularizer import layer_numbers
 from .data import TokenData, cache_folder, load_data, open_tokens
 from .model import GPT2, GPT2Config, load_weights
 from .options import SHAPE
@@ -84,25 +85,13 @@ def build_optimizer(model: GPT2, options: argparse.Namespace, device: torch.devi
 
 def dispersion_layers(choice: str, layers: int) -> list[int]:
     """The layers whose hidden states are dispersed, counted from 1; the embedding is not one of them."""
-    half = max(layers // 2, 1)
-    named = {
-        "all": range(1, layers + 1),
-        "last": range(layers, layers + 1),
-        "early_half": range(1, half + 1),
-        "late_half": range(layers - half + 1, layers + 1),
-    }
-    if choice in named:
-        return list(named[choice])
     try:
-        chosen = sorted({int(number) for number in choice.split(",")})
+        return layer_numbers(choice if choice.isidentifier() else [int(k) for k in choice.split(",")], layers)
     except ValueError:
-        chosen = []
-    if not chosen or not 1 <= chosen[0] <= chosen[-1] <= layers:
         raise ValueError(
             f"--dispersion-layers must be all, last, early_half, late_half or numbers from 1 to {layers} with commas "
             f"between, got {choice!r}"
-        )
-    return chosen
+        ) from None
 
 
 def learning_rate(step: int, options: argparse.Namespace) -> float:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dispersion_kernels import fused_dispersion_loss
+from dispersion_kernels import DispersionRegularizer, fused_dispersion_loss
 
 from ..condensation import condensation_by_layer, plot_condensation
 from ..potentials import resolve_potential
@@ -161,17 +161,18 @@ class Run:
                 f"--context {self.context} is more than the weights' {config.context} positions; take fewer"
             )
         self.layers = dispersion_layers(options.dispersion_layers, config.layers)
-        self.dispersion = partial(
-            fused_dispersion_loss,
-            potential=resolve_potential(options.potential, tau=options.tau),
-            max_tokens=options.dispersion_tokens,
-            pairs=options.pairs,
-            control_variate=options.control_variate,
-            impl=options.impl,
-        )
+        self.potential = resolve_potential(options.potential, tau=options.tau)
+        self.loss_options = {
+            "max_tokens": options.dispersion_tokens,
+            "pairs": options.pairs,
+            "control_variate": options.control_variate,
+            "impl": options.impl,
+        }
+        self.dispersion = partial(fused_dispersion_loss, potential=self.potential, **self.loss_options)
         self.try_dispersion()
         if options.compile:
             self.try_compiler()
+        self.regularizer = self.regularized()
         self.windows = validation_windows(self.data.validation, self.context, options.validation_windows)
         self.optimizer = build_optimizer(self.model, options, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.dtype == "float16")
@@ -217,6 +218,14 @@ class Run:
             if out_of_memory(error):
                 raise
             raise ValueError(f"--impl {self.options.impl}: {error}") from error
+
+    def regularized(self) -> DispersionRegularizer | None:
+        """The loss on the model, where it has a weight."""
+        if self.weight == 0:
+            return None
+        return DispersionRegularizer(
+            self.model, self.layers, self.weight, potential=self.potential, tokens="all", **self.loss_options
+        )
 
     def try_compiler(self) -> None:
         """torch.compile needs a C++ compiler on a CPU, and Triton on a GPU."""
@@ -304,17 +313,14 @@ class Run:
             tokens, targets = windows_at(self.data.train, starts[first : first + size], self.context)
             # Dropout and token sampling, like the windows, depend on the step alone: nothing to save, exact on resume.
             torch.manual_seed(mixed_seed(options.seed, self.step, micro, rank()))
-            wants_hidden = self.weight != 0 or measure
             with self.gradients_synchronised(micro + 1 == options.accumulate):
                 with self.autocast():
-                    output = self.forward(tokens.to(self.device), targets.to(self.device), wants_hidden)
+                    output = self.forward(tokens.to(self.device), targets.to(self.device), measure)
                     loss = output.loss
-                    if self.weight != 0:
-                        loss = loss + self.weight * self.dispersion(self.dispersed(output.hidden))
-                    if measure:
-                        with torch.no_grad():  # the call above has the mean alone
-                            of_layers = [self.dispersion(z) for z in self.dispersed(output.hidden)]
-                            dispersion += torch.stack(of_layers) / options.accumulate
+                    if self.regularizer is not None:
+                        loss = loss + self.regularizer.loss()
+                if measure:
+                    dispersion += self.dispersion_by_layer(output.hidden) / options.accumulate
                 cross_entropy += output.loss.detach() / options.accumulate
                 if measure:
                     cosine += condensation_by_layer([z.detach() for z in output.hidden]) / options.accumulate
@@ -340,10 +346,17 @@ class Run:
             "grad_norm": norm.item() if norm.isfinite() else None,  # a step the GradScaler skipped
         }
 
+    @torch.no_grad()
+    def dispersion_by_layer(self, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+        if self.regularizer is not None:
+            return torch.stack(list(self.regularizer.values.values()))
+        with self.autocast():
+            return torch.stack([self.dispersion(z) for z in self.dispersed(hidden)])
+
     def dispersed(self, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The hidden states that the loss takes. On a GPU in the dtype of autocast, under which the residual stream is
-        fp32: a matrix product of its blocks would round them likewise, and the loss's products in fp32 would cost a
-        quarter of a step."""
+        """The hidden states that the loss takes: on a GPU, as in DispersionRegularizer, in the dtype of autocast, under
+        which the residual stream is fp32. A matrix product of its blocks would round them likewise, and the loss's
+        products in fp32 would cost a quarter of a step."""
         narrow = self.device.type == "cuda" and self.options.dtype != "float32"
         chosen = [hidden[layer - 1] for layer in self.layers]
         return [z.to(DTYPES[self.options.dtype]) for z in chosen] if narrow else chosen
