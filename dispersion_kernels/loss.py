@@ -31,7 +31,7 @@ from dispersion_kernels.potentials import (
     resolve_potential,
 )
 from dispersion_kernels.sampling.estimate import draw, visits_all
-from dispersion_kernels.segments import make_groups, on_device, sample_packed_tokens, sample_tokens
+from dispersion_kernels.segments import make_groups, on_device, sample_packed_tokens, sample_tokens, warn_of_no_pair
 
 Reduction = Literal["mean", "sum", "none"]
 Pairs = Literal["all"] | float
@@ -164,10 +164,11 @@ def fused_dispersion_loss(
             sweep in PyTorch, on any device; ``"reference"``, which materialises. See :func:`supported`.
 
     Returns:
-        The loss in fp32 (fp64 for fp64 tokens). 0 with a zero gradient where no sequence has two tokens that pair. NaN
-        for a sequence with a NaN or infinity among the tokens that take part, or a norm beyond fp32's range, 3.4e38,
-        or, for the potentials of a distance, a squared norm of a token less their mean, or an exponent, beyond 1e37. A
-        norm below 1.2e-38 counts as 0. With ``return_stats`` a pair: the loss, and :class:`SamplingStats`.
+        The loss in fp32 (fp64 for fp64 tokens). 0 with a zero gradient where no sequence has two tokens that pair, with
+        a warning, once a process, where that is known without waiting for an accelerator. NaN for a sequence with a NaN
+        or infinity among the tokens that take part, or a norm beyond fp32's range, 3.4e38, or, for the potentials of a
+        distance, a squared norm of a token less their mean, or an exponent, beyond 1e37. A norm below 1.2e-38 counts as
+        0. With ``return_stats`` a pair: the loss, and :class:`SamplingStats`.
 
     Raises:
         ValueError: a shape or value that is wrong. The message names the argument and what it should be.
@@ -236,6 +237,8 @@ def fused_dispersion_loss(
         layers = [layer.unsqueeze(0) for layer in layers]
         mask = None if mask is None else mask.unsqueeze(0)
         document_ids = None if document_ids is None else document_ids.unsqueeze(0)
+    if cu_seqlens is None and layers[0].shape[1] < 2 and not torch.compiler.is_compiling():
+        warn_of_no_pair()
     groups = make_groups(mask, document_ids)
     if max_tokens is not None and max_tokens < layers[0].shape[1]:
         if cu_seqlens is None:

@@ -8,6 +8,7 @@ only). A *sequence* is a row, or a segment of ``cu_seqlens``; each has one loss.
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -226,4 +227,16 @@ def _whole_rows(batch: int, length: int) -> HostSegments:
 
 def _host_segments(rows: Tensor | None, begins: Tensor, ends: Tensor, sequence: Tensor) -> HostSegments:
     with_pairs = sequence[ends - begins > 1].unique_consecutive().numel()
+    if with_pairs == 0:
+        warn_of_no_pair()
     return HostSegments(rows, begins, ends, sequence, with_pairs)
+
+
+@functools.cache
+def warn_of_no_pair() -> None:
+    """Once a process, and where the host knows: on an accelerator it would have to wait for the mask."""
+    warnings.warn(
+        "the dispersion loss met no two tokens that pair, so that it is 0 and has no gradient: are all sequences of "
+        "one token, is mask False, or is every token a document of its own in document_ids or cu_seqlens? (Said once.)",
+        stacklevel=2,
+    )

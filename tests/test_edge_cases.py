@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dispersion_kernels import fused_dispersion_loss
+from dispersion_kernels.segments import warn_of_no_pair
 
 SAMPLED: list[dict[str, Any]] = [
     {},
@@ -94,3 +97,45 @@ def test_tensors_without_values_give_shapes(kind: str, impl: str) -> None:
             z = torch.empty((1400, 8) if "cu_seqlens" in options else (2, 700, 8), device=device)
             with pytest.raises(ValueError, match=r"impl='reference' reads the values of mask.*take impl='torch'"):
                 fused_dispersion_loss(z, impl=impl, **options)
+
+
+@pytest.fixture
+def _anew() -> Iterator[None]:
+    warn_of_no_pair.cache_clear()
+    yield
+    warn_of_no_pair.cache_clear()
+
+
+@pytest.mark.usefixtures("_anew")
+@pytest.mark.parametrize("impl", ["cpu", "torch"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cu_seqlens": bounds(0, 1, 2, 3, 3, 6), "mask": torch.arange(6) < 4},
+        {"cu_seqlens": bounds(0, 1, 2, 3, 4, 5, 6), "pairs": 1 / 16},
+        {"mask": torch.zeros(6, dtype=torch.bool)},
+        {"document_ids": torch.arange(6)},
+    ],
+    ids=["one token", "packed, masked", "packed, sampled", "masked", "documents"],
+)
+def test_no_pair_at_all_is_said_once(options: dict[str, Any], impl: str) -> None:
+    z = torch.randn(6, 8) if options else torch.randn(2, 1, 8)
+    skip_unless_supported(impl, z)
+    with pytest.warns(UserWarning, match="no two tokens that pair") as warned:
+        losses = [fused_dispersion_loss(z, impl=impl, **options) for _ in range(2)]
+    assert losses == [0, 0]
+    assert len(warned) == 1
+
+
+@pytest.mark.usefixtures("_anew")
+def test_a_pair_is_no_occasion_to_warn() -> None:
+    z = torch.randn(6, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for impl in ("auto", "torch"):
+            fused_dispersion_loss(z, cu_seqlens=bounds(0, 1, 2, 3, 4, 6), impl=impl)
+            fused_dispersion_loss(z, mask=torch.arange(6) < 2, impl=impl)
+            fused_dispersion_loss(z.to("meta"), mask=torch.ones(6, dtype=torch.bool, device="meta"), impl=impl)
+        compiled = torch.compile(fused_dispersion_loss, backend="eager", fullgraph=True)
+        assert compiled(torch.randn(2, 1, 8)) == 0
