@@ -8,6 +8,8 @@ The CUDA kernels need nvcc and a CUDA build of PyTorch that setup.py can import:
 ``DISPERSION_KERNELS_BUILD_CUDA=1`` makes their absence an error, ``=0`` leaves them out; ``TORCH_CUDA_ARCH_LIST`` says
 for which architectures. They are compiled against PyTorch's stable ABI, so the wheel serves other versions, too.
 
+A release is built with ``DISPERSION_KERNELS_REPOSITORY``, the URL of the sources, which its description then links to.
+
 What was built, or the reason why not, is printed and kept in ``_build_info.json``, which
 ``python -m dispersion_kernels.env_report`` shows.
 """
@@ -17,6 +19,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -325,12 +328,38 @@ def build_ext_command() -> Any:
     return BuildExtension.with_options(no_python_abi_suffix=True)
 
 
+def description() -> str:
+    """README.md. A package index shows no image that has a relative address: where ``DISPERSION_KERNELS_REPOSITORY``
+    is the URL of the sources, images and links lead to its files at the tag of this version."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    repository = os.environ.get("DISPERSION_KERNELS_REPOSITORY", "").rstrip("/")
+    if not repository:
+        return text
+
+    def absolute(link: re.Match[str]) -> str:
+        return f"{link[1]}({repository}/{'raw' if link[0][0] == '!' else 'blob'}/v{version()}/{link[2]})"
+
+    return re.sub(r"(!?\[[^]]*\])\((?!https?://|#)([^)\s]+)\)", absolute, text)
+
+
+def version() -> str:
+    return str(runpy.run_path(str(ROOT / PACKAGE / "_version.py"))["__version__"])
+
+
 def main() -> None:
+    repository = os.environ.get("DISPERSION_KERNELS_REPOSITORY")
     commands: dict[str, Any] = {"build_py": BuildPy, "bdist_wheel": BdistWheel}
     extension = cuda_extension()[1]
     if extension is not None:
         commands["build_ext"] = build_ext_command()
-    setup(distclass=BinaryDistribution, cmdclass=commands, ext_modules=[extension] if extension else [])
+    setup(
+        distclass=BinaryDistribution,
+        cmdclass=commands,
+        ext_modules=[extension] if extension else [],
+        long_description=description(),
+        long_description_content_type="text/markdown",
+        project_urls={"Source": repository} if repository else {},
+    )
 
 
 if __name__ == "__main__":

@@ -47,9 +47,9 @@ IMPLS += [pytest.param(impl, marks=pytest.mark.gpu) for impl in GPU_IMPLS]  # ty
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Attacks and builds of wheels are run where `-m` names them, the Triton kernels' own tests where something can run
-    them."""
-    on_request = [name for name in ("attack", "wheel") if name not in config.option.markexpr]
+    """Attacks, sanitizers and builds of wheels are run where `-m` names them, the Triton kernels' own tests where
+    something can run them."""
+    on_request = [name for name in ("attack", "sanitizers", "wheel") if name not in config.option.markexpr]
     left_out = [
         item
         for item in items

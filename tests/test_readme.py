@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import dispersion_kernels
 from dispersion_kernels import fused_dispersion_loss
 from dispersion_kernels.potentials import BUILT_IN
 
@@ -57,6 +58,24 @@ def links(path: Path) -> list[Path]:
 def test_links_lead_somewhere() -> None:
     missing = [str(target) for path in TEXTS for target in links(path) if not target.exists()]
     assert not missing
+
+
+def test_a_release_has_absolute_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package index shows the description away from the repository: each relative address leads to the file at the
+    tag, and nothing else differs."""
+    setup_py = runpy.run_path(str(ROOT / "setup.py"), run_name="setup_py")
+    monkeypatch.delenv("DISPERSION_KERNELS_REPOSITORY", raising=False)
+    assert setup_py["description"]() == README
+    monkeypatch.setenv("DISPERSION_KERNELS_REPOSITORY", "https://host/owner/name")
+    description = setup_py["description"]()
+    at_the_tag = rf"https://host/owner/name/(?:blob|raw)/v{dispersion_kernels.__version__}/"
+    assert re.sub(rf"\]\({at_the_tag}", "](", description) == README
+    assert len(re.findall(at_the_tag, description)) == len(links(Path("README.md")))
+    targets = re.findall(r"(!?)\[[^]]*\]\(([^)\s]+)\)", description)
+    assert all(target.startswith(("https://", "#")) for _, target in targets)
+    images = [target for mark, target in targets if mark]
+    assert images
+    assert all("/raw/" in image for image in images)
 
 
 def test_a_reader_finds_every_page() -> None:

@@ -21,7 +21,7 @@ KERNELS: dict[str, dict[str, list[str]]] = {"x86_64": X86, "aarch64": {"kernels_
 FLAGS = ["-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-fno-math-errno", "-ffp-contract=fast", "-DDK_GUARDED"]
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.sanitizers,
     pytest.mark.skipif(not (ROOT / "csrc" / "cpu").exists(), reason="needs the sources of the CPU kernel"),
     pytest.mark.skipif(platform.machine() not in KERNELS or sys.platform != "linux", reason="built on Linux alone"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++"),
