@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from dispersion_kernels import native
@@ -42,12 +44,9 @@ def dispersion_loss(
 ) -> Tensor:
     """The mean over ``layers``, each ``[B, L, F]``, of their reduced loss (``[S]`` for ``"none"``), differentiable
     once."""
-    options = (potential, reduction, impl)
-    if torch.is_grad_enabled() and any(z.requires_grad for z in layers):
-        loss: Tensor = _Dispersion.apply(groups, cu_seqlens, options, recompute, *layers)
-        return loss
-    loss, _, _ = _run("forward", layers, groups, cu_seqlens, *options, [False] * len(layers))
-    return loss
+    needed = _need_gradients(layers)
+    call = _Call("forward", (potential, reduction, impl), [False] * len(layers) if recompute else needed)
+    return _differentiable(call, (groups, cu_seqlens), layers, any(needed))[0]
 
 
 def sampled_loss(
@@ -65,92 +64,203 @@ def sampled_loss(
 ) -> tuple[Tensor, Tensor]:
     """The mean over ``layers``, each ``[B, L, F]`` and alike, of their reduced loss, from a fraction of the pairs
     (:mod:`dispersion_kernels.sampling`), and the relative error to expect of the gradient of each."""
-    options = (potential, reduction, impl, fraction, control_variate)
-    if torch.is_grad_enabled() and any(z.requires_grad for z in layers):
-        loss, error = _Sampled.apply(groups, cu_seqlens, *draws, options, recompute, with_error, *layers)
-        return loss, error
-    loss, _, _, error = _run("sampled", layers, groups, cu_seqlens, *draws, *options, with_error, with_error)
+    needed = any(_need_gradients(layers))
+    wanted = [with_error or (needed and not recompute)] * len(layers)
+    call = _Call("sampled", (potential, reduction, impl, fraction, control_variate), wanted, with_error)
+    loss, error = _differentiable(call, (groups, cu_seqlens, *draws), layers, needed)
+    assert error is not None
     return loss, error
 
 
-class _Dispersion(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        groups: Tensor | None,
-        cu_seqlens: Tensor | None,
-        options: tuple[Potential, str, str],
-        recompute: bool,
-        *layers: Tensor,
-    ) -> Tensor:
-        needed: list[bool] = list(ctx.needs_input_grad[4:])
-        now = [False] * len(layers) if recompute else needed
-        loss: Tensor
-        loss, grads, scale = _run("forward", layers, groups, cu_seqlens, *options, now)
-        ctx.save_for_backward(cu_seqlens, *((groups, *layers) if recompute else (*grads, scale)))
-        ctx.options, ctx.recompute, ctx.needed, ctx.hooked = options, recompute, needed, _hooks_see_what_is_saved()
-        ctx.dtype = layers[0].dtype
-        return loss
+def _need_gradients(layers: Sequence[Tensor]) -> list[bool]:
+    enabled = torch.is_grad_enabled()
+    return [enabled and z.requires_grad for z in layers]
 
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
-        cu_seqlens, *saved = ctx.saved_tensors
-        if ctx.recompute:
-            groups, *layers = saved
-            _, grads, scale = _run("forward", layers, groups, cu_seqlens, *ctx.options, ctx.needed)
+
+class _Result(NamedTuple):
+    """Of an operator."""
+
+    loss: Tensor
+    error: Tensor | None
+    """Of sampled pairs, ``[layers]``."""
+    scale: Tensor
+    """``[layers, B, L]``; empty without a gradient."""
+    grads: Sequence[Tensor]
+    """``[B, L, F]`` of each layer, or one ``[layers, B, L, F]`` of all: d loss / d z but for the scale; empty for those
+    that have none."""
+
+
+class _Call(NamedTuple):
+    """An operator, and its arguments that are no tensors."""
+
+    name: Literal["forward", "sampled"]
+    options: tuple[Any, ...]
+    """The potential first."""
+    wanted: Sequence[bool]
+    """The layers whose gradient is computed at once."""
+    with_error: bool = False
+
+    def run(self, data: Sequence[Tensor | None], layers: Sequence[Tensor], unobserved: bool) -> _Result:
+        """Past the dispatcher, which takes 20 us or more, where nobody watches it."""
+        potential, *options = self.options
+        sampled = self.name == "sampled"
+        options += [any(self.wanted), self.with_error] if sampled else [list(self.wanted)]
+        if unobserved:
+            implementation: Callable[..., Any] = _sampled if sampled else _forward
+            found = implementation(layers, *data, potential, *options)
         else:
-            *grads, scale = saved
-        factor = _of_tokens(upstream[0], cu_seqlens, scale.shape[2])
-        dz = _finished(ctx, grads, scale, factor)
-        return None, None, None, None, *dz
+            found = getattr(torch.ops.dispersion_kernels, self.name)(layers, *data, *carry(potential), *options)
+        if not sampled:
+            loss, grads, scale = found
+            return _Result(loss, None, scale, grads)
+        loss, grad, scale, error = found
+        return _Result(loss, error, scale, [grad])
 
 
-class _Sampled(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        groups: Tensor | None,
-        cu_seqlens: Tensor | None,
-        shuffle: Tensor,
-        fit: Tensor,
-        options: tuple[Potential, str, str, float, str],
-        recompute: bool,
-        with_error: bool,
-        *layers: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = (groups, cu_seqlens, shuffle, fit)
-        with_grad = with_error or not recompute
-        loss, grad, scale, error = _run("sampled", layers, *inputs, *options, with_grad, with_error)
-        ctx.save_for_backward(cu_seqlens, *((groups, shuffle, fit, *layers) if recompute else (grad, scale)))
-        ctx.options, ctx.recompute, ctx.hooked = options, recompute, _hooks_see_what_is_saved()
-        ctx.needed, ctx.dtype = list(ctx.needs_input_grad[7:]), layers[0].dtype
-        ctx.mark_non_differentiable(error)
+def _differentiable(
+    call: _Call, data: tuple[Tensor | None, ...], layers: Sequence[Tensor], needed: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, and the error of sampled pairs."""
+    if _unobserved(*layers, *data) and forward_ad._current_level < 0:
+        if needed:
+            loss, error = _Loss.apply(call, len(data), *data, *layers)
+            return loss, error
+        result = call.run(data, layers, unobserved=True)
+    # The operator itself is differentiable, too, where a compiler or a mode sees it: all but transforms of functions.
+    elif not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+        result = call.run(data, layers, unobserved=False)
+    elif torch.compiler.is_compiling():
+        raise RuntimeError(
+            "torch.compile found fused_dispersion_loss inside of a transform of torch.func or of a dual level, and "
+            'traces it there with impl="reference" alone; leave out fullgraph=True, or transform outside of the '
+            "compiled function"
+        )
+    else:
+        loss, error, *_ = _Transformed.apply(call, len(data), *data, *layers)
         return loss, error
+    return result.loss, result.error
+
+
+class _Loss(torch.autograd.Function):
+    """Of tensors that are memory."""
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, call: _Call, count: int, *tensors: Any) -> tuple[Tensor, Tensor | None]:
+        data, layers = tensors[:count], tensors[count:]
+        result = call.run(data, layers, unobserved=True)
+        if result.error is not None:
+            ctx.mark_non_differentiable(result.error)
+        _keep(ctx, call, data, layers, result, ctx.needs_input_grad[2 + count :], visible=False)
+        return result.loss, result.error
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *[None] * ctx.data, *_gradients(ctx, upstream[0])
+
+
+class _Transformed(torch.autograd.Function):
+    """Under the transforms of ``torch.func`` and in forward mode. (Outside of them it would take 60 us more a call.)"""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: _Call, count: int, *tensors: Any) -> tuple[Tensor | None, ...]:
+        result = call.run(tensors[:count], tensors[count:], _unobserved(*tensors))
+        return result.loss, result.error, result.scale, *result.grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        call, count, *tensors = inputs
+        loss, error, scale, *grads = output
+        ctx.mark_non_differentiable(*(value for value in output[1:] if value is not None))
+        ctx.set_materialize_grads(False)  # as large as the layers
+        result = _Result(loss, error, scale, grads)
+        _keep(ctx, call, tensors[:count], tensors[count:], result, ctx.needs_input_grad[2 + count :])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _Loss.backward(ctx, *upstream)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> None:
+        raise RuntimeError(
+            "fused_dispersion_loss was differentiated in forward mode (jvp, jacfwd, dual tensors), which it does not "
+            'have. Use impl="reference", which materialises the L x L matrices and has it, or reverse mode (grad, vjp, '
+            "jacrev)"
+        )
+
+
+def _keep(
+    ctx: Any,
+    call: _Call,
+    data: Sequence[Tensor | None],
+    layers: Sequence[Tensor],
+    result: _Result,
+    needed: Sequence[bool],
+    visible: bool = True,
+) -> None:
+    """Saves for backward what was computed, or, where less was computed than is needed, what to compute it of.
+    ``visible``: the result is not backward's alone."""
+    ctx.recompute = any(need and not there for need, there in zip(needed, call.wanted, strict=True))
+    ctx.call, ctx.needed, ctx.data, ctx.dtype = call, list(needed), len(data), layers[0].dtype
+    ctx.hooked = visible or _hooks_see_what_is_saved()
+    if ctx.recompute:
+        ctx.save_for_backward(*data, *layers)
+    else:
+        ctx.save_for_backward(data[1], result.loss, result.scale, *result.grads)
+
+
+def _gradients(ctx: Any, upstream: Tensor | None) -> Sequence[Tensor | None]:
+    """Of each layer."""
+    saved = ctx.saved_tensors
+    if upstream is None:
+        return [None] * len(ctx.needed)
+    if ctx.recompute:
+        data, layers = saved[: ctx.data], saved[ctx.data :]
+        with torch.no_grad():
+            call = ctx.call._replace(wanted=ctx.needed, with_error=False)
+            result = call.run(data, layers, _unobserved(*data, *layers))
+        cu_seqlens, scale, grads, causes = data[1], result.scale, result.grads, layers
+    else:
+        cu_seqlens, loss, scale, *grads = saved
+        causes = [loss]
+    if ctx.call.name == "sampled":
+        grads = grads[0].unbind()
+    dz = _finished(ctx, grads, scale, _of_tokens(upstream, cu_seqlens, scale.shape[2]))
+    # With create_graph it would count as a constant, and a gradient penalty silently do nothing.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        found = iter(_Once.apply(len(causes), *causes, *(grad for grad in dz if grad is not None)))
+        return [None if grad is None else next(found) for grad in dz]
+    return dz
+
+
+class _Once(torch.autograd.Function):
+    """The gradients as they are, which cannot be differentiated by what the ``causes``, so many, depend on."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(causes: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in tensors[causes:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> None:
         _refuse_second_derivative()
-        cu_seqlens, *saved = ctx.saved_tensors
-        if ctx.recompute:
-            groups, shuffle, fit, *layers = saved
-            _, grad, scale, _ = _run("sampled", layers, groups, cu_seqlens, shuffle, fit, *ctx.options, True, False)
-        else:
-            grad, scale = saved
-        factor = _of_tokens(upstream[0], cu_seqlens, scale.shape[2])
-        dz = _finished(ctx, grad.unbind(), scale, factor)
-        return None, None, None, None, None, None, None, *dz
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> None:
+        _refuse_second_derivative()
 
 
-def _run(name: Literal["forward", "sampled"], layers: Sequence[Tensor], *rest: Any) -> Any:
-    """The operator of that name; past the dispatcher, which takes 20 us or more, where nobody watches it."""
-    if _unobserved(*layers, *(value for value in rest if isinstance(value, Tensor))):
-        implementation: Callable[..., Any] = _forward if name == "forward" else _sampled
-        return implementation(layers, *rest)
-    arguments: list[Any] = []
-    for value in rest:
-        arguments.extend(carry(value) if isinstance(value, Potential) else (value,))
-    return getattr(torch.ops.dispersion_kernels, name)(layers, *arguments)
+def _refuse_second_derivative() -> None:
+    raise RuntimeError(
+        "the gradient of fused_dispersion_loss was differentiated again, and it has no second derivative. Use "
+        'impl="reference", which materialises the L x L matrices and has one'
+    )
 
 
 def _unobserved(*tensors: Tensor | None) -> bool:
@@ -178,15 +288,6 @@ def _is_memory(tensor: Tensor) -> bool:
 def _hooks_see_what_is_saved() -> bool:
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or (not torch.compiler.is_compiling() and top(True) is not None)
-
-
-def _refuse_second_derivative() -> None:
-    # With create_graph what backward returns would count as a constant, and a gradient penalty silently do nothing.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "fused_dispersion_loss was differentiated with create_graph=True, for a second derivative, which it "
-            'does not have. Use impl="reference", which materialises the L x L matrices and has one'
-        )
 
 
 def _of_tokens(upstream: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
@@ -223,8 +324,8 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``grad * factor``, rounded once, to ``dtype``."""
     if dtype == grad.dtype:
         return grad * factor
-    if torch.compiler.is_compiling():
-        return (grad * factor).to(dtype)  # which the compiler fuses
+    if not _unobserved(grad, factor):
+        return (grad * factor).to(dtype)  # which a compiler fuses
     dz = torch.empty_like(grad, dtype=dtype)
     if grad.device.type != "cpu":
         return torch.mul(grad, factor, out=dz)
@@ -500,3 +601,50 @@ def _sampled_fake(
     )
     grad = loss.new_empty((len(layers), *layers[0].shape) if with_grad else 0)
     return loss, grad, scale, loss.new_empty(len(layers))
+
+
+def _make_differentiable(name: Literal["forward", "sampled"], tensors: int, outputs: Callable[..., _Result]) -> None:
+    """Gives the operator of that name, with so many tensors after the layers, a backward and a rule for vmap."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        layers, *data = inputs[: 1 + tensors]
+        potential, params, *options = inputs[1 + tensors :]
+        result, count = outputs(*output), len(layers)
+        last = 1 if name == "forward" else 2
+        wanted = options[-1] if name == "forward" else [options[-2]] * count
+        call = _Call(name, (carried(potential, params), *options[:-last]), wanted)
+        ctx.others = [[] if isinstance(value, list) and not value else None for value in inputs[1:]]
+        ctx.mark_non_differentiable(*tree_leaves(output[1:]))
+        ctx.set_materialize_grads(False)
+        _keep(ctx, call, data, layers, result, [z.requires_grad for z in layers])
+
+    def backward(ctx: Any, upstream: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+        return list(_gradients(ctx, upstream)), *ctx.others
+
+    def one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        operator = getattr(torch.ops.dispersion_kernels, name)
+        found = [
+            operator(*(_entry(value, dim, n) for value, dim in zip(args, in_dims, strict=True)))
+            for n in range(info.batch_size)
+        ]
+        together = tuple(
+            [torch.stack(part) for part in zip(*values, strict=True)]
+            if isinstance(values[0], list)
+            else torch.stack(values)
+            for values in zip(*found, strict=True)
+        )
+        return together, tree_map(lambda _: 0, together)
+
+    torch.library.register_autograd(f"dispersion_kernels::{name}", backward, setup_context=setup_context, lib=_library)
+    torch.library.register_vmap(f"dispersion_kernels::{name}", one_by_one, lib=_library)
+
+
+def _entry(value: Any, dim: Any, n: int) -> Any:
+    """Of a batch that vmap makes."""
+    if isinstance(value, list | tuple) and isinstance(dim, list | tuple):
+        return [_entry(each, of_each, n) for each, of_each in zip(value, dim, strict=True)]
+    return value if dim is None else value.select(dim, n)
+
+
+_make_differentiable("forward", 2, lambda loss, grads, scale: _Result(loss, None, scale, grads))
+_make_differentiable("sampled", 4, lambda loss, grad, scale, error: _Result(loss, error, scale, [grad]))

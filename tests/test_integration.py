@@ -36,6 +36,10 @@ def test_opcheck(potential: Potential, impl: str) -> None:
         for with_grad in ([True] * len(layers), [False] * len(layers)):
             args = (layers, groups, bounds, name, params, reduction, impl, with_grad)
             torch.library.opcheck(torch.ops.dispersion_kernels.forward.default, args)
+    differentiable = [z.clone().requires_grad_(), z + 1]
+    for with_grad in ([True, False], [False, False]):  # kept, or swept again in backward
+        args = (differentiable, ids, None, name, params, "none", impl, with_grad)
+        torch.library.opcheck(torch.ops.dispersion_kernels.forward.default, args)
 
 
 @pytest.mark.parametrize("impl", ["auto", "torch"])

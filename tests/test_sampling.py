@@ -389,6 +389,8 @@ def test_operator_and_compiler(fraction: float, control_variate: Any) -> None:
         options = ("angular_spread", [1.0, 0.25, 0.01], "mean", "auto", fraction, control_variate)
         args = (z, groups, None, *draws, *options, with_grad, with_grad)
         torch.library.opcheck(torch.ops.dispersion_kernels.sampled.default, args)
+        differentiable = ([x.clone().requires_grad_() for x in z], *args[1:])
+        torch.library.opcheck(torch.ops.dispersion_kernels.sampled.default, differentiable)
 
     def loss(x: Tensor) -> Tensor:
         return fused_dispersion_loss([torch.tanh(x), x], pairs=fraction, control_variate=control_variate)

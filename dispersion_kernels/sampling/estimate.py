@@ -75,7 +75,7 @@ def draw(layers: Sequence[Tensor], fraction: float, generator: torch.Generator |
     of_fit = uniform(count, FIT_GROUPS, 1 + FIT_TOKENS, device=device, generator=generator)
     if fraction == 0:
         return Draws(of_fit.new_empty(count, 0, 0, dtype=torch.int64), of_fit)
-    if device.type != "cpu":
+    if device.type != "cpu" or _in_vmap():
         return Draws(uniform(count, batch, length, device=device, generator=generator).argsort(2), of_fit)
     # On a CPU sorting takes seven times as long as this.
     if torch.compiler.is_compiling() and generator is None:
@@ -83,6 +83,14 @@ def draw(layers: Sequence[Tensor], fraction: float, generator: torch.Generator |
     else:
         orders = _permutations(count * batch, length, generator)
     return Draws(orders.view(count, batch, length), of_fit)
+
+
+def _in_vmap() -> bool:
+    """Whether vmap is at work, which takes no operator with an ``out``."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(transform.key() == torch._C._functorch.TransformType.Vmap for transform in stack)
 
 
 def _permutations(count: int, length: int, generator: torch.Generator | None = None) -> Tensor:
