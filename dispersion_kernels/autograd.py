@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
-from dispersion_kernels import native
+from dispersion_kernels import flops, native
 from dispersion_kernels.backends import choose
 from dispersion_kernels.cuda import CudaKernels
 from dispersion_kernels.gpu import launch
@@ -109,6 +109,8 @@ class _Call(NamedTuple):
             implementation: Callable[..., Any] = _sampled if sampled else _forward
             found = implementation(layers, *data, potential, *options)
         else:
+            if not torch.compiler.is_compiling():
+                flops.register()
             found = getattr(torch.ops.dispersion_kernels, self.name)(layers, *data, *carry(potential), *options)
         if not sampled:
             loss, grads, scale = found
