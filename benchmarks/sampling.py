@@ -24,11 +24,12 @@ from torch import Tensor
 
 from benchmarks.machine import describe, pick_device
 from benchmarks.timing import interleaved, quartiles
-from dispersion_kernels import fused_dispersion_loss
+from dispersion_kernels import SampledPairs, SampledTokens, fused_dispersion_loss
 from dispersion_kernels.condensation import mean_pairwise_cosine
 from dispersion_kernels.gpt2.data import windows_at
 from dispersion_kernels.gpt2.options import parse_options
 from dispersion_kernels.gpt2.train import Run
+from dispersion_kernels.sampling import ControlVariate, resolve_sampling
 
 LENGTHS = (1024, 4096, 16384)
 TAUS = (1.0, 0.1)
@@ -71,19 +72,19 @@ def run(quick: bool) -> list[dict[str, Any]]:
 
 def _variants(length: int) -> dict[str, dict[str, Any]]:
     variants: dict[str, dict[str, Any]] = {
-        "256 tokens, naive": {"max_tokens": 256, "impl": "reference"},
-        "256 tokens": {"max_tokens": 256},
+        "256 tokens, naive": {"sampling": SampledTokens(256), "impl": "reference"},
+        "256 tokens": {"sampling": SampledTokens(256)},
     }
-    for model in ("none", "low_rank"):
+    models: tuple[ControlVariate, ...] = ("none", "low_rank")
+    for model in models:
         for partners in PARTNERS:
             if partners < length:
-                variants[f"{model}, {partners}"] = {"pairs": partners / length, "control_variate": model}
+                variants[f"{model}, {partners}"] = {"sampling": SampledPairs(partners / length, model)}
         if model != "none":
-            variants[f"{model}, 0"] = {"pairs": 0, "control_variate": model}
-    full = {"control_variate": "full_rank"}
-    variants[f"low_rank, {SHARE}"] = {"pairs": float(SHARE), "control_variate": "low_rank"}
-    variants[f"full rank, {SHARE}"] = {"pairs": float(SHARE), **full}
-    variants["full rank, 0"] = {"pairs": 0, **full}
+            variants[f"{model}, 0"] = {"sampling": SampledPairs(0, model)}
+    variants[f"low_rank, {SHARE}"] = {"sampling": float(SHARE)}
+    variants[f"full rank, {SHARE}"] = {"sampling": SampledPairs(float(SHARE), "full_rank")}
+    variants["full rank, 0"] = {"sampling": SampledPairs(0, "full_rank")}
     return variants | {"all pairs": {}}
 
 
@@ -108,6 +109,7 @@ def _errors(
             grad = _tangent(_gradients([z], options, tau, generator)[0].double(), wide)
             squares.append(((grad - exact).norm() / exact.norm()).square().item())
         first, middle, third = (time / LAYERS for time in quartiles(times[name]))
+        sampling = resolve_sampling(options.get("sampling"))
         row: dict[str, Any] = {
             "source": source,
             "mean_cosine": cosine,
@@ -117,7 +119,7 @@ def _errors(
             "tau": tau,
             "layers": LAYERS,
             "variant": name,
-            "share": options.get("pairs", ""),
+            "share": sampling.fraction if isinstance(sampling, SampledPairs) else "",
             "error": (sum(squares) / len(squares)) ** 0.5,
             "ms": 1e3 * middle,
             "ms_q1": 1e3 * first,

@@ -14,6 +14,7 @@ from dispersion_kernels.potentials import (
     Uniformity,
 )
 from dispersion_kernels.regularizer import DispersionRegularizer
+from dispersion_kernels.sampling import SampledPairs, SampledTokens
 
 __all__ = [
     "AngularSpread",
@@ -25,6 +26,8 @@ __all__ = [
     "Orthogonalization",
     "PerplexityEntropy",
     "Potential",
+    "SampledPairs",
+    "SampledTokens",
     "SamplingStats",
     "Support",
     "Uniformity",

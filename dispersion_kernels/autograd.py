@@ -24,7 +24,7 @@ from dispersion_kernels.backends import choose
 from dispersion_kernels.cuda import CudaKernels
 from dispersion_kernels.gpu import launch
 from dispersion_kernels.potentials import Potential, carried, carry, for_backends
-from dispersion_kernels.sampling import cpu_sampler
+from dispersion_kernels.sampling import SampledPairs, cpu_sampler
 from dispersion_kernels.sampling.estimate import Draws, estimate, visits_all
 from dispersion_kernels.segments import check_cu_seqlens, host_segments, on_device, segment_of_token
 from dispersion_kernels.sweep import accumulation_dtype, in_blocks, loss_weight, sweep
@@ -57,8 +57,7 @@ def sampled_loss(
     reduction: str,
     impl: str,
     recompute: bool,
-    fraction: float,
-    control_variate: str,
+    sampling: SampledPairs,
     draws: Draws,
     with_error: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -66,7 +65,8 @@ def sampled_loss(
     (:mod:`dispersion_kernels.sampling`), and the relative error to expect of the gradient of each."""
     needed = any(_need_gradients(layers))
     wanted = [with_error or (needed and not recompute)] * len(layers)
-    call = _Call("sampled", (potential, reduction, impl, fraction, control_variate), wanted, with_error)
+    options = (potential, reduction, impl, float(sampling.fraction), sampling.control_variate)
+    call = _Call("sampled", options, wanted, with_error)
     loss, error = _differentiable(call, (groups, cu_seqlens, *draws), layers, needed)
     assert error is not None
     return loss, error

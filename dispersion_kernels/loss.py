@@ -30,12 +30,11 @@ from dispersion_kernels.potentials import (
     for_backends,
     resolve_potential,
 )
+from dispersion_kernels.sampling import SampledPairs, SampledTokens, Sampling, resolve_sampling
 from dispersion_kernels.sampling.estimate import draw, visits_all
 from dispersion_kernels.segments import make_groups, on_device, sample_packed_tokens, sample_tokens, warn_of_no_pair
 
 Reduction = Literal["mean", "sum", "none"]
-Pairs = Literal["all"] | float
-ControlVariate = Literal["low_rank", "full_rank", "none"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,9 +59,7 @@ def fused_dispersion_loss(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     document_ids: Tensor | None = None,
-    max_tokens: int | None = None,
-    pairs: Pairs = "all",
-    control_variate: ControlVariate = "low_rank",
+    sampling: Sampling | float | None = None,
     generator: torch.Generator | None = None,
     return_stats: Literal[False] = False,
     reduction: Reduction = "mean",
@@ -80,9 +77,7 @@ def fused_dispersion_loss(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     document_ids: Tensor | None = None,
-    max_tokens: int | None = None,
-    pairs: Pairs = "all",
-    control_variate: ControlVariate = "low_rank",
+    sampling: Sampling | float | None = None,
     generator: torch.Generator | None = None,
     return_stats: Literal[True],
     reduction: Reduction = "mean",
@@ -99,9 +94,7 @@ def fused_dispersion_loss(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     document_ids: Tensor | None = None,
-    max_tokens: int | None = None,
-    pairs: Pairs = "all",
-    control_variate: ControlVariate = "low_rank",
+    sampling: Sampling | float | None = None,
     generator: torch.Generator | None = None,
     return_stats: bool = False,
     reduction: Reduction = "mean",
@@ -119,15 +112,6 @@ def fused_dispersion_loss(
     weight of about 0.1. Loss and gradient take 3 B L^2 F FLOPs together and memory O(B L F); under ``torch.no_grad``
     the loss alone takes 1 B L^2 F.
 
-    With ``pairs`` a share, a token i of N meets the m others S_i of a random group, each of them with probability p::
-
-        G_i = sum_{j != i} h_ij x_j + 1/p sum_{j in S_i} (slope(c_ij) - h_ij) x_j
-        Var G_i = (N - 1)^2 / m (1 - m / (N - 1)) Var_j((slope(c_ij) - h_ij) x_j)
-
-    estimates ``sum_{j != i} slope(c_ij) x_j`` without bias, whatever the control variate h, and its like for psi
-    estimates P, the sum of psi. What a log-mean makes of the two, a quotient and a logarithm, has a bias of about
-    Var P / P^2: one part in the number of pairs that are visited.
-
     Args:
         z: hidden states ``[B, L, F]``, or ``[L, F]`` for one sequence, or ``[T, F]`` packed with ``cu_seqlens``, or a
             list of them, one a layer, whose losses are averaged, on the device of the first (and mask,
@@ -143,19 +127,11 @@ def fused_dispersion_loss(
         document_ids: integers, ``z.shape[:-1]``: only tokens of equal id pair; a negative id takes a token out. The row
             stays one sequence with one loss, the (log-)mean over the pairs that are left. For a loss a document, pack
             them with ``cu_seqlens``.
-        max_tokens: at least 2: this many tokens, drawn at random for each sequence by itself. None: all tokens.
-        pairs: ``"all"``, or a share of the pairs, from 0 to 1: the tokens of each sequence meet in random groups of
-            ``share * L`` (at least 16) that cover them all, in 3 share B L^2 F FLOPs and some passes over the tokens.
-            At 1/16 these are the pairs of a subsample of a quarter of the tokens, with a hundredth of its error. 0: no
-            pairs but a few thousand, which a model of the slope is fitted to: in linear time, for whole sequences
-            alone, and with a bias, 1 to 6% of the gradient on hidden states of GPT-2 and SmolLM2 at tau = 1, but some
-            20% at tau = 0.1: look at ``return_stats``. Not for potentials of a distance.
-            :mod:`dispersion_kernels.sampling` has the models.
-        control_variate: what stands for the pairs that are not visited: ``"low_rank"``, a parabola in an estimate of c
-            from 16 directions; ``"full_rank"``, in c itself, for whole sequences of tokens that are alike in all
-            directions, in 4 to 8 B L F^2 FLOPs; ``"none"``, nothing.
+        sampling: None: all pairs. A fraction of them, as 1/16, or :class:`SampledPairs`: an unbiased estimate in less
+            time, for potentials of the cosine or the correlation. :class:`SampledTokens`: all pairs of some tokens, as
+            published.
         generator: for these draws; on the device of ``z``.
-        return_stats: also return :class:`SamplingStats`.
+        return_stats: also return :class:`SamplingStats`, the error to expect of sampled pairs.
         reduction: ``"mean"`` over the sequences that have a pair, their ``"sum"``, or ``"none"``: one loss a sequence,
             ``[B]``, ``[S]`` or ``[]``, 0 for those without a pair.
         recompute: keep the tokens alone between forward and backward, and sweep again there: 4 instead of 3 B L^2 F
@@ -180,8 +156,7 @@ def fused_dispersion_loss(
     resolved = resolve_potential(potential, tau=tau, clamp=clamp, eps=eps)
     check_impl(impl)
     check_reduction(reduction)
-    check_max_tokens(max_tokens)
-    check_pairs(pairs, control_variate, resolved, max_tokens)
+    sampling = check_sampling(sampling, resolved)
     check_flag("recompute", recompute)
     check_flag("return_stats", return_stats)
     check_generator(generator)
@@ -201,13 +176,13 @@ def fused_dispersion_loss(
             )
         given = (beside(tensor, layer, layers[0]) for tensor in (mask, cu_seqlens, document_ids))
         _check_inputs(layer, *given)
-    if pairs != "all":
-        _check_sampled(pairs, control_variate, mask, cu_seqlens, document_ids, impl)
+    if isinstance(sampling, SampledPairs):
+        _check_sampled(sampling, mask, cu_seqlens, document_ids, impl)
     first = layers[0]
     alike = all(
         (layer.shape, layer.dtype, layer.device) == (first.shape, first.dtype, first.device) for layer in layers
     )
-    if len(layers) > 1 and (not alike or max_tokens is not None or impl == "reference"):
+    if len(layers) > 1 and (not alike or isinstance(sampling, SampledTokens) or impl == "reference"):
         # Each layer by itself: the draws are other ones in each.
         of_layers = [
             fused_dispersion_loss(
@@ -216,9 +191,7 @@ def fused_dispersion_loss(
                 mask=beside(mask, layer, first),
                 cu_seqlens=beside(cu_seqlens, layer, first),
                 document_ids=beside(document_ids, layer, first),
-                max_tokens=max_tokens,
-                pairs=pairs,
-                control_variate=control_variate,
+                sampling=sampling,
                 generator=generator,
                 return_stats=True,
                 reduction=reduction,
@@ -240,18 +213,20 @@ def fused_dispersion_loss(
     if cu_seqlens is None and layers[0].shape[1] < 2 and not torch.compiler.is_compiling():
         warn_of_no_pair()
     groups = make_groups(mask, document_ids)
-    if max_tokens is not None and max_tokens < layers[0].shape[1]:
+    if isinstance(sampling, SampledTokens) and sampling.count < layers[0].shape[1]:
         if cu_seqlens is None:
-            layers[0], groups = sample_tokens(layers[0], groups, max_tokens, generator)
+            layers[0], groups = sample_tokens(layers[0], groups, sampling.count, generator)
         else:
             groups = sample_packed_tokens(
-                groups, on_device(cu_seqlens, first.device), layers[0].shape[1], max_tokens, generator
+                groups, on_device(cu_seqlens, first.device), layers[0].shape[1], sampling.count, generator
             )
     error: Tensor | None = None
     if impl == "reference":
         loss = _reference_loss(layers[0], groups, cu_seqlens, resolved, reduction)
     # A compiler would ask for each length which it is, and compile it again: there the operator does.
-    elif pairs != "all" and (torch.compiler.is_compiling() or not visits_all(float(pairs), layers[0], cu_seqlens)):
+    elif isinstance(sampling, SampledPairs) and (
+        torch.compiler.is_compiling() or not visits_all(sampling.fraction, layers[0], cu_seqlens)
+    ):
         loss, error = sampled_loss(
             layers,
             groups,
@@ -260,9 +235,8 @@ def fused_dispersion_loss(
             reduction,
             impl,
             recompute,
-            float(pairs),
-            control_variate,
-            draw(layers, pairs, generator),
+            sampling,
+            draw(layers, sampling.fraction, generator),
             return_stats,
         )
     else:
@@ -285,9 +259,8 @@ class DispersionLoss(nn.Module):
         margin: of ``orthogonalization``.
         epsilon: eps of the potentials that have one.
         clamp_threshold: clamp of ``angular_spread`` and ``orthogonalization``.
-        max_tokens: tokens drawn for each sequence. None, all of them, is the one default that differs from the
-            published code's.
-        pairs, control_variate, reduction, recompute, impl: as in :func:`fused_dispersion_loss`.
+        sampling: all pairs, by default. The published code draws 256 tokens: ``SampledTokens(256)``.
+        reduction, recompute, impl: as in :func:`fused_dispersion_loss`.
 
     As in the published class, every variant accepts all arguments and ignores those that it does not use. Errors are
     raised here, as there.
@@ -301,10 +274,8 @@ class DispersionLoss(nn.Module):
         margin: float = 0.5,
         epsilon: float = 0.01,
         clamp_threshold: float = 0.25,
-        max_tokens: int | None = None,
         *,
-        pairs: Pairs = "all",
-        control_variate: ControlVariate = "low_rank",
+        sampling: Sampling | float | None = None,
         reduction: Reduction = "mean",
         recompute: bool = False,
         impl: str = "auto",
@@ -326,10 +297,8 @@ class DispersionLoss(nn.Module):
                 self.potential = resolve_potential(variant)
         check_impl(impl)
         check_reduction(reduction)
-        check_max_tokens(max_tokens)
-        check_pairs(pairs, control_variate, self.potential, max_tokens)
+        self.sampling = check_sampling(sampling, self.potential)
         check_flag("recompute", recompute)
-        self.max_tokens, self.pairs, self.control_variate = max_tokens, pairs, control_variate
         self.reduction, self.recompute, self.impl = reduction, recompute, impl
 
     def forward(
@@ -348,9 +317,7 @@ class DispersionLoss(nn.Module):
             mask=mask,
             cu_seqlens=cu_seqlens,
             document_ids=document_ids,
-            max_tokens=self.max_tokens,
-            pairs=self.pairs,
-            control_variate=self.control_variate,
+            sampling=self.sampling,
             generator=generator,
             reduction=self.reduction,
             recompute=self.recompute,
@@ -359,9 +326,8 @@ class DispersionLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.potential}, max_tokens={self.max_tokens}, pairs={self.pairs!r}, "
-            f"control_variate={self.control_variate!r}, reduction={self.reduction!r}, "
-            f"recompute={self.recompute}, impl={self.impl!r}"
+            f"{self.potential}, sampling={self.sampling}, reduction={self.reduction!r}, recompute={self.recompute}, "
+            f"impl={self.impl!r}"
         )
 
 
@@ -387,53 +353,28 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"unknown reduction {reduction!r}; available: mean, sum, none")
 
 
-def check_max_tokens(max_tokens: int | None) -> None:
-    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 2):
+def check_sampling(sampling: Sampling | float | None, potential: Potential) -> Sampling | None:
+    resolved = resolve_sampling(sampling)
+    if isinstance(resolved, SampledPairs) and potential.row_transform == "none":
+        names = ", ".join(name for name, cls in BUILT_IN.items() if cls.row_transform != "none")
         raise ValueError(
-            f"max_tokens must be an integer >= 2 (a pair needs two tokens), or None for all, got {max_tokens!r}"
+            f"sampling={sampling!r} was given, but potential {potential.name()!r} is not a function of the cosine of a "
+            f"pair alone; pairs are sampled for {names}, and your own: take sampling=None, or SampledTokens"
         )
-
-
-def check_pairs(pairs: Pairs, control_variate: str, potential: Potential, max_tokens: int | None) -> None:
-    if control_variate not in ("low_rank", "full_rank", "none"):
-        raise ValueError(f"unknown control_variate {control_variate!r}; available: low_rank, full_rank, none")
-    if isinstance(pairs, str):
-        if pairs != "all":
-            raise ValueError(f"pairs must be 'all' or a share of the pairs from 0 to 1, got {pairs!r}")
-        return
-    if isinstance(pairs, bool) or not isinstance(pairs, int | float) or not 0 <= pairs <= 1:
-        raise ValueError(f"pairs must be 'all' or a share of the pairs from 0 to 1, got {pairs!r}")
-    if max_tokens is not None:
-        raise ValueError(
-            f"both max_tokens={max_tokens} and pairs={pairs} given; pairs alone takes all tokens, and is the better "
-            "estimate in the same time"
-        )
-    if pairs == 0 and control_variate == "none":
-        raise ValueError(
-            "pairs=0 with control_variate='none' leaves nothing of the loss; take control_variate='low_rank' or a share"
-        )
-    if potential.row_transform == "none":
-        of_angle = [name for name, cls in BUILT_IN.items() if cls.row_transform != "none"]
-        raise ValueError(
-            f"pairs={pairs} was given, but potential {potential.name()!r} is not a function of the cosine of a pair "
-            f"alone; sampling is for {', '.join(of_angle)}, and your own: take pairs='all', or max_tokens"
-        )
+    return resolved
 
 
 def _check_sampled(
-    pairs: float,
-    control_variate: str,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    document_ids: Tensor | None,
-    impl: str,
+    sampling: SampledPairs, mask: Tensor | None, cu_seqlens: Tensor | None, document_ids: Tensor | None, impl: str
 ) -> None:
     if impl == "reference":
-        raise ValueError(f"impl='reference' materialises all pairs, and pairs={pairs} was given; take another impl")
+        raise ValueError(
+            f"impl='reference' materialises all pairs, and sampling={sampling} was given; take another impl"
+        )
     for name, value in {"mask": mask, "cu_seqlens": cu_seqlens, "document_ids": document_ids}.items():
-        if value is not None and pairs == 0:
-            raise ValueError(f"pairs=0 is for whole sequences, and {name} was given; take a small share, as pairs=1/64")
-        if value is not None and control_variate == "full_rank":
+        if value is not None and sampling.fraction == 0:
+            raise ValueError(f"fraction=0 is for whole sequences, and {name} was given; take a small one, as 1/64")
+        if value is not None and sampling.control_variate == "full_rank":
             raise ValueError(f"full_rank is for whole sequences, and {name} was given; take control_variate='low_rank'")
 
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dispersion_kernels.loss import ControlVariate, DispersionLoss, Pairs, fused_dispersion_loss
+from dispersion_kernels.loss import DispersionLoss, fused_dispersion_loss
 from dispersion_kernels.potentials import Potential, resolve_potential
+from dispersion_kernels.sampling import Sampling
 
 Layers = str | Sequence[int | nn.Module]
 Tokens = Literal["attended", "labels", "all"]
@@ -52,8 +53,7 @@ class DispersionRegularizer:
             ``cu_seq_lens_q``, else a 2-D ``attention_mask``, else ``position_ids``, which start again at each document,
             of which each has one loss, else all. ``"labels"``: those of them whose label is not -100, by the model's
             argument ``labels``. ``"all"``: all.
-        potential, tau, clamp, eps, max_tokens, pairs, control_variate, impl: as in
-            :func:`~dispersion_kernels.fused_dispersion_loss`.
+        potential, tau, clamp, eps, sampling, impl: as in :func:`~dispersion_kernels.fused_dispersion_loss`.
         keep_gradients: compute the gradient in forward, too, and keep it until backward. That takes 3 instead of 4
             B L^2 F FLOPs, and the memory of one fp32 z a layer. It is also for a model that writes to its blocks'
             outputs in place.
@@ -77,9 +77,7 @@ class DispersionRegularizer:
         tau: float | None = None,
         clamp: float | None = None,
         eps: float | None = None,
-        max_tokens: int | None = None,
-        pairs: Pairs = "all",
-        control_variate: ControlVariate = "low_rank",
+        sampling: Sampling | float | None = None,
         impl: str = "auto",
         keep_gradients: bool = False,
     ) -> None:
@@ -96,15 +94,13 @@ class DispersionRegularizer:
         self._keep_gradients = keep_gradients
         self._options: dict[str, Any] = {
             "potential": resolve_potential(potential, tau=tau, clamp=clamp, eps=eps),
-            "max_tokens": max_tokens,
-            "pairs": pairs,
-            "control_variate": control_variate,
+            "sampling": sampling,
             "impl": impl,
         }
         DispersionLoss(
             self._options["potential"], **{k: v for k, v in self._options.items() if k != "potential"}
         )  # checks
-        self._random = max_tokens is not None or pairs != "all"
+        self._random = sampling is not None
 
         owner, self._layers = _choose(self, model, layers, stack)
         self._pending: _Term = _END

@@ -20,6 +20,8 @@ from dispersion_kernels import (
     L2Repel,
     Orthogonalization,
     PerplexityEntropy,
+    SampledPairs,
+    SampledTokens,
     Uniformity,
     fused_dispersion_loss,
     supported,
@@ -72,12 +74,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a complex tau": (of(F, Z, tau=1j), TypeError, "tau must be a number, got 1j"),
     "clamp of a string": (of(F, Z, clamp="a"), TypeError, "clamp must be a number, got 'a'"),
     "eps of a string": (of(F, Z, eps="a"), TypeError, "eps must be a number, got 'a'"),
-    "max_tokens of a string": (of(F, Z, max_tokens="256"), ValueError, "max_tokens must be an integer.*got '256'"),
-    "pairs of a string": (of(F, Z, pairs="0.1"), ValueError, "pairs must be 'all' or a share.*got '0.1'"),
-    "pairs of NaN": (of(F, Z, pairs=math.nan), ValueError, "pairs must be 'all' or a share.*got nan"),
-    "pairs of None": (of(F, Z, pairs=None), ValueError, "pairs must be 'all' or a share.*got None"),
-    "no control variate": (of(F, Z, control_variate=None), ValueError, "unknown control_variate None"),
-    "a seed": (of(F, Z, max_tokens=4, generator=3), TypeError, r"generator must be a torch.Generator.*got 3.*seed"),
+    "a count of a string": (of(SampledTokens, "256"), ValueError, "count must be an integer.*got '256'"),
+    "sampling of a string": (of(F, Z, sampling="0.1"), TypeError, "sampling must be None.*got .0.1.; try"),
+    "sampling of NaN": (of(F, Z, sampling=math.nan), ValueError, "fraction must be from 0 to 1, got nan"),
+    "no control variate": (of(SampledPairs, 0.1, None), ValueError, "unknown control_variate None"),
+    "a seed": (of(F, Z, generator=3), TypeError, r"generator must be a torch.Generator.*got 3.*seed"),
     "no reduction": (of(F, Z, reduction=None), ValueError, "unknown reduction None"),
     "a list as impl": (of(F, Z, impl=[]), ValueError, r"unknown impl \[\]"),
     "recompute of a string": (of(F, Z, recompute="no"), TypeError, "recompute must be True or False, got 'no'"),
@@ -100,7 +101,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "Uniformity": (of(Uniformity, "a"), TypeError, "t must be a number, got 'a'"),
     "DispersionLoss": (of(DispersionLoss, tau_cos="a"), TypeError, "tau must be a number, got 'a'"),
     "DispersionLoss, no variant": (of(DispersionLoss, None), TypeError, "potential must be a name"),
-    "DispersionLoss, max_tokens": (of(DispersionLoss, max_tokens="a"), ValueError, "max_tokens must be an integer"),
+    "DispersionLoss, sampling": (of(DispersionLoss, sampling="a"), TypeError, "sampling must be None"),
     "DispersionLoss, recompute": (of(DispersionLoss, recompute="a"), TypeError, "recompute must be True or False"),
     "DispersionLoss of None": (of(DispersionLoss(), None), TypeError, "z must be a tensor or a list.*got None"),
     "cosines of a tensor": (of(condensation_by_layer, Z), TypeError, r"hidden must be a list.*\[hidden\].*unbind\(\)"),
@@ -145,7 +146,9 @@ def test_tracing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("sampled", [{}, {"max_tokens": 4}, {"pairs": 1 / 16, "return_stats": True}], ids=str)
+@pytest.mark.parametrize(
+    "sampled", [{}, {"sampling": SampledTokens(4)}, {"sampling": 1 / 16, "return_stats": True}], ids=str
+)
 def test_layers_on_two_devices(sampled: dict[str, Any], reduction: str) -> None:
     """Each layer's loss is computed where the layer is, and averaged where the first is; masks are moved."""
     # Without gradients, for which PyTorch needs the device itself.

@@ -12,7 +12,7 @@ import torch
 from conftest import POTENTIALS, skip_unless_supported
 from torch import Tensor
 
-from dispersion_kernels import DispersionLoss, fused_dispersion_loss
+from dispersion_kernels import DispersionLoss, SampledPairs, SampledTokens, fused_dispersion_loss
 from dispersion_kernels.condensation import condensation_by_layer, mean_pairwise_cosine
 from dispersion_kernels.gpt2.model import GPT2, GPT2Config
 
@@ -78,26 +78,26 @@ _IDS = torch.arange(600).div(90, rounding_mode="floor").sub(1).repeat(2, 1)
         ([_Z[:, :60]], {"mask": _MASK[:, :60], "tau": 0.3}),
         ([_Z[:, :200]], {"document_ids": _IDS[:, :200], "mask": _MASK[:, :200]}),
         ([_Z[0]], {"cu_seqlens": _CU_SEQLENS, "reduction": "none"}),
-        ([_Z], {"max_tokens": 30}),
-        ([_Z], {"max_tokens": 30, "mask": _MASK}),
-        ([_Z[0]], {"max_tokens": 30, "cu_seqlens": _CU_SEQLENS}),
-        ([_Z], {"pairs": 1 / 16}),
-        ([_Z, _Z + 1], {"pairs": 1 / 16, "control_variate": "low_rank", "return_stats": True}),
-        ([_Z], {"pairs": 1 / 16, "control_variate": "none"}),
-        ([_Z], {"pairs": 1 / 16, "control_variate": "full_rank", "return_stats": True}),
-        ([_Z], {"pairs": 0, "return_stats": True}),
-        ([_Z], {"pairs": 0}),
-        ([_Z], {"pairs": 1 / 16, "potential": "orthogonalization"}),
-        ([_Z], {"pairs": 1 / 16, "mask": _MASK, "control_variate": "low_rank", "return_stats": True}),
-        ([_Z], {"pairs": 1 / 16, "document_ids": _IDS}),
-        ([_Z[0]], {"pairs": 1 / 16, "cu_seqlens": _CU_SEQLENS, "control_variate": "low_rank"}),
-        ([_Z.double()], {"pairs": 1 / 16, "control_variate": "low_rank", "return_stats": True}),
+        ([_Z], {"sampling": SampledTokens(30)}),
+        ([_Z], {"sampling": SampledTokens(30), "mask": _MASK}),
+        ([_Z[0]], {"sampling": SampledTokens(30), "cu_seqlens": _CU_SEQLENS}),
+        ([_Z], {"sampling": 1 / 16}),
+        ([_Z, _Z + 1], {"sampling": SampledPairs(1 / 16), "return_stats": True}),
+        ([_Z], {"sampling": SampledPairs(1 / 16, "none")}),
+        ([_Z], {"sampling": SampledPairs(1 / 16, "full_rank"), "return_stats": True}),
+        ([_Z], {"sampling": 0, "return_stats": True}),
+        ([_Z], {"sampling": 0}),
+        ([_Z], {"sampling": 1 / 16, "potential": "orthogonalization"}),
+        ([_Z], {"sampling": 1 / 16, "mask": _MASK, "return_stats": True}),
+        ([_Z], {"sampling": 1 / 16, "document_ids": _IDS}),
+        ([_Z[0]], {"sampling": 1 / 16, "cu_seqlens": _CU_SEQLENS}),
+        ([_Z.double()], {"sampling": SampledPairs(1 / 16), "return_stats": True}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else f"{len(value)} of {list(value[0].shape)}",
 )
 def test_every_option(layers: list[Tensor], options: dict[str, Any], impl: str) -> None:
     skip_unless_supported(impl, layers[0])
-    if impl == "reference" and "pairs" in options:
+    if impl == "reference" and "sampling" in options and not isinstance(options["sampling"], SampledTokens):
         pytest.skip("the reference visits all pairs")
     options = {"generator": torch.Generator().manual_seed(7), **options}
 

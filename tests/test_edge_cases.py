@@ -13,14 +13,14 @@ from conftest import IMPLS, skip_unless_supported
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dispersion_kernels import fused_dispersion_loss
+from dispersion_kernels import SampledPairs, SampledTokens, fused_dispersion_loss
 from dispersion_kernels.segments import warn_of_no_pair
 
 SAMPLED: list[dict[str, Any]] = [
     {},
-    {"max_tokens": 4},
-    {"pairs": 1 / 16, "control_variate": "none"},
-    {"pairs": 1 / 16, "control_variate": "low_rank", "return_stats": True},
+    {"sampling": SampledTokens(4)},
+    {"sampling": SampledPairs(1 / 16, "none")},
+    {"sampling": SampledPairs(1 / 16), "return_stats": True},
 ]
 
 
@@ -75,13 +75,13 @@ def test_tensors_without_values_give_shapes(kind: str, impl: str) -> None:
             {"mask": mask, "reduction": "none"},
             {"document_ids": mask.long()},
             {"cu_seqlens": torch.zeros(4, dtype=torch.int32, device=device)},
-            {"cu_seqlens": torch.zeros(4, dtype=torch.int32, device=device), "max_tokens": 8},
+            {"cu_seqlens": torch.zeros(4, dtype=torch.int32, device=device), "sampling": SampledTokens(8)},
         ]
-        others: list[dict[str, Any]] = [{}, {"max_tokens": 8}, {"recompute": True}, {"reduction": "none"}]
+        others: list[dict[str, Any]] = [{}, {"sampling": SampledTokens(8)}, {"recompute": True}, {"reduction": "none"}]
         if impl != "reference":
             others += reads
-            others += [{"pairs": 0}, {"pairs": 1 / 16, "mask": mask}, {"pairs": 1 / 16, "control_variate": "low_rank"}]
-            others += [{"pairs": 1 / 16, "cu_seqlens": torch.zeros(4, dtype=torch.int32, device=device)}]
+            others += [{"sampling": 0}, {"sampling": 1 / 16, "mask": mask}, {"sampling": SampledPairs(1 / 16)}]
+            others += [{"sampling": 1 / 16, "cu_seqlens": torch.zeros(4, dtype=torch.int32, device=device)}]
         for options in others:
             packed = "cu_seqlens" in options
             z = torch.empty(
@@ -113,7 +113,7 @@ def _anew() -> Iterator[None]:
     [
         {},
         {"cu_seqlens": bounds(0, 1, 2, 3, 3, 6), "mask": torch.arange(6) < 4},
-        {"cu_seqlens": bounds(0, 1, 2, 3, 4, 5, 6), "pairs": 1 / 16},
+        {"cu_seqlens": bounds(0, 1, 2, 3, 4, 5, 6), "sampling": 1 / 16},
         {"mask": torch.zeros(6, dtype=torch.bool)},
         {"document_ids": torch.arange(6)},
     ],

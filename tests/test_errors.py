@@ -18,6 +18,7 @@ from dispersion_kernels import (
     Orthogonalization,
     PerplexityEntropy,
     Potential,
+    SampledTokens,
     Uniformity,
     backends,
     fused_dispersion_loss,
@@ -62,8 +63,6 @@ def bounds(*values: int) -> Tensor:
         (Z, {"clamp": -0.1}, ValueError, "clamp must be"),
         (Z, {"clamp": math.nan}, ValueError, "clamp must be"),
         (Z, {"eps": -0.1}, ValueError, "eps must be"),
-        (Z, {"max_tokens": 1}, ValueError, "max_tokens must be an integer >= 2.*got 1"),
-        (Z, {"max_tokens": 2.5}, ValueError, "max_tokens must be an integer >= 2.*got 2.5"),
         (
             Z,
             {"mask": torch.ones(2, 5, dtype=torch.bool)},
@@ -111,7 +110,7 @@ def test_wrong_arguments(z: Any, options: dict[str, Any], error: type[Exception]
 
 def test_wrong_values_of_packed_bounds_with_subsampling() -> None:
     with pytest.raises(ValueError, match=r"cu_seqlens is \[0, 7, 4, 10\]"):
-        fused_dispersion_loss(PACKED, cu_seqlens=bounds(0, 7, 4, 10), max_tokens=2)
+        fused_dispersion_loss(PACKED, cu_seqlens=bounds(0, 7, 4, 10), sampling=SampledTokens(2))
 
 
 def test_unknown_impl() -> None:
@@ -137,7 +136,6 @@ def test_unknown_impl() -> None:
         (lambda: Uniformity(t=-2.0), "t must be"),
         (lambda: DispersionLoss("angular_spread", tau_cos=0.0), "tau must be"),
         (lambda: DispersionLoss("l2_repel", tau_l2=-1.0), "tau must be"),
-        (lambda: DispersionLoss(max_tokens=1), "max_tokens must be"),
         (lambda: DispersionLoss("spread"), "unknown potential 'spread'"),
         (lambda: DispersionLoss(reduction="max"), "unknown reduction"),
     ],

@@ -185,7 +185,7 @@ def test_without_weight_the_dispersion_is_measured_and_has_no_effect(run, tmp_pa
     assert_same_weights(tmp_path / "one", tmp_path / "two")
 
 
-def test_a_share_of_the_pairs(run, tmp_path):
+def test_a_fraction_of_the_pairs(run, tmp_path):
     """Other steps than with all of them, and near them."""
     context = ("--context", "64", "--steps", "2")
     every = run(tmp_path / "all", *context)
@@ -461,9 +461,12 @@ def test_presets_choose_shape_and_recipe():
         (("--lr", "nan"), "argument --lr: wanted a number from 0"),
         (("--dropout", "1"), "argument --dropout: wanted a number from 0 to below 1, got '1'"),
         (("--dispersion-tokens", "1"), "argument --dispersion-tokens: wanted a whole number of at least 2, got '1'"),
-        (("--pairs", "2"), "argument --pairs: wanted all, or a share of the pairs from 0 to 1, got '2'"),
-        (("--pairs", "some"), "argument --pairs: wanted all, or a share of the pairs from 0 to 1, got 'some'"),
-        (("--pairs", "0.1", "--dispersion-tokens", "5"), "both max_tokens=5 and pairs=0.1"),
+        (("--pairs", "2"), "argument --pairs: wanted all, or a fraction of the pairs from 0 to 1, got '2'"),
+        (("--pairs", "some"), "argument --pairs: wanted all, or a fraction of the pairs from 0 to 1, got 'some'"),
+        (
+            ("--pairs", "0.1", "--dispersion-tokens", "5"),
+            "--pairs 0.1 and --dispersion-tokens 5 are two ways of sampling",
+        ),
         (
             ("--dispersion-layers", "0"),
             "--dispersion-layers must be all, last, early_half, late_half or numbers from 1",

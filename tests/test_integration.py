@@ -17,7 +17,7 @@ from conftest import IMPLS, POTENTIALS, evaluate, skip_unless_supported
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dispersion_kernels import AngularSpread, DispersionLoss, Potential, fused_dispersion_loss
+from dispersion_kernels import AngularSpread, DispersionLoss, Potential, SampledTokens, fused_dispersion_loss
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -70,11 +70,11 @@ def test_compile_fullgraph_equals_eager(backend: str, impl: str) -> None:
     ("options", "packed"),
     [
         ({}, False),
-        ({"pairs": 0}, False),
-        ({"pairs": 1 / 16}, False),
-        ({"pairs": 1 / 16}, True),
-        ({"max_tokens": 8}, False),
-        ({"max_tokens": 8}, True),
+        ({"sampling": 0}, False),
+        ({"sampling": 1 / 16}, False),
+        ({"sampling": 1 / 16}, True),
+        ({"sampling": SampledTokens(8)}, False),
+        ({"sampling": SampledTokens(8)}, True),
     ],
 )
 def test_compile_takes_any_shape(options: dict[str, Any], packed: bool) -> None:

@@ -28,6 +28,7 @@ from dispersion_kernels import (
     DispersionLoss,
     L2Repel,
     Potential,
+    SampledTokens,
     Uniformity,
     fused_dispersion_loss,
 )
@@ -633,7 +634,9 @@ def test_module_is_the_function() -> None:
 class TestSubsampling:
     def test_each_sequence_draws_its_own_tokens(self) -> None:
         z = torch.randn(4, 100, 16)
-        grad = evaluate(z, "angular_spread", max_tokens=10, generator=torch.Generator().manual_seed(1)).grad
+        grad = evaluate(
+            z, "angular_spread", sampling=SampledTokens(10), generator=torch.Generator().manual_seed(1)
+        ).grad
         chosen = grad.abs().sum(-1) > 0
         assert chosen.sum(1).tolist() == [10, 10, 10, 10]
         assert not torch.equal(chosen[0], chosen[1])
@@ -642,14 +645,14 @@ class TestSubsampling:
         z = torch.randn(4, 100, 16)
 
         def draw(seed: int) -> Tensor:
-            return fused_dispersion_loss(z, max_tokens=10, generator=torch.Generator().manual_seed(seed))
+            return fused_dispersion_loss(z, sampling=SampledTokens(10), generator=torch.Generator().manual_seed(seed))
 
         assert torch.equal(draw(1), draw(1))
         assert not torch.equal(draw(1), draw(2))
 
     def test_it_is_the_loss_of_the_tokens_drawn(self) -> None:
         z = torch.randn(2, 100, 16)
-        answer = evaluate(z, "angular_spread", max_tokens=12)
+        answer = evaluate(z, "angular_spread", sampling=SampledTokens(12))
         for b in range(2):
             chosen = answer.grad[b].abs().sum(-1) > 0
             alone = evaluate(z[b, chosen], "angular_spread")
@@ -662,7 +665,7 @@ class TestSubsampling:
         mask[0, 20:60] = True
         mask[1, :3] = True
         mask[2, 5] = True
-        grad = evaluate(z, "angular_spread", max_tokens=10, mask=mask).grad
+        grad = evaluate(z, "angular_spread", sampling=SampledTokens(10), mask=mask).grad
         chosen = grad.abs().sum(-1) > 0
         assert chosen.sum(1).tolist() == [10, 3, 0]
         assert not (chosen & ~mask).any()
@@ -673,11 +676,11 @@ class TestSubsampling:
         z = torch.randn(sum(lengths), 16)
         mask = torch.ones(sum(lengths), dtype=torch.bool)
         mask[:45] = False
-        answer = evaluate(z, "angular_spread", max_tokens=8, cu_seqlens=cu_seqlens, mask=mask)
+        answer = evaluate(z, "angular_spread", sampling=SampledTokens(8), cu_seqlens=cu_seqlens, mask=mask)
         chosen = answer.grad.abs().sum(-1) > 0
         assert [int(part.sum()) for part in chosen.split(lengths)] == [5, 3, 0, 0, 8]
         assert not chosen[:45].any()
 
     def test_as_many_as_there_are_is_all(self) -> None:
         z = torch.randn(2, 30, 16)
-        assert torch.equal(fused_dispersion_loss(z, max_tokens=30), fused_dispersion_loss(z))
+        assert torch.equal(fused_dispersion_loss(z, sampling=SampledTokens(30)), fused_dispersion_loss(z))

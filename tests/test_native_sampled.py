@@ -16,11 +16,12 @@ from dispersion_kernels import (
     Decorrelation,
     Orthogonalization,
     Potential,
+    SampledPairs,
     Uniformity,
     fused_dispersion_loss,
     native,
 )
-from dispersion_kernels.sampling import cpu_sampler
+from dispersion_kernels.sampling import ControlVariate, cpu_sampler
 
 pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
 
@@ -54,7 +55,7 @@ def check(z: Tensor, potential: Potential, sensitivity: float, **options: Any) -
     ours, exact = both(z, potential, **options)
     torch.testing.assert_close(ours.loss.double(), exact.loss, rtol=2e-5 * sensitivity, atol=2e-5 * sensitivity)
     # What fp32 makes of the fit of low rank is another model, as good.
-    tolerance = sensitivity * (2e-4 if options["control_variate"] == "low_rank" else 2e-5)
+    tolerance = sensitivity * (2e-4 if options["sampling"].control_variate == "low_rank" else 2e-5)
     rounding = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[z.dtype]
     assert (ours.grad.double() - exact.grad).norm() < (tolerance + rounding) * exact.grad.norm()
 
@@ -92,13 +93,13 @@ def test_the_estimate(
     pairs: float,
     potential: Potential,
     sensitivity: float,
-    control_variate: str,
+    control_variate: ControlVariate,
     sampled_here: list[bool],
 ) -> None:
     if pairs == 0 and control_variate == "none":
         pytest.skip("that leaves nothing of the loss")
     z = tokens(2, length, features)
-    check(z, potential, sensitivity, pairs=pairs, control_variate=control_variate)
+    check(z, potential, sensitivity, sampling=SampledPairs(pairs, control_variate))
     assert sampled_here == [True]
 
 
@@ -107,12 +108,12 @@ def test_16_bit_tokens(isa: str, dtype: torch.dtype) -> None:
     for pairs in (0.0, 0.1):
         # Larger by a factor that takes the gradient out of fp16's subnormal numbers.
         z = tokens(1, 320, 37, dtype=dtype) / 256
-        check(z, AngularSpread(), 1, pairs=pairs, control_variate="low_rank")
+        check(z, AngularSpread(), 1, sampling=SampledPairs(pairs))
 
 
 @pytest.mark.parametrize("control_variate", ["none", "low_rank"])
 @pytest.mark.parametrize("case", ["mask", "documents", "packed"])
-def test_populations(isa: str, case: str, control_variate: str, sampled_here: list[bool]) -> None:
+def test_populations(isa: str, case: str, control_variate: ControlVariate, sampled_here: list[bool]) -> None:
     """Tokens that are left out, populations that are visited whole, and empty ones."""
     z = tokens(3, 300, 24)
     options: dict[str, Any] = {
@@ -121,17 +122,17 @@ def test_populations(isa: str, case: str, control_variate: str, sampled_here: li
         "packed": {"cu_seqlens": torch.tensor([0, 500, 512, 512, 890, 899, 900, 900])},
     }[case]
     z = z.flatten(0, 1) if case == "packed" else z
-    check(z, AngularSpread(), 1, pairs=0.1, control_variate=control_variate, **options)
+    check(z, AngularSpread(), 1, sampling=SampledPairs(0.1, control_variate), **options)
     assert sampled_here == [True]
 
 
 def test_rows_where_they_lie(isa: str) -> None:
     """Of a wider tensor, and of layers that are not spaced alike."""
     wide = tokens(2, 320, 48)
-    check(wide[..., :24], AngularSpread(), 1, pairs=0.1, control_variate="low_rank")
+    check(wide[..., :24], AngularSpread(), 1, sampling=SampledPairs(0.1))
     layers = [wide[..., :24], wide[..., 24:].contiguous(), wide[..., ::2]]
     losses = [
-        fused_dispersion_loss(z, pairs=0.1, generator=torch.Generator().manual_seed(0))
+        fused_dispersion_loss(z, sampling=0.1, generator=torch.Generator().manual_seed(0))
         for z in (layers, [z.contiguous() for z in layers])
     ]
     assert torch.equal(*losses)
@@ -139,10 +140,10 @@ def test_rows_where_they_lie(isa: str) -> None:
 
 def test_what_is_left_to_the_sweep(sampled_here: list[bool]) -> None:
     """Blocks larger than a tile, exponents that need a running maximum, and a model of full rank."""
-    check(tokens(1, 1024, 24), AngularSpread(), 1, pairs=0.5, control_variate="low_rank")
+    check(tokens(1, 1024, 24), AngularSpread(), 1, sampling=SampledPairs(0.5))
     assert sampled_here == []
-    check(tokens(1, 320, 24), AngularSpread(tau=0.005), 100, pairs=0.1, control_variate="none")
-    check(tokens(1, 320, 24), AngularSpread(), 1, pairs=0.1, control_variate="full_rank")
+    check(tokens(1, 320, 24), AngularSpread(tau=0.005), 100, sampling=SampledPairs(0.1, "none"))
+    check(tokens(1, 320, 24), AngularSpread(), 1, sampling=SampledPairs(0.1, "full_rank"))
     assert sampled_here == []
     call(blocks=torch.tensor([0, 256, 300]), **TOKENS_300)
 
@@ -153,14 +154,14 @@ def test_exponents_that_need_a_running_maximum(rate: float) -> None:
     for potential in (Uniformity(t=2 * rate), AngularSpread(tau=0.5 / (rate * 4), clamp=0.0)):
         z = tokens(1, 320, 24)
         if cpu_sampler.takes(potential, 0.1, "low_rank", z, None):
-            fused_dispersion_loss(z, potential, pairs=0.1, impl="cpu")
+            fused_dispersion_loss(z, potential, sampling=0.1, impl="cpu")
         else:
             assert rate > 9.85
 
 
 @pytest.mark.parametrize("control_variate", ["none", "low_rank"])
 @pytest.mark.parametrize("pairs", [0.0, 0.05])
-def test_the_error_it_states(isa: str, control_variate: str, pairs: float) -> None:
+def test_the_error_it_states(isa: str, control_variate: ControlVariate, pairs: float) -> None:
     if pairs == 0 and control_variate == "none":
         pytest.skip("that leaves nothing of the loss")
     z = tokens(2, 640, 24)
@@ -169,8 +170,7 @@ def test_the_error_it_states(isa: str, control_variate: str, pairs: float) -> No
         leaf = tensor.clone().requires_grad_()
         _, stats = fused_dispersion_loss(
             leaf,
-            pairs=pairs,
-            control_variate=control_variate,  # type: ignore[arg-type]
+            sampling=SampledPairs(pairs, control_variate),
             impl=impl,
             generator=torch.Generator().manual_seed(0),
             return_stats=True,
@@ -187,7 +187,7 @@ def test_bitwise_repeatable(isa: str) -> None:
         for count in (1, 2, 3, 2, 1):
             torch.set_num_threads(count)
             leaves = [z.clone().requires_grad_() for z in layers]
-            loss = fused_dispersion_loss(leaves, pairs=1 / 16, generator=torch.Generator().manual_seed(0))
+            loss = fused_dispersion_loss(leaves, sampling=1 / 16, generator=torch.Generator().manual_seed(0))
             loss.backward()
             results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
     finally:
@@ -205,7 +205,7 @@ def test_nan_stays_in_its_sequence(isa: str, pairs: float, value: float) -> None
     z = tokens(3, 320, 24)
     # Another sequence's model may be fitted to fewer tokens, and is otherwise the same.
     z[1, 7, 3] = value
-    ours, exact = both(z, AngularSpread(), pairs=pairs, control_variate="low_rank")
+    ours, exact = both(z, AngularSpread(), sampling=SampledPairs(pairs))
     assert ours.loss[1].isnan()
     assert ours.grad[1].isnan().any()
     for sequence in (0, 2):
@@ -216,7 +216,7 @@ def test_nan_stays_in_its_sequence(isa: str, pairs: float, value: float) -> None
 def test_tokens_that_are_all_the_same_or_zero(isa: str) -> None:
     for z in (torch.zeros(1, 320, 24), torch.ones(1, 320, 24)):
         for pairs in (0.0, 0.1):
-            ours, exact = both(z, AngularSpread(), pairs=pairs, control_variate="low_rank")
+            ours, exact = both(z, AngularSpread(), sampling=SampledPairs(pairs))
             torch.testing.assert_close(ours.loss.double(), exact.loss, rtol=1e-5, atol=1e-5)
             assert ours.grad.isfinite().all()
 
@@ -225,7 +225,7 @@ def test_tokens_that_are_all_the_same_or_zero(isa: str) -> None:
 @pytest.mark.parametrize("pairs", [0.0, 0.1])
 def test_norms(isa: str, norm: float, pairs: float) -> None:
     z = torch.nn.functional.normalize(tokens(2, 320, 24), dim=2) * norm
-    check(z, Uniformity(), 1, pairs=pairs, control_variate="low_rank")  # which adds nothing to a norm
+    check(z, Uniformity(), 1, sampling=SampledPairs(pairs))  # which adds nothing to a norm
 
 
 TOKENS_300 = {"layers": [torch.ones(1, 300, 8)], "order": None, "populations": torch.tensor([0, 300])}
@@ -293,7 +293,7 @@ def test_largest_blocks(isa: str) -> None:
     torch.manual_seed(0)
     z = torch.randn(1, 4096, 32) + 0.5
     sampled, exact = z.clone().requires_grad_(), z.double().requires_grad_()
-    losses = fused_dispersion_loss(sampled, pairs=1 / 16), fused_dispersion_loss(exact, impl="torch")
+    losses = fused_dispersion_loss(sampled, sampling=1 / 16), fused_dispersion_loss(exact, impl="torch")
     for loss in losses:
         loss.backward()
     assert sampled.grad is not None

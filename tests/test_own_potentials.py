@@ -272,7 +272,7 @@ def test_a_subclass_of_a_distance_is_refused() -> None:
 def test_sampled_pairs() -> None:
     """All pairs of a line in c are its model: exact at full rank."""
     z = (torch.randn(1, 600, 8, dtype=torch.float64) + 0.8).requires_grad_()
-    options: dict[str, Any] = {"pairs": 1 / 16}
+    options: dict[str, Any] = {"sampling": 1 / 16}
     compiled = torch.compile(fused_dispersion_loss, fullgraph=True, backend="aot_eager")
     for potential, factor in ((Line(0.9), 0.9), (closure(3.0)(), 3.0), (cell(2.0), 2.0), (Power(1), 1.0)):
         for call, recompute in ((fused_dispersion_loss, False), (fused_dispersion_loss, True), (compiled, True)):

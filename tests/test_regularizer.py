@@ -16,7 +16,7 @@ import torch
 from regularized import WEIGHT, Block, Model, Step, assert_same, by_hand, gradients, tokens
 from torch import Tensor, nn
 
-from dispersion_kernels import AngularSpread, DispersionRegularizer, fused_dispersion_loss
+from dispersion_kernels import AngularSpread, DispersionRegularizer, SampledPairs, SampledTokens, fused_dispersion_loss
 from dispersion_kernels.gpt2.model import GPT2, GPT2Config
 
 
@@ -125,7 +125,7 @@ def test_16_bits_are_rounded_like_the_model(dtype: torch.dtype) -> None:
         assert_same(step(model, reg, batch), exact, tolerance=5e-2)
 
 
-@pytest.mark.parametrize("options", [{"max_tokens": 8}, {"pairs": 1 / 4, "control_variate": "none"}])
+@pytest.mark.parametrize("options", [{"sampling": SampledTokens(8)}, {"sampling": SampledPairs(1 / 4, "none")}])
 @pytest.mark.parametrize("keep_gradients", [False, True])
 def test_backward_draws_what_forward_drew(options: dict[str, Any], keep_gradients: bool) -> None:
     model, batch = Model(layers=1), tokens(length=64)
@@ -506,8 +506,7 @@ def test_bad_arguments_are_named() -> None:
     for name, options in (
         ("tokens", {"tokens": "some"}),
         ("unknown potential", {"potential": "nothing"}),
-        ("max_tokens", {"max_tokens": 1}),
-        ("pairs", {"pairs": 2.0}),
+        ("fraction", {"sampling": 2.0}),
         ("impl", {"impl": "nothing"}),
     ):
         with pytest.raises(ValueError, match=name):

@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
-from dispersion_kernels import DispersionRegularizer
+from dispersion_kernels import DispersionRegularizer, SampledTokens
 
 
 def blocks(model: nn.Module) -> Sequence[nn.Module]:
@@ -51,7 +51,7 @@ def wrap(model: Model, use_reentrant: bool) -> None:
     model.blocks = nn.ModuleList(checkpoint_wrapper(block, kind) for block in model.blocks)
 
 
-@pytest.mark.parametrize("options", [{}, {"keep_gradients": True}, {"max_tokens": 8}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"keep_gradients": True}, {"sampling": SampledTokens(8)}], ids=str)
 @pytest.mark.parametrize("hooks", ["inside", "inside, wrapped after", "outside"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_counts_once(use_reentrant: bool, hooks: str, options: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ def test_checkpointing_counts_once(use_reentrant: bool, hooks: str, options: dic
             total = model(batches[0], mask) + model(batches[1]) + reg.loss()
             total.backward()
             answer = Step(total.detach(), gradients(model))
-            if "max_tokens" not in options:
+            if "sampling" not in options:
                 assert_same(answer, exact)
         with pytest.raises(RuntimeError, match="did not run"):
             reg.loss()
@@ -99,7 +99,7 @@ def test_checkpointing_draws_again_what_it_drew() -> None:
     answers = []
     for kind in (Model, Checkpointed):
         model = kind()
-        reg = DispersionRegularizer(model, weight=WEIGHT, max_tokens=8)
+        reg = DispersionRegularizer(model, weight=WEIGHT, sampling=SampledTokens(8))
         torch.manual_seed(3)
         answers.append(step(model, reg, tokens()))
     torch.testing.assert_close(*answers)

@@ -1,4 +1,4 @@
-"""The loss from a share of the pairs: unbiased, as accurate as it says, and the same on every backend."""
+"""The loss from a fraction of the pairs: unbiased, as accurate as it says, and the same on every backend."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from dispersion_kernels import (
     DispersionLoss,
     Orthogonalization,
     Potential,
+    SampledPairs,
+    SampledTokens,
     Uniformity,
     fused_dispersion_loss,
 )
 from dispersion_kernels.autograd import sampled_loss
-from dispersion_kernels.sampling import partition
+from dispersion_kernels.sampling import ControlVariate, partition
 from dispersion_kernels.sampling.estimate import Draws, draw, estimate
 from dispersion_kernels.sweep import sweep
 
@@ -92,7 +94,7 @@ def cases(copies: int = 1) -> dict[str, dict[str, Any]]:
         *((case, "full_rank") for case in ("equal", "ragged")),
     ],
 )
-def test_unbiased(case: str, control_variate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unbiased(case: str, control_variate: ControlVariate, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean over many draws, of copies of one sequence, is the exact number, within what its own scatter allows."""
     monkeypatch.setattr(partition, "_SMALLEST_BLOCK", 8)
     copies = 150
@@ -103,7 +105,7 @@ def test_unbiased(case: str, control_variate: str, monkeypatch: pytest.MonkeyPat
     if case == "packed":
         z = z.flatten(0, 1)
     exact = oracle(z, potential, **options)
-    drawn = evaluate(z, potential, pairs=0.2, control_variate=control_variate, impl="torch", **options)
+    drawn = evaluate(z, potential, sampling=SampledPairs(0.2, control_variate), impl="torch", **options)
     if case == "packed":
         # Of the four sequences of a copy the first is estimated, and the others are visited whole.
         torch.testing.assert_close(drawn.loss.view(copies, 4)[:, 1:], exact.loss.view(copies, 4)[:, 1:])
@@ -132,11 +134,11 @@ def test_the_control_variates_help() -> None:
         ]
         return (sum(errors) / len(errors) / exact.grad.norm()).item()
 
-    subsample = error(max_tokens=128)
-    none, low_rank = (error(pairs=1 / 16, control_variate=name) for name in ("none", "low_rank"))
+    subsample = error(sampling=SampledTokens(128))
+    none, low_rank = error(sampling=SampledPairs(1 / 16, "none")), error(sampling=1 / 16)
     assert low_rank < 0.06 * none < 0.06 * subsample
     # The model alone: a bias, of the size of what it misses, and no more noise than that of the fit.
-    assert error(pairs=0, control_variate="low_rank") < 0.1
+    assert error(sampling=SampledPairs(0)) < 0.1
 
 
 def test_two_clusters() -> None:
@@ -145,8 +147,8 @@ def test_two_clusters() -> None:
     z = (centres[torch.randint(0, 3, (1, 512))] + torch.randn(1, 512, 64)).float()
     exact = oracle(z, "angular_spread")
     none, low_rank = (
-        (evaluate(z, "angular_spread", pairs=1 / 16, control_variate=name).grad - exact.grad).norm()
-        for name in ("none", "low_rank")
+        (evaluate(z, "angular_spread", sampling=sampling).grad - exact.grad).norm()
+        for sampling in (SampledPairs(1 / 16, "none"), 1 / 16)
     )
     assert low_rank < 0.25 * none
 
@@ -155,8 +157,8 @@ def test_full_rank_sees_what_16_directions_do_not() -> None:
     z = torch.randn(1, 1024, 576)
     exact = oracle(z, "angular_spread")
 
-    def error(pairs: float, control_variate: str) -> float:
-        answer = evaluate(z, "angular_spread", pairs=pairs, control_variate=control_variate)
+    def error(pairs: float, control_variate: ControlVariate) -> float:
+        answer = evaluate(z, "angular_spread", sampling=SampledPairs(pairs, control_variate))
         return ((answer.grad - exact.grad).norm() / exact.grad.norm()).item()
 
     assert error(1 / 16, "full_rank") < 0.012 < 0.25 * error(1 / 16, "low_rank")
@@ -171,13 +173,13 @@ def test_full_rank_of_a_line(case: str, pairs: float, monkeypatch: pytest.Monkey
     monkeypatch.setattr(partition, "_SMALLEST_BLOCK", 8)
     z = tokens(3, 48 if case == "equal" else 50, 20, dtype=torch.float64)
     exact = oracle(z, Square())
-    answer = evaluate(z, Square(), pairs=pairs, control_variate="full_rank", impl="torch")
+    answer = evaluate(z, Square(), sampling=SampledPairs(pairs, "full_rank"), impl="torch")
     torch.testing.assert_close(answer.grad, exact.grad, rtol=1e-5, atol=1e-5 * exact.grad.abs().max().item())
 
 
 @pytest.mark.parametrize("pairs", [1 / 16, 1 / 4, 0.0])
 @pytest.mark.parametrize("control_variate", ["none", "low_rank", "full_rank"])
-def test_the_stated_error_is_the_true_one(control_variate: str, pairs: float) -> None:
+def test_the_stated_error_is_the_true_one(control_variate: ControlVariate, pairs: float) -> None:
     if pairs == 0 and control_variate == "none":
         pytest.skip("that leaves nothing of the loss")
     z = tokens(2, 512, 32)
@@ -191,8 +193,7 @@ def test_the_stated_error_is_the_true_one(control_variate: str, pairs: float) ->
         of_seed = z.clone().requires_grad_()
         loss, stats = fused_dispersion_loss(
             of_seed,
-            pairs=pairs,
-            control_variate=control_variate,  # type: ignore[arg-type]
+            sampling=SampledPairs(pairs, control_variate),
             generator=seeded(seed),
             return_stats=True,
             reduction="sum",
@@ -208,12 +209,12 @@ def test_the_stated_error_is_the_true_one(control_variate: str, pairs: float) ->
 
 def test_the_statistics_of_lists_and_of_all_pairs() -> None:
     z = tokens(528, 16)
-    loss, stats = fused_dispersion_loss([z, 2 * z], pairs=1 / 16, generator=seeded(0), return_stats=True)
+    loss, stats = fused_dispersion_loss([z, 2 * z], sampling=1 / 16, generator=seeded(0), return_stats=True)
     assert loss.dim() == 0
     assert stats.relative_error.shape == (2,)
     assert (stats.relative_error > 0).all()
-    for pairs in ("all", 1.0):
-        loss, stats = fused_dispersion_loss(z, pairs=pairs, return_stats=True)  # type: ignore[call-overload]
+    for sampling in (None, 1.0):
+        loss, stats = fused_dispersion_loss(z, sampling=sampling, return_stats=True)
         assert torch.equal(loss, fused_dispersion_loss(z))
         assert stats.relative_error == 0
 
@@ -227,9 +228,11 @@ def test_backends_agree(potential: Potential, dtype: torch.dtype, impl: str) -> 
     skip_unless_supported(impl, z, potential)
     ids = torch.randint(-1, 2, (2, 320))
     upstream = torch.full((2,), 4096.0)  # an fp16 gradient underflows without
-    for options in ({"pairs": 0.1}, {"pairs": 0.1, "document_ids": ids}, {"pairs": 0}):
-        for control_variate in ("none", "low_rank") if options["pairs"] else ("low_rank",):
-            options["control_variate"] = control_variate
+    whole: dict[str, Any] = {}
+    for fraction, options in ((0.1, whole), (0.1, {"document_ids": ids}), (0, whole)):
+        models: tuple[ControlVariate, ...] = ("none", "low_rank") if fraction else ("low_rank",)
+        for control_variate in models:
+            options = {**options, "sampling": SampledPairs(fraction, control_variate)}
             exact = evaluate(z.double(), potential, upstream, impl="torch", generator=seeded(3), **options)
             answer = evaluate(z, potential, upstream, impl=impl, generator=seeded(3), **options)
             assert answer.grad.dtype == dtype
@@ -246,7 +249,7 @@ def test_backends_agree_at_full_rank(impl: str) -> None:
     z = tokens(2, 320, 24, dtype=torch.bfloat16)
     skip_unless_supported(impl, z, AngularSpread())
     for pairs in (0.1, 0):
-        options: dict[str, Any] = {"pairs": pairs, "control_variate": "full_rank"}
+        options: dict[str, Any] = {"sampling": SampledPairs(pairs, "full_rank")}
         exact = evaluate(z.double(), "angular_spread", impl="torch", generator=seeded(3), **options)
         answer = evaluate(z, "angular_spread", impl=impl, generator=seeded(3), **options)
         torch.testing.assert_close(answer.loss.double(), exact.loss, rtol=2e-5, atol=2e-5)
@@ -261,7 +264,7 @@ def test_tokens_that_are_nearly_equal(potential: Potential, pairs: float, impl: 
     z = torch.randn(64) + 1e-3 * torch.randn(2, 1024, 64)
     skip_unless_supported(impl, z, potential)
     exact = fused_dispersion_loss(z.double(), potential)
-    loss = fused_dispersion_loss(z, potential, pairs=pairs, control_variate="low_rank", impl=impl)
+    loss = fused_dispersion_loss(z, potential, sampling=SampledPairs(pairs), impl=impl)
     assert abs(loss - exact) < 1e-5
 
 
@@ -271,7 +274,7 @@ def test_lengths_that_are_not_read(case: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(partition, "_SMALLEST_BLOCK", 8)
     small = {"document_ids": (torch.arange(50) - 8).clamp(min=0).view(1, 50) // 2}  # but for the first
     options = {
-        "pairs": 0.2,
+        "sampling": 0.2,
         "impl": "torch",
         **{**cases(), "many small ones": small}[case],
     }
@@ -286,7 +289,7 @@ def test_lengths_that_are_not_read(case: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("control_variate", ["low_rank", "full_rank"])
 @pytest.mark.parametrize("potential", [*SAMPLED.values(), AngularSpread(tau=0.001)], ids=repr)
-def test_no_synchronisation_on_an_accelerator(potential: Potential, control_variate: str) -> None:
+def test_no_synchronisation_on_an_accelerator(potential: Potential, control_variate: ControlVariate) -> None:
     """Meta tensors hold no numbers: whatever reads one fails here as it would stall a GPU."""
     z = torch.empty(2, 300, 64, device="meta", dtype=torch.bfloat16)
     groups = torch.empty(2, 300, device="meta", dtype=torch.int64)
@@ -312,14 +315,14 @@ def test_no_synchronisation_on_an_accelerator(potential: Potential, control_vari
 def test_all_pairs_where_sampling_saves_nothing() -> None:
     z = tokens(2, 200, 16)
     exact = evaluate(z, "angular_spread")
-    answer = evaluate(z, "angular_spread", pairs=1)
+    answer = evaluate(z, "angular_spread", sampling=1)
     assert torch.equal(answer.loss, exact.loss)
     assert torch.equal(answer.grad, exact.grad)
-    evaluate(z, "angular_spread", pairs=0.95, control_variate="none")
-    # Documents no longer than a clique have all their pairs visited, whatever their number.
+    evaluate(z, "angular_spread", sampling=SampledPairs(0.95, "none"))
+    # Documents no longer than a block have all their pairs visited, whatever their number.
     ids = torch.arange(400).view(1, 400) // 15
     z = tokens(1, 400, 16)
-    answer = evaluate(z, "angular_spread", document_ids=ids, pairs=1 / 16, control_variate="low_rank")
+    answer = evaluate(z, "angular_spread", document_ids=ids, sampling=SampledPairs(1 / 16))
     exact = evaluate(z, "angular_spread", document_ids=ids)
     torch.testing.assert_close(answer.loss, exact.loss)
     torch.testing.assert_close(answer.grad, exact.grad)
@@ -328,7 +331,7 @@ def test_all_pairs_where_sampling_saves_nothing() -> None:
 @pytest.mark.parametrize("pairs", [0.1, 0.0])
 def test_an_empty_batch(pairs: float) -> None:
     z = torch.zeros(0, 600, 16, requires_grad=True)
-    loss, stats = fused_dispersion_loss(z, pairs=pairs, control_variate="low_rank", return_stats=True)
+    loss, stats = fused_dispersion_loss(z, sampling=SampledPairs(pairs), return_stats=True)
     loss.backward()
     assert loss == 0
     assert stats.relative_error == 0
@@ -337,19 +340,19 @@ def test_an_empty_batch(pairs: float) -> None:
 @pytest.mark.parametrize("pairs", [0.05, 0])
 def test_seeds(pairs: float) -> None:
     z = tokens(2, 640, 16)
-    first, again, other = (evaluate(z, "angular_spread", pairs=pairs, generator=seeded(n)) for n in (1, 1, 2))
+    first, again, other = (evaluate(z, "angular_spread", sampling=pairs, generator=seeded(n)) for n in (1, 1, 2))
     assert torch.equal(first.loss, again.loss)
     assert torch.equal(first.grad, again.grad)
     assert not torch.equal(first.grad, other.grad)
-    kept = evaluate(z, "angular_spread", pairs=pairs, generator=seeded(1), recompute=True)
+    kept = evaluate(z, "angular_spread", sampling=pairs, generator=seeded(1), recompute=True)
     assert torch.equal(first.grad, kept.grad)
     with torch.no_grad():
-        assert torch.equal(fused_dispersion_loss(z, pairs=pairs, generator=seeded(1), reduction="none"), first.loss)
+        assert torch.equal(fused_dispersion_loss(z, sampling=pairs, generator=seeded(1), reduction="none"), first.loss)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("control_variate", ["none", "low_rank"])
-def test_tokens_that_are_nothing(impl: str, control_variate: str) -> None:
+def test_tokens_that_are_nothing(impl: str, control_variate: ControlVariate) -> None:
     """Zero tokens, a NaN that is left out, one that is not, and sequences with nothing to pair."""
     z = tokens(4, 320, 24)
     skip_unless_supported(impl, z)
@@ -358,22 +361,21 @@ def test_tokens_that_are_nothing(impl: str, control_variate: str) -> None:
     z[1, 5], mask[1, 5] = torch.nan, False
     z[2, 9] = torch.nan
     mask[3, 1:] = False
-    options: dict[str, Any] = {"control_variate": control_variate, "impl": impl}
-    answer = evaluate(z, "angular_spread", mask=mask, pairs=0.1, generator=seeded(0), **options)
+    options: dict[str, Any] = {"sampling": SampledPairs(0.1, control_variate), "impl": impl}
+    answer = evaluate(z, "angular_spread", mask=mask, generator=seeded(0), **options)
     assert answer.loss.isnan().tolist() == [False, False, True, False]
     assert answer.loss[3] == 0
     assert answer.grad[:2].isfinite().all()
     assert (answer.grad[1, 5] == 0).all()
     assert (answer.grad[3] == 0).all()
-    nothing = evaluate(z, "angular_spread", mask=torch.zeros_like(mask), pairs=0.1, impl=impl)
+    nothing = evaluate(z, "angular_spread", mask=torch.zeros_like(mask), sampling=0.1, impl=impl)
     assert (nothing.loss == 0).all()
     assert (nothing.grad == 0).all()
-    options["control_variate"] = "low_rank"
-    model_alone = evaluate(z, "angular_spread", pairs=0, generator=seeded(0), **options)
+    model_alone = evaluate(z, "angular_spread", sampling=0, generator=seeded(0), impl=impl)
     assert model_alone.loss.isnan().tolist() == [False, True, True, False]
     assert model_alone.grad[[0, 3]].isfinite().all()
     equal = z[:1, :1].expand(1, 320, 24).clone()
-    same = evaluate(equal, "angular_spread", pairs=0.1, **options)
+    same = evaluate(equal, "angular_spread", sampling=0.1, impl=impl)
     assert same.loss.isfinite().all()
     assert same.grad.isfinite().all()
 
@@ -393,7 +395,7 @@ def test_operator_and_compiler(fraction: float, control_variate: Any) -> None:
         torch.library.opcheck(torch.ops.dispersion_kernels.sampled.default, differentiable)
 
     def loss(x: Tensor) -> Tensor:
-        return fused_dispersion_loss([torch.tanh(x), x], pairs=fraction, control_variate=control_variate)
+        return fused_dispersion_loss([torch.tanh(x), x], sampling=SampledPairs(fraction, control_variate))
 
     compiled: Callable[[Tensor], Tensor] = torch.compile(loss, fullgraph=True, backend="aot_eager")
     gradients = []
@@ -407,17 +409,17 @@ def test_operator_and_compiler(fraction: float, control_variate: Any) -> None:
 
 def test_module() -> None:
     z = tokens(2, 400, 16)
-    module = DispersionLoss(pairs=0.1, control_variate="none")
-    expected = fused_dispersion_loss(z, pairs=0.1, control_variate="none", generator=seeded(0))
+    module = DispersionLoss(sampling=SampledPairs(0.1, "none"))
+    expected = fused_dispersion_loss(z, sampling=SampledPairs(0.1, "none"), generator=seeded(0))
     assert torch.equal(module(z, generator=seeded(0)), expected)
-    assert "pairs=0.1, control_variate='none'" in repr(module)
+    assert "sampling=SampledPairs(fraction=0.1, control_variate='none')" in repr(module)
 
 
 @pytest.mark.parametrize("pairs", [0.1, 0.0])
 @pytest.mark.parametrize(
     ("impl", "control_variate"), [("torch", "low_rank"), ("cpu", "low_rank"), ("cpu", "none"), ("torch", "full_rank")]
 )
-def test_a_list_is_the_mean_of_its_layers(impl: str, control_variate: str, pairs: float) -> None:
+def test_a_list_is_the_mean_of_its_layers(impl: str, control_variate: ControlVariate, pairs: float) -> None:
     """With draws of their own, whether they are taken together or one by one."""
     if pairs == 0 and control_variate == "none":
         pytest.skip("that leaves nothing of the loss")
@@ -430,10 +432,12 @@ def test_a_list_is_the_mean_of_its_layers(impl: str, control_variate: str, pairs
     for options in ({}, {"mask": torch.arange(600).view(2, 300) % 7 > 0} if masked else {}):
         draws = draw(layers, pairs, seeded(0))
         arguments = (None if not options else options["mask"].long() - 1, None, AngularSpread(), "mean", impl, False)
-        together, errors = sampled_loss(layers, *arguments, pairs, control_variate, draws, True)
+        together, errors = sampled_loss(layers, *arguments, SampledPairs(pairs, control_variate), draws, True)
         gradients = torch.autograd.grad(together, [layers[0], layers[2]])
         by_themselves = [
-            sampled_loss([layer], *arguments, pairs, control_variate, Draws(*(d[n : n + 1] for d in draws)), True)
+            sampled_loss(
+                [layer], *arguments, SampledPairs(pairs, control_variate), Draws(*(d[n : n + 1] for d in draws)), True
+            )
             for n, layer in enumerate(layers)
         ]
         torch.testing.assert_close(together, torch.stack([loss for loss, _ in by_themselves]).mean())
@@ -443,37 +447,68 @@ def test_a_list_is_the_mean_of_its_layers(impl: str, control_variate: str, pairs
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("make", "error", "message"),
     [
-        ({"pairs": "some"}, "pairs must be 'all' or a share of the pairs from 0 to 1, got 'some'"),
-        ({"pairs": 1.5}, "got 1.5"),
-        ({"pairs": -0.1}, "got -0.1"),
-        ({"pairs": float("nan")}, "got nan"),
-        ({"pairs": True}, "got True"),
-        ({"pairs": None}, "got None"),
+        (lambda: SampledPairs("some"), TypeError, "fraction must be a number from 0 to 1, got 'some'; try 1/16"),  # type: ignore[arg-type]
+        (lambda: SampledPairs(True), TypeError, "got True"),
+        (lambda: SampledPairs(1.5), ValueError, r"fraction must be from 0 to 1, got 1.5; .*take SampledTokens"),
+        (lambda: SampledPairs(-0.1), ValueError, "got -0.1"),
+        (lambda: SampledPairs(float("nan")), ValueError, "got nan"),
         (
-            {"control_variate": "linear", "pairs": 0.1},
+            lambda: SampledPairs(0.1, "linear"),
+            ValueError,
             "control_variate 'linear'; available: low_rank, full_rank, none",
-        ),
-        ({"pairs": 0.1, "max_tokens": 8}, "both max_tokens=8 and pairs=0.1"),
-        ({"pairs": 0, "control_variate": "none"}, "leaves nothing of the loss"),
-        ({"pairs": 0.1, "potential": "l2_repel"}, "potential 'l2_repel' is not a function of the cosine.*uniformity"),
-        ({"pairs": 0.1, "potential": "dispersive_l2"}, "'dispersive_l2'"),
-        ({"pairs": 0.1, "potential": "perplexity_entropy"}, "'perplexity_entropy'"),
-        ({"pairs": 0.1, "impl": "reference"}, "impl='reference' materialises all pairs"),
-        ({"pairs": 0, "mask": torch.ones(2, 300, dtype=torch.bool)}, "pairs=0 is for whole sequences, and mask"),
-        ({"pairs": 0, "document_ids": torch.zeros(2, 300, dtype=torch.int64)}, "and document_ids was given"),
+        ),  # type: ignore[arg-type]
+        (lambda: SampledPairs(0, "none"), ValueError, "fraction=0 with control_variate='none' leaves nothing.*above 0"),
+        (lambda: SampledTokens(1), ValueError, "count must be an integer of at least 2.*got 1; .*take SampledPairs"),
+        (lambda: SampledTokens(2.5), ValueError, "got 2.5"),  # type: ignore[arg-type]
+        (lambda: SampledTokens(True), ValueError, "got True"),
+    ],
+)
+def test_wrong_samples(make: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+WHOLE = torch.ones(2, 300, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
         (
-            {"pairs": 0.1, "control_variate": "full_rank", "mask": torch.ones(2, 300, dtype=torch.bool)},
+            {"sampling": "all"},
+            TypeError,
+            "sampling must be None for all pairs, a fraction.*got 'all'; try sampling=1/16",
+        ),
+        ({"sampling": True}, TypeError, "got True"),
+        ({"sampling": 256}, ValueError, "got 256; .*for a number of tokens take SampledTokens"),
+        (
+            {"sampling": 0.1, "potential": "l2_repel"},
+            ValueError,
+            "'l2_repel' is not a function of the cosine.*uniformity",
+        ),
+        (
+            {"sampling": 0.1, "potential": "dispersive_l2"},
+            ValueError,
+            "'dispersive_l2'.*take sampling=None, or SampledT",
+        ),
+        ({"sampling": 0.1, "potential": "perplexity_entropy"}, ValueError, "'perplexity_entropy'"),
+        ({"sampling": 0.1, "impl": "reference"}, ValueError, "impl='reference' materialises all pairs"),
+        ({"sampling": 0, "mask": WHOLE}, ValueError, "fraction=0 is for whole sequences, and mask.*as 1/64"),
+        ({"sampling": 0, "document_ids": WHOLE.long()}, ValueError, "and document_ids was given"),
+        (
+            {"sampling": SampledPairs(0.1, "full_rank"), "mask": WHOLE},
+            ValueError,
             "full_rank is for whole sequences, and mask was given; take control_variate='low_rank'",
         ),
     ],
 )
-def test_errors(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         fused_dispersion_loss(torch.randn(2, 300, 8), **options)
     if not {"impl", "mask", "document_ids"} & set(options):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             DispersionLoss(
                 options.get("potential", "angular_spread"), **{k: v for k, v in options.items() if k != "potential"}
             )

@@ -15,7 +15,7 @@ from dispersion_kernels import fused_dispersion_loss
 
 Z = torch.randn(3, 2, 30, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.8
 MASKS = torch.rand(3, 2, 30, generator=torch.Generator().manual_seed(1)) > 0.3
-SAMPLED = [{"pairs": 0}, {"pairs": 0.1}]
+SAMPLED = [{"sampling": 0}, {"sampling": 0.1}]
 
 
 def loss_of(**options: Any) -> Callable[..., Tensor]:
@@ -73,10 +73,10 @@ TWICE = r"no second derivative\. Use impl=\"reference\""
 @pytest.mark.parametrize("options", [{}, {"recompute": True}, SAMPLED[1]], ids=str)
 def test_forward_mode_and_second_derivatives_say_what_has_them(options: dict[str, Any]) -> None:
     loss = loss_of(**options)
-    z = Z[0] if "pairs" not in options else Z[0].repeat(1, 20, 1)
+    z = Z[0] if "sampling" not in options else Z[0].repeat(1, 20, 1)
     with pytest.raises(RuntimeError, match=FORWARD):
         jvp(loss, (z,), (z,))
-    if "pairs" not in options:
+    if "sampling" not in options:
         with pytest.raises(RuntimeError, match=FORWARD):
             hessian(loss)(z[:, :6])
     for tokens in (z, z.clone().requires_grad_()):
@@ -145,7 +145,7 @@ def test_exported_programs_have_a_backward(strict: bool, options: dict[str, Any]
         def forward(self, z: Tensor) -> Tensor:
             return loss_of(**options)(z * 2)
 
-    z = (Z[0] if "pairs" not in options else Z[0].repeat(1, 20, 1)).clone().requires_grad_()
+    z = (Z[0] if "sampling" not in options else Z[0].repeat(1, 20, 1)).clone().requires_grad_()
     torch.manual_seed(0)
     loss = Module()(z)
     (expected,) = torch.autograd.grad(loss, z)

@@ -215,8 +215,10 @@ class TestKernels(OnEveryBackend):
             seeds = (torch.Generator(DEVICE).manual_seed(1) for _ in range(2))
             with pytest.MonkeyPatch.context() as patch:
                 read_nothing(patch)  # for the same bounds as on a GPU
-                answer = evaluate(z, "angular_spread", pairs=pairs, generator=next(seeds), impl=self.impl, **options)
-            exact = evaluate(z.double(), "angular_spread", pairs=pairs, generator=next(seeds), impl="torch", **options)
+                answer = evaluate(z, "angular_spread", sampling=pairs, generator=next(seeds), impl=self.impl, **options)
+            exact = evaluate(
+                z.double(), "angular_spread", sampling=pairs, generator=next(seeds), impl="torch", **options
+            )
             torch.testing.assert_close(answer.loss.double(), exact.loss, rtol=2e-5, atol=2e-5)
             assert (answer.grad.double() - exact.grad).norm() < 5e-4 * exact.grad.norm()
 

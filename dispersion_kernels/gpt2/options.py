@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 
+from ..sampling import ControlVariate, SampledPairs, SampledTokens, Sampling
 from .checkpoint import checkpoints, damage_named, is_signed, read_checkpoint
 from .model import PRESETS
 
@@ -137,6 +138,18 @@ def complete(options: argparse.Namespace) -> argparse.Namespace:
     return options
 
 
+def sampling_of(options: argparse.Namespace) -> Sampling | None:
+    """The argument ``sampling`` of the loss."""
+    if options.pairs != "all" and options.dispersion_tokens is not None:
+        raise ValueError(
+            f"--pairs {options.pairs} and --dispersion-tokens {options.dispersion_tokens} are two ways of sampling; "
+            "give --pairs alone, which has the smaller error for as many pairs"
+        )
+    if options.dispersion_tokens is not None:
+        return SampledTokens(options.dispersion_tokens)
+    return None if options.pairs == "all" else SampledPairs(options.pairs, options.control_variate)
+
+
 class SavedParser(argparse.ArgumentParser):
     """A parser of a checkpoint's command line, in which there is nobody to help."""
 
@@ -221,14 +234,14 @@ def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) 
     add("--dispersion-tokens", type=tokens_or_all, metavar="N", help="random tokens a sequence, or all (default: all)")
     add(
         "--pairs",
-        type=share_or_all,
+        type=fraction_or_all,
         default="all",
         metavar="X",
-        help="share of the pairs of tokens to visit, or all (default: all)",
+        help="fraction of the pairs of tokens to visit, or all (default: all)",
     )
     add(
         "--control-variate",
-        choices=["low_rank", "full_rank", "none"],
+        choices=get_args(ControlVariate),
         default="low_rank",
         help="for the rest (default: %(default)s)",
     )
@@ -277,14 +290,14 @@ def number(low: float, below: float = math.inf) -> Any:
     return convert
 
 
-def share_or_all(text: str) -> str | float:
+def fraction_or_all(text: str) -> str | float:
     try:
-        share = math.nan if text == "all" else float(text)
+        fraction = math.nan if text == "all" else float(text)
     except ValueError:
-        share = math.nan
-    if text != "all" and not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"wanted all, or a share of the pairs from 0 to 1, got {text!r}")
-    return text if text == "all" else share
+        fraction = math.nan
+    if text != "all" and not 0 <= fraction <= 1:
+        raise argparse.ArgumentTypeError(f"wanted all, or a fraction of the pairs from 0 to 1, got {text!r}")
+    return text if text == "all" else fraction
 
 
 def tokens_or_all(text: str) -> int | None:

@@ -30,7 +30,7 @@ from .checkpoint import damage_named, read_checkpoint, restore_optimizer, write_
 from .data import mixed_seed, training_windows, validation_windows, windows_at
 from .files import Metrics, locked, named_failure, write_json
 from .model import save_weights
-from .options import DTYPES, as_arguments, parse_command, settle
+from .options import DTYPES, as_arguments, parse_command, sampling_of, settle
 from .runtime import (
     PersistentStream,
     StopRequest,
@@ -162,12 +162,7 @@ class Run:
             )
         self.layers = dispersion_layers(options.dispersion_layers, config.layers)
         self.potential = resolve_potential(options.potential, tau=options.tau)
-        self.loss_options = {
-            "max_tokens": options.dispersion_tokens,
-            "pairs": options.pairs,
-            "control_variate": options.control_variate,
-            "impl": options.impl,
-        }
+        self.loss_options = {"sampling": sampling_of(options), "impl": options.impl}
         self.dispersion = partial(fused_dispersion_loss, potential=self.potential, **self.loss_options)
         self.try_dispersion()
         if options.compile:

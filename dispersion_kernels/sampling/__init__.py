@@ -1,1 +1,106 @@
-"""The loss from a fraction of the pairs: blocks of tokens, a control variate for the other pairs, and its error."""
+"""Sampling: the loss from a fraction of the pairs, or from some of the tokens. docs/sampling.md has the mathematics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+ControlVariate = Literal["low_rank", "full_rank", "none"]
+
+
+@dataclass(frozen=True)
+class SampledPairs:
+    """The argument ``sampling`` for a fraction of the pairs, spread evenly over all tokens.
+
+    The tokens of each sequence (of each document in it) are cut into random blocks of ``fraction * L`` tokens, at least
+    16, and only pairs within blocks are visited: 3 ``fraction`` B L^2 F FLOPs for loss and gradient. A model h of the
+    slope, the control variate, stands for the other pairs. For a token i of N, and the m others S_i of its block, each
+    of which is there with probability p::
+
+        G_i = sum_{j != i} h_ij x_j + 1/p sum_{j in S_i} (slope(c_ij) - h_ij) x_j
+        Var G_i = (N - 1)^2 / m (1 - m / (N - 1)) Var_j((slope(c_ij) - h_ij) x_j)
+
+    G_i is an unbiased estimate of ``sum_{j != i} slope(c_ij) x_j``, and the mean of psi has one like it. The logarithm
+    and quotient of a log-mean potential have a bias of about one part in the number of visited pairs.
+
+    Args:
+        fraction: of the pairs, from 0 to 1, both included. 1: all pairs. 0: the model alone, in time linear in L, for
+            whole sequences; biased by 1 to 6% of the gradient on hidden states of GPT-2 and SmolLM2 at tau = 1, and by
+            some 20% at tau = 0.1.
+        control_variate: ``"low_rank"``: a parabola in an estimate of c from 16 directions near the principal ones of
+            the tokens, in 64 B L F FLOPs. ``"full_rank"``: in c itself, for whole sequences of tokens that are alike in
+            all directions, in 4 to 8 B L F^2 FLOPs. ``"none"``: no model, for a fraction above 0.
+
+    Raises:
+        TypeError: a fraction that is no number.
+        ValueError: a fraction out of range, an unknown control variate, or no pairs and no model.
+
+    Example::
+
+        fused_dispersion_loss(z, sampling=SampledPairs(1 / 16, control_variate="low_rank"))
+    """
+
+    fraction: float
+    control_variate: ControlVariate = "low_rank"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.fraction, bool) or not isinstance(self.fraction, int | float):
+            raise TypeError(
+                f"fraction must be a number from 0 to 1, got {self.fraction!r}; try 1/16, a sixteenth of the pairs"
+            )
+        if not 0 <= self.fraction <= 1:
+            raise ValueError(
+                f"fraction must be from 0 to 1, got {self.fraction!r}; try 1/16, a sixteenth of the pairs; for a "
+                "number of tokens take SampledTokens"
+            )
+        if self.control_variate not in get_args(ControlVariate):
+            available = ", ".join(get_args(ControlVariate))
+            raise ValueError(f"unknown control_variate {self.control_variate!r}; available: {available}")
+        if self.fraction == 0 and self.control_variate == "none":
+            raise ValueError(
+                "fraction=0 with control_variate='none' leaves nothing of the loss; take control_variate='low_rank', "
+                "or a fraction above 0"
+            )
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """The argument ``sampling`` for all pairs of some tokens, as published.
+
+    ``count`` tokens are drawn at random, without replacement, from each sequence by itself, and all others get no
+    gradient. :class:`SampledPairs` has a hundredth of the error or less for as many pairs.
+
+    Args:
+        count: tokens of each sequence, at least 2; all, where a sequence has no more.
+
+    Raises:
+        ValueError: no integer of at least 2.
+
+    Example::
+
+        fused_dispersion_loss(z, sampling=SampledTokens(256))
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 2:
+            raise ValueError(
+                f"count must be an integer of at least 2, because a pair needs two tokens, got {self.count!r}; for a "
+                "fraction of the pairs take SampledPairs"
+            )
+
+
+Sampling = SampledPairs | SampledTokens
+
+
+def resolve_sampling(sampling: Sampling | float | None) -> Sampling | None:
+    """``sampling`` with a number as :class:`SampledPairs`; None: all pairs."""
+    if sampling is None or isinstance(sampling, Sampling):
+        return sampling
+    if isinstance(sampling, bool) or not isinstance(sampling, int | float):
+        raise TypeError(
+            "sampling must be None for all pairs, a fraction of them, SampledPairs(fraction) or SampledTokens(count), "
+            f"got {sampling!r}; try sampling=1/16"
+        )
+    return SampledPairs(sampling)

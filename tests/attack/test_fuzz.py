@@ -19,6 +19,7 @@ from dispersion_kernels import (
     Orthogonalization,
     PerplexityEntropy,
     Potential,
+    SampledPairs,
     Uniformity,
     fused_dispersion_loss,
     supported,
@@ -219,9 +220,8 @@ def draw_sampled(seed: int) -> tuple[Tensor, Potential, dict[str, Any]]:
             ]
     if dice.below(3) == 0:
         z = z.transpose(1, 2).contiguous().transpose(1, 2)
-    options: dict[str, Any] = {"pairs": pairs, "generator": seed}
     models = ["low_rank"] + ["none"] * (pairs > 0) + ["full_rank"] * (layout == "plain")
-    options["control_variate"] = dice.of(*models)
+    options: dict[str, Any] = {"sampling": SampledPairs(pairs, dice.of(*models)), "generator": seed}
     if layout == "mask":
         options["mask"] = torch.rand(batch, length, generator=dice.generator) < dice.of(0.0, 0.5, 1.0)
     if layout == "documents":
