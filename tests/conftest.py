@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -41,23 +42,35 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETED
 # What use_deterministic_algorithms asks of matrix products on a GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+ON_REQUEST = ("attack", "emulator", "integrations", "interpreter", "process", "sanitizers", "slow", "wheel")
 IMPLS = ["cpu", "torch"]
 GPU_IMPLS = [impl for impl in ("triton", "cuda") if GPU and supported(impl, torch.zeros(1, device="cuda"))]
 IMPLS += [pytest.param(impl, marks=pytest.mark.gpu) for impl in GPU_IMPLS]  # type: ignore[misc]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Attacks, sanitizers and builds of wheels are run where `-m` names them, the Triton kernels' own tests where
-    something can run them."""
-    on_request = [name for name in ("attack", "sanitizers", "wheel") if name not in config.option.markexpr]
-    left_out = [
-        item
-        for item in items
-        if any(item.get_closest_marker(name) for name in on_request)
-        or ("TestKernels" in item.nodeid and not (GPU or INTERPRETED))
-    ]
+    """The default run is what two cores do in three minutes: a test with a marker of ON_REQUEST runs where `-m` or the
+    test's own address names it, and the Triton kernels' tests where something can run them."""
+    named = {name for name in ON_REQUEST if name in config.option.markexpr}
+    if "gpu" in config.option.markexpr:
+        named.add("slow")
+    if INTERPRETED or any("::" in argument for argument in config.args):
+        named.update(ON_REQUEST)
+
+    def is_left_out(item: pytest.Item) -> bool:
+        markers = {marker.name for marker in item.iter_markers()}.intersection(ON_REQUEST)
+        return (bool(markers) and not markers & named) or ("TestKernels" in item.nodeid and not (GPU or INTERPRETED))
+
+    left_out = [item for item in items if is_left_out(item)]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
+
+
+def slow_but_first(values: Iterable[Any], ids: Iterable[str] | None = None) -> list[Any]:
+    """Parameters of a test, of which all but the first are marked slow."""
+    named = zip(values, ids or itertools.repeat(None), strict=False)
+    marks: Iterator[Any] = itertools.chain([()], itertools.repeat(pytest.mark.slow))
+    return [pytest.param(value, id=name, marks=mark) for (value, name), mark in zip(named, marks, strict=False)]
 
 
 class Answer(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import POTENTIALS, assert_as_accurate_as_naive, evaluate, oracle
+from conftest import POTENTIALS, assert_as_accurate_as_naive, evaluate, oracle, slow_but_first
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,7 +47,7 @@ def test_every_run_of_two_is_in_one_batch(documents: bool, few: int, monkeypatch
 
 
 @pytest.mark.parametrize("few", [1, 2**17], ids=["a batch a length", "one batch"])
-@pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
+@pytest.mark.parametrize("potential", slow_but_first(POTENTIALS.values(), POTENTIALS))
 def test_lengths_that_differ(potential: Potential, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of several documents each, in several batches, and packed sequences, of exponents that differ by far."""
     monkeypatch.setattr(batches, "_FEW_PAIRS", few)

@@ -90,6 +90,7 @@ def test_a_missing_peer_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPat
     assert variants.why_not("row-chunked", torch.zeros(1, 2, 2)) is None
 
 
+@pytest.mark.slow
 def test_rows_are_chunked_in_less_memory() -> None:
     z = torch.randn(1, 3000, 16, requires_grad=True)
     peaks = {}
@@ -119,6 +120,7 @@ def test_wrong_numbers_are_not_timed(monkeypatch: pytest.MonkeyPatch, quick_cloc
         loss.run(True, [(1, 64, 16)])
 
 
+@pytest.mark.slow
 def test_loss_suite(
     monkeypatch: pytest.MonkeyPatch, quick_clock: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,6 +168,7 @@ def test_a_slow_variant_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch, 
     assert all("grad_error" in row for row in rows)
 
 
+@pytest.mark.slow
 @needs_proc
 def test_memory_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory.variants, "NAMES", ("naive eager", "torch", "triton"))
@@ -177,6 +180,7 @@ def test_memory_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "MiB" in report.memory_table([{key: str(value) for key, value in row.items()} for row in rows])
 
 
+@pytest.mark.slow
 @needs_proc
 def test_running_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.variants, "NAMES", ("naive eager",))
@@ -203,6 +207,7 @@ def test_a_call_that_would_take_too_long_may_yet_run_out_of_memory(monkeypatch: 
     assert asked == [None]
 
 
+@pytest.mark.slow
 def test_train_suite(quick_clock: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "keep_freed_memory", lambda: None)  # other tests measure memory
     for library in ("tokenizers", "tqdm", "matplotlib", "safetensors"):
@@ -255,6 +260,7 @@ def test_accuracy_suite(tmp_path: Path) -> None:
     assert len(report.accuracy_table(rows).splitlines()) == 2 + len(accuracy.COSINES)
 
 
+@pytest.mark.slow
 @needs_proc
 def test_scale_suite() -> None:
     (row,) = scale.run(True, [1024])
@@ -262,6 +268,7 @@ def test_scale_suite() -> None:
     assert len(report.scale_table([{key: str(value) for key, value in row.items()}] * 2).splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_sampling_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def sources(device: torch.device, quick: bool) -> Any:
         yield "none", "there is nothing"
@@ -522,6 +529,7 @@ def test_the_launcher_on_paper() -> None:
     assert [launch.grid for launch in several.launches if launch.kernel.__name__ == "pair_tiles_kernel"] == [(36, 6)]
 
 
+@pytest.mark.slow
 def test_gpu_model_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     try:
@@ -552,6 +560,7 @@ def test_the_page_on_gpus_has_every_card_and_length() -> None:
             assert section.count(f"\n| {length:,} (") == len(gpu_model.FEATURES)
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_entries() -> None:
     pytest.importorskip("pytest_benchmark")
     entries = [sys.executable, "-m", "pytest", "-q", "benchmarks", "--shape", "1,64,16", "--benchmark-disable"]

@@ -81,10 +81,10 @@ def test_users_potentials_are_not_among_the_compiled(monkeypatch: pytest.MonkeyP
     class Own(Potential):
         reduction = "mean"
 
-    class OnAGpu:
+    class OnAGpu(torch.Tensor):
         device, dtype = torch.device("cuda"), torch.float32
 
-    tokens: Any = OnAGpu()
+    tokens: Any = torch.zeros(1, 4, 8).as_subclass(OnAGpu)
     assert "Own' is not among them" in str(supported("cuda", tokens, Own()).reason)
     tokens.dtype = torch.float64
     assert "the tokens are float64" in str(supported("cuda", tokens).reason)

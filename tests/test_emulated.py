@@ -41,6 +41,7 @@ sys.path.append(str(SHARED))
 
 import ptx_emulator  # noqa: E402
 
+pytestmark = pytest.mark.emulator
 SEEDS = (1, 2, 3)
 # How tensor cores round a sum, once an instruction: to nearest ("rn") or, more as they do, toward zero ("rz").
 _ROUNDING = ["rn"]

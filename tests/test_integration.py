@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import IMPLS, POTENTIALS, evaluate, skip_unless_supported
+from conftest import IMPLS, POTENTIALS, evaluate, skip_unless_supported, slow_but_first
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +21,7 @@ from dispersion_kernels import AngularSpread, DispersionLoss, Potential, Sampled
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
+@pytest.mark.parametrize("potential", slow_but_first(POTENTIALS.values(), POTENTIALS))
 def test_opcheck(potential: Potential, impl: str) -> None:
     z = torch.randn(2, 20, 8)
     skip_unless_supported(impl, z, potential)
@@ -205,6 +205,7 @@ def _batch() -> Tensor:
 
 @pytest.mark.skipif(not dist.is_available() or os.name == "nt", reason="needs torch.distributed with gloo over files")
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.process
 def test_two_processes_are_one_of_twice_the_batch(sharding: str, tmp_path: Path) -> None:
     mp.spawn(_train_on, (sharding, str(tmp_path)), nprocs=2)
     model = Model()

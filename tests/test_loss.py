@@ -17,6 +17,7 @@ from conftest import (
     oracle,
     relative_errors,
     skip_unless_supported,
+    slow_but_first,
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -194,7 +195,7 @@ def test_bf16_is_an_order_of_magnitude_more_accurate_than_naive(impl: str) -> No
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
-@pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
+@pytest.mark.parametrize("potential", slow_but_first(POTENTIALS.values(), POTENTIALS))
 def test_gradcheck(potential: Potential, impl: str) -> None:
     """Inside the clamp band: the straight-through slope differs from finite differences outside, by design."""
     z = torch.randn(2, 6, 24, dtype=torch.float64)

@@ -89,9 +89,10 @@ def cases(copies: int = 1) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("case", "control_variate"),
     [
-        ("equal", "none"),
-        *((case, "low_rank") for case in cases()),
-        *((case, "full_rank") for case in ("equal", "ragged")),
+        ("mask", "low_rank"),
+        pytest.param("equal", "none", marks=pytest.mark.slow),
+        *(pytest.param(case, "low_rank", marks=pytest.mark.slow) for case in cases() if case != "mask"),
+        *(pytest.param(case, "full_rank", marks=pytest.mark.slow) for case in ("equal", "ragged")),
     ],
 )
 def test_unbiased(case: str, control_variate: ControlVariate, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,9 +80,16 @@ class OnEveryBackend:
 @needs_triton
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests of this file run in this process")
 @pytest.mark.timeout(1800)  # more than a hundred tests
-def test_in_the_interpreter() -> None:
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param("angular_spread and (packed or masks or ragged and float32)", id="some"),
+        pytest.param("", id="all", marks=pytest.mark.interpreter),
+    ],
+)
+def test_in_the_interpreter(chosen: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", "-k", chosen, __file__],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
