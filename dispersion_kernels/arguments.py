@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,9 +73,17 @@ def check_generator(generator: Any) -> None:
 
 def check_number(name: str, value: Any) -> None:
     """A number that is one: Python's, NumPy's, or a tensor of no dimension."""
-    one = value.dim() == 0 if isinstance(value, Tensor) else hasattr(value, "__float__")
-    if not isinstance(value, int | float) and not one:
+    if not isinstance(value, int | float) and (
+        not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0 or getattr(value, "is_meta", False)
+    ):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be a float or an integer of 64 bits, got {value}; give {float(value):g}")
+
+
+def check_choice(name: str, value: Any, available: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in available:
+        raise ValueError(f"unknown {name} {value!r}; available: {', '.join(available)}")
 
 
 def beside(tensor: Tensor | None, layer: Tensor, first: Tensor) -> Tensor | None:

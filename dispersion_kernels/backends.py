@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dispersion_kernels import cuda, native
-from dispersion_kernels.arguments import check_tensor
+from dispersion_kernels.arguments import check_choice, check_tensor
 from dispersion_kernels.potentials import Potential, is_built_in, resolve_potential
 
 IMPLS = ("auto", "triton", "cuda", "cpu", "torch", "reference")
@@ -51,8 +51,7 @@ def supported(impl: str, z: Tensor, potential: str | Potential = "angular_spread
 
 
 def check_impl(impl: str) -> None:
-    if impl not in IMPLS:
-        raise ValueError(f"unknown impl {impl!r}; available: {', '.join(IMPLS)}")
+    check_choice("impl", impl, IMPLS)
 
 
 def choose(impl: str, z: Tensor, potential: Potential) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dispersion_kernels import reference
 from dispersion_kernels.arguments import (
     beside,
+    check_choice,
     check_flag,
     check_generator,
     check_tensor,
@@ -282,7 +283,7 @@ class DispersionLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.potential: Potential
-        match variant:
+        match variant if isinstance(variant, str) else None:
             case "angular_spread":
                 self.potential = AngularSpread(tau=tau_cos, clamp=clamp_threshold, eps=epsilon)
             case "orthogonalization":
@@ -349,8 +350,7 @@ def _reference_loss(
 
 
 def check_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"unknown reduction {reduction!r}; available: mean, sum, none")
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
 
 
 def check_sampling(sampling: Sampling | float | None, potential: Potential) -> Sampling | None:

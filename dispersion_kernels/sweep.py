@@ -352,7 +352,7 @@ def token_norms(z: Tensor) -> Tensor:
     tiny = torch.finfo(dtype).tiny
     norm: Tensor = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=dtype)
     ordinary = (norm > tiny**0.4) & norm.isfinite()
-    if z.device.type == "cpu" and ordinary.all():  # where looking costs nothing
+    if z.numel() == 0 or (z.device.type == "cpu" and ordinary.all()):  # where looking costs nothing
         return norm
     largest = torch.linalg.vector_norm(z, math.inf, dim=-1, keepdim=True, dtype=dtype)
     scale = torch.where((largest >= tiny) & largest.isfinite(), 1 / largest, 1.0)

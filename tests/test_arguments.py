@@ -87,6 +87,12 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a potential's class": (of(F, Z, AngularSpread), TypeError, r"potential must.*give an instance: AngularSpread\(\)"),
     "a function": (of(F, Z, abs), TypeError, "potential must be a name or a Potential"),
     "a layer on meta": (of(F, [Z, Z.to("meta")]), ValueError, "z has layers on cpu and on meta.*materialise"),
+    "an array as impl": (of(F, Z, impl=np.ones(2)), ValueError, "unknown impl"),
+    "an array as reduction": (of(F, Z, reduction=np.ones(2)), ValueError, "unknown reduction"),
+    "an array as variant": (of(DispersionLoss, np.ones(2)), TypeError, "potential must be a name.*got ndarray"),
+    "eps beyond int64": (of(F, Z, eps=2**80), ValueError, r"eps must be a float or an integer of 64 bits.*give 1.2"),
+    "an array as clamp": (of(F, Z, clamp=np.ones((2, 0))), TypeError, "clamp must be a number, got array"),
+    "clamp on meta": (of(F, Z, clamp=torch.ones((), device="meta")), TypeError, "clamp must be a number"),
     "supported without z": (of(supported, "cpu", None), TypeError, "z must be a tensor, hidden states, got None"),
     "supported with layers": (of(supported, "cpu", [Z]), TypeError, r"z must be a tensor.*got list.*layers\[0\]"),
     "supported with a number": (of(supported, 3, Z), ValueError, "unknown impl 3"),
@@ -137,6 +143,11 @@ def test_what_is_plain_works() -> None:
     assert torch.equal(F((z for z in (Z, Z)), tau=0.5), expected)
     assert torch.equal(F((Z, Z), tau=np.float32(0.5)), expected)
     assert torch.equal(condensation_by_layer((Z, Z)), mean_pairwise_cosine(Z).expand(2))
+
+
+def test_the_cosine_of_no_sequence_is_nan() -> None:
+    assert mean_pairwise_cosine(Z[:0]).isnan()
+    assert mean_pairwise_cosine(Z[:0].to("meta")).shape == ()  # as on an accelerator, where no value is read
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
