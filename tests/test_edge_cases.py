@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from conftest import IMPLS, skip_unless_supported
+from conftest import GPU, GPU_IMPLS, IMPLS, skip_unless_supported
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -60,6 +60,15 @@ def test_nothing_to_pair_is_zero(dtype: torch.dtype, reduction: Literal["mean", 
                 assert torch.equal(loss, torch.zeros(losses if reduction == "none" else []))
                 for grad, layer in zip(torch.autograd.grad(loss.sum(), z), z, strict=True):
                     assert torch.equal(grad, torch.zeros_like(layer))
+
+
+@pytest.mark.parametrize("impl", GPU_IMPLS or ["triton"])
+class TestKernels:
+    pytestmark = [pytest.mark.gpu] if GPU else []
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_nothing_to_pair_is_zero(self, dtype: torch.dtype, impl: str) -> None:
+        test_nothing_to_pair_is_zero(dtype, "none", impl)
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import struct
 import subprocess
 import sys
@@ -20,13 +21,31 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import test_published as published
 import torch
-from conftest import INTERPRETED, POTENTIALS, Answer, assert_as_accurate_as_naive, oracle, relative_errors
+from conftest import (
+    INTERPRETED,
+    POTENTIALS,
+    Answer,
+    Edge,
+    assert_as_accurate_as_naive,
+    edges,
+    oracle,
+    relative_errors,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import sass
-from dispersion_kernels import AngularSpread, L2Repel, Potential, cuda
+from dispersion_kernels import (
+    AngularSpread,
+    Decorrelation,
+    DispersiveL2,
+    L2Repel,
+    Potential,
+    Uniformity,
+    cuda,
+)
 from dispersion_kernels.gpu import launch
 from dispersion_kernels.sampling.estimate import draw, estimate
 from dispersion_kernels.sweep import sweep
@@ -394,6 +413,55 @@ def test_slopes_of_fp16_at_their_largest(backend: str, features: int) -> None:
     answer, wide = (evaluate(x, potential, backend) for x in (z, z.float()))
     torch.testing.assert_close(answer.loss, wide.loss, rtol=2e-6, atol=1e-6)
     assert relative_errors(answer, Answer(wide.loss.double(), wide.grad.double()))[1] < 2**-10
+
+
+EDGES = {
+    name: pytest.param(edge, id=name, marks=pytest.mark.slow if "entropy" in name and "other" not in name else ())
+    for name, edge in edges().items()
+}
+
+
+@pytest.mark.usefixtures("_cut_off")
+@pytest.mark.parametrize("backend", ["triton-sm_80", "cuda-sm_80"])
+@pytest.mark.parametrize("edge", EDGES.values())
+def test_edges(edge: Edge, backend: str) -> None:
+    edge.check(evaluate(edge.z, edge.potential, backend))
+
+
+@pytest.mark.parametrize("backend", ["triton-sm_80", "cuda-sm_80"])
+@pytest.mark.parametrize("features", [16, 160], ids=["resident", "swept"])
+def test_equal_tokens(features: int, backend: str) -> None:
+    """Of 16 bits; that of the other pairs is 1e-8 of their psi, and what these have of the gradient is all of it."""
+    z = tokens(1, 40, features)
+    z[0, 4:8] = z[0, :1]
+    loss, grad = relative_errors(evaluate(z, Uniformity(t=10.0), backend), oracle(z, Uniformity(t=10.0)))
+    assert loss < 2e-6
+    assert grad < 2**-7
+
+
+@pytest.mark.parametrize("backend", ["triton-sm_80", "cuda-sm_80"])
+@pytest.mark.parametrize(
+    ("potential", "scale"),
+    [(AngularSpread(eps=0.0), 1e-25), (Uniformity(), 1e20), (Decorrelation(), 1e-25), (DispersiveL2(), 1e19)],
+    ids=str,
+)
+def test_norms_beyond_the_range_of_products(potential: Potential, scale: float, backend: str) -> None:
+    answer = evaluate(torch.randn(1, 40, 16) * scale, potential, backend)
+    assert answer.loss.isnan().all()
+    assert answer.grad.isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["triton-sm_80", "cuda-sm_80"])
+@pytest.mark.parametrize("variant", published.VARIANTS)
+def test_published_value(variant: str, backend: str) -> None:
+    """The least of those with as many tokens as a tile has, or half of them."""
+    cases = [case for case in published.CASES if case["variant"] == variant and case["shape"][1] >= 40]
+    case = min(cases, key=lambda case: math.prod(case["shape"]))
+    z = published.tokens(case).float()
+    answer = evaluate(z, published.loss_of(case, "auto").potential, backend)
+    loss, grad = published.errors_of(case, answer.loss.mean().item(), answer.grad / len(z))
+    assert loss <= published.BOUNDS[torch.float32][0]
+    assert grad <= published.BOUNDS[torch.float32][1]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import skip_unless_supported
+from conftest import GPU, GPU_IMPLS, skip_unless_supported
 from torch import Tensor
 
 from dispersion_kernels import DispersionLoss
@@ -31,7 +31,7 @@ def tokens(case: dict[str, Any]) -> Tensor:
     """``[B, L, F]`` float64."""
     shape = torch.Size(case["shape"])
     z = torch.tensor(case["z"], dtype=torch.float64) if "z" in case else hashed(case["seed"], shape.numel())
-    return (z if "z" in case else (z + case["shift"]) * case["scale"]).view(shape)
+    return (z if "z" in case else (z + case["shift"]) * case["scale"]).view(shape).to(torch.get_default_device())
 
 
 def loss_of(case: dict[str, Any], impl: str) -> DispersionLoss:
@@ -39,14 +39,18 @@ def loss_of(case: dict[str, Any], impl: str) -> DispersionLoss:
 
 
 def errors(case: dict[str, Any], impl: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Of the loss, relative to the larger of it and 1; of the gradient, relative to its norm."""
     z = tokens(case).to(dtype).requires_grad_()
     loss = loss_of(case, impl)(z)
     loss.backward()
     assert z.grad is not None
+    return errors_of(case, loss.item(), z.grad)
+
+
+def errors_of(case: dict[str, Any], loss: float, grad: Tensor) -> tuple[float, float]:
+    """Of the loss, relative to the larger of it and 1; of the gradient, relative to its norm."""
     # A published gradient below 1e-15 is zero or its rounding (softmaxes of one partner, or saturated).
-    grad, norm = z.grad.double().flatten(), case["gradient_norm"] if case["gradient_norm"] > 1e-15 else 1.0
-    error = abs(loss.item() - case["loss"]) / max(1.0, abs(case["loss"]))
+    grad, norm = grad.double().flatten().cpu(), case["gradient_norm"] if case["gradient_norm"] > 1e-15 else 1.0
+    error = abs(loss - case["loss"]) / max(1.0, abs(case["loss"]))
     if "gradient" in case:
         return error, (grad - torch.tensor(case["gradient"], dtype=torch.float64)).norm().item() / norm
     direction = hashed(7919, grad.numel())
@@ -66,7 +70,7 @@ BOUNDS = {torch.float64: (1e-12, 1e-11), torch.float32: (2e-6, 2e-5)}
 def assert_published(impl: str, dtype: torch.dtype, variant: str) -> None:
     cases = [case for case in CASES if case["variant"] == variant]
     assert len(cases) == 9
-    skip_unless_supported(impl, torch.zeros(1, dtype=dtype), variant)
+    skip_unless_supported(impl, torch.zeros(1, dtype=dtype, device=torch.get_default_device()), variant)
     for case in cases:
         loss, grad = errors(case, impl, dtype)
         assert loss <= BOUNDS[dtype][0], case["shape"]
@@ -89,8 +93,11 @@ def test_cpu_kernel(variant: str, isa: str) -> None:
 
 
 class TestKernels:
+    pytestmark = [pytest.mark.gpu] if GPU else []
+
     # Triton's decorrelation and perplexity_entropy miss the bounds: the loss of one by 3.1e-6 at the worst of its nine
     # values, the gradient of the other by 2.01e-5.
     @pytest.mark.parametrize("variant", ["angular_spread", "l2_repel", "orthogonalization"])
-    def test_triton(self, variant: str) -> None:
-        assert_published("triton", torch.float32, variant)
+    @pytest.mark.parametrize("impl", GPU_IMPLS or ["triton"])
+    def test_gpu_kernels(self, impl: str, variant: str) -> None:
+        assert_published(impl, torch.float32, variant)

@@ -50,6 +50,8 @@ TRITON = importlib.util.find_spec("triton") is not None
 IMPLS = ["triton"] * TRITON + ["cuda"] * (GPU and cuda.unavailable_reason() is None)
 if not IMPLS:
     pytest.skip("neither Triton nor the CUDA kernels are installed", allow_module_level=True)
+# Of other files with tests of the kernels.
+OTHER_FILES = ("test_numerics.py", "test_edge_cases.py", "test_published.py")
 needs_triton = pytest.mark.skipif(not TRITON, reason="Triton is not installed")
 
 # One token, one pair, around the tiles of 32 tokens that the interpreter uses, and F that no tile divides; F above
@@ -83,13 +85,14 @@ class OnEveryBackend:
 @pytest.mark.parametrize(
     "chosen",
     [
-        pytest.param("angular_spread and (packed or masks or ragged and float32)", id="some"),
+        pytest.param("angular_spread and (packed or masks or ragged and float32) or equal_tokens", id="some"),
         pytest.param("", id="all", marks=pytest.mark.interpreter),
     ],
 )
 def test_in_the_interpreter(chosen: str) -> None:
+    others = [f"{Path(__file__).with_name(name)}::TestKernels" for name in OTHER_FILES]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", "-k", chosen, __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", "-k", chosen, __file__, *others],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

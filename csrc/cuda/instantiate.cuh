@@ -39,11 +39,11 @@
   X(orthogonalization_narrow, OrthogonalizationNarrow, __VA_ARGS__) \
   X(orthogonalization, Orthogonalization, __VA_ARGS__)        \
   X(decorrelation, Decorrelation, __VA_ARGS__)                \
-  X(gaussian, Gaussian, __VA_ARGS__)
+  X(gaussian, DistinctGaussian, __VA_ARGS__)
 #define DK_OF_EVERY_EXPONENTIAL(X, ...)                      \
   X(angular_spread_narrow, AngularSpreadNarrow, __VA_ARGS__) \
   X(angular_spread, AngularSpread, __VA_ARGS__)              \
-  X(gaussian, Gaussian, __VA_ARGS__)
+  X(gaussian, DistinctGaussian, __VA_ARGS__)
 #define DK_EVERY_PAIR_TILES(X)                \
   DK_OF_EVERY_POTENTIAL(X, loss, kLoss)       \
   DK_OF_EVERY_POTENTIAL(X, write, kWrite)     \
@@ -53,10 +53,10 @@
   DK_OF_EVERY_EXPONENTIAL(X, online, kOnline, false)                   \
   DK_OF_EVERY_POTENTIAL(X, gradient, kGradient, false)                 \
   DK_OF_EVERY_POTENTIAL(X, gradient_resident, kGradient, true)         \
-  X(gaussian, Gaussian, partition, kPartition, false)                  \
-  X(gaussian, Gaussian, entropy, kEntropy, false)                      \
-  X(gaussian, Gaussian, entropy_gradient, kEntropyGradient, false)     \
-  X(gaussian, Gaussian, entropy_gradient_resident, kEntropyGradient, true)
+  X(gaussian, DistinctGaussian, partition, kPartition, false)                  \
+  X(gaussian, DistinctGaussian, entropy, kEntropy, false)                      \
+  X(gaussian, DistinctGaussian, entropy_gradient, kEntropyGradient, false)     \
+  X(gaussian, DistinctGaussian, entropy_gradient_resident, kEntropyGradient, true)
 
 #define DK_DEFINE_PAIR_TILES(name, Potential, mode, kMode)                                              \
   extern "C" __global__ void __launch_bounds__(dk::PairTilesShape<dk::DK_ELEMENT>::kThreads,            \

@@ -90,7 +90,7 @@ DK_DEVICE void multiply_weights(float (*g)[4], const float (&weights)[kColumns /
 // of blockIdx.z.
 // And of perplexity_entropy, whose P_ij = exp2(e_ij - largest_i) / total_i: kPartition: largest and total, over all
 // pairs; kEntropy: sum_j P_ij h_ij to `sums` and sum_j P_ij g_ij to `maxima`; kEntropyGradient: G_i of P_ij (g_ij -
-// expected_i) + P_ji (g_ji - expected_j); p2 is eps.
+// expected_i) + P_ji (g_ji - expected_j); p2 is eps, and that of the exponent 0.
 //
 // kResident: all features fit kSlice, so the tokens of I stay and those of J are read once for both products.
 // `shift` (of each token), `groups`, `tile_ranges` and `weight_sums` may be null.
@@ -131,7 +131,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
   // What the epilogue needs of the thread's two tokens.
   float inverse_i[2], extra_i[2], shift_i[2], largest_i[2], per_total_i[2], average_i[2], expected_i[2];
   int group_i[2];
-  const Potential potential = Epilogue<Potential>::potential(p0, p1, p2, p3);
+  const Potential potential = Epilogue<Potential>::potential(p0, p1, kEntropies ? 0.0f : p2, p3);
   const float offset = Epilogue<Potential>::offset(p0, p1, p2, p3);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -290,7 +290,9 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
             } else {
               const float mirrored = pair ? exponential(exponent - largest_j) * per_total_j : 0.0f;
               const Information<float> of_j = information(mirrored, average_j, p2);
-              element = p * (of_i.g - expected_i[half]) + mirrored * (of_j.g - expected_j);
+              element = potential.equal(s, extra_i[half], q_j)
+                            ? 0.0f
+                            : p * (of_i.g - expected_i[half]) + mirrored * (of_j.g - expected_j);
             }
           } else {
             const Weights<float> of_pair = potential.weigh(s, extra_i[half], q_j, shift_i[half]);

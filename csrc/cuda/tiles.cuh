@@ -6,6 +6,8 @@
 // are read as token L - 1 and masked in the epilogue.
 #pragma once
 
+#include <float.h>
+
 #include "../scalar.h"
 // after it
 #include "../potentials.h"
@@ -14,10 +16,31 @@
 
 namespace dk {
 
-// No pair: smaller than any exponent, and finite.
-constexpr float kNoExponent = -1e30f;
+// The largest exponent where there is no pair: less than any exponent, and finite.
+constexpr float kNoExponent = -FLT_MAX;
 
 // ---- potentials
+
+// Gaussian, with slope 0 between equal tokens, too: what it would multiply is x_i - x_j, of which rounding leaves
+// something, and the slopes of other pairs may be far smaller. The squares of both tokens are q_i + q_j + `common`.
+struct DistinctGaussian {
+  static constexpr bool kExponential = true;
+  float twice_a, common, resolution;
+
+  DK_DEVICE float rounded(float s, float q_i, float q_j) const {
+    return fminf(fmaf(s, twice_a, -((q_i + common) + q_j)), 0.0f);
+  }
+  DK_DEVICE bool equal(float s, float q_i, float q_j) const {
+    return q_i == q_j && fmaf((q_i + common) + q_j, resolution, rounded(s, q_i, q_j)) >= 0.0f;
+  }
+  DK_DEVICE float exponent(float s, float q_i, float q_j, float shift) const {
+    return (equal(s, q_i, q_j) ? 0.0f : rounded(s, q_i, q_j)) - shift;
+  }
+  DK_DEVICE Weights<float> weigh(float s, float q_i, float q_j, float shift) const {
+    const float psi = exponential(exponent(s, q_i, q_j, shift));
+    return {psi, equal(s, q_i, q_j) ? 0.0f : psi};
+  }
+};
 
 enum class Transform { kNormalize, kStandardize, kNone };
 
@@ -65,9 +88,9 @@ struct Epilogue<Decorrelation> {
   static DK_DEVICE float offset(float, float, float, float) { return 0.0f; }
 };
 template <>
-struct Epilogue<Gaussian> {
+struct Epilogue<DistinctGaussian> {
   static constexpr bool kUsesExtra = true, kCentred = false, kLong = false;
-  static DK_DEVICE Gaussian potential(float p0, float, float, float p3) { return {p0, p3}; }
+  static DK_DEVICE DistinctGaussian potential(float p0, float, float p2, float p3) { return {p0, p2, p3}; }
   static DK_DEVICE float offset(float, float p1, float, float) { return p1; }
 };
 
@@ -138,7 +161,8 @@ DK_DEVICE void multiply_panels(Products<T, kM, kN>& c, uint32_t panel_a, int row
   }
 }
 
-DK_DEVICE float sum_of_warp(float x) {
+template <class Number>
+DK_DEVICE Number sum_of_warp(Number x) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
   return x;

@@ -19,9 +19,21 @@ DK_DEVICE Token<T> token_at(const char* z, const LayerOffsets& layers, int64_t s
   return {reinterpret_cast<const typename T::Stored*>(of_layer) + row % batch * stride_b + token * stride_l, features};
 }
 
+// Norms below it, of which fp32 holds neither squares nor products.
+constexpr float kLeastNorm = 0x1p-50f;
+// The largest |z|^2 of distances, times q or not: sums of four are finite.
+constexpr float kLargestSquare = 0.03f * FLT_MAX;
+
+// A number of the feature's place and bits, the same for 0 and -0; their sum tells tokens apart.
+DK_DEVICE uint32_t key_of(float x, int feature) {
+  const uint32_t bits = __float_as_uint(x + 0.0f), place = uint32_t(feature + 1) * 0x9E3779B1u;
+  return (bits ^ (bits >> 15)) * ((place ^ (place >> 15)) | 1u);
+}
+
 // What the epilogue needs of each token: its norm r, what it is divided by, and a second number.
-// kNormalize: r = |z|, inverse 1 / (r + eps) or 0, extra q, or 0 for a zero token. kStandardize: r = |z - mean|, inverse
-// 1 / r, or 0 for a constant token, extra mean sqrt(F). kNone: r = |z|, inverse 1, extra q r^2.
+// kNormalize: r = |z|, inverse 1 / (r + eps) or 0, extra a tiny number that equal tokens share and others hardly, or -q
+// for a zero token. kStandardize: r = |z - mean|, inverse 1 / r, or 0 for a constant token, extra mean sqrt(F). kNone: r
+// = |z|, inverse 1, extra q r^2. r is infinite, and the loss NaN, where fp32 does not hold what is computed from it.
 template <class T>
 DK_DEVICE void row_statistics(const char* z, const LayerOffsets& layers, int64_t stride_b, int64_t stride_l,
                               float* norms, float* inverses, float* extras, int batch, int length, int features,
@@ -44,17 +56,27 @@ DK_DEVICE void row_statistics(const char* z, const LayerOffsets& layers, int64_t
     constant = __all_sync(0xffffffffu, constant);
   }
   float squares = 0.0f;
-  for (int f = lane; f < features; f += 32) squares = fmaf(x[f] - mean, x[f] - mean, squares);
+  uint32_t key = 0;
+  for (int f = lane; f < features; f += 32) {
+    squares = fmaf(x[f] - mean, x[f] - mean, squares);
+    key += key_of(x[f], f);
+  }
   squares = sum_of_warp(squares);
+  key = sum_of_warp(key);
   if (lane != 0) return;
   float norm = sqrtf(squares), inverse = 1.0f, extra = squares * q;
   if (Transform(transform) == Transform::kNormalize) {
+    // Beside a larger eps such a token is 0. The key of one that is not 0 may be 0, too, once in 2^32.
+    if (norm < kLeastNorm && eps < 0x1p24f * kLeastNorm && key != 0) norm = INFINITY;
     inverse = norm + eps > 0.0f ? 1.0f / (norm + eps) : 0.0f;
-    extra = norm > 0.0f ? q : 0.0f;
+    // A float of 2^-90 to 2^-89.
+    extra = norm > 0.0f ? __uint_as_float(0x12800000u | (key * 0x9E3779B1u) >> 9) : -q;
   } else if (standardize) {
-    norm = constant ? 0.0f : norm;
+    norm = constant ? 0.0f : norm < kLeastNorm ? INFINITY : norm;
     inverse = norm > 0.0f ? 1.0f / norm : 0.0f;
     extra = mean * sqrtf(float(features));
+  } else if (fmaxf(squares, extra) > kLargestSquare) {
+    norm = INFINITY;
   }
   const int64_t at = int64_t(row) * length + token;
   norms[at] = norm;

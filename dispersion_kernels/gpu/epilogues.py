@@ -42,7 +42,8 @@ class Epilogue:
     eps: float = 0.0
     """What is added to the norm of a token before it is divided by it."""
     q: float = 0.0
-    """The factor of the second statistic of a token: of |x|^2, or, for ``"normalize"``, of 1 (0 for a zero token)."""
+    """What a token adds to the exponent of ``gaussian``: times |x|^2, or, for ``"normalize"``, q itself, which is in
+    ``p`` and which a zero token takes back."""
     shift: float = 0.0
     """psi is larger than the kernels' by exp(shift)."""
     largest_slope: float = 1.0
@@ -108,7 +109,7 @@ def epilogue_of(potential: Potential, features: int, narrow_range: bool) -> Epil
             function="gaussian",
             transform="normalize",
             exponential=True,
-            p=(2 * potential.t * _LOG2_E, -shift * _LOG2_E, 0.0, 0.0),
+            p=(2 * potential.t * _LOG2_E, -shift * _LOG2_E, 2 * potential.t * _LOG2_E, _resolution(features)),
             kappa=potential.slope_factor,
             q=potential.t * _LOG2_E,
             shift=shift,
@@ -117,10 +118,10 @@ def epilogue_of(potential: Potential, features: int, narrow_range: bool) -> Epil
         )
     if isinstance(potential, DistancePotential):
         # With the diagonal, where the exponent is 0, that is its maximum.
-        return _of_distance(potential.distance_scale(features), online=not potential.include_diagonal)
+        return _of_distance(potential.distance_scale(features), features, online=not potential.include_diagonal)
     if isinstance(potential, PerplexityEntropy):
         # P_ij (g_ij - expected_i) and its mirror: P g and expected are below log2(L) + 1 / ln 2, L below 2^24.
-        return replace(_of_distance(potential.sigma2, online=True), largest_slope=4 * (24 + _LOG2_E))
+        return replace(_of_distance(potential.sigma2, features, online=True), largest_slope=4 * (24 + _LOG2_E))
     p0, p1, p2, p3 = (*potential.params(), 0.0, 0.0, 0.0, 0.0)[:4]
     return Epilogue(
         function="",
@@ -146,14 +147,20 @@ def _largest_slope(potential: Potential) -> float:
     return 2 * max(largest, 2.0**-10)
 
 
-def _of_distance(scale: float, online: bool) -> Epilogue:
+def _of_distance(scale: float, features: int, online: bool) -> Epilogue:
     """exp(-|z_i - z_j|^2 / scale)."""
     return Epilogue(
         function="gaussian",
         transform="none",
         exponential=True,
-        p=(2 * _LOG2_E / scale, 0.0, 0.0, 0.0),
+        p=(2 * _LOG2_E / scale, 0.0, 0.0, _resolution(features)),
         kappa=-2 / scale,
         q=_LOG2_E / scale,
         online=online,
     )
+
+
+def _resolution(features: int) -> float:
+    """What rounding may leave of the squared distance of equal tokens, relative to their squared norms: tensor cores
+    round a sum of 16-bit factors every 16 products."""
+    return 2.0**-19 * max(1.0, features / 256)

@@ -69,8 +69,10 @@ class Tokens:
 class Statistics:
     """Of the tokens, ``[rows, L]`` fp32.
 
-    ``normalize``: norm r = |z|, inverse 1 / (r + eps), or 0, extra q, or 0 for a zero token. ``standardize``: r = |z -
-    mean|, inverse 1 / r, or 0 for a constant token, extra mean sqrt(F). ``none``: r = |z|, inverse 1, extra q r^2.
+    ``normalize``: norm r = |z|, inverse 1 / (r + eps), or 0, extra a tiny number that equal tokens share and others
+    hardly, or -q for a zero token. ``standardize``: r = |z - mean|, inverse 1 / r, or 0 for a constant token, extra
+    mean sqrt(F). ``none``: r = |z|, inverse 1, extra q r^2. r is infinite where fp32 does not hold what is computed
+    from it.
     """
 
     norm: Tensor

@@ -83,7 +83,13 @@ def decorrelation(c, q_i, q_j, shift, p0, p1, p2, p3):
     return c * c, c
 
 
-# log2 psi = p0 c - (q_i + q_j) + p1: the same bits for (i, j) and (j, i), and no distance that rounding made negative
+# log2 psi = p0 c - (q_i + q_j + p2) + p1: the same bits for (i, j) and (j, i), and no distance that rounding made
+# negative. Equal tokens have the same q, and a distance below p3 that is the rounding of the products alone: it is 0.
+# Their slope is 0, too: what it would multiply is x_i - x_j, of which rounding leaves something, and the slopes of
+# other pairs may be far smaller.
 @triton.jit
 def gaussian(c, q_i, q_j, shift, p0, p1, p2, p3):
-    return tl.minimum(c * p0 - (q_i + q_j), 0.0) + (p1 - shift), 1.0
+    of_both = (q_i + p2) + q_j
+    e = tl.minimum(c * p0 - of_both, 0.0)
+    equal = (q_i == q_j) & (e + p3 * of_both >= 0.0)
+    return tl.where(equal, 0.0, e) + (p1 - shift), tl.where(equal, 0.0, 1.0)

@@ -16,6 +16,12 @@ from triton import knobs
 
 # Triton's interpreter multiplies the bits of bf16 as if they were integers.
 _INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+# The largest exponent where there is no pair: less than any exponent, and finite.
+_NO_EXPONENT = tl.constexpr(-3.4028234663852886e38)
+# Norms below it, of which fp32 holds neither squares nor products: 2^-50.
+_LEAST_NORM = tl.constexpr(8.881784197001252e-16)
+# The largest |z|^2 of distances, times q or not: sums of four are finite (sweep.LARGEST_SQUARE).
+_LARGEST_SQUARE = tl.constexpr(0.03 * 3.4028234663852886e38)
 
 
 @triton.jit
@@ -48,8 +54,10 @@ def row_statistics_kernel(
 ):
     """What the epilogue needs of each token: its norm r, what it is divided by, and a second number.
 
-    ``normalize``: r = |z|, inverse 1 / (r + eps) or 0, extra q, or 0 for a zero token. ``standardize``: r = |z - mean|,
-    inverse 1 / r, or 0 for a constant token, extra mean sqrt(F). ``none``: r = |z|, inverse 1, extra q r^2.
+    ``normalize``: r = |z|, inverse 1 / (r + eps) or 0, extra a tiny number that equal tokens share and others hardly,
+    or -q for a zero token. ``standardize``: r = |z - mean|, inverse 1 / r, or 0 for a constant token, extra mean
+    sqrt(F). ``none``: r = |z|, inverse 1, extra q r^2. r is infinite, and the loss NaN, where fp32 does not hold what
+    is computed from it.
     """
     row = tl.program_id(1)
     z = _of_layer(layers, row // batch, LAYERS) + (row % batch).to(tl.int64) * stride_b
@@ -72,28 +80,46 @@ def row_statistics_kernel(
         # The rounded mean of a constant token may differ from its features; it must not be blown up to length 1.
         constant = tl.min(least, 1) == tl.max(largest, 1)
     total = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+    keys = tl.zeros((BLOCK_M, BLOCK_F), tl.int32)
     for start in range(0, features, BLOCK_F):
         x = tl.load(z + (start + f)[None, :], mask=(start + f < width)[None, :], other=0.0).to(tl.float32)
         if TRANSFORM == "standardize":
             x = tl.where((start + f < features)[None, :], x - mean[:, None], 0.0)
+        if TRANSFORM == "normalize":
+            keys += _key(x, start + f)
         total += x * x
     squares = tl.sum(total, 1)
     norm = tl.sqrt_rn(squares)
     if TRANSFORM == "normalize":
+        key = tl.sum(keys, 1)
+        # Beside a larger eps such a token is 0. The key of one that is not 0 may be 0, too, once in 2^32.
+        unknown = (eps < _LEAST_NORM * 16777216.0) & (norm < _LEAST_NORM) & (key != 0)
+        norm = tl.where(unknown, float("inf"), norm)
         denominator = norm + eps
         inverse = tl.where(denominator > 0, 1.0 / tl.where(denominator > 0, denominator, 1.0), 0.0)
-        extra = tl.where(norm > 0, q, 0.0)
+        # A float of 2^-90 to 2^-89.
+        extra = (0x12800000 | ((key * -1640531535) >> 9 & 0x7FFFFF)).to(tl.float32, bitcast=True)
+        extra = tl.where(norm > 0, extra, -q)
     elif TRANSFORM == "standardize":
-        norm = tl.where(constant, 0.0, norm)
+        norm = tl.where(constant, 0.0, tl.where(norm < _LEAST_NORM, float("inf"), norm))
         inverse = tl.where(norm > 0, 1.0 / tl.where(norm > 0, norm, 1.0), 0.0)
         extra = mean * tl.sqrt_rn(features.to(tl.float32))
     else:
         inverse = tl.full((BLOCK_M,), 1.0, tl.float32)
         extra = squares * q
+        norm = tl.where(tl.maximum(squares, extra) > _LARGEST_SQUARE, float("inf"), norm)
     out = row.to(tl.int64) * length + tokens
     tl.store(norm_ptr + out, norm, mask=valid)
     tl.store(inverse_ptr + out, inverse, mask=valid)
     tl.store(extra_ptr + out, extra, mask=valid)
+
+
+@triton.jit
+def _key(x, feature):
+    """An integer of the feature's place and bits, the same for 0 and -0; their sum tells tokens apart."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    place = (feature + 1) * -1640531535
+    return (bits ^ (bits >> 15)) * ((place ^ (place >> 15)) | 1)[None, :]
 
 
 @triton.jit
@@ -259,7 +285,7 @@ def pair_tiles_kernel(
     if nobody:
         tl.store(sums_ptr + sum_at, 0.0)
         if ONLINE:
-            tl.store(maxima_ptr + sum_at, -1e30)
+            tl.store(maxima_ptr + sum_at, _NO_EXPONENT)
         return
     z = _of_layer(layers, row // batch, LAYERS) + (row % batch).to(tl.int64) * stride_b
     i = first_i + tile_i * BLOCK + tl.arange(0, BLOCK)
@@ -280,7 +306,7 @@ def pair_tiles_kernel(
         if not meets:
             tl.store(sums_ptr + sum_at, 0.0)
             if ONLINE:
-                tl.store(maxima_ptr + sum_at, -1e30)
+                tl.store(maxima_ptr + sum_at, _NO_EXPONENT)
             if WRITE:
                 nothing = tl.zeros((BLOCK, BLOCK), weights_ptr.dtype.element_ty)
                 tl.store(to_i, nothing)
@@ -333,7 +359,7 @@ def pair_tiles_kernel(
     )
     if EXPONENTIAL:
         if ONLINE:
-            largest = tl.maximum(tl.max(u), -1e30)  # finite where there is no pair
+            largest = tl.maximum(tl.max(u), _NO_EXPONENT)  # finite where there is no pair
             tl.store(maxima_ptr + sum_at, largest)
             u -= largest
         psi = tl.exp2(u)
@@ -407,7 +433,7 @@ def row_sweep_kernel(
     those of the program's third number.
     And of perplexity_entropy, whose P_ij = exp2(e_ij - largest_i) / total_i: ``partition``: largest and total, over
     all pairs; ``entropy``: sum_j P_ij h_ij to ``sums`` and sum_j P_ij g_ij to ``maxima``; ``entropy_gradient``: G_i of
-    P_ij (g_ij - expected_i) + P_ji (g_ji - expected_j), with p0 and p1 of the exponent, p2 eps
+    P_ij (g_ij - expected_i) + P_ji (g_ji - expected_j), where p2 is eps and that of the exponent 0
     (:func:`dispersion_kernels.sweep._perplexity_entropy`).
 
     ``WEIGHTED``: the weights' inverse norms, scaled or not, are not all 1.
@@ -452,7 +478,7 @@ def row_sweep_kernel(
         z_i = tl.load(z + read_i[:, None] + f[None, :], mask=(f < width)[None, :], other=0.0)
 
     sums = tl.zeros((BLOCK_M,), tl.float32)
-    maxima = tl.full((BLOCK_M,), -1e30, tl.float32)
+    maxima = tl.full((BLOCK_M,), 0.0 if PASS == "entropy" else _NO_EXPONENT, tl.float32)
     weight_sums = tl.zeros((BLOCK_M,), tl.float32)
     if (PASS == "gradient") or (PASS == "entropy_gradient"):
         gradient = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
@@ -489,7 +515,7 @@ def row_sweep_kernel(
             shift,
             p0,
             p1,
-            p2,
+            0.0 if (PASS == "entropy") or (PASS == "entropy_gradient") else p2,
             p3,
             FUNCTION,
             OWN,
@@ -507,7 +533,7 @@ def row_sweep_kernel(
             p = tl.exp2(u - largest_i[:, None]) * inverse_total_i[:, None]
             h, g = _information(p, average_i[:, None], p2)
             sums += tl.sum(p * h, 1)
-            maxima = tl.where(maxima == -1e30, 0.0, maxima) + tl.sum(p * g, 1)
+            maxima += tl.sum(p * g, 1)
         else:
             if PASS == "entropy_gradient":
                 largest_j = tl.load(largest_ptr + statistics + j, mask=valid_j, other=0.0)
@@ -519,7 +545,7 @@ def row_sweep_kernel(
                 slope = p * (g - expected_i[:, None])
                 p = tl.exp2(u - largest_j[None, :]) * inverse_total_j[None, :]
                 h, g = _information(p, average_j[None, :], p2)
-                slope += p * (g - expected_j[None, :])
+                slope = (slope + p * (g - expected_j[None, :])) * v
             elif EXPONENTIAL:
                 psi = tl.exp2(u)
                 slope = psi * v
@@ -545,10 +571,8 @@ def row_sweep_kernel(
     if first_feature == 0:
         if PASS != "entropy_gradient":
             tl.store(sums_ptr + statistics + i, sums, mask=valid_i)
-        if (PASS == "online") or (PASS == "partition"):
+        if (PASS == "online") or (PASS == "partition") or (PASS == "entropy"):
             tl.store(maxima_ptr + statistics + i, maxima, mask=valid_i)
-        if PASS == "entropy":
-            tl.store(maxima_ptr + statistics + i, tl.where(maxima == -1e30, 0.0, maxima), mask=valid_i)
         if SUM_WEIGHTS:
             tl.store(weight_sums_ptr + statistics + i, weight_sums, mask=valid_i)
     if (PASS == "gradient") or (PASS == "entropy_gradient"):
@@ -561,12 +585,14 @@ def _information(p, average, eps):
     """h = log2((P + eps) / (average + eps)) and g = d(P h) / dP = h + P / ((P + eps) ln 2); finite at P = 0, so what is
     no pair adds 0."""
     x = (p - average) / (average + eps)
-    # log2(1 + x) keeps its digits where P is near its average, as log1p does.
-    y = 1.0 + x
+    shifted = tl.maximum(p + eps, 1.1754943508222875e-38)  # an eps may be less, and P be 0
+    # log2(1 + x) keeps its digits where P is near its average, as log1p does; the quotient where P is far below it.
+    far_below = x < -0.5
+    y = tl.where(far_below, tl.maximum(shifted / (average + eps), 1.1754943508222875e-38), 1.0 + x)
     rounding = y - 1.0
-    h = tl.log2(y) * tl.where(rounding == 0.0, 1.0, x / tl.where(rounding == 0.0, 1.0, rounding))
+    h = tl.log2(y) * tl.where(far_below, 1.0, x / tl.where(rounding == 0.0, 1.0, rounding))
     h = tl.where(rounding == 0.0, x * 1.4426950408889634, h)
-    return h, h + p / (p + eps) * 1.4426950408889634
+    return h, h + p / shifted * 1.4426950408889634
 
 
 @triton.jit(do_not_specialize=["length", "sums_stride"])
@@ -602,12 +628,12 @@ def sequence_sums_kernel(
     for start in range(begin_token, end_token, BLOCK):
         token = start + block
         poison += tl.load(norm_ptr + row * length + token, mask=token < end_token, other=0.0) * 0.0
-    shift = -1e30
+    shift = _NO_EXPONENT
     if ONLINE:
-        largest = tl.full((BLOCK,), -1e30, tl.float32)
+        largest = tl.full((BLOCK,), _NO_EXPONENT, tl.float32)
         for start in range(begin, end, BLOCK):
             place = start + block
-            m = tl.load(maxima_ptr + row * sums_stride + place, mask=place < end, other=-1e30)
+            m = tl.load(maxima_ptr + row * sums_stride + place, mask=place < end, other=_NO_EXPONENT)
             largest = tl.maximum(largest, m)
         shift = tl.max(largest, 0)
     total = tl.zeros((BLOCK,), tl.float64)
@@ -615,7 +641,7 @@ def sequence_sums_kernel(
         place = start + block
         s = tl.load(sums_ptr + row * sums_stride + place, mask=place < end, other=0.0)
         if ONLINE:
-            m = tl.load(maxima_ptr + row * sums_stride + place, mask=place < end, other=-1e30)
+            m = tl.load(maxima_ptr + row * sums_stride + place, mask=place < end, other=_NO_EXPONENT)
             s *= tl.exp2(m - shift)
         total += s.to(tl.float64)
     out = row * tl.num_programs(0) + sequence
