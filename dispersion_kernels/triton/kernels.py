@@ -545,7 +545,7 @@ def row_sweep_kernel(
                 slope = p * (g - expected_i[:, None])
                 p = tl.exp2(u - largest_j[None, :]) * inverse_total_j[None, :]
                 h, g = _information(p, average_j[None, :], p2)
-                slope = (slope + p * (g - expected_j[None, :])) * v
+                slope += p * (g - expected_j[None, :])
             elif EXPONENTIAL:
                 psi = tl.exp2(u)
                 slope = psi * v
@@ -584,13 +584,13 @@ def row_sweep_kernel(
 def _information(p, average, eps):
     """h = log2((P + eps) / (average + eps)) and g = d(P h) / dP = h + P / ((P + eps) ln 2); finite at P = 0, so what is
     no pair adds 0."""
-    x = (p - average) / (average + eps)
     shifted = tl.maximum(p + eps, 1.1754943508222875e-38)  # an eps may be less, and P be 0
-    # log2(1 + x) keeps its digits where P is near its average, as log1p does; the quotient where P is far below it.
-    far_below = x < -0.5
-    y = tl.where(far_below, tl.maximum(shifted / (average + eps), 1.1754943508222875e-38), 1.0 + x)
+    per_mean = 1.0 / (average + eps)
+    # Where P is near its average the digits of h are those of x, as in log1p; log(y) / (y - 1) varies slowly.
+    x = (p - average) * per_mean
+    y = tl.maximum(shifted * per_mean, 1.1754943508222875e-38)
     rounding = y - 1.0
-    h = tl.log2(y) * tl.where(far_below, 1.0, x / tl.where(rounding == 0.0, 1.0, rounding))
+    h = tl.log2(y) * (x / tl.where(rounding == 0.0, 1.0, rounding))
     h = tl.where(rounding == 0.0, x * 1.4426950408889634, h)
     return h, h + p / shifted * 1.4426950408889634
 
