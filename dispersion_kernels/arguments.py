@@ -79,6 +79,11 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must be a float or an integer of 64 bits, got {value}; give {float(value):g}")
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(
+            f"{name} must be a number, got a tensor that requires a gradient, which it has none of (tau, t and sigma2 "
+            f"have one); give float({name})"
+        )
 
 
 def check_choice(name: str, value: Any, available: Sequence[str]) -> None:

@@ -23,11 +23,21 @@ from dispersion_kernels import flops, native
 from dispersion_kernels.backends import choose
 from dispersion_kernels.cuda import CudaKernels
 from dispersion_kernels.gpu import launch
-from dispersion_kernels.potentials import Potential, carried, carry, for_backends
+from dispersion_kernels.potentials import (
+    Potential,
+    at_temperature,
+    carried,
+    carry,
+    for_backends,
+    is_built_in,
+    temperature_field,
+    temperature_of,
+)
 from dispersion_kernels.sampling import SampledPairs, cpu_sampler
 from dispersion_kernels.sampling.estimate import Draws, estimate, visits_all
 from dispersion_kernels.segments import check_cu_seqlens, host_segments, on_device, segment_of_token
 from dispersion_kernels.sweep import accumulation_dtype, in_blocks, loss_weight, sweep
+from dispersion_kernels.temperature import slope_of_temperature
 
 if TYPE_CHECKING:
     from dispersion_kernels.triton.backend import TritonKernels
@@ -44,9 +54,19 @@ def dispersion_loss(
 ) -> Tensor:
     """The mean over ``layers``, each ``[B, L, F]``, of their reduced loss (``[S]`` for ``"none"``), differentiable
     once."""
+    _refuse_parameters(potential)
     needed = _need_gradients(layers)
-    call = _Call("forward", (potential, reduction, impl), [False] * len(layers) if recompute else needed)
-    return _differentiable(call, (groups, cu_seqlens), layers, any(needed))[0]
+    temperature, slope_needed = temperature_of(potential), False
+    if temperature is not None:
+        potential = at_temperature(potential, 1.0)
+        (slope_needed,) = _need_gradients([temperature])
+    call = _Call(
+        "forward",
+        (potential, reduction, impl),
+        [False] * len(layers) if recompute else needed,
+        with_slope=slope_needed and not recompute,
+    )
+    return _differentiable(call, (groups, cu_seqlens, temperature), layers, any(needed) or slope_needed)[0]
 
 
 def sampled_loss(
@@ -63,6 +83,12 @@ def sampled_loss(
 ) -> tuple[Tensor, Tensor]:
     """The mean over ``layers``, each ``[B, L, F]`` and alike, of their reduced loss, from a fraction of the pairs
     (:mod:`dispersion_kernels.sampling`), and the relative error to expect of the gradient of each."""
+    _refuse_parameters(potential)
+    if temperature_of(potential) is not None:
+        raise TypeError(
+            f"{temperature_field(potential)} must be a number with SampledPairs, got a tensor; give its float(), "
+            "or leave sampling out"
+        )
     needed = any(_need_gradients(layers))
     wanted = [with_error or (needed and not recompute)] * len(layers)
     options = (potential, reduction, impl, float(sampling.fraction), sampling.control_variate)
@@ -70,6 +96,16 @@ def sampled_loss(
     loss, error = _differentiable(call, (groups, cu_seqlens, *draws), layers, needed)
     assert error is not None
     return loss, error
+
+
+def _refuse_parameters(potential: Potential) -> None:
+    if is_built_in(potential) or not torch.is_grad_enabled():
+        return
+    if any(isinstance(value, Tensor) and value.requires_grad for value in vars(potential).values()):
+        raise TypeError(
+            f"potential {type(potential).__name__} has a tensor that requires a gradient, which the potentials of your "
+            'own have with impl="reference" alone; take that, or give its detach()'
+        )
 
 
 def _need_gradients(layers: Sequence[Tensor]) -> list[bool]:
@@ -88,6 +124,8 @@ class _Result(NamedTuple):
     grads: Sequence[Tensor]
     """``[B, L, F]`` of each layer, or one ``[layers, B, L, F]`` of all: d loss / d z but for the scale; empty for those
     that have none."""
+    slope: Tensor | None
+    """Of ``loss``, d loss / d temperature; empty where it was not asked for."""
 
 
 class _Call(NamedTuple):
@@ -99,12 +137,13 @@ class _Call(NamedTuple):
     wanted: Sequence[bool]
     """The layers whose gradient is computed at once."""
     with_error: bool = False
+    with_slope: bool = False
 
     def run(self, data: Sequence[Tensor | None], layers: Sequence[Tensor], unobserved: bool) -> _Result:
         """Past the dispatcher, which takes 20 us or more, where nobody watches it."""
         potential, *options = self.options
         sampled = self.name == "sampled"
-        options += [any(self.wanted), self.with_error] if sampled else [list(self.wanted)]
+        options += [any(self.wanted), self.with_error] if sampled else [self.with_slope, list(self.wanted)]
         if unobserved:
             implementation: Callable[..., Any] = _sampled if sampled else _forward
             found = implementation(layers, *data, potential, *options)
@@ -113,10 +152,10 @@ class _Call(NamedTuple):
                 flops.register()
             found = getattr(torch.ops.dispersion_kernels, self.name)(layers, *data, *carry(potential), *options)
         if not sampled:
-            loss, grads, scale = found
-            return _Result(loss, None, scale, grads)
+            loss, grads, scale, slope = found
+            return _Result(loss, None, scale, grads, slope)
         loss, grad, scale, error = found
-        return _Result(loss, error, scale, [grad])
+        return _Result(loss, error, scale, [grad], None)
 
 
 def _differentiable(
@@ -152,12 +191,12 @@ class _Loss(torch.autograd.Function):
         result = call.run(data, layers, unobserved=True)
         if result.error is not None:
             ctx.mark_non_differentiable(result.error)
-        _keep(ctx, call, data, layers, result, ctx.needs_input_grad[2 + count :], visible=False)
+        _keep(ctx, call, data, layers, result, ctx.needs_input_grad[2:], visible=False)
         return result.loss, result.error
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, *[None] * ctx.data, *_gradients(ctx, upstream[0])
+        return None, None, *_gradients(ctx, upstream[0])
 
 
 class _Transformed(torch.autograd.Function):
@@ -168,16 +207,16 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, count: int, *tensors: Any) -> tuple[Tensor | None, ...]:
         result = call.run(tensors[:count], tensors[count:], _unobserved(*tensors))
-        return result.loss, result.error, result.scale, *result.grads
+        return result.loss, result.error, result.slope, result.scale, *result.grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         call, count, *tensors = inputs
-        loss, error, scale, *grads = output
+        loss, error, slope, scale, *grads = output
         ctx.mark_non_differentiable(*(value for value in output[1:] if value is not None))
         ctx.set_materialize_grads(False)  # as large as the layers
-        result = _Result(loss, error, scale, grads)
-        _keep(ctx, call, tensors[:count], tensors[count:], result, ctx.needs_input_grad[2 + count :])
+        result = _Result(loss, error, scale, grads, slope)
+        _keep(ctx, call, tensors[:count], tensors[count:], result, ctx.needs_input_grad[2:])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -203,37 +242,44 @@ def _keep(
 ) -> None:
     """Saves for backward what was computed, or, where less was computed than is needed, what to compute it of.
     ``visible``: the result is not backward's alone."""
-    ctx.recompute = any(need and not there for need, there in zip(needed, call.wanted, strict=True))
-    ctx.call, ctx.needed, ctx.data, ctx.dtype = call, list(needed), len(data), layers[0].dtype
+    ctx.call, ctx.data, ctx.dtype = call, len(data), layers[0].dtype
+    ctx.needed, ctx.temperature = list(needed[len(data) :]), data[2] if any(needed[: len(data)]) else None
+    ctx.recompute = any(need and not there for need, there in zip(ctx.needed, call.wanted, strict=True))
+    ctx.recompute = ctx.recompute or (ctx.temperature is not None and not call.with_slope)
     ctx.hooked = visible or _hooks_see_what_is_saved()
     if ctx.recompute:
         ctx.save_for_backward(*data, *layers)
     else:
-        ctx.save_for_backward(data[1], result.loss, result.scale, *result.grads)
+        ctx.save_for_backward(data[1], result.loss, result.slope, result.scale, *result.grads)
 
 
 def _gradients(ctx: Any, upstream: Tensor | None) -> Sequence[Tensor | None]:
-    """Of each layer."""
+    """Of the data, and of each layer."""
     saved = ctx.saved_tensors
+    gradients: list[Tensor | None] = [None] * (ctx.data + len(ctx.needed))
     if upstream is None:
-        return [None] * len(ctx.needed)
+        return gradients
     if ctx.recompute:
         data, layers = saved[: ctx.data], saved[ctx.data :]
         with torch.no_grad():
-            call = ctx.call._replace(wanted=ctx.needed, with_error=False)
+            call = ctx.call._replace(wanted=ctx.needed, with_error=False, with_slope=ctx.temperature is not None)
             result = call.run(data, layers, _unobserved(*data, *layers))
-        cu_seqlens, scale, grads, causes = data[1], result.scale, result.grads, layers
+        cu_seqlens, scale, grads, slope = data[1], result.scale, result.grads, result.slope
+        causes = layers if ctx.temperature is None else [*layers, ctx.temperature]
     else:
-        cu_seqlens, loss, scale, *grads = saved
+        cu_seqlens, loss, slope, scale, *grads = saved
         causes = [loss]
     if ctx.call.name == "sampled":
         grads = grads[0].unbind()
-    dz = _finished(ctx, grads, scale, _of_tokens(upstream, cu_seqlens, scale.shape[2]))
+    if any(ctx.needed):
+        gradients[ctx.data :] = _finished(ctx, grads, scale, _of_tokens(upstream, cu_seqlens, scale.shape[2]))
+    if ctx.temperature is not None:
+        gradients[2] = (upstream * slope).sum().to(ctx.temperature)
     # With create_graph it would count as a constant, and a gradient penalty silently do nothing.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        found = iter(_Once.apply(len(causes), *causes, *(grad for grad in dz if grad is not None)))
-        return [None if grad is None else next(found) for grad in dz]
-    return dz
+        found = iter(_Once.apply(len(causes), *causes, *(grad for grad in gradients if grad is not None)))
+        return [None if grad is None else next(found) for grad in gradients]
+    return gradients
 
 
 class _Once(torch.autograd.Function):
@@ -339,8 +385,9 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 _library = torch.library.Library("dispersion_kernels", "FRAGMENT")
 _library.define(
-    "forward(Tensor[] layers, Tensor? groups, Tensor? cu_seqlens, str potential, float[] params, str reduction,"
-    " str impl, bool[] with_grad) -> (Tensor loss, Tensor[] grads, Tensor scale)",
+    "forward(Tensor[] layers, Tensor? groups, Tensor? cu_seqlens, Tensor? temperature, str potential, float[] params,"
+    " str reduction, str impl, bool with_slope, bool[] with_grad)"
+    " -> (Tensor loss, Tensor[] grads, Tensor scale, Tensor slope)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -350,30 +397,44 @@ def _forward_carried(
     layers: Sequence[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
+    temperature: Tensor | None,
     potential: str,
     params: list[float],
     *options: Any,
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    return _forward(layers, groups, cu_seqlens, carried(potential, params), *options)
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    return _forward(layers, groups, cu_seqlens, temperature, carried(potential, params), *options)
 
 
 def _forward(
     layers: Sequence[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
+    temperature: Tensor | None,
     potential: Potential,
     reduction: str,
     impl: str,
+    with_slope: bool,
     with_grad: list[bool],
-) -> tuple[Tensor, list[Tensor], Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """The loss, and, where any layer has a gradient, ``grad`` ``[B, L, F]`` of each, empty for those that have none,
-    and ``scale`` ``[layers, B, L]``: their product is d loss / d z (for ``"none"``, d loss of its sequence / d z)."""
+    and ``scale`` ``[layers, B, L]``: their product is d loss / d z (for ``"none"``, d loss of its sequence / d z). With
+    ``with_slope`` d loss / d ``temperature``, too, by the torch backend, else empty."""
     z = layers[0]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])
+    if temperature is not None and not temperature.is_meta:
+        potential = at_temperature(potential, float(temperature))
     run = _SWEEPS[choose(impl, z, potential)]
     with without_autocast(z.device):
-        return run(layers, groups, cu_seqlens, for_backends(potential), reduction, with_grad)
+        loss, grads, scale = run(layers, groups, cu_seqlens, for_backends(potential), reduction, with_grad)
+        if not with_slope:
+            return loss, grads, scale, loss.new_empty(0)
+        slopes = []
+        for z in layers:
+            slope, pairs = slope_of_temperature(z, potential, groups, cu_seqlens)
+            weight = loss_weight(len(layers), reduction, (pairs > 0).sum())
+            slopes.append((slope if reduction == "none" else slope.sum()) * weight)
+        return loss, grads, scale, torch.stack(slopes).sum(0).to(loss.dtype)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -491,12 +552,14 @@ def _forward_fake(
     layers: list[Tensor],
     groups: Tensor | None,
     cu_seqlens: Tensor | None,
+    temperature: Tensor | None,
     potential: str,
     params: list[float],
     reduction: str,
     impl: str,
+    with_slope: bool,
     with_grad: list[bool],
-) -> tuple[Tensor, list[Tensor], Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     z = layers[0]
     sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = accumulation_dtype(z.dtype)
@@ -504,7 +567,7 @@ def _forward_fake(
     needs = zip(layers, with_grad, strict=True)
     grads = [z.new_empty(z.shape if need else 0, dtype=dtype) for z, need in needs]
     scale = z.new_empty((len(layers), *z.shape[:2]) if any(with_grad) else 0, dtype=dtype)
-    return loss, grads, scale
+    return loss, grads, scale, loss.new_empty(loss.shape if with_slope else 0)
 
 
 _library.define(
@@ -547,7 +610,8 @@ def _sampled(
     none; and ``[layers]``, the relative error to expect of each's."""
     z = layers[0]
     if visits_all(fraction, z, cu_seqlens):  # where a compiler has not asked
-        loss, grads, scale = _forward(layers, groups, cu_seqlens, potential, reduction, impl, [with_grad] * len(layers))
+        every = [with_grad] * len(layers)
+        loss, grads, scale, _ = _forward(layers, groups, cu_seqlens, None, potential, reduction, impl, False, every)
         return loss, torch.stack(grads) if with_grad else loss.new_empty(0), scale, loss.new_zeros(len(layers))
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])
@@ -598,8 +662,9 @@ def _sampled_fake(
     with_grad: bool,
     with_error: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss, _, scale = _forward_fake(
-        layers, groups, cu_seqlens, potential, params, reduction, impl, [with_grad] * len(layers)
+    every = [with_grad] * len(layers)
+    loss, _, scale, _ = _forward_fake(
+        layers, groups, cu_seqlens, None, potential, params, reduction, impl, False, every
     )
     grad = loss.new_empty((len(layers), *layers[0].shape) if with_grad else 0)
     return loss, grad, scale, loss.new_empty(len(layers))
@@ -612,16 +677,18 @@ def _make_differentiable(name: Literal["forward", "sampled"], tensors: int, outp
         layers, *data = inputs[: 1 + tensors]
         potential, params, *options = inputs[1 + tensors :]
         result, count = outputs(*output), len(layers)
-        last = 1 if name == "forward" else 2
         wanted = options[-1] if name == "forward" else [options[-2]] * count
-        call = _Call(name, (carried(potential, params), *options[:-last]), wanted)
+        with_slope = name == "forward" and options[-2]
+        call = _Call(name, (carried(potential, params), *options[:-2]), wanted, with_slope=with_slope)
         ctx.others = [[] if isinstance(value, list) and not value else None for value in inputs[1:]]
         ctx.mark_non_differentiable(*tree_leaves(output[1:]))
         ctx.set_materialize_grads(False)
-        _keep(ctx, call, data, layers, result, [z.requires_grad for z in layers])
+        needed = [value is not None and value.requires_grad for value in (*data, *layers)]
+        _keep(ctx, call, data, layers, result, needed)
 
     def backward(ctx: Any, upstream: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-        return list(_gradients(ctx, upstream)), *ctx.others
+        gradients = list(_gradients(ctx, upstream))
+        return gradients[tensors:], *gradients[:tensors], *ctx.others[tensors:]
 
     def one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         operator = getattr(torch.ops.dispersion_kernels, name)
@@ -648,5 +715,5 @@ def _entry(value: Any, dim: Any, n: int) -> Any:
     return value if dim is None else value.select(dim, n)
 
 
-_make_differentiable("forward", 2, lambda loss, grads, scale: _Result(loss, None, scale, grads))
-_make_differentiable("sampled", 4, lambda loss, grad, scale, error: _Result(loss, error, scale, [grad]))
+_make_differentiable("forward", 3, lambda loss, grads, scale, slope: _Result(loss, None, scale, grads, slope))
+_make_differentiable("sampled", 4, lambda loss, grad, scale, error: _Result(loss, error, scale, [grad], None))

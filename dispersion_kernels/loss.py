@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,11 @@ from dispersion_kernels.potentials import (
     Orthogonalization,
     PerplexityEntropy,
     Potential,
+    at_temperature,
     for_backends,
     resolve_potential,
+    temperature_field,
+    temperature_of,
 )
 from dispersion_kernels.sampling import SampledPairs, SampledTokens, Sampling, resolve_sampling
 from dispersion_kernels.sampling.estimate import draw, visits_all
@@ -54,7 +57,7 @@ def fused_dispersion_loss(
     z: Tensor | Sequence[Tensor],
     potential: str | Potential = "angular_spread",
     *,
-    tau: float | None = None,
+    tau: float | Tensor | None = None,
     clamp: float | None = None,
     eps: float | None = None,
     mask: Tensor | None = None,
@@ -72,7 +75,7 @@ def fused_dispersion_loss(
     z: Tensor | Sequence[Tensor],
     potential: str | Potential = "angular_spread",
     *,
-    tau: float | None = None,
+    tau: float | Tensor | None = None,
     clamp: float | None = None,
     eps: float | None = None,
     mask: Tensor | None = None,
@@ -89,7 +92,7 @@ def fused_dispersion_loss(
     z: Tensor | Sequence[Tensor],
     potential: str | Potential = "angular_spread",
     *,
-    tau: float | None = None,
+    tau: float | Tensor | None = None,
     clamp: float | None = None,
     eps: float | None = None,
     mask: Tensor | None = None,
@@ -120,7 +123,10 @@ def fused_dispersion_loss(
             (fp64 for fp64).
         potential: ``"angular_spread"``, ``"orthogonalization"``, ``"l2_repel"``, ``"decorrelation"``,
             ``"perplexity_entropy"``, ``"uniformity"``, ``"dispersive_l2"``, or a :class:`Potential`.
-        tau, clamp, eps: fields of the named potential to set; None leaves its default.
+        tau, clamp, eps: fields of the named potential to set; None leaves its default. tau (and sigma2 and t of the
+            potentials that have them) may be a tensor of one number. It is data: ``torch.compile`` compiles once for
+            all values, and one that requires a gradient gets it, from one or two more sweeps in PyTorch. Reading it on
+            an accelerator synchronises.
         mask: boolean, ``z.shape[:-1]``; False takes a token out of all pairs.
         cu_seqlens: int32 ``[S + 1]``, as in flash-attention: sequence s is the tokens ``cu_seqlens[s]:cu_seqlens[s +
             1]`` of the packed ``z``. On the CPU its values are checked here; on an accelerator by an assertion on the
@@ -256,7 +262,7 @@ class DispersionLoss(nn.Module):
     Args:
         variant: the potential: a name, or a :class:`Potential`.
         tau_l2: tau of ``l2_repel`` and ``dispersive_l2``, sigma2 of ``perplexity_entropy``.
-        tau_cos: tau of ``angular_spread``.
+        tau_cos: tau of ``angular_spread``. Either may be a tensor, which becomes the buffer ``tau``, or a parameter.
         margin: of ``orthogonalization``.
         epsilon: eps of the potentials that have one.
         clamp_threshold: clamp of ``angular_spread`` and ``orthogonalization``.
@@ -270,8 +276,8 @@ class DispersionLoss(nn.Module):
     def __init__(
         self,
         variant: str | Potential = "angular_spread",
-        tau_l2: float = 1.0,
-        tau_cos: float = 1.0,
+        tau_l2: float | Tensor = 1.0,
+        tau_cos: float | Tensor = 1.0,
         margin: float = 0.5,
         epsilon: float = 0.01,
         clamp_threshold: float = 0.25,
@@ -283,17 +289,19 @@ class DispersionLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.potential: Potential
+        cosine: Any = tau_cos
+        distance: Any = tau_l2
         match variant if isinstance(variant, str) else None:
             case "angular_spread":
-                self.potential = AngularSpread(tau=tau_cos, clamp=clamp_threshold, eps=epsilon)
+                self.potential = AngularSpread(tau=cosine, clamp=clamp_threshold, eps=epsilon)
             case "orthogonalization":
                 self.potential = Orthogonalization(margin=margin, clamp=clamp_threshold, eps=epsilon)
             case "l2_repel":
-                self.potential = L2Repel(tau=tau_l2, eps=epsilon)
+                self.potential = L2Repel(tau=distance, eps=epsilon)
             case "perplexity_entropy":
-                self.potential = PerplexityEntropy(sigma2=tau_l2, eps=epsilon)
+                self.potential = PerplexityEntropy(sigma2=distance, eps=epsilon)
             case "dispersive_l2":
-                self.potential = DispersiveL2(tau=tau_l2)
+                self.potential = DispersiveL2(tau=distance)
             case _:
                 self.potential = resolve_potential(variant)
         check_impl(impl)
@@ -301,6 +309,13 @@ class DispersionLoss(nn.Module):
         self.sampling = check_sampling(sampling, self.potential)
         check_flag("recompute", recompute)
         self.reduction, self.recompute, self.impl = reduction, recompute, impl
+        self.tau: Tensor | None
+        field = temperature_field(self.potential)
+        tau = None if field is None else getattr(self.potential, field)
+        if isinstance(tau, nn.Parameter):
+            self.register_parameter("tau", tau)
+        else:
+            self.register_buffer("tau", tau if isinstance(tau, Tensor) else None)
 
     def forward(
         self,
@@ -314,7 +329,7 @@ class DispersionLoss(nn.Module):
         """The loss of ``z``; arguments as in :func:`fused_dispersion_loss`."""
         return fused_dispersion_loss(
             z,
-            self.potential,
+            self.potential if self.tau is None else at_temperature(self.potential, self.tau),
             mask=mask,
             cu_seqlens=cu_seqlens,
             document_ids=document_ids,
@@ -342,6 +357,9 @@ def _reference_loss(
                 "holds none; take impl='torch' or 'auto'"
             )
     with without_autocast(z.device):
+        temperature = temperature_of(potential)
+        if temperature is not None:
+            potential = at_temperature(potential, temperature)
         losses, pairs = reference.dispersion_loss(z, for_backends(potential), groups, cu_seqlens)
     losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
     if reduction == "none":

@@ -343,10 +343,17 @@ BUILT_IN: dict[str, type[Potential]] = {
     "uniformity": Uniformity,
     "dispersive_l2": DispersiveL2,
 }
+_TEMPERATURES: dict[type[Potential], str] = {
+    AngularSpread: "tau",
+    L2Repel: "tau",
+    DispersiveL2: "tau",
+    PerplexityEntropy: "sigma2",
+    Uniformity: "t",
+}
 _NAMES: dict[type[Potential], str] = {cls: name for name, cls in BUILT_IN.items()}
 
 
-def resolve_potential(potential: str | Potential, **overrides: float | None) -> Potential:
+def resolve_potential(potential: str | Potential, **overrides: float | Tensor | None) -> Potential:
     """The potential that ``potential`` names, or is, with the ``overrides`` that are not None put in its fields.
 
     Raises:
@@ -378,6 +385,27 @@ def resolve_potential(potential: str | Potential, **overrides: float | None) -> 
             )
     named: Potential = cls(**given)
     return named
+
+
+def temperature_field(potential: Potential) -> str | None:
+    """The field of a built-in that may be a tensor, and has a derivative."""
+    return next((field for cls, field in _TEMPERATURES.items() if cls is type(potential)), None)
+
+
+def temperature_of(potential: Potential) -> Tensor | None:
+    """``[]``; None where it is a number."""
+    field = temperature_field(potential)
+    value = None if field is None else getattr(potential, field)
+    return value.reshape(()) if isinstance(value, Tensor) else None
+
+
+def at_temperature(potential: Potential, value: float | Tensor) -> Potential:
+    """The potential with that in its field."""
+    built_in: Any = potential
+    fields = {field.name: getattr(potential, field.name) for field in dataclasses.fields(built_in)}
+    cls: Any = type(potential)
+    changed: Potential = cls(**{**fields, str(temperature_field(potential)): value})
+    return changed
 
 
 def is_built_in(potential: Potential) -> bool:
@@ -505,6 +533,10 @@ def _inverse_sine(clipped: Tensor, clamp: float, out: Tensor) -> Tensor:
 
 def _check_positive(potential: Potential, field: str) -> None:
     value = getattr(potential, field)
+    if isinstance(value, Tensor) and field == temperature_field(potential):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise TypeError(f"{field} must be a number, or a floating tensor of one, got {value!r}")
+        return  # data, whose value the operator checks
     check_number(field, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{field} must be a finite number > 0 for {potential.name()!r}, got {value!r}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from dispersion_kernels import fused_dispersion_loss
+from dispersion_kernels import SampledPairs, fused_dispersion_loss
 
 
 def count(z: Any, backward: bool, **options: Any) -> int:
@@ -51,9 +51,9 @@ def test_without_values() -> None:
 
 def test_a_fraction_of_the_pairs() -> None:
     z = torch.randn(2, 1024, 16, requires_grad=True)
-    assert count(z, True, pairs=1 / 16) == 6 * 2 * 1024 * 64 * 16
-    assert count(z, True, pairs=0) == 0
-    assert count(z, True, pairs=1.0) == 6 * 2 * 1024 * 1024 * 16
+    assert count(z, True, sampling=SampledPairs(1 / 16)) == 6 * 2 * 1024 * 64 * 16
+    assert count(z, True, sampling=SampledPairs(0)) == 0
+    assert count(z, True, sampling=SampledPairs(1.0)) == 6 * 2 * 1024 * 1024 * 16
 
 
 def test_compiled_and_checkpointed() -> None:

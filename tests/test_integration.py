@@ -34,11 +34,11 @@ def test_opcheck(potential: Potential, impl: str) -> None:
         ([z[:1]], None, cu_seqlens, "sum"),
     ):
         for with_grad in ([True] * len(layers), [False] * len(layers)):
-            args = (layers, groups, bounds, name, params, reduction, impl, with_grad)
+            args = (layers, groups, bounds, None, name, params, reduction, impl, False, with_grad)
             torch.library.opcheck(torch.ops.dispersion_kernels.forward.default, args)
     differentiable = [z.clone().requires_grad_(), z + 1]
     for with_grad in ([True, False], [False, False]):  # kept, or swept again in backward
-        args = (differentiable, ids, None, name, params, "none", impl, with_grad)
+        args = (differentiable, ids, None, None, name, params, "none", impl, False, with_grad)
         torch.library.opcheck(torch.ops.dispersion_kernels.forward.default, args)
 
 

@@ -1,0 +1,63 @@
+"""The derivative of the loss with respect to tau, or the like of it, in the torch backend.
+
+Of a potential of the distance the loss is a function of z / sqrt(tau), so that d loss / d tau = -sum z . dz / (2 tau)
+(Euler). Of one of the cosine it is that of its exponent, E e / tau, whose mean over the pairs is weighted with psi.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from dispersion_kernels.potentials import ExponentialPotential, L2Repel, Potential, temperature_field
+from dispersion_kernels.sweep import accumulation_dtype, sweep
+
+
+def slope_of_temperature(
+    z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``[S]``: d loss of each sequence / d tau, 0 for one without a pair; and its pairs."""
+    field = temperature_field(potential)
+    assert field is not None
+    value, power = getattr(potential, field), 1 if field == "t" else -1
+    if potential.row_transform == "none":
+        if isinstance(potential, L2Repel):
+            potential = dataclasses.replace(potential, norm_weight=0.0)
+        _, pairs, grad, scale = sweep(z, potential, groups, cu_seqlens, True)
+        assert grad is not None
+        assert scale is not None
+        # Distances do not change with the mean; products with centred tokens cancel less.
+        taking_part = (scale != 0).unsqueeze(2)
+        x = z.to(grad.dtype).masked_fill(~taking_part, 0.0)
+        x = (x - x.sum(1, keepdim=True) / taking_part.sum(1, keepdim=True).clamp(min=1)).masked_fill(~taking_part, 0.0)
+        along = (x * grad).sum(2) * scale
+        if cu_seqlens is None:
+            return -along.sum(1) / (2 * value), pairs
+        offsets = cu_seqlens.to(z.device).long()
+        return -torch.segment_reduce(along[0], "sum", offsets=offsets, unsafe=True) / (2 * value), pairs
+    assert isinstance(potential, ExponentialPotential)
+    loss, pairs, _, _ = sweep(z, potential, groups, cu_seqlens, False)
+    log_mean = (loss - potential.loss_offset).masked_fill(pairs == 0, -math.inf)
+    shift = log_mean.nan_to_num(-math.inf, -math.inf, -math.inf).max() if loss.numel() else loss.new_zeros(())
+    weighted = sweep(z, _Weighted(potential, shift), groups, cu_seqlens, False).loss
+    share = (log_mean - shift).exp()
+    # Where psi is nothing beside that of another sequence: unknown, and not 0.
+    share = share.masked_fill(share < torch.finfo(accumulation_dtype(z.dtype)).tiny, math.nan)
+    return (weighted / share * (power / value)).masked_fill(pairs == 0, 0.0), pairs
+
+
+class _Weighted(Potential):
+    """psi e, e the exponent."""
+
+    reduction = "mean"
+
+    def __init__(self, potential: ExponentialPotential, shift: Tensor) -> None:
+        self.potential, self.shift = potential, shift
+        self.norm_eps = potential.norm_eps  # type: ignore[misc]
+
+    def value(self, c: Tensor) -> Tensor:
+        exponent = self.potential.exponent_(c.clone())
+        return (exponent - self.shift).exp_().mul_(exponent)
