@@ -389,7 +389,7 @@ def resolve_potential(potential: str | Potential, **overrides: float | Tensor | 
 
 def temperature_field(potential: Potential) -> str | None:
     """The field of a built-in that may be a tensor, and has a derivative."""
-    return next((field for cls, field in _TEMPERATURES.items() if cls is type(potential)), None)
+    return _TEMPERATURES.get(type(potential))
 
 
 def temperature_of(potential: Potential) -> Tensor | None:
