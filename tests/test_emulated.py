@@ -415,15 +415,9 @@ def test_slopes_of_fp16_at_their_largest(backend: str, features: int) -> None:
     assert relative_errors(answer, Answer(wide.loss.double(), wide.grad.double()))[1] < 2**-10
 
 
-EDGES = {
-    name: pytest.param(edge, id=name, marks=pytest.mark.slow if "entropy" in name and "other" not in name else ())
-    for name, edge in edges().items()
-}
-
-
 @pytest.mark.usefixtures("_cut_off")
 @pytest.mark.parametrize("backend", ["triton-sm_80", "cuda-sm_80"])
-@pytest.mark.parametrize("edge", EDGES.values())
+@pytest.mark.parametrize("edge", edges().values(), ids=edges().keys())
 def test_edges(edge: Edge, backend: str) -> None:
     edge.check(evaluate(edge.z, edge.potential, backend))
 
