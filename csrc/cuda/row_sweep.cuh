@@ -290,9 +290,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
             } else {
               const float mirrored = pair ? exponential(exponent - largest_j) * per_total_j : 0.0f;
               const Information<float> of_j = information(mirrored, average_j, p2);
-              element = potential.equal(s, extra_i[half], q_j)
-                            ? 0.0f
-                            : p * (of_i.g - expected_i[half]) + mirrored * (of_j.g - expected_j);
+              element = p * (of_i.g - expected_i[half]) + mirrored * (of_j.g - expected_j);
             }
           } else {
             const Weights<float> of_pair = potential.weigh(s, extra_i[half], q_j, shift_i[half]);

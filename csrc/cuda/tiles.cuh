@@ -27,18 +27,17 @@ struct DistinctGaussian {
   static constexpr bool kExponential = true;
   float twice_a, common, resolution;
 
-  DK_DEVICE float rounded(float s, float q_i, float q_j) const {
-    return fminf(fmaf(s, twice_a, -((q_i + common) + q_j)), 0.0f);
-  }
-  DK_DEVICE bool equal(float s, float q_i, float q_j) const {
-    return q_i == q_j && fmaf((q_i + common) + q_j, resolution, rounded(s, q_i, q_j)) >= 0.0f;
+  // 0 for equal tokens alone: by it they are known later, which takes no register meanwhile.
+  DK_DEVICE float unshifted(float s, float q_i, float q_j) const {
+    const float of_both = (q_i + common) + q_j, e = fmaf(s, twice_a, -of_both);
+    return q_i == q_j && e >= -resolution * of_both ? 0.0f : fminf(e, -1e-37f);
   }
   DK_DEVICE float exponent(float s, float q_i, float q_j, float shift) const {
-    return (equal(s, q_i, q_j) ? 0.0f : rounded(s, q_i, q_j)) - shift;
+    return unshifted(s, q_i, q_j) - shift;
   }
   DK_DEVICE Weights<float> weigh(float s, float q_i, float q_j, float shift) const {
-    const float psi = exponential(exponent(s, q_i, q_j, shift));
-    return {psi, equal(s, q_i, q_j) ? 0.0f : psi};
+    const float e = unshifted(s, q_i, q_j), psi = exponential(e - shift);
+    return {psi, e == 0.0f ? 0.0f : psi};
   }
 };
 
