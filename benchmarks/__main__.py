@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy, convergence, loss, memory, sampling, scale, static_report, train
+from benchmarks import accuracy, convergence, loss, memory, sampling, scale, train
 from benchmarks.machine import write_csv
+from kernel_audit import static_report
 
 SUITES: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
     "loss": loss.run,

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from dispersion_kernels import native
-from dispersion_kernels.backends import triton_version
+from dispersion_kernels.backends import cpu, triton_version
 
 
 def pick_device() -> torch.device:
@@ -51,7 +50,7 @@ def describe() -> dict[str, str]:
         "triton": triton_version() or "",
         "pykeops": _version("pykeops"),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "native_isa": native.isa(),
+        "native_isa": cpu.isa(),
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit.stdout.strip() or "unknown",
     }

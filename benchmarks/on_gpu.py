@@ -30,10 +30,9 @@ from torch import Tensor
 
 from benchmarks import loss, memory
 from benchmarks.machine import describe, write_csv, write_text
-from dispersion_kernels import cuda
-from dispersion_kernels.backends import triton_version
-from dispersion_kernels.gpu import launch
-from dispersion_kernels.gpu.shipped import Call, calls
+from dispersion_kernels.backends import cuda, triton_version
+from dispersion_kernels.backends.gpu import launch
+from kernel_audit.shipped import Call, calls
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 9 * 60
@@ -258,7 +257,7 @@ def _dispersion(call: Call) -> list[Tensor]:
     return found.gradients
 
 
-# Tests of tests/test_triton.py, in parts that nine minutes should be enough for where all is compiled anew.
+# Tests of tests/backends/test_triton.py, in parts that nine minutes should be enough for where all is compiled anew.
 TESTS = {
     "shapes": "TestKernels and ragged",
     "masks": "TestKernels and (masks or packed)",
@@ -298,7 +297,7 @@ def _stages() -> list[Stage]:
         for part, chosen in TESTS.items():
             # Of the class's fixture, whose value is the first part of a test's name; Triton's own tests have none.
             of_impl = "not [cuda" if impl == "triton" else "[cuda"
-            command = _pytest("tests/test_triton.py", "-k", f"({chosen}) and {of_impl}")
+            command = _pytest("tests/backends/test_triton.py", "-k", f"({chosen}) and {of_impl}")
             what = f"pytest -m gpu, {impl}: {part}"
             stages.append(Stage(f"tests-{impl}-{part}", what, needs, why_not, command, lines=30))
     stages.append(
@@ -307,7 +306,7 @@ def _stages() -> list[Stage]:
             "pytest -m gpu: every other file",
             one,
             no_gpu,
-            _pytest("--ignore=tests/test_triton.py", "tests"),
+            _pytest("--ignore=tests/backends/test_triton.py", "tests"),
             lines=30,
         )
     )
@@ -347,7 +346,7 @@ def _stages() -> list[Stage]:
             "predicted times beside the measured ones",
             triton + ", one of the model's cards",
             no_triton,
-            [sys.executable, "-m", "benchmarks.gpu_model", "--measure", "--out", "{out}/gpu-model.md"],
+            [sys.executable, "-m", "kernel_audit.gpu_model", "--measure", "--out", "{out}/gpu-model.md"],
         )
     )
     stages.append(

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dispersion_kernels.arguments import beside, check_tensor, layers_of
-from dispersion_kernels.sweep import token_norms
+from dispersion_kernels.checks import beside, check_tensor, layers_of
+from dispersion_kernels.numerics import token_norms
 
 # Rows normalised at a time, which bounds the extra memory whatever the length of the sequence.
 CHUNK = 4096

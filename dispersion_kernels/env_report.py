@@ -8,19 +8,17 @@ import sys
 
 import torch
 
-from dispersion_kernels import __version__, native, supported
-from dispersion_kernels.backends import triton_version
+from dispersion_kernels import __version__, supported
+from dispersion_kernels.backends import cpu, triton_version
 
 
 def report() -> str:
     """Versions, processor, threads, what was built at install, and which backends work and why others do not."""
     z = torch.zeros(1, 2, 2)
-    build = native.build_info()
+    build = cpu.build_info()
     built = "not built: " + str(build.get("reason"))
     if build.get("native"):
-        built = (
-            f"built by {build.get('compiler')} for {', '.join(build.get('isas', []))}, using {native.isa() or 'none'}"
-        )
+        built = f"built by {build.get('compiler')} for {', '.join(build.get('isas', []))}, using {cpu.isa() or 'none'}"
     cuda = build.get("cuda") or {}
     cuda_built = f"not built: {cuda.get('reason', 'no build information')}"
     if cuda.get("built"):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dispersion_kernels import reference
-from dispersion_kernels.arguments import (
+from dispersion_kernels.backends import check_impl
+from dispersion_kernels.checks import (
     beside,
     check_choice,
     check_flag,
@@ -18,8 +19,7 @@ from dispersion_kernels.arguments import (
     layers_of,
     refuse_tracing,
 )
-from dispersion_kernels.autograd import dispersion_loss, sampled_loss, without_autocast
-from dispersion_kernels.backends import check_impl
+from dispersion_kernels.operators import dispersion_loss, sampled_loss, without_autocast
 from dispersion_kernels.potentials import (
     BUILT_IN,
     AngularSpread,

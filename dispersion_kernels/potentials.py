@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from dispersion_kernels.arguments import check_flag, check_number
+from dispersion_kernels.checks import check_flag, check_number
 
 __all__ = [
     "AngularSpread",

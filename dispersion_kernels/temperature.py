@@ -12,8 +12,9 @@ import math
 import torch
 from torch import Tensor
 
+from dispersion_kernels.backends.torch_tiled import sweep
+from dispersion_kernels.numerics import accumulation_dtype
 from dispersion_kernels.potentials import ExponentialPotential, L2Repel, Potential, temperature_field
-from dispersion_kernels.sweep import accumulation_dtype, sweep
 
 
 def slope_of_temperature(

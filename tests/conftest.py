@@ -21,9 +21,9 @@ from dispersion_kernels import (
     Potential,
     Uniformity,
     fused_dispersion_loss,
-    native,
     supported,
 )
+from dispersion_kernels.backends import cpu
 from dispersion_kernels.sampling import partition
 
 POTENTIALS: dict[str, Potential] = {
@@ -101,7 +101,7 @@ def _isas() -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("avx2", "avx512", "neon"):
             patch.setenv("DISPERSION_KERNELS_CPU_ISA", name)
-            if native.unavailable_reason() is None:
+            if cpu.unavailable_reason() is None:
                 found.append(name)
     return found
 
@@ -110,7 +110,7 @@ def _isas() -> list[str]:
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """An instruction set of the CPU kernel: each that this processor has."""
     monkeypatch.setenv("DISPERSION_KERNELS_CPU_ISA", request.param)
-    assert native.isa() == request.param
+    assert cpu.isa() == request.param
     return str(request.param)
 
 

@@ -1,5 +1,5 @@
 // The kernels as PyTorch operators, through its stable ABI: one build serves every PyTorch from TORCH_TARGET_VERSION on
-// and every Python. dispersion_kernels/cuda.py calls them. An operator queues its kernel on the stream it is given, on
+// and every Python. backends/cuda.py calls them. An operator queues its kernel on the stream it is given, on
 // the device of its tensors, and waits for nothing.
 #include <cuda.h>
 #include <cuda_runtime_api.h>

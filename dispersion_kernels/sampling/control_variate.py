@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dispersion_kernels.numerics import token_norms, transform, wide_dtype
 from dispersion_kernels.potentials import ExponentialPotential, Potential
 from dispersion_kernels.sampling.partition import Partition, select
-from dispersion_kernels.sweep import token_norms, transform, wide_dtype
 
 # Directions of the model, and those of them whose products of two are features, too: which two, and how often each
 # product is in the square of a sum.

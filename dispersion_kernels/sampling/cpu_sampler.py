@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dispersion_kernels import native
+from dispersion_kernels.backends import cpu
 from dispersion_kernels.potentials import ExponentialPotential, Potential
 from dispersion_kernels.sampling.control_variate import DIRECTIONS
 from dispersion_kernels.sampling.estimate import Request
@@ -25,14 +25,14 @@ def takes(potential: Potential, fraction: float, control_variate: str, z: Tensor
         if high - low > _FIXED_RANGE:
             return False
     full_rank = control_variate == "full_rank" and z.shape[2] > DIRECTIONS
-    return not full_rank and (fraction == 0 or size <= native.LARGEST_BLOCK)
+    return not full_rank and (fraction == 0 or size <= cpu.LARGEST_BLOCK)
 
 
 def sample(request: Request) -> tuple[Tensor, Tensor]:
     layers, partition = request.layers, request.partition
-    if any(native.row_stride(z) is None or z.stride() != layers[0].stride() for z in layers):
+    if any(cpu.row_stride(z) is None or z.stride() != layers[0].stride() for z in layers):
         layers = [z.contiguous() for z in layers]
-    return native.sampled(
+    return cpu.sampled(
         layers,
         potential_name=request.potential.name(),
         params=request.potential.params(),

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dispersion_kernels.numerics import accumulation_dtype, loss_weight, sum_of_tokens, wide_dtype
 from dispersion_kernels.potentials import Potential
 from dispersion_kernels.sampling.control_variate import FIT_GROUPS, FIT_TOKENS, fit, noise
 from dispersion_kernels.sampling.partition import Partition, block_tokens, blocks_of_same_size, partition_of
 from dispersion_kernels.sampling.torch_sampler import Sweep, sample
 from dispersion_kernels.segments import uniform
-from dispersion_kernels.sweep import accumulation_dtype, loss_weight, sum_of_tokens, wide_dtype
 
 
 class Draws(NamedTuple):

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dispersion_kernels.native import row_stride
+from dispersion_kernels.backends.cpu import row_stride
+from dispersion_kernels.numerics import wide_dtype
 from dispersion_kernels.segments import on_device, order_of, segment_of_token
-from dispersion_kernels.sweep import wide_dtype
 
 # Tokens of a block: the sweep of smaller blocks costs as much as that of these.
 _SMALLEST_BLOCK = 16

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dispersion_kernels.numerics import wide_dtype
 from dispersion_kernels.potentials import Potential
 from dispersion_kernels.sampling.control_variate import Fit, Transformed, corrected_losses, transformed
 from dispersion_kernels.sampling.partition import Partition, Rows, rows_of, select, sum_of_runs
 from dispersion_kernels.segments import segment_of_token
-from dispersion_kernels.sweep import wide_dtype
 
 # A backend's sweep of tokens ``[R, L, F]``, each row a sequence, or packed ones ``[1, N, F]`` with groups and bounds:
 # the loss of each, and of its gradient the two factors, as ``autograd.py`` has them.

@@ -1,0 +1,164 @@
+"""Which backend computes the loss, and why another cannot."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dispersion_kernels.backends import cpu, cuda
+from dispersion_kernels.checks import check_choice, check_tensor
+from dispersion_kernels.potentials import Potential, is_built_in, resolve_potential
+
+IMPLS = ("auto", "triton", "cuda", "cpu", "torch", "reference")
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a backend can do something; true if it can, and else ``reason`` says why not."""
+
+    reason: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.reason is None
+
+
+def supported(impl: str, z: Tensor, potential: str | Potential = "angular_spread") -> Support:
+    """Whether ``impl`` can compute the loss of these tokens.
+
+    Args:
+        impl: ``"triton"`` or ``"cuda"`` (the GPU kernels), ``"cpu"`` (the C++ kernel), ``"torch"`` (PyTorch alone)
+            or ``"reference"`` (materialises); ``"auto"`` always can.
+        z: hidden states; only their device and dtype matter.
+        potential: as in :func:`fused_dispersion_loss`.
+
+    Returns:
+        A :class:`Support`: true, or false with the ``reason`` in words.
+
+    Raises:
+        ValueError: an unknown ``impl`` or potential.
+    """
+    check_impl(impl)
+    check_tensor("z", z, "hidden states", "of a list of layers, ask for each: supported(impl, layers[0])")
+    resolved = resolve_potential(potential)
+    return Support(_WHY_NOT[impl](z, resolved) if impl in _WHY_NOT else None)
+
+
+def check_impl(impl: str) -> None:
+    check_choice("impl", impl, IMPLS)
+
+
+def choose(impl: str, z: Tensor, potential: Potential) -> str:
+    """``"triton"``, ``"cuda"``, ``"cpu"`` or ``"torch"``.
+
+    An explicit request that cannot be met is an error, never another backend.
+    """
+    if impl == "torch":
+        return "torch"
+    if impl != "auto":
+        reason = _WHY_NOT[impl](z, potential)
+        if reason is not None:
+            raise RuntimeError(f'impl="{impl}" cannot run here: {reason}. impl="auto" chooses what can')
+        return impl
+    if z.device.type != "cpu":
+        return next((impl for impl in ("triton", "cuda") if _WHY_NOT[impl](z, potential) is None), "torch")
+    # On the CPU Triton has its interpreter alone, which is for tests.
+    reason = _why_not_cpu(z, potential)
+    # Of another dtype or potential, the sweep is what there is; about a missing kernel something can be done.
+    if reason is not None and reason == cpu.unavailable_reason():
+        _warn_that_there_is_no_kernel(reason)
+    return "cpu" if reason is None else "torch"
+
+
+@functools.cache
+def _warn_that_there_is_no_kernel(reason: str) -> None:
+    """Once a process: pip does not show what the build says."""
+    warnings.warn(
+        f"dispersion_kernels computes in plain PyTorch, several times slower than its CPU kernel: {reason}. "
+        "(`python -m dispersion_kernels.env_report` says what was built; "
+        'impl="torch" asks for PyTorch and does not warn)',
+        stacklevel=2,
+    )
+
+
+def _why_not_cpu(z: Tensor, potential: Potential) -> str | None:
+    if z.device.type != "cpu":
+        return f"the tokens are on {z.device}, and the CPU kernel takes CPU tensors"
+    if z.dtype == torch.float64:
+        return "the CPU kernel computes in fp32, and the tokens are float64"
+    if not is_built_in(potential) or potential.name() not in cpu.PARAMETERS:
+        return f"the CPU kernel has no potential {potential.name()!r}; it has {', '.join(cpu.PARAMETERS)}"
+    return cpu.unavailable_reason()
+
+
+def _why_not_triton(z: Tensor, potential: Potential) -> str | None:
+    if triton_version() is None:
+        return "Triton is not installed (there is none for macOS; on Windows it is triton-windows): pip install triton"
+    if z.device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "the tokens are on the CPU, and the Triton kernels take GPU tensors"
+    elif z.device.type != "cuda":
+        return f"the tokens are on {z.device}, and the Triton kernels run on NVIDIA and AMD GPUs"
+    elif not torch.version.hip and torch.cuda.get_device_capability(z.device) < (8, 0):
+        return _too_old(z.device, "Triton")
+    if z.dtype == torch.float64:
+        return "the Triton kernels compute in fp32, and the tokens are float64"
+    if not is_built_in(potential):
+        if potential.triton is None:
+            return (
+                f"potential {potential.name()!r} has no Triton function; give its class an attribute "
+                "triton = staticmethod(f), f a @triton.jit function (c, p0, p1, p2, p3) that returns psi and its slope"
+            )
+        try:
+            fields = potential.params()
+        except (TypeError, ValueError):
+            return (
+                f"potential {potential.name()!r} has a field that is no number, and the Triton kernels pass on numbers"
+            )
+        if len(fields) > 4:
+            return f"potential {potential.name()!r} has more than four fields, and the Triton kernels pass on p0 to p3"
+    return None
+
+
+def _why_not_cuda(z: Tensor, potential: Potential) -> str | None:
+    reason = cuda.unavailable_reason()
+    if reason is not None:
+        return reason
+    if not torch.cuda.is_available() or torch.version.hip:
+        return "there is no CUDA device"
+    if z.device.type != "cuda":
+        return f"the tokens are on {z.device}, and the CUDA kernels take tensors on a CUDA device"
+    if torch.cuda.get_device_capability(z.device) < (8, 0):
+        return _too_old(z.device, "CUDA")
+    if z.dtype == torch.float64:
+        return "the CUDA kernels compute in fp32, and the tokens are float64"
+    if not is_built_in(potential):
+        return f"the CUDA kernels are compiled, and potential {potential.name()!r} is not among them; Triton's take it"
+    return None
+
+
+def _too_old(device: torch.device, kernels: str) -> str:
+    found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return f"{device} has compute capability {found}, and the {kernels} kernels need 8.0 (Ampere) or newer"
+
+
+@functools.cache
+def triton_version() -> str | None:
+    """The installed Triton's, without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for name in ("triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+_WHY_NOT = {"triton": _why_not_triton, "cuda": _why_not_cuda, "cpu": _why_not_cpu}

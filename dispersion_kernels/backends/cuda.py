@@ -1,0 +1,287 @@
+"""The CUDA C++ kernels (csrc/cuda) as the launcher runs them. Importing this module loads nothing.
+
+They need no Triton and no compiler at run time: all are compiled when the package is built, for the architectures of
+``TORCH_CUDA_ARCH_LIST``. The extension uses PyTorch's stable ABI alone, so one build serves several versions of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dispersion_kernels.backends.cpu import build_info
+from dispersion_kernels.backends.gpu.epilogues import Epilogue
+from dispersion_kernels.backends.gpu.launch import Entropy, Region, Statistics, Tokens, fp32_precision
+
+_TRANSFORMS = {"normalize": 0, "standardize": 1, "none": 2}
+LIBRARY = Path(__file__).parents[1] / "_cuda.so"
+_ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def unavailable_reason() -> str | None:
+    """Why there is no extension; None if it is loaded."""
+    reason: str | None = _load()
+    return reason
+
+
+@functools.cache
+def _load() -> str | None:
+    info = build_info().get("cuda") or {}
+    if not LIBRARY.exists():
+        return f"the package was built without the CUDA kernels ({info.get('reason', 'no build information')})"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"{LIBRARY} cannot be loaded: {error}"
+    for name in ("row_statistics", "pair_tiles", "row_sweep", "sequence_sums", "project"):
+        # They write to their arguments and give nothing back.
+        torch.library.register_fake(f"dispersion_kernels::cuda_{name}", lambda *args, **kwargs: None)
+    return None
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """Of pair_tiles; ``PairTilesShape`` of csrc/cuda/pair_tiles.cuh."""
+
+    block: int
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """Of row_sweep; ``RowSweepShape`` of csrc/cuda/row_sweep.cuh."""
+
+    block_m: int
+    block_n: int
+    resident: bool
+
+
+class CudaKernels:
+    """:class:`dispersion_kernels.backends.gpu.launch.Kernels` in CUDA C++.
+
+    Args:
+        z: one of the layers, for their device and dtype.
+        precision: of fp32 matrix products, ``"tf32"`` or ``"tf32x3"``; None: as PyTorch's.
+    """
+
+    max_layers = 64  # kMaxLayers of csrc/cuda/kernels.h
+
+    def __init__(self, z: Tensor, precision: str | None = None) -> None:
+        reason = unavailable_reason()
+        if reason is not None:
+            raise RuntimeError(f"the CUDA kernels are unavailable: {reason}")
+        self.dtype = z.dtype
+        self.wide = z.dtype == torch.float32
+        self.element = (precision or fp32_precision()) if self.wide else _ELEMENTS[z.dtype]
+        self.alignment = 16 // z.dtype.itemsize  # copies are of 16 bytes
+        # Launches join what runs on the current stream.
+        self.stream = torch.cuda.current_stream(z.device).cuda_stream if z.is_cuda else 0
+
+    def tile_shape(self, groups: bool) -> TileShape:
+        return TileShape(64 if self.wide else 128)
+
+    def row_shape(self, features: int, perplexity: bool, gradient: bool) -> RowShape:
+        if self.wide:
+            return RowShape(64, 32, features <= 64)
+        return RowShape(64, 64, features <= 128)
+
+    def tuned(self, strategy: str, what: tuple[Any, ...], shape: Any, launch: Callable[[Any], Any]) -> Any:
+        """The shapes are compiled in."""
+        return shape
+
+    def row_statistics(self, tokens: Tokens, epilogue: Epilogue, norm: Tensor, inverse: Tensor, extra: Tensor) -> None:
+        torch.ops.dispersion_kernels.cuda_row_statistics(
+            f"dk_row_statistics_{self._storage}",
+            _layers(tokens),
+            norm,
+            inverse,
+            extra,
+            epilogue.eps,
+            epilogue.q,
+            _TRANSFORMS[epilogue.transform],
+            self.stream,
+        )
+
+    def pair_tiles(
+        self,
+        shape: TileShape,
+        region: Region,
+        tokens: Tokens,
+        epilogue: Epilogue,
+        statistics: Statistics,
+        sums: Tensor,
+        maxima: Tensor | None,
+        shift: Tensor | None,
+        groups: Tensor | None,
+        group_ranges: Tensor | None,
+        weights: Tensor | None,
+        mirror: Tensor | None,
+    ) -> None:
+        mode = "write" if weights is not None else "online" if maxima is not None else "loss"
+        torch.ops.dispersion_kernels.cuda_pair_tiles(
+            f"dk_pair_tiles_{self.element}_{epilogue.function}_{mode}",
+            _layers(tokens),
+            statistics.inverse,
+            statistics.weight_inverse,
+            statistics.extra,
+            shift,
+            groups,
+            group_ranges,
+            weights,
+            mirror,
+            sums,
+            maxima,
+            region.rows,
+            region.programs,
+            region.tiles_i,
+            region.tiles_j,
+            region.triangle,
+            region.first_row,
+            region.first_i,
+            region.first_j,
+            region.first_sum,
+            *epilogue.p,
+            self.stream,
+        )
+
+    def row_sweep(
+        self,
+        shape: RowShape,
+        which: str,
+        tokens: Tokens,
+        epilogue: Epilogue,
+        statistics: Statistics,
+        *,
+        sums: Tensor | None = None,
+        maxima: Tensor | None = None,
+        shift: Tensor | None = None,
+        groups: Tensor | None = None,
+        tile_ranges: Tensor | None = None,
+        entropy: Entropy | None = None,
+        weight_sums: Tensor | None = None,
+        gradients: Sequence[Tensor] = (),
+    ) -> None:
+        resident = "_resident" if gradients and shape.resident else ""
+        p0, p1, p2, p3 = epilogue.p
+        torch.ops.dispersion_kernels.cuda_row_sweep(
+            f"dk_row_sweep_{self.element}_{epilogue.function}_{which}{resident}",
+            _layers(tokens),
+            statistics.inverse,
+            statistics.weight_inverse,
+            statistics.extra,
+            shift,
+            groups,
+            tile_ranges,
+            None if entropy is None else entropy.largest,
+            None if entropy is None else entropy.total,
+            None if entropy is None else entropy.expected,
+            None if entropy is None else entropy.average,
+            sums,
+            maxima,
+            weight_sums,
+            list(gradients),
+            shape.block_m,
+            p0,
+            p1,
+            p2 if entropy is None else entropy.eps,
+            p3,
+            self.stream,
+        )
+
+    def sequence_sums(
+        self,
+        length: int,
+        norm: Tensor,
+        sums: Tensor,
+        maxima: Tensor | None,
+        bounds: Tensor | None,
+        total: Tensor,
+        shift: Tensor | None,
+    ) -> None:
+        torch.ops.dispersion_kernels.cuda_sequence_sums(norm, sums, maxima, bounds, total, shift, length, self.stream)
+
+    def project(
+        self,
+        tokens: Tokens,
+        epilogue: Epilogue,
+        statistics: Statistics,
+        weight_sums: Tensor | None,
+        gradients: Sequence[Tensor],
+    ) -> None:
+        torch.ops.dispersion_kernels.cuda_project(
+            f"dk_project_{self._storage}",
+            _layers(tokens),
+            statistics.norm,
+            statistics.inverse,
+            statistics.extra,
+            weight_sums,
+            list(gradients),
+            _TRANSFORMS[epilogue.transform],
+            self.stream,
+        )
+
+    @property
+    def _storage(self) -> str:
+        return "fp32" if self.wide else self.element
+
+
+def _layers(tokens: Tokens) -> list[Tensor]:
+    """``[B, L, F]``: the operators take F from there, and bring zeros beyond it themselves."""
+    if tokens.width == tokens.features:
+        return tokens.layers
+    return [z[:, :, : tokens.features] for z in tokens.layers]
+
+
+class Launch(NamedTuple):
+    """Of a kernel that :func:`watch_launches` kept from the device."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    """Bytes of dynamic shared memory."""
+    arguments: list[int]
+    """The addresses of the arguments, valid until the watcher returns."""
+
+
+_Watcher = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_int,
+)
+
+
+@contextmanager
+def watch_launches(watch: Callable[[Launch], None], arch: str) -> Iterator[None]:
+    """Launches go to ``watch`` meanwhile, with tensors on any device, and not to a GPU: how the kernels are looked at
+    where there is none. With ``arch`` ``sm_90a`` they are those of Hopper; a tensor map among their arguments is then
+    what it would be made of, ``TensorMapSource`` of csrc/cuda/operators.cpp. What ``watch`` raises is raised at the
+    end."""
+    failures: list[BaseException] = []
+
+    def called(name: bytes, grid: Any, threads: int, shared: int, arguments: Any, count: int) -> None:
+        try:
+            watch(Launch(name.decode(), (grid[0], grid[1], grid[2]), threads, shared, arguments[:count]))
+        except BaseException as failure:  # which would be lost on its way through C++
+            failures.append(failure)
+
+    library = ctypes.CDLL(str(LIBRARY))
+    watcher = _Watcher(called)
+    library.dispersion_kernels_watch_launches(watcher, int(arch == "sm_90a"))
+    try:
+        yield
+    finally:
+        library.dispersion_kernels_watch_launches(None, 0)
+    if failures:
+        raise failures[0]

@@ -1,0 +1,810 @@
+"""The launcher of the GPU backends: the strategy, the schedule and the order of the kernels.
+
+*Swept*: the similarities of the upper triangle of tiles, whose slopes go to a workspace of bounded size, and library
+matrix products of the workspace with the tokens; 3 L^2 F FLOPs a row. *Resident*: one kernel that keeps a tile's
+gradient in registers and no slope at all, for few features and for packed sequences; 2 (1 + n) L^2 F FLOPs, where n is
+the number of slices of the features. Nothing here reads a value back from the device, and every launch depends on
+shapes alone, so a CUDA graph can hold it.
+
+A *row* is one sequence of L tokens of one layer: row r is batch ``r % batch`` of layer ``r // batch``. What a backend
+brings is :class:`Kernels`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from dispersion_kernels.backends.gpu.epilogues import Epilogue, epilogue_of
+from dispersion_kernels.numerics import log_mean_loss, mean_loss
+from dispersion_kernels.potentials import L2Repel, PerplexityEntropy, Potential
+from dispersion_kernels.segments import group_sizes, on_device, segment_of_token, within_segments
+
+# Of the slopes in flight: it should stay in the last-level cache and yet fill the machine.
+WORKSPACE_BYTES = 32 << 20
+# Up to here the resident kernel's 4 L^2 F FLOPs should cost less than the swept one's 3 and its traffic of slopes.
+_RESIDENT_FEATURES = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
+# Of a grid's second dimension.
+MAX_ROWS = 65_535
+_LN2 = math.log(2)
+_NO_GROUP = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the kernels read: the layers, all alike."""
+
+    layers: list[Tensor]
+    """``[B, L, W]`` each, as :func:`aligned` gives them."""
+    features: int
+    """F; what W has beyond it is 0."""
+
+    @property
+    def batch(self) -> int:
+        return self.layers[0].shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.layers[0].shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.layers[0].shape[2]
+
+    @property
+    def rows(self) -> int:
+        return self.batch * len(self.layers)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the tokens, ``[rows, L]`` fp32.
+
+    ``normalize``: norm r = |z|, inverse 1 / (r + eps), or 0, extra a tiny number that equal tokens share and others
+    hardly, or -q for a zero token. ``standardize``: r = |z - mean|, inverse 1 / r, or 0 for a constant token, extra
+    mean sqrt(F). ``none``: r = |z|, inverse 1, extra q r^2. r is infinite where fp32 does not hold what is computed
+    from it.
+    """
+
+    norm: Tensor
+    inverse: Tensor
+    extra: Tensor
+    weight_inverse: Tensor
+    """``inverse`` times a power of two that keeps slopes times it in the range of fp16."""
+    weight_scale: Tensor | None
+    """``[rows, 1]``: that power; None for 1."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """The pairs of tiles of one launch of ``pair_tiles``."""
+
+    rows: int
+    programs: int
+    """A row's: the triangle of ``tiles_i`` folded to a rectangle, or ``tiles_i * tiles_j``."""
+    tiles_i: int
+    tiles_j: int = 0
+    triangle: bool = True
+    first_row: int = 0
+    first_i: int = 0
+    first_j: int = 0
+    first_sum: int = 0
+
+
+class TileShape(Protocol):
+    @property
+    def block(self) -> int: ...
+
+
+class RowShape(Protocol):
+    @property
+    def block_m(self) -> int: ...
+    @property
+    def block_n(self) -> int: ...
+
+
+Config = TypeVar("Config")
+
+
+class Kernels(Protocol):
+    """What a backend brings for one dtype: five kernels and the sizes of their tiles.
+
+    Statistics and sums are fp32. Arguments that are None are left out.
+    """
+
+    max_layers: int
+    """Of one launch."""
+
+    @property
+    def alignment(self) -> int:
+        """What the width and the strides of the tokens must be multiples of, in elements."""
+
+    def tile_shape(self, groups: bool) -> TileShape: ...
+    def row_shape(self, features: int, perplexity: bool, gradient: bool) -> RowShape: ...
+
+    def tuned(self, strategy: str, what: tuple[Any, ...], shape: Any, launch: Callable[[Any], Any]) -> Any:
+        """``shape``, or one that is faster on the device, found by timing ``launch``; ``what`` is what it depends
+        on."""
+
+    def row_statistics(
+        self, tokens: Tokens, epilogue: Epilogue, norm: Tensor, inverse: Tensor, extra: Tensor
+    ) -> None: ...
+
+    def pair_tiles(
+        self,
+        shape: Any,
+        region: Region,
+        tokens: Tokens,
+        epilogue: Epilogue,
+        statistics: Statistics,
+        sums: Tensor,
+        maxima: Tensor | None,
+        shift: Tensor | None,
+        groups: Tensor | None,
+        group_ranges: Tensor | None,
+        weights: Tensor | None,
+        mirror: Tensor | None,
+    ) -> Any:
+        """Partial sums of psi ``[rows, programs]``, relative to ``maxima`` where these are asked for, and slopes times
+        the inverse norm of the column to ``weights`` ``[rows, N, N]``, those of (j, i) to ``mirror``; N is a multiple
+        of the block, and what lies beyond the last token may be written, too."""
+
+    def row_sweep(
+        self,
+        shape: Any,
+        which: str,
+        tokens: Tokens,
+        epilogue: Epilogue,
+        statistics: Statistics,
+        *,
+        sums: Tensor | None = None,
+        maxima: Tensor | None = None,
+        shift: Tensor | None = None,
+        groups: Tensor | None = None,
+        tile_ranges: Tensor | None = None,
+        entropy: Entropy | None = None,
+        weight_sums: Tensor | None = None,
+        gradients: Sequence[Tensor] = (),
+    ) -> Any:
+        """Sums of each token over its pairs: ``loss``, ``online``, ``gradient``, or ``partition``, ``entropy`` and
+        ``entropy_gradient`` of perplexity_entropy."""
+
+    def sequence_sums(
+        self,
+        length: int,
+        norm: Tensor,
+        sums: Tensor,
+        maxima: Tensor | None,
+        bounds: Tensor | None,
+        total: Tensor,
+        shift: Tensor | None,
+    ) -> None: ...
+
+    def project(
+        self,
+        tokens: Tokens,
+        epilogue: Epilogue,
+        statistics: Statistics,
+        weight_sums: Tensor | None,
+        gradients: Sequence[Tensor],
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """Of each token's P, ``[rows, L]``: what the later passes of perplexity_entropy know of it."""
+
+    largest: Tensor
+    """The largest exponent, of base 2."""
+    total: Tensor
+    """The sum of the exponentials relative to it."""
+    average: Tensor
+    """1 / partners."""
+    eps: float
+    expected: Tensor | None
+    """sum_j P_ij g_ij, for the gradient."""
+
+
+class Losses(NamedTuple):
+    """What the kernels give for all layers."""
+
+    loss: Tensor
+    """``[layers, S]`` fp64: of each sequence; 0 without a pair."""
+    pairs: Tensor
+    """``[S]`` int64: the ordered pairs of each."""
+    gradients: list[Tensor]
+    """``[B, L, F]`` fp32 of each layer, but for its scale; empty where none was asked for."""
+    scale: Tensor | None
+    """``[layers, B, L]`` fp32."""
+
+
+def fp32_precision() -> str:
+    """How kernels multiply fp32, as PyTorch's matrix products do: ``"tf32"``, or ``"tf32x3"``, three tf32 products.
+
+    Whichever of PyTorch's settings was set last, this attribute has it; ``torch.get_float32_matmul_precision()`` raises
+    after the newer of them, ``torch.backends.fp32_precision`` and the like.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def dispersion(
+    layers: Sequence[Tensor],
+    potential: Potential,
+    groups: Tensor | None,
+    cu_seqlens: Tensor | None,
+    with_grad: bool,
+    kernels: Kernels,
+) -> Losses:
+    """Loss of each sequence of each layer and, if asked, its gradient.
+
+    Args:
+        layers: ``[B, L, F]`` each, all alike.
+        potential, groups, cu_seqlens: as in :mod:`dispersion_kernels.segments`.
+        with_grad: whether to compute the gradient.
+        kernels: the backend's.
+    """
+    batch, length, _ = layers[0].shape
+    if batch == 0 or length < 2:
+        return _nothing(layers, cu_seqlens, with_grad)
+    if len(layers) > kernels.max_layers:
+        halves = layers[: len(layers) // 2], layers[len(layers) // 2 :]
+        return _of_all_layers([dispersion(half, potential, groups, cu_seqlens, with_grad, kernels) for half in halves])
+    if batch > 1 and len(layers) * batch > MAX_ROWS:
+        parts = [slice(0, batch // 2), slice(batch // 2, batch)]
+        return _of_all_batches(
+            [
+                dispersion(
+                    [z[part] for z in layers],
+                    potential,
+                    None if groups is None else groups[part],
+                    None,
+                    with_grad,
+                    kernels,
+                )
+                for part in parts
+            ]
+        )
+    if cu_seqlens is not None:
+        cu_seqlens = on_device(cu_seqlens, layers[0].device).to(torch.int32)  # as the compiled kernels read them
+        groups = within_segments(groups, cu_seqlens, length)
+    call = _Call(layers, potential, groups, cu_seqlens, kernels)
+    call.row_statistics()
+    if isinstance(potential, PerplexityEntropy):
+        loss, scale = call.perplexity_entropy(potential, with_grad)
+    else:
+        loss, scale = call.pair_sums(with_grad)
+    return call.finish(loss, scale, with_grad)
+
+
+def aligned(layers: Sequence[Tensor], alignment: int) -> list[Tensor]:
+    """``[B, L, W]`` from ``[B, L, F]``, with one set of strides, whose loads are of 16 bytes: features next to each
+    other, tokens and W multiples of ``alignment`` elements. The layers themselves where they are so, else copies with
+    zeros beyond F: those cost one pass over the tokens, of which a kernel makes one for each of its tiles."""
+    z = layers[0]
+    features, strides = z.shape[2], z.stride()
+    width = alignment * _blocks(features, alignment)
+    steps = [step for step, size in zip(strides[:2], z.shape[:2], strict=True) if size > 1]
+    if (
+        width == features
+        and strides[2] == 1
+        and all(step % alignment == 0 for step in steps)
+        and all(other.stride() == strides and other.data_ptr() % 16 == 0 for other in layers)
+    ):
+        return list(layers)
+    copies = []
+    for z in layers:
+        copy = z.new_empty(*z.shape[:2], width)
+        copy[:, :, :features] = z
+        copy[:, :, features:] = 0
+        copies.append(copy)
+    return copies
+
+
+def _nothing(layers: Sequence[Tensor], cu_seqlens: Tensor | None, with_grad: bool) -> Losses:
+    z = layers[0]
+    sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    return Losses(
+        torch.zeros(len(layers), sequences, dtype=torch.float64, device=z.device),
+        torch.zeros(sequences, dtype=torch.int64, device=z.device),
+        [torch.zeros_like(z, dtype=torch.float32) for z in layers] if with_grad else [],
+        torch.zeros(len(layers), *z.shape[:2], dtype=torch.float32, device=z.device) if with_grad else None,
+    )
+
+
+def _of_all_layers(parts: list[Losses]) -> Losses:
+    scales = [part.scale for part in parts if part.scale is not None]
+    return Losses(
+        torch.cat([part.loss for part in parts]),
+        parts[0].pairs,
+        [gradient for part in parts for gradient in part.gradients],
+        torch.cat(scales) if scales else None,
+    )
+
+
+def _of_all_batches(parts: list[Losses]) -> Losses:
+    scales = [part.scale for part in parts if part.scale is not None]
+    return Losses(
+        torch.cat([part.loss for part in parts], 1),
+        torch.cat([part.pairs for part in parts]),
+        [torch.cat(of_layer) for of_layer in zip(*(part.gradients for part in parts), strict=True)],
+        torch.cat(scales, 1) if scales else None,
+    )
+
+
+class _Call:
+    """What the kernels of one call share."""
+
+    def __init__(
+        self,
+        layers: Sequence[Tensor],
+        potential: Potential,
+        groups: Tensor | None,
+        cu_seqlens: Tensor | None,
+        kernels: Kernels,
+    ) -> None:
+        z = layers[0]
+        self.layers = aligned(layers, kernels.alignment)
+        self.potential, self.cu_seqlens, self.kernels = potential, cu_seqlens, kernels
+        self.batch, self.length, self.features = z.shape
+        self.rows = self.batch * len(layers)
+        self.device, self.dtype = z.device, z.dtype
+        self.epilogue: Epilogue = epilogue_of(potential, self.features, narrow_range=z.dtype == torch.float16)
+        self.partners: Tensor | None = None
+        self.groups: Tensor | None = None
+        self._group_ranges: dict[int, Tensor] = {}
+        if groups is not None:
+            self.partners = group_sizes(groups) - 1
+            self.groups = _dense(groups)
+        self.segment = None if cu_seqlens is None else segment_of_token(cu_seqlens, self.length)
+        # Of one row. S in shapes is this: 1, or the segments of cu_seqlens.
+        self.sequences = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
+
+    # ---- statistics
+
+    def row_statistics(self) -> None:
+        norm, inverse, extra = self._row_statistics()
+        if self.partners is not None:
+            # Tokens left out must not reach the others through 0 * NaN, nor make the loss NaN. Those that take part and
+            # are not finite do the latter alone.
+            alone = self.partners <= 0
+            norm.view(-1, self.batch, self.length).masked_fill_(alone, 0.0)
+            left_out = ~norm.isfinite().view(-1, self.batch, self.length) | alone
+            inverse.view(left_out.shape).masked_fill_(left_out, 0.0)
+            extra.view(left_out.shape).masked_fill_(left_out, 0.0)
+            masked = [z.masked_fill(out.unsqueeze(-1), 0.0) for z, out in zip(self.layers, left_out, strict=True)]
+            self.layers = aligned(masked, self.kernels.alignment)
+        self.tokens = self.layers
+        if self.epilogue.transform == "none" and self.dtype == torch.float32:
+            # Distances do not change when the mean is subtracted, and cancel less. 16 bits would round the difference.
+            self.layers = aligned([z - z.mean(1, keepdim=True) for z in self.layers], self.kernels.alignment)
+            _, _, extra = self._row_statistics()
+        weight_inverse, weight_scale = inverse, None
+        if self.dtype == torch.float16:
+            largest = inverse.amax(1, keepdim=True)
+            largest_exponent = torch.where(largest > 0, largest, 1.0).log2().floor()
+            weight_scale = torch.exp2(self.epilogue.weight_exponent - largest_exponent)
+            weight_inverse = inverse * weight_scale
+        self.statistics = Statistics(norm, inverse, extra, weight_inverse, weight_scale)
+
+    def _row_statistics(self) -> tuple[Tensor, Tensor, Tensor]:
+        norm, inverse, extra = (self._of_tokens() for _ in range(3))
+        self.kernels.row_statistics(Tokens(self.layers, self.features), self.epilogue, norm, inverse, extra)
+        return norm, inverse, extra
+
+    # ---- potentials that are a sum over pairs
+
+    def pair_sums(self, with_grad: bool) -> tuple[Tensor, Tensor]:
+        """The loss and the scale of each sequence of each row ``[rows, S]``; G to ``self.gradients``."""
+        epilogue, potential = self.epilogue, self.potential
+        packed = self.cu_seqlens is not None
+        total: Tensor | None = None
+        maximum: Tensor | None = None
+        if epilogue.online or not with_grad:
+            total, maximum = self._loss_of_rows() if packed else self._loss_of_tiles()
+        if with_grad:
+            resident = packed or self.features <= _RESIDENT_FEATURES[self.dtype]
+            sums = self._resident(maximum) if resident else self._swept(maximum)
+            total = sums if total is None else total
+        assert total is not None
+        count = self._pairs.clamp(min=1).double()
+        if not epilogue.exponential:
+            return mean_loss(potential, total, count)
+        shift = torch.full_like(total, epilogue.shift)
+        if maximum is not None:
+            shift += maximum * _LN2
+        if getattr(potential, "include_diagonal", False):
+            total = total + self._paired_tokens
+        return log_mean_loss(potential, total.log() + shift, shift, count)
+
+    def _loss_of_tiles(self) -> tuple[Tensor, Tensor | None]:
+        shape = self._tile_shape()
+        region = self._triangle(shape, self.rows)
+        sums, maxima = self._partial_sums(region.programs)
+        self._pair_tiles(shape, region, sums, maxima)
+        return self._sequence_sums(sums, maxima)
+
+    def _loss_of_rows(self) -> tuple[Tensor, Tensor | None]:
+        sums, maxima = self._partial_sums(self.length)
+        self._row_sweep(self._row_shape(False), "online" if self.epilogue.online else "loss", sums=sums, maxima=maxima)
+        return self._sequence_sums(sums, maxima)
+
+    def _resident(self, maximum: Tensor | None) -> Tensor:
+        sums = self._of_tokens()
+        self.weight_sums = self._of_tokens() if self.epilogue.transform == "none" else None
+        self.gradients = [self._empty_gradient() for _ in self.layers]
+        shape = self.kernels.tuned(
+            "resident",
+            self._tuned_for(),
+            self._row_shape(True),
+            lambda candidate: self._row_sweep(candidate, "gradient", sums=sums),
+        )
+        shift = None if maximum is None else self._spread(maximum).contiguous()
+        self._row_sweep(shape, "gradient", sums=sums, shift=shift)
+        return self._sequence_sums(sums, None)[0]
+
+    def _swept(self, maximum: Tensor | None) -> Tensor:
+        shape = self._tile_shape()
+        self.weight_sums = torch.zeros_like(self.statistics.norm) if self.epilogue.transform == "none" else None
+        self.gradients = [self._empty_gradient() for _ in self.layers]
+        padded = shape.block * _blocks(self.length, shape.block)  # whole tiles: no store has a mask, all have 16 bytes
+        matrix = padded**2 * self.dtype.itemsize
+        if matrix <= WORKSPACE_BYTES:
+            return self._swept_rows(shape, maximum, padded, WORKSPACE_BYTES // matrix)
+        return self._swept_blocks(shape, maximum)
+
+    def _swept_rows(self, shape: TileShape, maximum: Tensor | None, padded: int, together: int) -> Tensor:
+        """Several rows at once, all of a row's slopes in the workspace."""
+        sums, _ = self._partial_sums(self._triangle(shape, 1).programs)
+        workspace = torch.empty(min(together, self.rows), padded, padded, dtype=self.dtype, device=self.device)
+        for first in range(0, self.rows, together):
+            rows = min(together, self.rows - first)
+            region = self._triangle(shape, rows, first)
+            self._pair_tiles(shape, region, sums, None, maximum, weights=workspace, mirror=workspace)
+            for begin, end in _runs_of_layers(first, first + rows, self.batch):
+                weights = workspace[begin - first : end - first, : self.length, : self.length]
+                layer, b = divmod(begin, self.batch)
+                of_batch = slice(b, b + end - begin)
+                z = self.layers[layer][of_batch, :, : self.features]
+                _product_(self.gradients[layer][of_batch], weights, z, add=False)
+                if self.weight_sums is not None:
+                    torch.sum(weights, 2, dtype=torch.float32, out=self.weight_sums[begin:end])
+        return self._sequence_sums(sums, None)[0]
+
+    def _swept_blocks(self, shape: TileShape, maximum: Tensor | None) -> Tensor:
+        """One row at a time, in pairs of blocks whose slopes fill the workspace."""
+        size = math.isqrt(WORKSPACE_BYTES // (2 * self.dtype.itemsize)) // shape.block * shape.block
+        size = max(size, shape.block)
+        bounds = [(begin, min(begin + size, self.length)) for begin in range(0, self.length, size)]
+        tiles = [_blocks(end - begin, shape.block) for begin, end in bounds]
+        programs = {
+            (i, j): _programs_of_triangle(tiles[i]) if i == j else tiles[i] * tiles[j]
+            for i in range(len(bounds))
+            for j in range(i, len(bounds))
+        }
+        sums, _ = self._partial_sums(sum(programs.values()))
+        workspace = torch.empty(2, size, size, dtype=self.dtype, device=self.device)
+        for row in range(self.rows):
+            layer, b = divmod(row, self.batch)
+            z, gradient = self.layers[layer][b : b + 1, :, : self.features], self.gradients[layer][b : b + 1]
+            first_sum = 0
+            for (i, j), count in programs.items():
+                region = Region(
+                    rows=1,
+                    programs=count,
+                    tiles_i=tiles[i],
+                    tiles_j=tiles[j],
+                    triangle=i == j,
+                    first_row=row,
+                    first_i=bounds[i][0],
+                    first_j=bounds[j][0],
+                    first_sum=first_sum,
+                )
+                mirror = workspace[0 if i == j else 1 :][:1]
+                self._pair_tiles(shape, region, sums, None, maximum, weights=workspace[:1], mirror=mirror)
+                first_sum += count
+                for number, (side, other) in enumerate([(i, j), (j, i)] if i != j else [(i, i)]):
+                    of_side, of_other = slice(*bounds[side]), slice(*bounds[other])
+                    weights = workspace[
+                        number : number + 1, : of_side.stop - of_side.start, : of_other.stop - of_other.start
+                    ]
+                    _product_(gradient[:, of_side], weights, z[:, of_other], add=other > 0)
+                    if self.weight_sums is not None:
+                        self.weight_sums[row, of_side] += weights[0].sum(1, dtype=torch.float32)
+        return self._sequence_sums(sums, None)[0]
+
+    # ---- perplexity_entropy
+
+    def perplexity_entropy(self, potential: PerplexityEntropy, with_grad: bool) -> tuple[Tensor, Tensor]:
+        """As :meth:`pair_sums`: three passes, of which the last two know each token's largest exponent and sum."""
+        shape = self._row_shape(True)
+        total, largest, entropy, expected = (self._of_tokens() for _ in range(4))
+        self._row_sweep(shape, "partition", sums=total, maxima=largest)
+        total.masked_fill_(total == 0, 1.0)  # a token without a partner has no P
+        if self.partners is None:
+            average = torch.full_like(total, 1 / (self.length - 1))
+        else:
+            average = (1 / self.partners.clamp(min=1).float()).repeat(len(self.layers), 1)
+        anchors = self._paired_tokens.clamp(min=1)
+        known = Entropy(largest, total, average, potential.eps, None)
+        self._row_sweep(shape, "entropy", sums=entropy, maxima=expected, entropy=known)
+        entropy += (average + potential.eps).log2()
+        if self.partners is not None:
+            entropy.view(-1, self.batch, self.length).masked_fill_(self.partners <= 0, 0.0)
+        if with_grad:
+            self.weight_sums = self._of_tokens()
+            self.gradients = [self._empty_gradient() for _ in self.layers]
+            self._row_sweep(shape, "entropy_gradient", entropy=replace(known, expected=expected))
+        return self._sequence_sums(entropy, None)[0] / anchors, 1 / anchors
+
+    # ---- from the sums to the loss and its gradient
+
+    def finish(self, loss: Tensor, scale: Tensor, with_grad: bool) -> Losses:
+        """The gradient through the row transform, and the factor of each token."""
+        pairs = self._pairs
+        empty = pairs == 0
+        # Before it meets anything: where there is no pair it may be infinite.
+        scale = (scale * self.epilogue.kappa).masked_fill(empty, 0.0).masked_fill(loss.isnan(), math.nan)
+        penalty = None
+        if isinstance(self.potential, L2Repel) and self.potential.norm_weight:
+            penalty = self.potential.norm_weight / (self._paired_tokens.clamp(min=1) * self.features)
+            loss = loss + penalty * self._sequence_sums(self.statistics.norm.square(), None)[0]
+        # [rows, S] is [layers, batch] or [layers, S].
+        loss = loss.masked_fill(empty, 0.0).view(len(self.layers), -1)
+        pairs = pairs[: self.batch].flatten()
+        if not with_grad:
+            return Losses(loss, pairs, [], None)
+        self._project()
+        of_tokens = self._of_paired_tokens(scale)
+        if self.epilogue.transform != "none":
+            of_tokens *= self.statistics.inverse.view(of_tokens.shape)
+        if self.statistics.weight_scale is not None:
+            of_tokens /= self.statistics.weight_scale.view(len(self.layers), self.batch, 1)
+        if penalty is not None:
+            of_squares = self._of_paired_tokens(2 * penalty)
+            for gradient, z, factor, of_square in zip(self.gradients, self.tokens, of_tokens, of_squares, strict=True):
+                gradient.mul_(factor.unsqueeze(2)).addcmul_(z[:, :, : self.features], of_square.unsqueeze(2))
+            of_tokens = torch.ones_like(of_tokens)
+        return Losses(loss, pairs, self.gradients, of_tokens)
+
+    def _of_paired_tokens(self, of_sequences: Tensor) -> Tensor:
+        """``[layers, batch, L]`` fp32 from ``[rows, S]``; 0 for tokens without a partner."""
+        of_tokens = self._spread(of_sequences).float().reshape(len(self.layers), self.batch, self.length)
+        return of_tokens if self.partners is None else of_tokens.masked_fill(self.partners <= 0, 0.0)
+
+    def _project(self) -> None:
+        self.kernels.project(
+            Tokens(self.layers, self.features), self.epilogue, self.statistics, self.weight_sums, self.gradients
+        )
+
+    # ---- sequences of a row: one, or the segments of cu_seqlens
+
+    @functools.cached_property
+    def _pairs(self) -> Tensor:
+        """``[rows, S]`` int64: the ordered pairs of each sequence, the diagonal counted if it counts."""
+        with_itself = int(getattr(self.potential, "include_diagonal", False))
+        if self.partners is None:
+            count = self.length * (self.length - 1 + with_itself)
+            return torch.full((self.rows, 1), count, dtype=torch.int64, device=self.device)
+        return self._over_sequences((self.partners + with_itself).masked_fill(self.partners <= 0, 0))
+
+    @functools.cached_property
+    def _paired_tokens(self) -> Tensor:
+        """``[rows, S]`` fp64: the tokens with a partner."""
+        if self.partners is None:
+            return torch.full((self.rows, 1), float(self.length), dtype=torch.float64, device=self.device)
+        return self._over_sequences((self.partners > 0).long()).double()
+
+    def _over_sequences(self, of_token: Tensor) -> Tensor:
+        """``[rows, S]``: sums of integers ``[batch, L]``."""
+        if self.segment is None:
+            sums = of_token.sum(1, keepdim=True)
+        else:
+            sums = torch.zeros(1, self.sequences, dtype=torch.int64, device=self.device)
+            sums.index_add_(1, self.segment, of_token)
+        return sums.repeat(len(self.layers), 1)
+
+    def _spread(self, of_sequences: Tensor) -> Tensor:
+        """``[rows, L]`` from ``[rows, S]``."""
+        if self.segment is None:
+            return of_sequences.expand(self.rows, self.length)
+        return of_sequences[:, self.segment]
+
+    # ---- launches
+
+    def _sequence_sums(self, sums: Tensor, maxima: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``[rows, S]``: totals in fp64 and, if asked, the exponent they are relative to."""
+        sequences = self.sequences
+        total = torch.empty(self.rows, sequences, dtype=torch.float64, device=self.device)
+        shift = None if maxima is None else torch.empty(self.rows, sequences, dtype=torch.float32, device=self.device)
+        if sequences == 0:
+            return total, shift
+        self.kernels.sequence_sums(self.length, self.statistics.norm, sums, maxima, self.cu_seqlens, total, shift)
+        return total, shift
+
+    def _pair_tiles(
+        self,
+        shape: TileShape,
+        region: Region,
+        sums: Tensor,
+        maxima: Tensor | None,
+        shift: Tensor | None = None,
+        weights: Tensor | None = None,
+        mirror: Tensor | None = None,
+    ) -> Any:
+        return self.kernels.pair_tiles(
+            shape,
+            region,
+            Tokens(self.layers, self.features),
+            self.epilogue,
+            self.statistics,
+            sums,
+            maxima,
+            shift,
+            self.groups,
+            self._ranges_of_groups(shape.block),
+            weights,
+            mirror,
+        )
+
+    def _ranges_of_groups(self, block: int) -> Tensor | None:
+        """Kept, because a row in blocks is many launches."""
+        if self.groups is None:
+            return None
+        if block not in self._group_ranges:
+            self._group_ranges[block] = _group_ranges(self.groups, block)
+        return self._group_ranges[block]
+
+    def _triangle(self, shape: TileShape, rows: int, first_row: int = 0) -> Region:
+        """All pairs of tiles of some rows."""
+        tiles = _blocks(self.length, shape.block)
+        return Region(rows, _programs_of_triangle(tiles), tiles, first_row=first_row)
+
+    def _tile_shape(self) -> TileShape:
+        # To be tuned: as many whole tiles of as many rows as the workspace holds.
+        tokens = min(self.length, math.isqrt(WORKSPACE_BYTES // self.dtype.itemsize)) // 128 * 128
+
+        def launch(candidate: TileShape) -> Any:
+            rows = min(self.rows, WORKSPACE_BYTES // (tokens**2 * self.dtype.itemsize))
+            workspace = torch.empty(rows, tokens, tokens, dtype=self.dtype, device=self.device)
+            tiles = tokens // candidate.block
+            region = Region(rows, _programs_of_triangle(tiles), tiles)
+            sums, _ = self._partial_sums(region.programs)
+            return self._pair_tiles(candidate, region, sums, None, weights=workspace, mirror=workspace)
+
+        shape = self.kernels.tile_shape(self.groups is not None)
+        if tokens == 0:
+            return shape
+        tuned: TileShape = self.kernels.tuned("swept", self._tuned_for(), shape, launch)
+        return tuned
+
+    def _tuned_for(self) -> tuple[Any, ...]:
+        groups = "groups" if self.groups is not None else "whole"
+        return self.potential.name(), self.dtype, self.features, self.length, groups
+
+    def _row_shape(self, gradient: bool) -> RowShape:
+        return self.kernels.row_shape(self.features, isinstance(self.potential, PerplexityEntropy), gradient)
+
+    def _row_sweep(
+        self,
+        shape: RowShape,
+        which: str,
+        *,
+        sums: Tensor | None = None,
+        maxima: Tensor | None = None,
+        shift: Tensor | None = None,
+        entropy: Entropy | None = None,
+    ) -> Any:
+        with_grad = which in ("gradient", "entropy_gradient")
+        return self.kernels.row_sweep(
+            shape,
+            which,
+            Tokens(self.layers, self.features),
+            self.epilogue,
+            self.statistics,
+            sums=sums,
+            maxima=maxima,
+            shift=shift,
+            groups=self.groups,
+            tile_ranges=None if self.groups is None else _tile_ranges(self.groups, shape.block_m, shape.block_n),
+            entropy=entropy,
+            weight_sums=self.weight_sums if with_grad else None,
+            gradients=self.gradients if with_grad else (),
+        )
+
+    def _partial_sums(self, columns: int) -> tuple[Tensor, Tensor | None]:
+        sums = torch.empty(self.rows, columns, dtype=torch.float32, device=self.device)
+        return sums, torch.empty_like(sums) if self.epilogue.online else None
+
+    def _of_tokens(self) -> Tensor:
+        return torch.empty(self.rows, self.length, dtype=torch.float32, device=self.device)
+
+    def _empty_gradient(self) -> Tensor:
+        return torch.empty(self.batch, self.length, self.features, dtype=torch.float32, device=self.device)
+
+
+def _product_(out: Tensor, weights: Tensor, z: Tensor, add: bool) -> None:
+    """``out (+)= weights @ z`` with an fp32 result of 16-bit factors."""
+    if out.dtype == z.dtype:
+        if add:
+            torch.baddbmm(out, weights, z, out=out)
+        else:
+            torch.bmm(weights, z, out=out)
+    elif out.device.type == "cuda" and not torch.version.hip:
+        with fp32_accumulation() if z.dtype == torch.float16 else contextlib.nullcontext():
+            if add:
+                torch.ops.aten.baddbmm.dtype_out(out, weights, z, torch.float32, out=out)
+            else:
+                torch.ops.aten.bmm.dtype_out(weights, z, torch.float32, out=out)
+    else:
+        _product_(out, weights.float(), z.float(), add)
+
+
+_FP16_ACCUMULATION = threading.Lock()
+
+
+@contextlib.contextmanager
+def fp32_accumulation() -> Iterator[None]:
+    """PyTorch's fp16 matrix products accumulate in fp32 meanwhile: with
+    ``torch.backends.cuda.matmul.allow_fp16_accumulation`` those with an fp32 result raise.
+
+    The flag is of the process: the lock keeps a thread that restores it from a product of another.
+    """
+    with _FP16_ACCUMULATION:
+        allowed = torch.backends.cuda.matmul.allow_fp16_accumulation
+        if allowed:
+            torch.backends.cuda.matmul.allow_fp16_accumulation = False
+        try:
+            yield
+        finally:
+            if allowed:
+                torch.backends.cuda.matmul.allow_fp16_accumulation = True
+
+
+def _runs_of_layers(begin: int, end: int, batch: int) -> list[tuple[int, int]]:
+    """The rows ``begin`` to ``end``, cut where a layer ends."""
+    cuts = [begin, *range((begin // batch + 1) * batch, end, batch), end]
+    return list(itertools.pairwise(cuts))
+
+
+def _dense(groups: Tensor) -> Tensor:
+    """``groups`` as int32 in the same order: equal where they were, negative where they were."""
+    ordered = groups.sort(dim=1).values
+    return torch.searchsorted(ordered, groups.contiguous()).int().masked_fill_(groups < 0, -1)
+
+
+def _group_ranges(groups: Tensor, block: int) -> Tensor:
+    """``[B, tiles, 2]``: the least and the largest group of each tile of tokens."""
+    padded = torch.nn.functional.pad(groups, (0, -groups.shape[1] % block), value=-1).unflatten(1, (-1, block))
+    least = padded.masked_fill(padded < 0, _NO_GROUP).amin(2)
+    return torch.stack([least, padded.amax(2)], 2)
+
+
+def _tile_ranges(groups: Tensor, block_m: int, block_n: int) -> Tensor:
+    """``[B, tiles, 2]``: the first tile of ``block_n`` tokens that each tile of ``block_m`` may pair with, and one past
+    the last; exact where groups are sorted, as packed sequences are, and never too few tiles.
+
+    By bisection in the largest group up to a tile and the least one from a tile on, in memory linear in the tiles."""
+    of_i, of_j = _group_ranges(groups, block_m), _group_ranges(groups, block_n)
+    largest_until = of_j[..., 1].cummax(1).values
+    least_from = of_j[..., 0].flip(1).cummin(1).values.flip(1)
+    first = torch.searchsorted(largest_until, of_i[..., 0].contiguous())
+    end = torch.searchsorted(least_from, of_i[..., 1].contiguous(), right=True)
+    return torch.stack([first, end], 2).int()
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _programs_of_triangle(tiles: int) -> int:
+    """The programs of ``pair_tiles`` for the upper triangle of so many tiles, folded to a rectangle."""
+    return _blocks(tiles, 2) * (tiles + 1)

@@ -1,0 +1,716 @@
+"""The Triton kernels, in the order in which the launcher runs them.
+
+A *row* is one sequence of L tokens of one layer: row r is batch ``r % batch`` of layer ``r // batch``, and the layers
+are a tuple of pointers, so that all of them are one launch. Statistics of tokens are ``[rows, L]`` in fp32.
+Similarities are products of the raw tokens; the inverse norms are multiplied in by the epilogue, in fp32, so there is
+neither a normalised copy nor its rounding. Rows of a tile beyond L are read as token L - 1 and masked in the epilogue,
+so the loads of the main loop carry no mask. Tokens have ``width`` features, a multiple of 16, of which those beyond F
+are 0, next to each other and at strides that are multiples of 16: every load of them is of 16 bytes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+# Triton's interpreter multiplies the bits of bf16 as if they were integers.
+_INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+# The largest exponent where there is no pair: less than any exponent, and finite.
+_NO_EXPONENT = tl.constexpr(-3.4028234663852886e38)
+# Norms below it, of which fp32 holds neither squares nor products: 2^-50.
+_LEAST_NORM = tl.constexpr(8.881784197001252e-16)
+# The largest |z|^2 of distances, times q or not: sums of four are finite (sweep.LARGEST_SQUARE).
+_LARGEST_SQUARE = tl.constexpr(0.03 * 3.4028234663852886e38)
+
+
+@triton.jit
+def _of_layer(pointers, layer, LAYERS: tl.constexpr):
+    """``pointers[layer]``."""
+    chosen = pointers[0]
+    for n in tl.static_range(1, LAYERS):
+        chosen = tl.where(layer == n, pointers[n], chosen)
+    return chosen
+
+
+@triton.jit(do_not_specialize=["batch", "length"])
+def row_statistics_kernel(
+    layers,
+    stride_b,
+    stride_l,
+    norm_ptr,
+    inverse_ptr,
+    extra_ptr,
+    batch,
+    length,
+    features,
+    width,
+    eps,
+    q,
+    TRANSFORM: tl.constexpr,
+    LAYERS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """What the epilogue needs of each token: its norm r, what it is divided by, and a second number.
+
+    ``normalize``: r = |z|, inverse 1 / (r + eps) or 0, extra a tiny number that equal tokens share and others hardly,
+    or -q for a zero token. ``standardize``: r = |z - mean|, inverse 1 / r, or 0 for a constant token, extra mean
+    sqrt(F). ``none``: r = |z|, inverse 1, extra q r^2. r is infinite, and the loss NaN, where fp32 does not hold what
+    is computed from it.
+    """
+    row = tl.program_id(1)
+    z = _of_layer(layers, row // batch, LAYERS) + (row % batch).to(tl.int64) * stride_b
+    tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = tokens < length
+    f = tl.arange(0, BLOCK_F)
+    z += tl.minimum(tokens, length - 1).to(tl.int64)[:, None] * stride_l
+    mean = tl.zeros((BLOCK_M,), tl.float32)
+    if TRANSFORM == "standardize":
+        total = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+        least = tl.full((BLOCK_M, BLOCK_F), float("inf"), tl.float32)
+        largest = tl.full((BLOCK_M, BLOCK_F), float("-inf"), tl.float32)
+        for start in range(0, features, BLOCK_F):
+            inside = (start + f < features)[None, :]
+            x = tl.load(z + (start + f)[None, :], mask=(start + f < width)[None, :], other=0.0).to(tl.float32)
+            total += x
+            least = tl.minimum(least, tl.where(inside, x, float("inf")))
+            largest = tl.maximum(largest, tl.where(inside, x, float("-inf")))
+        mean = tl.sum(total, 1) / features
+        # The rounded mean of a constant token may differ from its features; it must not be blown up to length 1.
+        constant = tl.min(least, 1) == tl.max(largest, 1)
+    total = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+    keys = tl.zeros((BLOCK_M, BLOCK_F), tl.int32)
+    for start in range(0, features, BLOCK_F):
+        x = tl.load(z + (start + f)[None, :], mask=(start + f < width)[None, :], other=0.0).to(tl.float32)
+        if TRANSFORM == "standardize":
+            x = tl.where((start + f < features)[None, :], x - mean[:, None], 0.0)
+        if TRANSFORM == "normalize":
+            keys += _key(x, start + f)
+        total += x * x
+    squares = tl.sum(total, 1)
+    norm = tl.sqrt_rn(squares)
+    if TRANSFORM == "normalize":
+        key = tl.sum(keys, 1)
+        # Beside a larger eps such a token is 0. The key of one that is not 0 may be 0, too, once in 2^32.
+        unknown = (eps < _LEAST_NORM * 16777216.0) & (norm < _LEAST_NORM) & (key != 0)
+        norm = tl.where(unknown, float("inf"), norm)
+        denominator = norm + eps
+        inverse = tl.where(denominator > 0, 1.0 / tl.where(denominator > 0, denominator, 1.0), 0.0)
+        # A float of 2^-90 to 2^-89.
+        extra = (0x12800000 | ((key * -1640531535) >> 9 & 0x7FFFFF)).to(tl.float32, bitcast=True)
+        extra = tl.where(norm > 0, extra, -q)
+    elif TRANSFORM == "standardize":
+        norm = tl.where(constant, 0.0, tl.where(norm < _LEAST_NORM, float("inf"), norm))
+        inverse = tl.where(norm > 0, 1.0 / tl.where(norm > 0, norm, 1.0), 0.0)
+        extra = mean * tl.sqrt_rn(features.to(tl.float32))
+    else:
+        inverse = tl.full((BLOCK_M,), 1.0, tl.float32)
+        extra = squares * q
+        norm = tl.where(tl.maximum(squares, extra) > _LARGEST_SQUARE, float("inf"), norm)
+    out = row.to(tl.int64) * length + tokens
+    tl.store(norm_ptr + out, norm, mask=valid)
+    tl.store(inverse_ptr + out, inverse, mask=valid)
+    tl.store(extra_ptr + out, extra, mask=valid)
+
+
+@triton.jit
+def _key(x, feature):
+    """An integer of the feature's place and bits, the same for 0 and -0; their sum tells tokens apart."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    place = (feature + 1) * -1640531535
+    return (bits ^ (bits >> 15)) * ((place ^ (place >> 15)) | 1)[None, :]
+
+
+@triton.jit
+def _dot(a, b, sums, PRECISION: tl.constexpr):
+    """``a @ b + sums`` in fp32. Tensor cores cut off what does not fit a sum; of tf32x3 Triton sums the products of a
+    block apart and adds them to ``sums`` with rounding, so that no error grows with the number of blocks."""
+    if _INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def _products(
+    z,
+    offsets_i,
+    offsets_j,
+    width,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``Z_I Z_J^T`` in fp32, of the tokens at ``offsets_i`` and ``offsets_j``."""
+    k = tl.arange(0, BLOCK_K)
+    z_i = z + offsets_i[:, None] + k[None, :]
+    z_j = z + offsets_j[None, :] + k[:, None]
+    products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, width, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(z_i)
+            b = tl.load(z_j)
+        else:
+            a = tl.load(z_i, mask=(k < width - start)[None, :], other=0.0)
+            b = tl.load(z_j, mask=(k < width - start)[:, None], other=0.0)
+        products = _dot(a, b, products, PRECISION)
+        z_i += BLOCK_K
+        z_j += BLOCK_K
+    return products
+
+
+@triton.jit
+def _weigh(
+    c,
+    inverse_i,
+    inverse_j,
+    extra_i,
+    extra_j,
+    i,
+    j,
+    groups_i,
+    groups_j,
+    masked,
+    diagonal,
+    shift,
+    p0,
+    p1,
+    p2,
+    p3,
+    FUNCTION: tl.constexpr,
+    OWN: tl.constexpr,
+    EXPONENTIAL: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+):
+    """``(u, v)`` of a tile of products, an exponent less ``shift``; psi = slope = 0 for tokens of different groups, if
+    the tile is ``masked``, and for a token with itself, if it is on the ``diagonal``."""
+    # The two conditions one after the other: together they would hold a register of lanes for each element.
+    if TRANSFORM == "standardize":
+        c -= extra_i[:, None] * extra_j[None, :]
+    if TRANSFORM != "none":
+        c = c * inverse_i[:, None] * inverse_j[None, :]
+    if OWN:
+        u, v = FUNCTION(c, p0, p1, p2, p3)
+    else:
+        u, v = FUNCTION(c, extra_i[:, None], extra_j[None, :], shift, p0, p1, p2, p3)
+    nothing = float("-inf") if EXPONENTIAL else 0.0
+    if masked:
+        u = tl.where(groups_i[:, None] == groups_j[None, :], u, nothing)
+        if not EXPONENTIAL:
+            v = tl.where(groups_i[:, None] == groups_j[None, :], v, 0.0)
+    if diagonal:
+        u = tl.where(i[:, None] != j[None, :], u, nothing)
+        if not EXPONENTIAL:
+            v = tl.where(i[:, None] != j[None, :], v, 0.0)
+    return u, v
+
+
+# Numbers that differ from call to call must not each compile a kernel. Of the length it matters whether 16 divides it:
+# then statistics of tokens are loaded several at a time.
+@triton.jit(do_not_specialize=["sums_stride", "first_sum", "first_row", "tiles_i", "tiles_j", "batch"])
+def pair_tiles_kernel(
+    layers,
+    stride_b,
+    stride_l,
+    inverse_ptr,
+    weight_inverse_ptr,
+    extra_ptr,
+    shift_ptr,
+    groups_ptr,
+    group_range_ptr,
+    weights_ptr,
+    mirror_ptr,
+    weights_row_stride,
+    weights_stride,
+    sums_ptr,
+    maxima_ptr,
+    sums_stride,
+    first_sum,
+    first_row,
+    batch,
+    length,
+    width,
+    first_i,
+    first_j,
+    tiles_i,
+    tiles_j,
+    p0,
+    p1,
+    p2,
+    p3,
+    FUNCTION: tl.constexpr,
+    OWN: tl.constexpr,
+    EXPONENTIAL: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    ONLINE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_GROUPS: tl.constexpr,
+    WRITE: tl.constexpr,
+    TRIANGLE: tl.constexpr,
+    LAYERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One pair of tiles of tokens (I, J) of one row: the sum of psi over its pairs, in both orders, and, if ``WRITE``,
+    the slopes times the inverse norm of the column, to the workspace, and those of (J, I).
+
+    The program's number is a pair of the upper triangle of ``tiles_i`` x ``tiles_i``, folded to a rectangle, or,
+    without ``TRIANGLE``, of ``tiles_i`` x ``tiles_j``; both count from the tokens ``first_i`` and ``first_j``.
+    ``ONLINE``: the sum is relative to the largest exponent of the tile, which goes to ``maxima``.
+    """
+    number = tl.program_id(0)
+    in_round = tl.program_id(1)
+    row = first_row + in_round
+    if TRIANGLE:
+        # Line n of the rectangle is line n of the triangle and, behind it, line tiles - 1 - n.
+        line = number // (tiles_i + 1)
+        place = number % (tiles_i + 1)
+        second = place >= tiles_i - line
+        tile_i = tl.where(second, tiles_i - 1 - line, line)
+        tile_j = tl.where(second, place - 1, line + place)
+        # The middle line of an odd number has no partner.
+        nobody = second & (tile_i == line)
+        diagonal = tile_i == tile_j
+    else:
+        tile_i = number // tiles_j
+        tile_j = number % tiles_j
+        nobody = False
+        diagonal = first_i + tile_i * BLOCK == first_j + tile_j * BLOCK
+    sum_at = row.to(tl.int64) * sums_stride + first_sum + number
+    if nobody:
+        tl.store(sums_ptr + sum_at, 0.0)
+        if ONLINE:
+            tl.store(maxima_ptr + sum_at, _NO_EXPONENT)
+        return
+    z = _of_layer(layers, row // batch, LAYERS) + (row % batch).to(tl.int64) * stride_b
+    i = first_i + tile_i * BLOCK + tl.arange(0, BLOCK)
+    j = first_j + tile_j * BLOCK + tl.arange(0, BLOCK)
+    statistics = row.to(tl.int64) * length
+    to_i = weights_ptr + in_round.to(tl.int64) * weights_row_stride
+    to_j = mirror_ptr + in_round.to(tl.int64) * weights_row_stride
+    to_i += (i - first_i)[:, None] * weights_stride + (j - first_j)[None, :]
+    to_j += (j - first_j)[:, None] * weights_stride + (i - first_i)[None, :]
+    valid_i = i < length
+    valid_j = j < length
+
+    if HAS_GROUPS:
+        ranges = group_range_ptr + (row % batch).to(tl.int64) * 2 * tl.cdiv(length, BLOCK)
+        range_i = ranges + 2 * (first_i // BLOCK + tile_i)
+        range_j = ranges + 2 * (first_j // BLOCK + tile_j)
+        meets = (tl.load(range_i) <= tl.load(range_j + 1)) & (tl.load(range_j) <= tl.load(range_i + 1))
+        if not meets:
+            tl.store(sums_ptr + sum_at, 0.0)
+            if ONLINE:
+                tl.store(maxima_ptr + sum_at, _NO_EXPONENT)
+            if WRITE:
+                nothing = tl.zeros((BLOCK, BLOCK), weights_ptr.dtype.element_ty)
+                tl.store(to_i, nothing)
+                tl.store(to_j, nothing)
+            return
+
+    read_i = tl.minimum(i, length - 1).to(tl.int64) * stride_l
+    read_j = tl.minimum(j, length - 1).to(tl.int64) * stride_l
+    c = _products(z, read_i, read_j, width, BLOCK, BLOCK, BLOCK_K, EVEN_K, PRECISION)
+    if HAS_GROUPS:
+        groups_ptr += (row % batch).to(tl.int64) * length
+        groups_i = tl.load(groups_ptr + i, mask=valid_i, other=-1)
+        # A negative group pairs with nobody, not even its like.
+        groups_i = tl.where(groups_i < 0, -2, groups_i)
+        groups_j = tl.load(groups_ptr + j, mask=valid_j, other=-1)
+        masked = True
+    else:
+        groups_i = tl.where(valid_i, 0, -2)
+        groups_j = tl.where(valid_j, 0, -1)
+        # J is never before I, so I reaches beyond the last token only if J does.
+        masked = first_j + tile_j * BLOCK + BLOCK > length
+    inverse_i = tl.load(inverse_ptr + statistics + i, mask=valid_i, other=0.0)
+    inverse_j = tl.load(inverse_ptr + statistics + j, mask=valid_j, other=0.0)
+    extra_i = tl.load(extra_ptr + statistics + i, mask=valid_i, other=0.0)
+    extra_j = tl.load(extra_ptr + statistics + j, mask=valid_j, other=0.0)
+    shift = 0.0
+    if HAS_SHIFT:
+        shift = tl.load(shift_ptr + row)
+    u, v = _weigh(
+        c,
+        inverse_i,
+        inverse_j,
+        extra_i,
+        extra_j,
+        i,
+        j,
+        groups_i,
+        groups_j,
+        masked,
+        diagonal,
+        shift,
+        p0,
+        p1,
+        p2,
+        p3,
+        FUNCTION,
+        OWN,
+        EXPONENTIAL,
+        TRANSFORM,
+    )
+    if EXPONENTIAL:
+        if ONLINE:
+            largest = tl.maximum(tl.max(u), _NO_EXPONENT)  # finite where there is no pair
+            tl.store(maxima_ptr + sum_at, largest)
+            u -= largest
+        psi = tl.exp2(u)
+        slope = psi * v
+    else:
+        psi = u
+        slope = v
+    total = tl.sum(psi)
+    tl.store(sums_ptr + sum_at, tl.where(diagonal, total, 2 * total))
+    if WRITE:
+        scale_i = tl.load(weight_inverse_ptr + statistics + i, mask=valid_i, other=0.0)
+        scale_j = tl.load(weight_inverse_ptr + statistics + j, mask=valid_j, other=0.0)
+        weights = (slope * scale_j[None, :]).to(weights_ptr.dtype.element_ty)
+        tl.store(to_i, weights)
+        if not diagonal:
+            mirrored = (slope * scale_i[:, None]).to(weights_ptr.dtype.element_ty)
+            tl.store(to_j, tl.trans(mirrored))
+
+
+@triton.jit(do_not_specialize=["batch"])
+def row_sweep_kernel(
+    layers,
+    stride_b,
+    stride_l,
+    inverse_ptr,
+    weight_inverse_ptr,
+    extra_ptr,
+    shift_ptr,
+    groups_ptr,
+    tile_range_ptr,
+    largest_ptr,
+    total_ptr,
+    expected_ptr,
+    average_ptr,
+    sums_ptr,
+    maxima_ptr,
+    weight_sums_ptr,
+    gradients,
+    batch,
+    length,
+    features,
+    width,
+    p0,
+    p1,
+    p2,
+    p3,
+    FUNCTION: tl.constexpr,
+    OWN: tl.constexpr,
+    EXPONENTIAL: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    PASS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_GROUPS: tl.constexpr,
+    SUM_WEIGHTS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    LAYERS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The tokens of tile I of one row against all that they pair with, and nothing kept of the tiles between.
+
+    ``PASS``:
+    ``loss``: the sum of psi over each token's pairs with tokens of its own tile and, twice, of later ones.
+    ``online``: the same relative to the token's largest exponent, which goes to ``maxima``.
+    ``gradient``: the sum of psi over all of a token's pairs, and G_i = sum_j slope_ij x_j, ``BLOCK_F`` features of it,
+    those of the program's third number.
+    And of perplexity_entropy, whose P_ij = exp2(e_ij - largest_i) / total_i: ``partition``: largest and total, over
+    all pairs; ``entropy``: sum_j P_ij h_ij to ``sums`` and sum_j P_ij g_ij to ``maxima``; ``entropy_gradient``: G_i of
+    P_ij (g_ij - expected_i) + P_ji (g_ji - expected_j), where p2 is eps and that of the exponent 0
+    (:func:`dispersion_kernels.backends.torch_tiled._perplexity_entropy`).
+
+    ``WEIGHTED``: the weights' inverse norms, scaled or not, are not all 1.
+    ``RESIDENT``: all features fit ``BLOCK_F``, so the tokens of I stay and those of J are read once for both products.
+    """
+    tile_i = tl.program_id(0)
+    row = tl.program_id(1)
+    first_feature = tl.program_id(2) * BLOCK_F
+    layer = row // batch
+    z = _of_layer(layers, layer, LAYERS) + (row % batch).to(tl.int64) * stride_b
+    statistics = row.to(tl.int64) * length
+    i = tile_i * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid_i = i < length
+    read_i = tl.minimum(i, length - 1).to(tl.int64) * stride_l
+    f = first_feature + tl.arange(0, BLOCK_F)
+    inverse_i = tl.load(inverse_ptr + statistics + i, mask=valid_i, other=0.0)
+    extra_i = tl.load(extra_ptr + statistics + i, mask=valid_i, other=0.0)
+    if HAS_GROUPS:
+        groups_ptr += (row % batch).to(tl.int64) * length
+        groups_i = tl.load(groups_ptr + i, mask=valid_i, other=-1)
+        groups_i = tl.where(groups_i < 0, -2, groups_i)  # pairs with nobody, not even its like
+        ranges = tile_range_ptr + 2 * ((row % batch).to(tl.int64) * tl.num_programs(0) + tile_i)
+        first_tile = tl.load(ranges)
+        end_tile = tl.load(ranges + 1)
+    else:
+        groups_i = tl.where(valid_i, 0, -2)
+        first_tile = 0
+        end_tile = tl.cdiv(length, BLOCK_N)
+    if (PASS == "loss") or (PASS == "online"):
+        tl.static_assert(BLOCK_M % BLOCK_N == 0)
+        first_tile = tl.maximum(first_tile, tile_i * (BLOCK_M // BLOCK_N))
+    shift = 0.0
+    if HAS_SHIFT:
+        shift = tl.load(shift_ptr + statistics + i, mask=valid_i, other=0.0)[:, None]
+    if (PASS == "entropy") or (PASS == "entropy_gradient"):
+        largest_i = tl.load(largest_ptr + statistics + i, mask=valid_i, other=0.0)
+        inverse_total_i = 1.0 / tl.load(total_ptr + statistics + i, mask=valid_i, other=1.0)
+        average_i = tl.load(average_ptr + statistics + i, mask=valid_i, other=1.0)
+    if PASS == "entropy_gradient":
+        expected_i = tl.load(expected_ptr + statistics + i, mask=valid_i, other=0.0)
+    if RESIDENT:
+        z_i = tl.load(z + read_i[:, None] + f[None, :], mask=(f < width)[None, :], other=0.0)
+
+    sums = tl.zeros((BLOCK_M,), tl.float32)
+    maxima = tl.full((BLOCK_M,), 0.0 if PASS == "entropy" else _NO_EXPONENT, tl.float32)
+    weight_sums = tl.zeros((BLOCK_M,), tl.float32)
+    if (PASS == "gradient") or (PASS == "entropy_gradient"):
+        gradient = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+    for tile_j in range(first_tile, end_tile):
+        j = tile_j * BLOCK_N + tl.arange(0, BLOCK_N)
+        valid_j = j < length
+        read_j = tl.minimum(j, length - 1).to(tl.int64) * stride_l
+        if RESIDENT:
+            z_j = tl.load(z + read_j[:, None] + f[None, :], mask=(f < width)[None, :], other=0.0)
+            c = _dot(z_i, tl.trans(z_j), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+        else:
+            c = _products(z, read_i, read_j, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
+        inverse_j = tl.load(inverse_ptr + statistics + j, mask=valid_j, other=0.0)
+        extra_j = tl.load(extra_ptr + statistics + j, mask=valid_j, other=0.0)
+        if HAS_GROUPS:
+            groups_j = tl.load(groups_ptr + j, mask=valid_j, other=-1)
+            masked = True
+        else:
+            groups_j = tl.where(valid_j, 0, -1)
+            masked = tile_j * BLOCK_N + BLOCK_N > length
+        diagonal = (tile_j * BLOCK_N < tile_i * BLOCK_M + BLOCK_M) & (tile_i * BLOCK_M < tile_j * BLOCK_N + BLOCK_N)
+        u, v = _weigh(
+            c,
+            inverse_i,
+            inverse_j,
+            extra_i,
+            extra_j,
+            i,
+            j,
+            groups_i,
+            groups_j,
+            masked,
+            diagonal,
+            shift,
+            p0,
+            p1,
+            0.0 if (PASS == "entropy") or (PASS == "entropy_gradient") else p2,
+            p3,
+            FUNCTION,
+            OWN,
+            EXPONENTIAL,
+            TRANSFORM,
+        )
+        if (PASS == "online") or (PASS == "partition"):
+            now = tl.maximum(maxima, tl.max(u, 1))
+            added = tl.sum(tl.exp2(u - now[:, None]), 1)
+            if PASS == "online":
+                added = tl.where(diagonal, added, 2 * added)
+            sums = sums * tl.exp2(maxima - now) + added
+            maxima = now
+        elif PASS == "entropy":
+            p = tl.exp2(u - largest_i[:, None]) * inverse_total_i[:, None]
+            h, g = _information(p, average_i[:, None], p2)
+            sums += tl.sum(p * h, 1)
+            maxima += tl.sum(p * g, 1)
+        else:
+            if PASS == "entropy_gradient":
+                largest_j = tl.load(largest_ptr + statistics + j, mask=valid_j, other=0.0)
+                inverse_total_j = 1.0 / tl.load(total_ptr + statistics + j, mask=valid_j, other=1.0)
+                average_j = tl.load(average_ptr + statistics + j, mask=valid_j, other=1.0)
+                expected_j = tl.load(expected_ptr + statistics + j, mask=valid_j, other=0.0)
+                p = tl.exp2(u - largest_i[:, None]) * inverse_total_i[:, None]
+                h, g = _information(p, average_i[:, None], p2)
+                slope = p * (g - expected_i[:, None])
+                p = tl.exp2(u - largest_j[None, :]) * inverse_total_j[None, :]
+                h, g = _information(p, average_j[None, :], p2)
+                slope += p * (g - expected_j[None, :])
+            elif EXPONENTIAL:
+                psi = tl.exp2(u)
+                slope = psi * v
+            else:
+                psi = u
+                slope = v
+            if PASS == "loss":
+                added = tl.sum(psi, 1)
+                sums += tl.where(diagonal, added, 2 * added)
+            elif PASS == "gradient":
+                sums += tl.sum(psi, 1)
+            if (PASS == "gradient") or (PASS == "entropy_gradient"):
+                if WEIGHTED:
+                    slope = slope * tl.load(weight_inverse_ptr + statistics + j, mask=valid_j, other=0.0)[None, :]
+                if not RESIDENT:
+                    z_j = tl.load(z + read_j[:, None] + f[None, :], mask=(f < width)[None, :], other=0.0)
+                weights = slope.to(z_j.dtype)
+                if SUM_WEIGHTS:
+                    # Of the rounded weights: the sum multiplies z_i as the product z_j, and a common part cancels.
+                    weight_sums += tl.sum(weights.to(tl.float32), 1)
+                gradient = _dot(weights, z_j, gradient, PRECISION)
+
+    if first_feature == 0:
+        if PASS != "entropy_gradient":
+            tl.store(sums_ptr + statistics + i, sums, mask=valid_i)
+        if (PASS == "online") or (PASS == "partition") or (PASS == "entropy"):
+            tl.store(maxima_ptr + statistics + i, maxima, mask=valid_i)
+        if SUM_WEIGHTS:
+            tl.store(weight_sums_ptr + statistics + i, weight_sums, mask=valid_i)
+    if (PASS == "gradient") or (PASS == "entropy_gradient"):
+        out = _of_layer(gradients, layer, LAYERS) + ((row % batch).to(tl.int64) * length + i)[:, None] * features
+        tl.store(out + f[None, :], gradient, mask=valid_i[:, None] & (f < features)[None, :])
+
+
+@triton.jit
+def _information(p, average, eps):
+    """h = log2((P + eps) / (average + eps)) and g = d(P h) / dP = h + P / ((P + eps) ln 2); finite at P = 0, so what is
+    no pair adds 0."""
+    shifted = tl.maximum(p + eps, 1.1754943508222875e-38)  # an eps may be less, and P be 0
+    per_mean = 1.0 / (average + eps)
+    # Where P is near its average the digits of h are those of x, as in log1p; log(y) / (y - 1) varies slowly.
+    x = (p - average) * per_mean
+    y = tl.maximum(shifted * per_mean, 1.1754943508222875e-38)
+    rounding = y - 1.0
+    h = tl.log2(y) * (x / tl.where(rounding == 0.0, 1.0, rounding))
+    h = tl.where(rounding == 0.0, x * 1.4426950408889634, h)
+    return h, h + p / shifted * 1.4426950408889634
+
+
+@triton.jit(do_not_specialize=["length", "sums_stride"])
+def sequence_sums_kernel(
+    norm_ptr,
+    sums_ptr,
+    maxima_ptr,
+    bounds_ptr,
+    total_ptr,
+    shift_ptr,
+    length,
+    sums_stride,
+    ONLINE: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of one sequence of one row: the sum of its partial sums, in fp64, relative to the largest maximum, which goes to
+    ``shift``; NaN where a norm is not finite. Always in the same order."""
+    sequence = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    if HAS_BOUNDS:
+        begin = tl.load(bounds_ptr + sequence).to(tl.int32)
+        end = tl.load(bounds_ptr + sequence + 1).to(tl.int32)
+        begin_token = begin
+        end_token = end
+    else:
+        begin = 0
+        end = sums_stride
+        begin_token = 0
+        end_token = length
+    block = tl.arange(0, BLOCK)
+    poison = tl.zeros((BLOCK,), tl.float32)
+    for start in range(begin_token, end_token, BLOCK):
+        token = start + block
+        poison += tl.load(norm_ptr + row * length + token, mask=token < end_token, other=0.0) * 0.0
+    shift = _NO_EXPONENT
+    if ONLINE:
+        largest = tl.full((BLOCK,), _NO_EXPONENT, tl.float32)
+        for start in range(begin, end, BLOCK):
+            place = start + block
+            m = tl.load(maxima_ptr + row * sums_stride + place, mask=place < end, other=_NO_EXPONENT)
+            largest = tl.maximum(largest, m)
+        shift = tl.max(largest, 0)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(begin, end, BLOCK):
+        place = start + block
+        s = tl.load(sums_ptr + row * sums_stride + place, mask=place < end, other=0.0)
+        if ONLINE:
+            m = tl.load(maxima_ptr + row * sums_stride + place, mask=place < end, other=_NO_EXPONENT)
+            s *= tl.exp2(m - shift)
+        total += s.to(tl.float64)
+    out = row * tl.num_programs(0) + sequence
+    tl.store(total_ptr + out, tl.sum(total, 0) + tl.sum(poison, 0).to(tl.float64))
+    if ONLINE:
+        tl.store(shift_ptr + out, shift)
+
+
+@triton.jit(do_not_specialize=["batch", "length"])
+def project_kernel(
+    layers,
+    stride_b,
+    stride_l,
+    norm_ptr,
+    inverse_ptr,
+    extra_ptr,
+    weight_sums_ptr,
+    gradients,
+    batch,
+    length,
+    features,
+    width,
+    TRANSFORM: tl.constexpr,
+    LAYERS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """The gradient through the row transform, in place of G and but for its scale.
+
+    ``normalize``: u - x (x . u) / (r inverse), ``standardize``: the same of u less its mean, ``none``: w z - G with w
+    the token's sum of weights.
+    """
+    row = tl.program_id(1)
+    layer = row // batch
+    tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = tokens < length
+    f = tl.arange(0, BLOCK_F)
+    z = _of_layer(layers, layer, LAYERS) + (row % batch).to(tl.int64) * stride_b
+    z += tl.minimum(tokens, length - 1).to(tl.int64)[:, None] * stride_l
+    out = _of_layer(gradients, layer, LAYERS) + ((row % batch).to(tl.int64) * length + tokens)[:, None] * features
+    statistics = row.to(tl.int64) * length + tokens
+    if TRANSFORM == "none":
+        weight_sum = tl.load(weight_sums_ptr + statistics, mask=valid, other=0.0)
+    else:
+        norm = tl.load(norm_ptr + statistics, mask=valid, other=0.0)
+        inverse = tl.load(inverse_ptr + statistics, mask=valid, other=0.0)
+        ratio = tl.where(norm * inverse > 0, 1.0 / tl.where(norm * inverse > 0, norm * inverse, 1.0), 0.0)
+        product = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+        total = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+        mean_z = tl.zeros((BLOCK_M,), tl.float32)
+        if TRANSFORM == "standardize":
+            mean_z = tl.load(extra_ptr + statistics, mask=valid, other=0.0) / tl.sqrt_rn(features.to(tl.float32))
+        for start in range(0, features, BLOCK_F):
+            inside = valid[:, None] & (start + f < features)[None, :]
+            x = tl.load(z + (start + f)[None, :], mask=(start + f < width)[None, :], other=0.0).to(tl.float32)
+            u = tl.load(out + (start + f)[None, :], mask=inside, other=0.0)
+            product += u * (x - mean_z[:, None])
+            total += u
+        # x - mean sums to 0, so its product with u is that with u less its mean.
+        product_sum = tl.sum(product, 1) * inverse * inverse * ratio
+        mean_u = tl.zeros((BLOCK_M,), tl.float32)
+        if TRANSFORM == "standardize":
+            mean_u = tl.sum(total, 1) / features
+    for start in range(0, features, BLOCK_F):
+        inside = valid[:, None] & (start + f < features)[None, :]
+        x = tl.load(z + (start + f)[None, :], mask=(start + f < width)[None, :], other=0.0).to(tl.float32)
+        u = tl.load(out + (start + f)[None, :], mask=inside, other=0.0)
+        if TRANSFORM == "none":
+            u = weight_sum[:, None] * x - u
+        else:
+            u = (u - mean_u[:, None]) - (x - mean_z[:, None]) * product_sum[:, None]
+        tl.store(out + (start + f)[None, :], u, mask=inside)

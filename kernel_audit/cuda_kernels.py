@@ -1,0 +1,91 @@
+"""The kernels of the CUDA extension as the static report lists them: what the launcher launches, recorded from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from dispersion_kernels.backends import cuda
+from dispersion_kernels.backends.gpu import launch
+from kernel_audit.shipped import Call, calls
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel at one number of features; the fields as those of Triton's variants, and what only these have."""
+
+    label: str
+    arch: str
+    kernel: str
+    tile: tuple[int, int]
+    options: dict[str, int]
+    shared: int
+    """Bytes of dynamic shared memory."""
+    precision: str
+    """Which of a device's rates its products run at; empty without products."""
+    warps: int
+    """That multiply and have the epilogue; of wgmma's kernels others copy."""
+    tensor_flops: float = 0.0
+    library_flops: float = 0.0
+    trips: dict[int, float] = field(default_factory=lambda: dict.fromkeys(range(4), 1.0))
+    other_trips: dict[int, float] = field(default_factory=dict)
+    """Where a loop has no tensor instruction and these other trips."""
+    tensor_kind: str = ""
+
+
+def shipped(arch: str, every: bool = False) -> list[Variant]:
+    """The kernels of :func:`kernel_audit.shipped.calls`, each once for a number of features."""
+    variants = {variant.label: variant for call in calls(every) for variant in _launched(call, arch)}
+    return list(variants.values())
+
+
+def _launched(call: Call, arch: str) -> Iterator[Variant]:
+    launches: list[cuda.Launch] = []
+    with cuda.watch_launches(launches.append, arch):
+        kernels = cuda.CudaKernels(call.layers[0], call.precision or "tf32x3")
+        launch.dispersion(call.layers, call.potential, call.groups, call.cu_seqlens, call.with_grad, kernels)
+    for launched in launches:
+        yield _variant(launched, arch, call.layers[0].shape[2])
+
+
+def _variant(launched: cuda.Launch, arch: str, features: int) -> Variant:
+    name, warps = launched.kernel, launched.threads // 32
+    common: dict[str, Any] = {"arch": arch, "kernel": name, "shared": launched.shared}
+    if not name.startswith(("dk_pair_tiles", "dk_row_sweep")):
+        options = {"num_warps": warps}
+        return Variant(name, tile=(1, 1), options=options, precision="", warps=warps, **common)
+    element = name.split("_")[3]
+    common |= {
+        "label": f"{name}, F={features}",
+        "options": {"num_warps": warps, "num_stages": 3},
+        "precision": "tf32" if element.startswith("tf32") else "16-bit",
+    }
+    size = 4 if element.startswith("tf32") else 2
+    if name.startswith("dk_row_sweep"):
+        tile = 64, 32 if size == 4 else 64
+        of_gradient = min(features, launched.grid[2] and -(-features // launched.grid[2])) if "gradient" in name else 0
+        flops = 2.0 * tile[0] * tile[1]
+        return Variant(
+            **common,
+            tile=tile,
+            warps=warps,
+            tensor_flops=flops * (features + of_gradient),
+            # What is outside of the loop over tiles is shared by those of 1,024 tokens; panels have 128 bytes.
+            trips={0: tile[1] / 1024, 1: 1.0, 2: features * size / 128},
+            tensor_kind="HMMA",
+        )
+    wgmma = name.endswith("_wgmma")
+    block, multiplying = 64 if size == 4 else 128, warps // 2 if wgmma else warps
+    flops = 2.0 * block * block * features
+    return Variant(
+        **common,
+        tile=(block, block),
+        warps=multiplying,
+        tensor_flops=flops,
+        library_flops=2 * flops * name.removesuffix("_wgmma").endswith("_write"),
+        trips={0: 1.0, 1: features * size / (128 if wgmma or size == 4 else 64), 2: 1.0},
+        # The stores of slopes, 16 bytes each, four in a turn of their loop.
+        other_trips={1: block * block * size / 16 / (32 * multiplying) / 4},
+        tensor_kind="HGMMA" if wgmma else "HMMA",
+    )

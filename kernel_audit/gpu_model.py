@@ -1,0 +1,448 @@
+"""The GPU's time on paper: what the launcher launches, what the static report says of its kernels, a device's rates.
+
+``python -m kernel_audit.gpu_model [--out docs/gpu-model.md] [--measure]``
+
+Nothing is run on a GPU, but with ``--measure``, which puts measured times in place of the predicted ones of the GPU
+that the machine has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks import variants
+from benchmarks.loss import SHORT, forward_backward, out_of_memory
+from benchmarks.machine import describe, write_text
+from benchmarks.timing import interleaved, quartiles
+from dispersion_kernels.gpt2.model import PRESETS
+from kernel_audit.static_report import DEVICES, Device, Row, examine
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU: the static report's device, and what is around its SMs."""
+
+    device: Device
+    arch: str
+    accumulation: float  # the share of the device's rate that tensor products have which are summed in fp32
+    memory: float  # bytes a second
+    l2: float  # bytes a second
+
+    def rate(self, precision: str) -> float:
+        """FLOP/s of matrix products: ``"16-bit"``, ``"tf32"`` or ``"fp32"``, the last without tensor cores."""
+        share = 1.0 if precision == "fp32" else self.accumulation
+        return share * self.device.flops[precision] * self.device.sms * self.device.gigahertz * 1e9
+
+
+CARDS = [
+    Card(replace(DEVICES["sm_80"], name="A100"), "sm_80", 1.0, 2.04e12, 5.0e12),
+    Card(replace(DEVICES["sm_90"], name="H100"), "sm_90", 1.0, 3.35e12, 5.7e12),
+    Card(replace(DEVICES["sm_90"], name="H200"), "sm_90", 1.0, 4.8e12, 5.7e12),
+    Card(replace(DEVICES["sm_89"], name="RTX 4090", sms=128, gigahertz=2.52), "sm_89", 0.5, 1.01e12, 5.0e12),
+    Card(replace(DEVICES["sm_100"], name="B200"), "sm_100", 1.0, 8.0e12, 10.0e12),
+]
+LENGTHS = [256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
+FEATURES = [768, 128]
+# Of a call: so many sequences as make this, or one that is longer.
+TOKENS = 8192
+LAUNCH = 2.5e-6
+EFFICIENCY = 0.7
+LIBRARY_TILE = 128
+# Small operations around the launcher: the loss of the layers and its weight, in backward the factor of each token.
+AROUND = 8
+# What the naive version holds at its highest, in L x L matrices: measured on a CPU (docs/results/memory-cpu.csv).
+NAIVE_MATRICES = 8.3
+# Of a training step, and its FLOPs a token and parameter.
+UTILISATION, STEP_FLOPS = 0.4, 6
+
+HEAD = f"""\
+# GPU time on paper
+
+Made by `python -m kernel_audit.gpu_model --out docs/gpu-model.md`, on a machine without a GPU: predictions, none of
+which has been held against a measurement yet. On a machine with one of these GPUs, `--measure` puts measured times in
+their place.
+
+What is added up: every kernel that the launcher launches for forward and backward of one layer, and every operation
+of PyTorch's, both recorded from the launcher itself on tensors without memory; B = {TOKENS:,} / L sequences, or one
+that is longer; `angular_spread`.
+
+- *Rates*: SMs, clocks and rates of the static report's table, at boost clock. The RTX 4090 has 128 SMs at 2.52 GHz and
+  sums in fp32 at half the rate of its architecture's professional cards. Device memory, TB/s: A100 (80 GB) 2.04, H100
+  SXM 3.35, H200 4.8, RTX 4090 1.01, B200 8.0, from the data sheets. L2 cache, TB/s: A100 5.0, H100 and H200 5.7, RTX
+  4090 5.0, about what microbenchmarks report, and B200 10, a guess.
+- *tensor, fma, xu (special functions), alu, lsu*: milliseconds that each pipe is busy: instructions a tile from the
+  compiled kernel ([full static report](static-report.md)) times tiles, with the library's products under tensor, at the
+  data sheet's rates and on all SMs.
+- *L2, memory*: milliseconds that the bytes take: through L2 the tokens that each tile reads, none of them taken for a
+  hit in L1, and the slopes, written to the workspace of 32 MiB and read by the library; through memory the tokens, the
+  gradient in fp32, the sums and the gradient in the input's dtype.
+- *at best*: each kernel takes as long as its busiest pipe or its L2 traffic, with as many tiles on every SM as on the
+  busiest (wave quantisation); the library's products run at the data sheet's rate.
+- *estimate*: the tensor cores reach {EFFICIENCY:.0%} of the data sheet's rate, in the library's products, too, whose
+  {LIBRARY_TILE} x {LIBRARY_TILE} tiles come in whole waves; the epilogue does not overlap with the products of its
+  tile, and the workspace goes through device memory, as if L2 held none of it.
+- Both add {LAUNCH * 1e6:g} us for each launch and for each small operation. The host's own time, Python and launches,
+  is left out: it hides behind a model's other kernels, but not where the loss is all that runs.
+- *naive*: the materialised version in the same dtype, eager: the bytes that its operations read and write, recorded in
+  the same way, at the device's bandwidth, or its products' FLOPs at {EFFICIENCY:.0%} of the rate where they take
+  longer; its launches counted once, as if it took all sequences at a time. Its peak is taken as {NAIVE_MATRICES} L x L
+  matrices of every sequence, as measured on a CPU. "-": that is more than 80 GiB.
+- Latencies, clocks that fall under load, power limits, bank conflicts and TLB misses are in none of it.
+"""
+COLUMNS = (
+    "L (B) | launches | tensor | fma | xu | alu | lsu | L2 | memory | at best, ms | estimate, ms | "
+    "naive moves, GB | its peak, GiB | naive, ms | naive / estimate"
+)
+PIPES = ("tensor", "fma", "xu", "alu", "lsu", "L2", "memory")
+
+
+class Operation(NamedTuple):
+    """One of PyTorch's."""
+
+    read: int  # bytes
+    written: int  # bytes
+    product: tuple[int, int, int, int] | None  # batch, m, n, k of a matrix product
+
+
+class Work(NamedTuple):
+    """What a call asks of the GPU."""
+
+    launches: list[Any]  # ahead_of_time.Launch
+    operations: list[Operation]
+
+
+@dataclass
+class Time:
+    """Seconds, and those that each of PIPES is busy."""
+
+    best: float = 0.0
+    estimate: float = 0.0
+    pipes: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    launches: int = 0
+
+    def add(self, best: float, estimate: float) -> None:
+        self.best += best + LAUNCH
+        self.estimate += estimate + LAUNCH
+        self.launches += 1
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m kernel_audit.gpu_model", description=__doc__)
+    parser.add_argument("--out", type=Path, help="a Markdown file for the tables")
+    parser.add_argument("--measure", action="store_true", help="with the times of this machine's GPU, one of the list")
+    args = parser.parse_args(arguments)
+    measured = {card_of_this_machine().device.name: measure(LENGTHS, FEATURES)} if args.measure else {}
+    text = render(CARDS, LENGTHS, FEATURES, measured)
+    print(text)
+    if args.out is not None:
+        write_text(args.out, text)
+
+
+def card_of_this_machine() -> Card:
+    if not torch.cuda.is_available():
+        raise SystemExit("--measure needs a CUDA device, and PyTorch finds none")
+    name = torch.cuda.get_device_name()
+    for card in CARDS:
+        if card.device.name in name:
+            return card
+    known = ", ".join(card.device.name for card in CARDS)
+    raise SystemExit(f"--measure: this machine has {name}, and the model {known}; add its rates to CARDS")
+
+
+def measure(lengths: Iterable[int], features: Iterable[int]) -> dict[tuple[int, int], tuple[float, float | None]]:
+    """Seconds of forward and backward by F and L: of ours, and of the naive version, None where memory runs out."""
+    device, measured = torch.device("cuda"), {}
+    for width in features:
+        for length in lengths:
+            torch.manual_seed(0)
+            z = torch.randn(batch_of(length), length, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+            calls: dict[str, Callable[[], object]] = {"ours": partial(forward_backward, z, variants.build("triton"))}
+            naive = partial(forward_backward, z, variants.naive)
+            try:
+                naive()
+                calls["naive"] = naive
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            times = interleaved(calls, rounds=7, device=device)
+            medians = {name: quartiles(values).median for name, values in times.items()}
+            measured[width, length] = medians["ours"], medians.get("naive")
+    return measured
+
+
+def batch_of(length: int) -> int:
+    return max(1, TOKENS // length)
+
+
+def render(
+    cards: list[Card],
+    lengths: list[int],
+    features: list[int],
+    measured: dict[str, dict[tuple[int, int], tuple[float, float | None]]],
+) -> str:
+    """The page in Markdown. ``measured``: by the card's name, what ``measure`` gave."""
+    parts = [HEAD]
+    for card in cards:
+        of_card = measured.get(card.device.name)
+        what = "measured" if of_card else "predicted"
+        parts += [f"## {card.device.name}", ""]
+        if of_card:
+            machine = describe()
+            parts += [", ".join(machine[name] for name in ("device", "torch", "cuda", "triton", "date", "commit")), ""]
+        for width in features:
+            parts += [f"{what}, F = {width}, bf16, forward and backward:", ""]
+            columns = COLUMNS + " | measured, ms | naive measured, ms | naive / measured" if of_card else COLUMNS
+            parts += [f"| {columns} |", "|---" * (columns.count("|") + 1) + "|"]
+            for length in lengths:
+                cells = _cells(card, width, length)
+                if of_card:
+                    cells += _measured_cells(*of_card[width, length])
+                parts.append(f"| {' | '.join(cells)} |")
+            parts.append("")
+    return "\n".join([*parts, _training(cards)])
+
+
+def _cells(card: Card, features: int, length: int) -> list[str]:
+    batch, dtype = batch_of(length), torch.bfloat16
+    ours = time_of_ours(card, batch, length, features, dtype)
+    naive, moved = time_of_naive(card, batch, length, features, dtype)
+    peak = NAIVE_MATRICES * batch * length**2 * dtype.itemsize / 2**30
+    return [
+        f"{length:,} ({batch})",
+        str(ours.launches),
+        *(_ms(ours.pipes[pipe]) for pipe in PIPES),
+        _ms(ours.best),
+        _ms(ours.estimate),
+        f"{moved / 1e9:,.2f}",
+        f"{peak:,.2f}",
+        *([_ms(naive), f"{naive / ours.estimate:.1f}"] if peak <= 80 else ["-", "-"]),
+    ]
+
+
+def _measured_cells(ours: float, naive: float | None) -> list[str]:
+    return [_ms(ours), *(["out of memory", "-"] if naive is None else [_ms(naive), f"{naive / ours:.1f}"])]
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
+
+
+def _training(cards: list[Card]) -> str:
+    """The share of a step of the trainer's preset gpt2 that the loss on all layers would take."""
+    config, batch = PRESETS["gpt2"], 8
+    weights = 12 * config.layers * config.width**2 + (config.vocab + config.context) * config.width
+    tokens = batch * config.context
+    # Of attention: two products over the earlier half of the tokens, and twice that in backward.
+    attention = 6 * config.layers * config.width * config.context
+    flops = tokens * (STEP_FLOPS * weights + attention)
+    lines = [
+        "## In training",
+        "",
+        f"A step of GPT-2 ({weights / 1e6:.0f} M parameters) on {batch} x {config.context:,} tokens takes "
+        f"{flops / 1e12:.1f} TFLOP, here at {UTILISATION:.0%} of the 16-bit rate. Beside it the loss on all "
+        f"{config.layers} layers, in one call with a list of them. Under autocast the residual stream is fp32; the "
+        "trainer rounds what the loss takes of it to bf16, and the first column has the time of that, in forward and "
+        "backward. The others: the loss of the fp32 hidden states, its products in tf32 or in true fp32, as "
+        "`torch.set_float32_matmul_precision` says (`high`; `highest`, PyTorch's default), and of bf16 ones in a call "
+        "a layer. The goal is 5% of the step. What forward keeps for backward is an fp32 activation a layer, the size "
+        "of the residual stream under autocast. Milliseconds, and the share of the step, at best and estimate:",
+        "",
+        "| | step | the trainer: rounded to bf16 | fp32, `high` | fp32, `highest` | bf16, a call a layer |",
+        "|---|---|---|---|---|---|",
+    ]
+    for card in cards:
+        step = flops / (UTILISATION * card.rate("16-bit"))
+        cells = [card.device.name, _ms(step)]
+        rounding = Time()
+        for _ in range(2 * config.layers):  # of the hidden states, and of the gradient back to fp32
+            _add_moved(rounding, card, (4 + 2) * tokens * config.width)
+        ways: list[tuple[torch.dtype, str | None, int, Time]] = [
+            (torch.bfloat16, None, config.layers, rounding),
+            (torch.float32, "tf32", config.layers, Time()),
+            (torch.float32, "tf32x3", config.layers, Time()),
+            (torch.bfloat16, None, 1, Time()),
+        ]
+        for dtype, precision, together, around in ways:
+            one = time_of_ours(card, batch, config.context, config.width, dtype, precision, together)
+            calls = config.layers // together
+            best, estimate = around.best + calls * one.best, around.estimate + calls * one.estimate
+            cells.append(f"{_ms(best)} to {_ms(estimate)}, {best / step:.1%} to {estimate / step:.1%}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def time_of_ours(
+    card: Card,
+    batch: int,
+    length: int,
+    features: int,
+    dtype: torch.dtype,
+    precision: str | None = None,
+    layers: int = 1,
+) -> Time:
+    """Of forward and backward of the Triton kernels. ``precision`` of fp32 products: ``"tf32"`` or ``"tf32x3"``."""
+    work = record(card.arch, batch, length, features, dtype, precision, layers)
+    library = {torch.bfloat16: "16-bit", torch.float32: "tf32" if precision == "tf32" else "fp32"}[dtype]
+    time, size, tokens = Time(), dtype.itemsize, layers * batch * length * features
+    for launch in work.launches:
+        name = launch.kernel.__name__
+        if name in ("pair_tiles_kernel", "row_sweep_kernel"):
+            row = examined(card.arch, name, features, precision or SHORT[dtype])
+            _add_tiles(time, card, row, launch, size)
+        else:
+            moved = {"row_statistics_kernel": size * tokens, "project_kernel": (size + 8) * tokens}.get(name, 0)
+            _add_moved(time, card, moved)
+    for operation in work.operations:
+        if operation.product is None:
+            _add_moved(time, card, operation.read + operation.written)
+        else:
+            _add_product(time, card, operation, card.rate(library), size)
+    for _ in range(AROUND):
+        _add_moved(time, card, 0)
+    for _ in range(layers):  # backward: the gradient times the factor of each token, rounded
+        _add_moved(time, card, (4 + size) * tokens // layers)
+    return time
+
+
+def _add_tiles(time: Time, card: Card, row: Row, launch: Any, size: int) -> None:
+    """A launch of the kernel that ``row`` is of."""
+    arguments, variant = launch.arguments, row.variant
+    programs, tiles = math.prod(launch.grid), 1
+    read = written = 0
+    if "BLOCK" in arguments:  # pair_tiles_kernel
+        read = 2 * arguments["BLOCK"] * arguments["width"] * size
+        written = 2 * arguments["BLOCK"] ** 2 * size * arguments["WRITE"]
+    else:
+        tiles = -(-arguments["length"] // arguments["BLOCK_N"])
+        read = arguments["BLOCK_N"] * arguments["width"] * size
+    # Where the opcode does not tell how often it multiplies, the three parts of a product are known.
+    parts = 3.0 if "tf32x3" in variant.label else 1.0
+    tensor = row.tensor * max(parts, row.tensor_busy / row.tensor) / card.accumulation
+    hertz, sms = card.device.gigahertz * 1e9, card.device.sms
+    waves = -(-programs // sms) * tiles
+    read, written = read * programs * tiles, written * programs
+    for pipe, cycles in {**row.cycles, "tensor": tensor}.items():
+        time.pipes[pipe] += programs * tiles * cycles / sms / hertz
+    time.pipes["L2"] += (read + written) / card.l2
+    best = waves * max(tensor, *row.cycles.values()) / hertz
+    apart = max([tensor / EFFICIENCY, *row.loop.values()]) + max(row.epilogue.values())
+    time.add(max(best, (read + written) / card.l2), max(waves * apart / hertz, read / card.l2, written / card.memory))
+
+
+def _add_product(time: Time, card: Card, operation: Operation, rate: float, size: int) -> None:
+    """A product of the library's, of factors of ``size`` bytes a number with an fp32 result."""
+    assert operation.product is not None
+    batch, m, n, k = operation.product
+    flops = 2.0 * batch * m * n * k
+    tiles = batch * -(-m // LIBRARY_TILE) * -(-n // LIBRARY_TILE)
+    waves = -(-tiles // card.device.sms)
+    whole = 2.0 * waves * card.device.sms * LIBRARY_TILE**2 * k
+    slopes, others = size * batch * m * k, size * batch * k * n + operation.written
+    time.pipes["tensor"] += flops / rate
+    time.pipes["L2"] += slopes / card.l2
+    time.pipes["memory"] += others / card.memory
+    time.add(
+        max(flops / rate, slopes / card.l2, others / card.memory),
+        max(whole / (rate * EFFICIENCY), (slopes + others) / card.memory),
+    )
+
+
+def _add_moved(time: Time, card: Card, moved: int) -> None:
+    time.pipes["memory"] += moved / card.memory
+    time.add(moved / card.memory, moved / card.memory)
+
+
+def time_of_naive(card: Card, batch: int, length: int, features: int, dtype: torch.dtype) -> tuple[float, int]:
+    """Seconds of forward and backward of the materialised version, and the bytes that it moves."""
+    seconds, moved = 0.0, 0
+    rate = card.rate("16-bit" if dtype.itemsize == 2 else "fp32") * EFFICIENCY
+    for operation in record_naive(length, features, dtype):
+        flops = 0.0 if operation.product is None else 2.0 * math.prod(operation.product)
+        seconds += LAUNCH + batch * max((operation.read + operation.written) / card.memory, flops / rate)
+        moved += batch * (operation.read + operation.written)
+    return seconds, moved
+
+
+@cache
+def record(
+    arch: str, batch: int, length: int, features: int, dtype: torch.dtype, precision: str | None, layers: int
+) -> Work:
+    """What the launcher asks of ``arch`` for loss and gradient, found on tensors without memory."""
+    # Not at the top: it needs Triton.
+    from kernel_audit.ahead_of_time import record as record_launches
+
+    z = [torch.empty(batch, length, features, dtype=dtype, device="meta") for _ in range(layers)]
+    with Recorder() as recorder:
+        launches = record_launches(z, variants.POTENTIAL, None, None, True, arch, precision or "ieee")
+    return Work(launches, recorder.operations)
+
+
+@cache
+def record_naive(length: int, features: int, dtype: torch.dtype) -> list[Operation]:
+    """What the naive version asks for, forward and backward of one sequence."""
+    z = torch.empty(1, length, features, dtype=dtype, device="meta", requires_grad=True)
+    with Recorder() as recorder:
+        variants.naive(z).backward()
+    operations: list[Operation] = recorder.operations
+    return operations
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps what each operation reads and writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.name()
+        inputs = [one for one in tree_leaves(args) if isinstance(one, Tensor)]
+        outputs = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
+        # On a GPU the product takes 16-bit factors with an fp32 result; elsewhere the launcher widens them first.
+        widened = name == "aten::_to_copy" and inputs[0].dim() == 3 and inputs[0].element_size() == 2
+        if not (func.is_view or name.startswith("aten::empty") or widened):
+            product = None
+            if name.split(".")[0] in ("aten::mm", "aten::bmm", "aten::baddbmm"):
+                left, right = inputs[-2:]
+                product = (left.shape[0] if left.dim() == 3 else 1, left.shape[-2], right.shape[-1], left.shape[-1])
+            self.operations.append(Operation(_bytes(inputs), _bytes(outputs), product))
+        return result
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(one.numel() * one.element_size() for one in tensors)
+
+
+@cache
+def examined(arch: str, kernel: str, features: int, precision: str) -> Row:
+    """The static report's figures of a shipped kernel of ``angular_spread`` that gives the gradient, too."""
+    from kernel_audit.ahead_of_time import compile_variant
+
+    part = {"pair_tiles_kernel": "pair tiles, loss and weights", "row_sweep_kernel": "row sweep, gradient"}[kernel]
+    label = f"{part}, angular_spread, {precision}, F={features}"
+    variant = next(variant for variant in shipped(arch) if variant.label == label)
+    return examine(variant, compile_variant(variant))
+
+
+@cache
+def shipped(arch: str) -> list[Any]:
+    from kernel_audit.ahead_of_time import shipped as variants_of
+
+    return variants_of(arch)
+
+
+if __name__ == "__main__":
+    main()

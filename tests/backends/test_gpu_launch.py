@@ -1,0 +1,131 @@
+"""What the GPU backends share, as far as it runs without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dispersion_kernels import segments
+from dispersion_kernels.backends import cuda
+from dispersion_kernels.backends.gpu import launch
+
+MATMUL = torch.backends.cuda.matmul
+
+
+@pytest.fixture
+def _default_precision() -> Iterator[None]:
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+
+
+def _matmul(value: str) -> None:
+    MATMUL.fp32_precision = value
+
+
+def _everywhere(value: str) -> None:
+    MATMUL.fp32_precision = "none"
+    torch.backends.fp32_precision = value
+
+
+@pytest.mark.usefixtures("_default_precision")
+@pytest.mark.parametrize(
+    ("choose", "value", "precision"),
+    [
+        (torch.set_float32_matmul_precision, "highest", "tf32x3"),
+        (torch.set_float32_matmul_precision, "high", "tf32"),
+        (torch.set_float32_matmul_precision, "medium", "tf32"),
+        (_matmul, "tf32", "tf32"),
+        (_matmul, "ieee", "tf32x3"),
+        (_everywhere, "tf32", "tf32"),
+        (_everywhere, "ieee", "tf32x3"),
+        (_everywhere, "none", "tf32x3"),
+    ],
+)
+def test_fp32_products_follow_each_of_pytorchs_settings(
+    choose: Callable[[str], None], value: str, precision: str
+) -> None:
+    choose(value)
+    assert launch.fp32_precision() == precision
+    for dtype, expected in ((torch.float32, precision), (torch.bfloat16, "ieee")):
+        z = torch.zeros(1, 2, 2, dtype=dtype)
+        if importlib.util.find_spec("triton") is not None:
+            from dispersion_kernels.backends.triton.backend import TritonKernels
+
+            assert TritonKernels(z, "sm_90").precision == expected
+        if cuda.unavailable_reason() is None:
+            assert cuda.CudaKernels(z).element == {"ieee": "bf16"}.get(expected, expected)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_fp16_products_accumulate_in_fp32_whatever_the_process_allows(allowed: bool) -> None:
+    def fail() -> None:
+        with launch.fp32_accumulation():
+            assert not MATMUL.allow_fp16_accumulation
+            raise ValueError("inside")
+
+    MATMUL.allow_fp16_accumulation = allowed
+    try:
+        with pytest.raises(ValueError, match="inside"):
+            fail()
+        assert MATMUL.allow_fp16_accumulation == allowed
+    finally:
+        MATMUL.allow_fp16_accumulation = False
+
+
+@pytest.mark.parametrize("kind", ["packed", "masked", "unsorted"])
+def test_ranges_of_tiles(kind: str) -> None:
+    """Every pair of tiles that share a group is in them, and where groups are sorted nothing else."""
+    groups = torch.randint(0, 40, (2, 1000), dtype=torch.int32).sort(1).values
+    if kind == "masked":
+        groups[torch.rand(groups.shape) > 0.7] = -1
+        groups[1, 300:500] = -1  # whole tiles
+    elif kind == "unsorted":
+        groups = groups[:, torch.randperm(1000)]
+    got = launch._tile_ranges(groups, 64, 32)
+    for b in range(2):
+        of_j = [set(tile[tile >= 0].tolist()) for tile in groups[b].split(32)]
+        for tile, (first, end) in zip(groups[b].split(64), got[b].tolist(), strict=True):
+            own = set(tile[tile >= 0].tolist())
+            meets = [j for j, other in enumerate(of_j) if own & other]
+            assert set(meets) <= set(range(first, end))
+            if kind == "packed":
+                assert meets == list(range(first, end))
+            if not own:
+                assert first >= end
+
+
+def test_ranges_of_tiles_take_memory_linear_in_the_tokens() -> None:
+    groups = torch.arange(1 << 17, dtype=torch.int32)[None] // 999
+    with LargestTensor() as largest:
+        launch._tile_ranges(groups, 64, 32)
+    assert largest.elements <= groups.numel()
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many elements the largest result of an operation has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.elements = max(self.elements, *(one.numel() for one in tree_leaves(result) if isinstance(one, Tensor)))
+        return result
+
+
+def test_bounds_on_the_cpu_are_copied_once_for_the_same_values() -> None:
+    bounds = torch.tensor([0, 3, 5], dtype=torch.int32)
+    meta = torch.device("meta")
+    copy = segments.on_device(bounds, meta)
+    assert segments.on_device(bounds.clone(), meta) is copy
+    assert segments.on_device(bounds.long(), meta).dtype == torch.int64
+    bounds.numpy()[1] = 4  # of which PyTorch sees nothing
+    assert segments.on_device(bounds, meta) is not copy
+    assert segments.on_device(bounds, torch.device("cpu")) is bounds
