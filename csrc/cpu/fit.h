@@ -110,32 +110,21 @@ void solve(double (&matrix)[kUnknowns][kUnknowns], double (&right)[kUnknowns]) {
 // A number for each pair within the groups.
 using GroupMatrix = float[kFitSize][kFitTokens];
 
-template <int kTerms>
-struct Terms {
-  vec of[kTerms];
-};
-template <int kTerms>
-struct Sums {
-  double of[kTerms] = {};
-};
-
-// The sums of terms(i, j) over the pairs of each token i, of whose group kLanes tokens from the j-th on are taken at
-// once. In fp32 over a group only.
+// sums[n]: the sum of terms(i, j)[n] over the pairs of each token i, of whose group kLanes tokens from the j-th on are
+// taken at once. In fp32 over a group only.
 template <int kTerms, class Work>
-Sums<kTerms> sum_pairs(const GroupMatrix& there, const Work& terms) {
-  Sums<kTerms> sums;
+void sum_pairs(const GroupMatrix& there, double (&sums)[kTerms], const Work& terms) {
   for (int first = 0; first < kFitSize; first += kFitTokens) {
-    Terms<kTerms> of_group = {};
-    for (int i = first; i < first + kFitTokens; ++i) {
+    vec group_sums[kTerms] = {};
+    for (int i = first; i < first + kFitTokens; ++i)
       for (int j = 0; j < kFitTokens; j += kLanes) {
-        const Terms<kTerms> of_pairs = terms(i, j);
+        vec term[kTerms];
+        terms(i, j, term);
         const vec one = load(there[i] + j);
-        for (int n = 0; n < kTerms; ++n) of_group.of[n] += one > 0.0f ? of_pairs.of[n] : vec{};
+        for (int n = 0; n < kTerms; ++n) group_sums[n] += one > 0.0f ? term[n] : vec{};
       }
-    }
-    for (int n = 0; n < kTerms; ++n) sums.of[n] += double(sum(of_group.of[n]));
+    for (int n = 0; n < kTerms; ++n) sums[n] += double(sum(group_sums[n]));
   }
-  return sums;
 }
 
 void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrices, float* directions, Fit& fit) {
@@ -164,19 +153,19 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
   };
   // Taken away before c is summed: the mean of what is all the same is exact, and its variance 0.
   const float first_c = c[at(0, 1)];
-  const Sums<3> of_pairs = sum_pairs<3>(there, [&](int i, int j) {
-    return Terms<3>{{splat(1.0f), load(psi + at(i, j)), load(c + at(i, j)) - first_c}};
+  double pair_sums[3] = {}, products[2] = {};
+  sum_pairs(there, pair_sums, [&](int i, int j, vec* term) {
+    term[0] = splat(1.0f), term[1] = load(psi + at(i, j)), term[2] = load(c + at(i, j)) - first_c;
   });
-  const double pairs = fmax(of_pairs.of[0], 1.0);
-  fit.mean_psi = of_pairs.of[1] / pairs;
-  fit.mean_c = first_c + of_pairs.of[2] / pairs;
+  const double pairs = fmax(pair_sums[0], 1.0);
+  fit.mean_psi = pair_sums[1] / pairs;
+  fit.mean_c = first_c + pair_sums[2] / pairs;
   // Of psi, too: of nearly equal tokens c varies as little as its mean is rounded.
-  const Sums<2> of_deviations =
-      sum_pairs<2>(there, [&, mean_c = float(fit.mean_c), mean_psi = float(fit.mean_psi)](int i, int j) {
-        const vec deviation = load(c + at(i, j)) - mean_c;
-        return Terms<2>{{deviation * deviation, deviation * (load(psi + at(i, j)) - mean_psi)}};
-      });
-  fit.psi_slope = of_deviations.of[0] > 0.0 ? of_deviations.of[1] / of_deviations.of[0] : 0.0;
+  sum_pairs(there, products, [&, mean_c = float(fit.mean_c), mean_psi = float(fit.mean_psi)](int i, int j, vec* term) {
+    const vec deviation = load(c + at(i, j)) - mean_c;
+    term[0] = deviation * deviation, term[1] = deviation * (load(psi + at(i, j)) - mean_psi);
+  });
+  fit.psi_slope = products[0] > 0.0 ? products[1] / products[0] : 0.0;
 
   find_directions(job, tile, matrices, directions);
   Model model = {};
@@ -201,27 +190,24 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
   }
   // h = b0 + b1 p + b2 q + b3 q^2.
   constexpr int kTerms = 4, kProducts = kTerms * (kTerms + 1) / 2;
-  const Sums<kProducts + kTerms> of_terms = sum_pairs<kProducts + kTerms>(there, [&](int i, int j) {
+  double sums[kProducts + kTerms] = {}, matrix[kTerms][kTerms], b[kTerms];
+  sum_pairs(there, sums, [&](int i, int j, vec* out) {
     const vec p = load(all[i] + j), q = load(few[i] + j), weight = weight_of(at(i, j));
     const vec term[kTerms] = {splat(1.0f), p, q, q * q};
-    Terms<kProducts + kTerms> terms;
-    vec* out = terms.of;
     for (int a = 0; a < kTerms; ++a)
       for (int k = a; k < kTerms; ++k) *out++ = weight * term[a] * term[k];
     for (int a = 0; a < kTerms; ++a) *out++ = weight * term[a] * load(slope + at(i, j));
-    return terms;
   });
-  double matrix[kTerms][kTerms], b[kTerms];
-  const double* of_term = of_terms.of;
+  const double* next = sums;
   for (int a = 0; a < kTerms; ++a)
-    for (int k = a; k < kTerms; ++k) matrix[a][k] = matrix[k][a] = *of_term++;
-  for (double& right : b) right = *of_term++;
+    for (int k = a; k < kTerms; ++k) matrix[a][k] = matrix[k][a] = *next++;
+  for (double& right : b) right = *next++;
   solve(matrix, b);
-  float* of_products = fit.b;
-  *of_products++ = float(b[0]);
+  float* out = fit.b;
+  *out++ = float(b[0]);
   for (int one = 0; one < kSquared; ++one)
-    for (int other = one; other < kSquared; ++other) *of_products++ = float(one == other ? b[3] : 2.0 * b[3]);
-  while (of_products < fit.b + kModelGroup) *of_products++ = 0.0f;
+    for (int other = one; other < kSquared; ++other) *out++ = float(one == other ? b[3] : 2.0 * b[3]);
+  while (out < fit.b + kModelGroup) *out++ = 0.0f;
   for (int r = 0; r < kRank; ++r) fit.b[kModelGroup + r] = float(b[1] + (r < kSquared ? b[2] : 0.0));
 }
 

@@ -164,8 +164,8 @@ class SampledCall {
       w.scratch.phi = arena.take<float>(size_t(kModelFeatures) * kWeightStride);
       w.scratch.weighted = arena.take<float>(size_t(kLargestPadded) * kModelFeatures);
       w.tile = {};
-      for (float** of_token : {&w.tile.norm, &w.tile.inverse, &w.tile.square, &w.tile.row_sum})
-        *of_token = arena.take<float>(size_t(longest));
+      for (float** values : {&w.tile.norm, &w.tile.inverse, &w.tile.square, &w.tile.row_sum})
+        *values = arena.take<float>(size_t(longest));
       w.tile.feature_major = arena.take<float>(size_t(packed * args_.features));
       w.tile.token_major = arena.take<float>(size_t(packed) * padded_features());
       if (!models()) continue;
@@ -183,11 +183,11 @@ class SampledCall {
   size_t padded_features() const { return size_t(round_up(args_.features, kernels_.panel)); }
 
   void describe_layers(const Job& job) {
-    of_layer_.resize(size_t(args_.layer_count));
+    layer_args_.resize(size_t(args_.layer_count));
     jobs_.assign(size_t(args_.layer_count), job);
     models_.resize(size_t(args_.layer_count));
-    for (size_t l = 0; l < of_layer_.size(); ++l) {
-      dk_args& layer = of_layer_[l];
+    for (size_t l = 0; l < layer_args_.size(); ++l) {
+      dk_args& layer = layer_args_[l];
       layer.dtype = args_.dtype;
       layer.z = args_.layers[l];
       layer.row_stride = args_.row_stride;
@@ -232,33 +232,33 @@ class SampledCall {
   // The population of a random token of a layer; layers have as many tokens each.
   int64_t population_drawn(int64_t layer, float draw) const {
     const int64_t* bounds = args_.populations;
-    const int64_t of_layer = (bounds[args_.population_count] - bounds[0]) / args_.layer_count;
-    const int64_t token = bounds[0] + layer * of_layer + int64_t(draw * float(of_layer));
+    const int64_t layer_tokens = (bounds[args_.population_count] - bounds[0]) / args_.layer_count;
+    const int64_t token = bounds[0] + layer * layer_tokens + int64_t(draw * float(layer_tokens));
     return std::max<int64_t>(std::upper_bound(bounds, bounds + args_.population_count, token) - bounds - 1, 0);
   }
 
   void sweep(std::vector<Worker>& workers, int64_t count) {
-    of_chunk_.assign(chunks_.size(), {});
-    of_tile_.assign(tiles_.size(), {});
+    chunk_sums_.assign(chunks_.size(), {});
+    tile_sums_.assign(tiles_.size(), {});
     const int64_t populations = args_.population_count;
-    // Small populations are a worker's own, and what it read for their sums is in its cache for their gradient. Of the last
-    // ones, and of large ones, all workers take chunks and tiles.
+    // Small populations are a worker's own, and what it read for their sums is in its cache for their gradient. Chunks
+    // and tiles of the last ones, and of large ones, are shared by all workers.
     std::vector<bool> alone(static_cast<size_t>(populations));
-    for (int64_t u = 0; u < populations - count; ++u)
-      alone[size_t(u)] = (args_.populations[u + 1] - args_.populations[u]) * args_.features <= kOwnNumbers;
+    for (int64_t p = 0; p < populations - count; ++p)
+      alone[size_t(p)] = (args_.populations[p + 1] - args_.populations[p]) * args_.features <= kOwnNumbers;
     std::vector<std::atomic<int32_t>> left(static_cast<size_t>(populations)), ready(static_cast<size_t>(populations));
-    for (size_t u = 0; u < left.size(); ++u) {
-      left[u].store(int32_t(first_chunk_[u + 1] - first_chunk_[u]), std::memory_order_relaxed);
-      ready[u].store(modelled_[u] ? 0 : 1, std::memory_order_relaxed);
+    for (size_t p = 0; p < left.size(); ++p) {
+      left[p].store(int32_t(first_chunk_[p + 1] - first_chunk_[p]), std::memory_order_relaxed);
+      ready[p].store(modelled_[p] ? 0 : 1, std::memory_order_relaxed);
     }
     std::atomic<int64_t> next_population{0}, next_chunk{0}, next_tile{0};
     threads_.run(count, [&](int64_t w) {
       Worker& worker = workers[size_t(w)];
-      for (int64_t u; (u = next_population.fetch_add(1)) < populations;) {
-        if (!alone[size_t(u)]) continue;
-        for (int64_t n = first_chunk_[size_t(u)]; n < first_chunk_[size_t(u) + 1]; ++n) add_chunk(worker, n);
-        add_chunks_of(u);
-        for (int64_t n = first_tile_[size_t(u)]; n < first_tile_[size_t(u) + 1]; ++n) finish_tile(worker, n);
+      for (int64_t p; (p = next_population.fetch_add(1)) < populations;) {
+        if (!alone[size_t(p)]) continue;
+        for (int64_t n = first_chunk_[size_t(p)]; n < first_chunk_[size_t(p) + 1]; ++n) add_chunk(worker, n);
+        add_chunks_of(p);
+        for (int64_t n = first_tile_[size_t(p)]; n < first_tile_[size_t(p) + 1]; ++n) finish_tile(worker, n);
       }
       for (int64_t n; (n = next_chunk.fetch_add(1)) < int64_t(chunks_.size());) {
         const int64_t population = chunks_[size_t(n)].population;
@@ -291,7 +291,7 @@ class SampledCall {
     outline(tile, chunk.rows, chunk.tokens);
     kernels_.model_sums(jobs_[size_t(chunk.layer)], models_[size_t(chunk.layer)], tile, worker.scratch,
                         features_of(chunk.layer), sums_of(n));
-    Sums& sums = of_chunk_[size_t(n)];
+    Sums& sums = chunk_sums_[size_t(n)];
     sums.finite = tile.finite;
     for (int32_t t = 0; t < tile.tokens; ++t) {
       const double length = double(tile.norm[t]) * tile.inverse[t];
@@ -332,7 +332,7 @@ class SampledCall {
       tile.partner_end = partner_end_.data() + run.first;
       kernels_.pack(job, tile, worker.scratch);
       kernels_.sample(job, model, tile, worker.scratch, phi, sums, float(args_.inverse_probability[run.population]));
-      of_tile_[size_t(n)] = {tile.psi_sum * psi_scale_, tile.c_sum, tile.finite};
+      tile_sums_[size_t(n)] = {tile.psi_sum * psi_scale_, tile.c_sum, tile.finite};
     } else {
       kernels_.expand(job, model, tile, worker.scratch, phi, sums);
     }
@@ -347,36 +347,36 @@ class SampledCall {
       double psi = 0.0, missed_c = 0.0;  // missed: all pairs less their estimate from those visited
     };
     constexpr double nan = std::numeric_limits<double>::quiet_NaN();
-    std::vector<Estimate> of_population(size_t(args_.population_count)), of_sequence(size_t(args_.sequence_count));
+    std::vector<Estimate> population_sums(size_t(args_.population_count)), sequence_sums(size_t(args_.sequence_count));
     for (size_t n = 0; n < tiles_.size(); ++n) {
-      Estimate& sums = of_population[size_t(tiles_[n].population)];
+      Estimate& sums = population_sums[size_t(tiles_[n].population)];
       const double stands_for = visited() ? args_.inverse_probability[tiles_[n].population] : 0.0;
-      sums.psi += of_tile_[n].finite ? stands_for * of_tile_[n].psi : nan;
-      sums.missed_c -= stands_for * of_tile_[n].c;
+      sums.psi += tile_sums_[n].finite ? stands_for * tile_sums_[n].psi : nan;
+      sums.missed_c -= stands_for * tile_sums_[n].c;
     }
     for (size_t n = 0; n < chunks_.size(); ++n)
-      of_population[size_t(chunks_[n].population)].missed_c -= of_chunk_[n].finite ? of_chunk_[n].c : nan;
-    for (size_t u = 0; u < of_population.size(); ++u) {
-      Estimate& sequence = of_sequence[size_t(args_.sequence[u])];
-      sequence.psi += of_population[u].psi;
+      population_sums[size_t(chunks_[n].population)].missed_c -= chunk_sums_[n].finite ? chunk_sums_[n].c : nan;
+    for (size_t u = 0; u < population_sums.size(); ++u) {
+      Estimate& sequence = sequence_sums[size_t(args_.sequence[u])];
+      sequence.psi += population_sums[u].psi;
       if (!modelled_[u]) continue;
       // The first feature is 1.
       const float* total = sums_of(first_chunk_[u]);
       for (int64_t f = 0; f < args_.features; ++f) {
         const double x = total[f / kernels_.panel * kernels_.panel * kModelFeatures + f % kernels_.panel];
-        of_population[u].missed_c += x * x;
+        population_sums[u].missed_c += x * x;
       }
-      sequence.missed_c += of_population[u].missed_c;
+      sequence.missed_c += population_sums[u].missed_c;
     }
-    const size_t of_layer = of_sequence.size() / size_t(args_.layer_count);
-    for (size_t s = 0; s < of_sequence.size(); ++s) {
+    const size_t layer_sequences = sequence_sums.size() / size_t(args_.layer_count);
+    for (size_t s = 0; s < sequence_sums.size(); ++s) {
       const double pairs = double(args_.pairs[s]);
       args_.loss[s] = args_.per_pair[s] = 0.0;
       if (pairs == 0.0) continue;
-      double mean = of_sequence[s].psi / pairs;
+      double mean = sequence_sums[s].psi / pairs;
       if (models()) {
-        const Fit& fit = fits_[s / of_layer];
-        double missed = of_sequence[s].missed_c / pairs;
+        const Fit& fit = fits_[s / layer_sequences];
+        double missed = sequence_sums[s].missed_c / pairs;
         if (!visited()) {
           mean += fit.mean_psi * psi_scale_;
           missed -= fit.mean_c;
@@ -393,8 +393,8 @@ class SampledCall {
       const double factor = args_.per_pair[args_.sequence[tile.population]] * slope_scale_;
       float* scale = args_.scale + tile.layer * args_.rows;
       for (int32_t t = 0; t < tile.tokens; ++t) {
-        float& of_row = scale[tile.rows[t]];
-        of_row = float(of_row * factor);
+        float& row_scale = scale[tile.rows[t]];
+        row_scale = float(row_scale * factor);
       }
     }
   }
@@ -409,10 +409,10 @@ class SampledCall {
   std::vector<Run> chunks_, tiles_;
   std::vector<int64_t> first_chunk_, first_tile_;  // of each population
   std::vector<bool> modelled_;                     // whether a population has pairs that are not visited
-  std::vector<dk_args> of_layer_;
+  std::vector<dk_args> layer_args_;
   std::vector<Job> jobs_;
   std::vector<Model> models_;
-  std::vector<Sums> of_chunk_, of_tile_;
+  std::vector<Sums> chunk_sums_, tile_sums_;
   std::vector<Fit> fits_;
   float* sums_ = nullptr;  // of each chunk
   // NULL without a model:

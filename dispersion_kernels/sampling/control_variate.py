@@ -60,10 +60,10 @@ def fit(z: Tensor, partition: Partition, uniform: Tensor, potential: Potential, 
     """The model of tokens ``[B, L, F]``; ``uniform`` ``[FIT_GROUPS, 1 + FIT_TOKENS]`` draws a population for each
     group, as that of a token, and tokens of it."""
     # What is a place in the order is a token that does not depend on the shuffle.
-    begins, of_population = partition.populations[:-1], partition.tokens
-    anchor = (uniform[:, 0] * of_population.sum()).long()
+    begins, population_tokens = partition.populations[:-1], partition.tokens
+    anchor = (uniform[:, 0] * population_tokens.sum()).long()
     population = (torch.searchsorted(begins.contiguous(), anchor, right=True) - 1).clamp(min=0)
-    others = of_population[population].unsqueeze(1) - 1
+    others = population_tokens[population].unsqueeze(1) - 1
     within = torch.minimum((uniform[:, 1:] * (others + 1)).long(), others.clamp(min=0))
     places = (begins[population].unsqueeze(1) + within).clamp(max=z.shape[0] * z.shape[1] - 1)
     drawn = places.flatten()
@@ -101,13 +101,13 @@ def fit(z: Tensor, partition: Partition, uniform: Tensor, potential: Potential, 
         weighted = basis * (pairs * (1 - c.square()).clamp(min=0)).flatten()
         solution = _solve(weighted @ basis.mT, weighted @ slope.view(-1, 1))
         residual = slope - (solution.mT @ basis).view(slope.shape)
-        one, all_of_them, few_of_them, squares = solution
+        one, all_directions, first_few, squares = solution
         squares = squares * squares.new_tensor(_TIMES)
         if full:
-            b_of_c = all_of_them.squeeze(0)
-            b = torch.cat([one, few_of_them.expand(SQUARED), squares])
+            b_of_c = all_directions.squeeze(0)
+            b = torch.cat([one, first_few.expand(SQUARED), squares])
         else:
-            first, rest = (all_of_them + few_of_them).expand(SQUARED), all_of_them.expand(DIRECTIONS - SQUARED)
+            first, rest = (all_directions + first_few).expand(SQUARED), all_directions.expand(DIRECTIONS - SQUARED)
             b = torch.cat([one, first, rest, squares])
     return Fit(
         b=b,
@@ -204,14 +204,14 @@ def noise(fit: Fit, partition: Partition, per_pair: Tensor, visited: bool) -> Te
     n, total = fit.pairs.sum(2), fit.residual @ fit.tokens
     squares = fit.c.diagonal(dim1=1, dim2=2)
     inverse = torch.where(squares > 0, 1 / squares, 0.0)
-    of_terms = (fit.residual.square() * (squares.unsqueeze(1) - fit.c.square() * inverse.unsqueeze(2))).sum(2)
-    of_total = total.square().sum(2) - (total * fit.tokens).sum(2).square() * inverse
-    variance = ((of_terms - of_total / n.clamp(min=1)) / (n - 1).clamp(min=1)).clamp(min=0) * (n > 1)
+    term_squares = (fit.residual.square() * (squares.unsqueeze(1) - fit.c.square() * inverse.unsqueeze(2))).sum(2)
+    total_square = total.square().sum(2) - (total * fit.tokens).sum(2).square() * inverse
+    variance = ((term_squares - total_square / n.clamp(min=1)) / (n - 1).clamp(min=1)).clamp(min=0) * (n > 1)
     others = (partition.tokens[fit.population] - 1).clamp(min=1).to(variance.dtype).unsqueeze(1)
     if visited:
         mates = (others + 1) / partition.blocks[fit.population].clamp(min=1).unsqueeze(1) - 1
-        of_mean = (1 / mates.clamp(min=1) - 1 / others) * variance
+        mean_noise = (1 / mates.clamp(min=1) - 1 / others) * variance
     else:
-        of_mean = (of_total / n.clamp(min=1).square() - variance / n.clamp(min=1)).clamp(min=0) * (n > 1)
+        mean_noise = (total_square / n.clamp(min=1).square() - variance / n.clamp(min=1)).clamp(min=0) * (n > 1)
     factor = others * per_pair[partition.sequence[fit.population]].unsqueeze(1) * fit.inverse
-    return _total(factor.square() * of_mean) / (n > 1).sum().clamp(min=1) * partition.tokens.sum()
+    return _total(factor.square() * mean_noise) / (n > 1).sum().clamp(min=1) * partition.tokens.sum()

@@ -72,17 +72,17 @@ def visits_all(fraction: float, z: Tensor, cu_seqlens: Tensor | None) -> bool:
 def draw(layers: Sequence[Tensor], fraction: float, generator: torch.Generator | None) -> Draws:
     """For a fraction of the pairs of tokens ``[B, L, F]`` of each layer."""
     (batch, length, _), device, count = layers[0].shape, layers[0].device, len(layers)
-    of_fit = uniform(count, FIT_GROUPS, 1 + FIT_TOKENS, device=device, generator=generator)
+    fit_draws = uniform(count, FIT_GROUPS, 1 + FIT_TOKENS, device=device, generator=generator)
     if fraction == 0:
-        return Draws(of_fit.new_empty(count, 0, 0, dtype=torch.int64), of_fit)
+        return Draws(fit_draws.new_empty(count, 0, 0, dtype=torch.int64), fit_draws)
     if device.type != "cpu" or _in_vmap():
-        return Draws(uniform(count, batch, length, device=device, generator=generator).argsort(2), of_fit)
+        return Draws(uniform(count, batch, length, device=device, generator=generator).argsort(2), fit_draws)
     # On a CPU sorting takes seven times as long as this.
     if torch.compiler.is_compiling() and generator is None:
         orders = torch.ops.dispersion_kernels.permutations(count * batch, length)
     else:
         orders = _permutations(count * batch, length, generator)
-    return Draws(orders.view(count, batch, length), of_fit)
+    return Draws(orders.view(count, batch, length), fit_draws)
 
 
 def _in_vmap() -> bool:
@@ -164,7 +164,7 @@ def estimate(
 
 def _relative_error(grad: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
     """``[]``: from the gradient's factors of one layer and the square of its error."""
-    of_tokens = torch.linalg.vector_norm(grad.flatten(0, -2), dim=1) * scale.flatten()
-    squares = sum_of_tokens(of_tokens.to(noise.dtype).square().unsqueeze(0)).squeeze(0)
+    lengths = torch.linalg.vector_norm(grad.flatten(0, -2), dim=1) * scale.flatten()
+    squares = sum_of_tokens(lengths.to(noise.dtype).square().unsqueeze(0)).squeeze(0)
     error: Tensor = (noise / (squares - noise).clamp(min=torch.finfo(grad.dtype).tiny)).sqrt()
     return error

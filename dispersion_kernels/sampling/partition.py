@@ -68,9 +68,9 @@ class Rows:
     """``[R]``."""
     population: Tensor
     """``[R]``: a number that the rows of a population share, ascending from 0."""
-    of_population: Runs
+    population_runs: Runs
     """The rows of each of these numbers."""
-    of_sequence: Runs
+    sequence_runs: Runs
     """The rows of each sequence."""
 
 
@@ -209,8 +209,8 @@ def rows_of(partition: Partition) -> Rows:
         places=places.masked_fill(padding, tokens),
         block=block,
         population=population,
-        of_population=torch.searchsorted(population, torch.arange(block.numel() + 1, device=block.device)),
-        of_sequence=torch.searchsorted(sequence, torch.arange(sequences + 1, device=block.device)),
+        population_runs=torch.searchsorted(population, torch.arange(block.numel() + 1, device=block.device)),
+        sequence_runs=torch.searchsorted(sequence, torch.arange(sequences + 1, device=block.device)),
     )
 
 

@@ -64,16 +64,16 @@ def sample(
     if grad is None or order is None:
         return losses, per_pair
     # What the gradient of a block's loss counts in that of its sequence's.
-    of_block = per_pair[sequence] * weight * pairs / 2
+    block_factor = per_pair[sequence] * weight * pairs / 2
     if potential.reduction == "log_mean":
-        of_block = of_block * means
+        block_factor = block_factor * means
     block = segment_of_token(torch.nn.functional.pad(partition.bounds, (0, 1), value=tokens.shape[0]), tokens.shape[0])
     swept = grads.flatten(0, 1)
-    of_token = torch.nn.functional.pad(of_block, (0, 1))[block].to(swept.dtype)  # 0 for those that are left out
-    swept *= (of_token * scale.flatten()).unsqueeze(1)
+    token_factor = torch.nn.functional.pad(block_factor, (0, 1))[block].to(swept.dtype)  # 0 for those that are left out
+    swept *= (token_factor * scale.flatten()).unsqueeze(1)
     if model is not None and read is not None:
-        of_token = torch.nn.functional.pad(per_pair[sequence], (0, 1))[block].to(swept.dtype)
-        swept.addcmul_(model, (of_token * read.inverse).unsqueeze(1))
+        token_factor = torch.nn.functional.pad(per_pair[sequence], (0, 1))[block].to(swept.dtype)
+        swept.addcmul_(model, (token_factor * read.inverse).unsqueeze(1))
     grad.index_copy_(0, order, swept)
     return losses, per_pair
 
@@ -108,15 +108,15 @@ def _model(
     population = partition.population[rows.block]
     inverse = partition.inverse_probability[population]
     sums = phi.mT @ x  # [R, k, F]
-    totals = sum_of_runs(sums, rows.of_population)
+    totals = sum_of_runs(sums, rows.population_runs)
 
     # phi begins with 1.
     squares = x.square().sum((1, 2), dtype=inverse.dtype)
-    of_rows = sums[:, 0].to(inverse.dtype).square().sum(1) - squares
-    of_all = totals[:, 0].to(inverse.dtype).square().sum(1) - sum_of_runs(squares, rows.of_population)
+    row_products = sums[:, 0].to(inverse.dtype).square().sum(1) - squares
+    population_products = totals[:, 0].to(inverse.dtype).square().sum(1) - sum_of_runs(squares, rows.population_runs)
     # Divided among the rows of a population, which know their sequence.
-    missed = of_all[rows.population] / partition.blocks[population].clamp(min=1) - of_rows * inverse
-    missed = sum_of_runs(missed, rows.of_sequence)
+    missed = population_products[rows.population] / partition.blocks[population].clamp(min=1) - row_products * inverse
+    missed = sum_of_runs(missed, rows.sequence_runs)
     if not with_grad:
         return missed, None
 
