@@ -22,10 +22,16 @@ namespace dk {
 #if !defined(__aarch64__)
 namespace {
 
-// Leaf 1 of cpuid: not every Clang knows "f16c" in __builtin_cpu_supports (14 does not).
-bool has_f16c() {
+// Leaf 1 of cpuid: not every Clang knows "f16c" in __builtin_cpu_supports (14 does not). Read once a process: in a
+// virtual machine cpuid leaves it for the hypervisor, which takes 20 us or more.
+bool read_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+
+bool has_f16c() {
+  static const bool has = read_f16c();
+  return has;
 }
 
 }  // namespace
