@@ -55,6 +55,11 @@ A step of the trainer; the runs take a step each in turn, and on a CPU freed mem
 trainer. Of the quotients with the step without the loss in the same turn the table has the median and its standard
 error. Peak memory is what a step takes beyond weights and the optimiser's state; an activation is the fp32 hidden
 states of one layer.""",
+    "regularizer": """\
+Forward and backward of a GPT-2: without the loss, by the recipe (hidden states out of the model, and the function on
+all of them), by the function with `recompute=True`, and by `DispersionRegularizer`. Peak memory of tensors beyond the
+step without the loss, in hidden states of one layer in the model's dtype; the median quotient of the time with the step
+without it in the same turn.""",
     "accuracy": """\
 Relative error of the gradient (of the loss), against float64 on the same numbers, by the mean cosine of the tokens:
 2 x 512 tokens, F = 768. In fp16 the naive loss overflows. The 16-bit gradients of this package are fp32 sums that are
@@ -520,10 +525,24 @@ def _saved(figure: Any, path: Path) -> Path:
     return path
 
 
+def regularizer_table(rows: list[Row]) -> str:
+    kinds = list(dict.fromkeys((row["dtype"], row["checkpointing"]) for row in rows))
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    of = {(row["variant"], row["dtype"], row["checkpointing"]): row for row in rows}
+    heads = [f"{dtype}{', checkpointed' if int(checkpointing) else ''}" for dtype, checkpointing in kinds]
+    lines = [f"| {rows[0]['shape']}: z, of time | {' | '.join(heads)} |", "| --- " * (1 + len(kinds)) + "|"]
+    for name in names:
+        found = [of[(name, *kind)] for kind in kinds]
+        cells = [f"{float(row['more_z']):.1f}, {float(row['of_time_without']):.2f}" for row in found]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "loss": loss_full,
     "memory": memory_table,
     "train": train_table,
+    "regularizer": regularizer_table,
     "accuracy": accuracy_table,
     "scale": scale_table,
     "sampling": sampling_full,

@@ -4,6 +4,7 @@ README's tables are what the files in docs/results make."""
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.util
 import math
 import shlex
@@ -18,10 +19,22 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import accuracy, convergence, loss, memory, report, sampling, scale, train, variants
+from benchmarks import (
+    accuracy,
+    convergence,
+    loss,
+    memory,
+    regularizer,
+    report,
+    sampling,
+    scale,
+    train,
+    variants,
+)
 from benchmarks.machine import peak_memory
 from benchmarks.timing import interleaved, quartiles
 from dispersion_kernels.condensation import mean_pairwise_cosine
+from dispersion_kernels.gpt2.model import GPT2, GPT2Config
 from dispersion_kernels.gpt2.options import parse_options
 from kernel_audit import gpu_model, static_report
 
@@ -223,6 +236,24 @@ def test_train_suite(quick_clock: None, tmp_path: Path, monkeypatch: pytest.Monk
         assert float(row["tokens_per_second"]) == pytest.approx(128 / float(row["ms"]) * 1e3)
         assert row["layers"] == "2"
     assert len(report.train_table(rows).splitlines()) == 2 + len(rows)
+
+
+@pytest.mark.slow
+def test_regularizer_suite(tmp_path: Path) -> None:
+    command.main(["--suite", "regularizer", "--quick", "--out", str(tmp_path / "r.csv")])
+    rows = read(tmp_path / "r.csv")
+    assert [row["variant"] for row in rows] == 4 * list(regularizer.VARIANTS)
+    assert {row["of_time_without"] for row in rows if row["variant"] == "no loss"} == {"1.0"}
+    assert len(report.regularizer_table(rows).splitlines()) == 2 + len(regularizer.VARIANTS)
+    with pytest.raises(RuntimeError, match=r"gradients of regulariser differ"):
+        regularizer._check(*_a_wrong_step())
+
+
+def _a_wrong_step() -> tuple[Any, Any, float]:
+    model = GPT2(GPT2Config(layers=1, width=16, heads=2, context=32, vocab=16))
+    tokens = torch.randint(16, (2, 32))
+    steps = {name: functools.partial(step, model, tokens) for name, step in regularizer.VARIANTS.items()}
+    return model, {**steps, "regulariser": steps["no loss"]}, 1e-4
 
 
 def test_the_first_steps_of_training_must_agree() -> None:

@@ -39,6 +39,8 @@ def test_snippets_run(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for module in ("triton", "transformers"):
         if re.search(rf"^(import|from) {module}\b", SNIPPETS[where], flags=re.MULTILINE):
             pytest.importorskip(module)
+    if "import attach" in SNIPPETS[where]:
+        pytest.importorskip("accelerate")  # of transformers' Trainer
     monkeypatch.chdir(tmp_path)
     script = tmp_path / "snippet.py"
     script.write_text(SNIPPETS[where], encoding="utf-8")
