@@ -1,4 +1,4 @@
-"""The dispersion loss against embedding condensation: exact, over all pairs of tokens, in tiles."""
+"""Dispersion loss against embedding condensation, over all pairs of tokens, in tiles."""
 
 from dispersion_kernels._version import __version__
 from dispersion_kernels.backends import Support, supported

@@ -1,4 +1,4 @@
-"""What an argument is, before anything is asked of it: errors that name it, what it got, and the remedy."""
+"""Checks of the types and values of arguments, with errors that name the argument, what it got, and the remedy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def layers_of(z: Any, name: str = "z") -> list[Tensor]:
-    """The hidden states of each layer: of one, where ``z`` is a tensor, or the elements of a list."""
+    """List of the hidden states of each layer: ``[z]`` for a tensor, the elements for an iterable of tensors."""
     if isinstance(z, Tensor):
         return [z]
     remedy = _remedy(z, name)
@@ -33,7 +33,7 @@ def layers_of(z: Any, name: str = "z") -> list[Tensor]:
 
 
 def _remedy(value: Any, name: str) -> str | None:
-    """What to give in place of what is often given by mistake."""
+    """Remedy for a ``value`` that is often given by mistake; None where none is known."""
     if value is None:
         return "a Hugging Face model returns hidden_states with output_hidden_states=True alone"
     if isinstance(value, Mapping):
@@ -53,7 +53,7 @@ def _kind(value: Any) -> str:
 
 
 def check_tensor(name: str, value: Any, wanted: str, remedy: str) -> None:
-    """``wanted``: what the tensor is, as "boolean [B, L]"."""
+    """Raises where ``value`` is no tensor; ``wanted`` describes the tensor for the message, as "boolean [B, L]"."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, {wanted}, got {_kind(value)}; {remedy}")
 
@@ -72,7 +72,7 @@ def check_generator(generator: Any) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """A number that is one: Python's, NumPy's, or a tensor of no dimension."""
+    """Raises where ``value`` is neither a number of Python or NumPy nor a 0-dimensional tensor without gradient."""
     if not isinstance(value, int | float) and (
         not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0 or getattr(value, "is_meta", False)
     ):
@@ -92,7 +92,7 @@ def check_choice(name: str, value: Any, available: Sequence[str]) -> None:
 
 
 def beside(tensor: Tensor | None, layer: Tensor, first: Tensor) -> Tensor | None:
-    """What is given with the first of several layers, with a layer on another device."""
+    """``tensor``, given on the device of the ``first`` layer, copied to the device of ``layer`` where that differs."""
     moves = tensor is not None and layer.device != first.device and tensor.device == first.device
     return tensor.to(layer.device) if moves and tensor is not None else tensor
 

@@ -1,4 +1,4 @@
-"""Embedding condensation, measured and drawn.
+"""Measurement and plot of embedding condensation: the mean pairwise cosine of the tokens, layer by layer.
 
 In small language models the embeddings of a sequence's tokens gather in a narrow cone, the more so the deeper the
 layer. Liu et al., "Dispersion loss counteracts embedding condensation and improves generalization in small language
@@ -16,7 +16,7 @@ from torch import Tensor
 from dispersion_kernels.checks import beside, check_tensor, layers_of
 from dispersion_kernels.numerics import token_norms
 
-# Rows normalised at a time, which bounds the extra memory whatever the length of the sequence.
+# Tokens normalised at a time; bounds the extra memory for sequences of any length.
 CHUNK = 4096
 
 
@@ -24,20 +24,20 @@ CHUNK = 4096
 def mean_pairwise_cosine(z: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Mean cosine over the pairs i != j of each sequence's tokens, averaged over the sequences; a scalar.
 
-    With unit vectors `x_i = z_i / |z_i|` the sum over all pairs is known without visiting them,
+    With unit vectors ``x_i = z_i / |z_i|`` the sum over all pairs has a closed form::
 
-        sum_{i != j} x_i . x_j = |sum_i x_i|^2 - sum_i |x_i|^2,
+        sum_{i != j} x_i . x_j = |sum_i x_i|^2 - sum_i |x_i|^2
 
-    so the mean over L (L - 1) pairs is exact in O(L F) time and in memory that does not grow with L^2.
+    The mean over L (L - 1) pairs is therefore exact in O(L F) time, and its memory does not grow with L^2.
     A token of norm zero has cosine 0 with every other token.
 
     Args:
-        z: hidden states, `[B, L, F]` or `[L, F]`, any floating dtype.
-        mask: boolean, `[B, L]` or `[L]`; only tokens where it is True take part.
+        z: hidden states, ``[B, L, F]`` or ``[L, F]``, any floating dtype.
+        mask: boolean, ``[B, L]`` or ``[L]``; only tokens where ``mask`` is True take part.
 
     Returns:
-        A scalar, float64 for float64 input and else float32. Sequences with fewer than two tokens do not count;
-        when none is left the result is NaN.
+        A scalar, float64 for float64 input and float32 otherwise. Sequences with fewer than two tokens do not count;
+        the result is NaN where no sequence counts.
 
     Source: Liu et al., ICML 2026, arXiv 2602.00217 (the measure; the closed form is elementary).
     """
@@ -77,7 +77,7 @@ def mean_pairwise_cosine(z: Tensor, *, mask: Tensor | None = None) -> Tensor:
 
 
 def condensation_by_layer(hidden: Sequence[Tensor], *, mask: Tensor | None = None) -> Tensor:
-    """`mean_pairwise_cosine` of every layer's hidden states, `[layers]`, on the device of the first."""
+    """:func:`mean_pairwise_cosine` of every layer's hidden states, ``[layers]``, on the device of the first layer."""
     if isinstance(hidden, Tensor):
         raise TypeError(
             "hidden must be a list of tensors, one a layer, got one tensor; give [hidden] where it is one layer's, "
@@ -95,7 +95,7 @@ def _numbers(label: str, values: Iterable[float]) -> list[float]:
         raise TypeError(f"curves[{label!r}] must be numbers, one a layer, got {values!r}") from error
 
 
-# Okabe and Ito's palette, told apart in all common kinds of colour blindness; markers help in grey.
+# Okabe and Ito's palette, distinguishable in all common kinds of colour blindness; markers distinguish in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -107,16 +107,18 @@ def plot_condensation(
     title: str = "Embedding condensation",
     dashed: Sequence[str] = (),
 ) -> Path:
-    """Draws mean pairwise cosine by layer, one curve a label, to a picture (PNG unless `path` says otherwise).
+    """Plots the mean pairwise cosine against the layer, one curve per label.
 
     Args:
-        curves: label -> one mean pairwise cosine a layer, the first layer first.
-        path: where the picture goes. It is written under a temporary name and renamed, so it is there whole or not.
-        title: what is drawn above it.
-        dashed: labels of the curves drawn thin, grey and dashed: states to compare with.
+        curves: map from a label to one mean pairwise cosine per layer, first layer first.
+        path: file of the picture; its suffix selects the format, PNG without one. The picture is written under a
+            temporary name and renamed, so that ``path`` never holds a part of it.
+        title: title above the axes.
+        dashed: labels of the curves drawn thin, grey and dashed, for states to compare with.
 
     Raises:
-        ValueError: no curve, or an empty one, or a label in `dashed` that is not in `curves`.
+        ValueError: no curve, an empty curve, a label in ``dashed`` that is not in ``curves``, or an unknown format.
+        TypeError: an argument of the wrong type.
         ModuleNotFoundError: matplotlib is missing.
 
     Source: Liu et al., ICML 2026, arXiv 2602.00217.
@@ -140,7 +142,7 @@ def plot_condensation(
             'drawing needs matplotlib: pip install "dispersion-kernels[gpt2]"', name=error.name
         ) from error
 
-    # Without pyplot: no display, no global state, no figure left open.
+    # A Figure without pyplot needs no display, changes no global state, and leaves no figure open.
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     formats = figure.canvas.get_supported_filetypes()
     if (ending := Path(path).suffix.lstrip(".").lower() or "png") not in formats:

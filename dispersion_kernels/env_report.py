@@ -1,4 +1,4 @@
-"""What a bug report should say of the machine: ``python -m dispersion_kernels.env_report``."""
+"""Report of the machine and the installation for bug reports: ``python -m dispersion_kernels.env_report``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from dispersion_kernels.backends import cpu, triton_version
 
 
 def report() -> str:
-    """Versions, processor, threads, what was built at install, and which backends work and why others do not."""
+    """Text with the versions, processor, threads, kernels built at install, and each backend's support or lack of it
+    with the reason."""
     z = torch.zeros(1, 2, 2)
     build = cpu.build_info()
     built = "not built: " + str(build.get("reason"))

@@ -1,9 +1,9 @@
-"""What ``torch.utils.flop_counter.FlopCounterMode`` counts of the operators.
+"""FLOP formulas of the operators for ``torch.utils.flop_counter.FlopCounterMode``.
 
-The matrix products over pairs, as it counts those of the naive loss: 2 FLOPs a multiply-add, L^2 pairs a sequence, one
-product for the loss and three with its gradient: 2 B L^2 F and 6 B L^2 F. (The kernels do half of it, because c is
-symmetric.) A packed sequence counts its own pairs, where ``cu_seqlens`` has values; masks and documents, which leave
-pairs out, change nothing. A fraction of the pairs counts those that are visited.
+Counted are the matrix products over pairs, by the mode's rules for the naive loss: 2 FLOPs per multiply-add, L^2 pairs
+per sequence, one product for the loss and three for loss and gradient: 2 B L^2 F and 6 B L^2 F. (The kernels do half of
+that, because c is symmetric.) Packed sequences count their own pairs where ``cu_seqlens`` has values; masks and
+documents do not change the count. Sampled pairs count the visited pairs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from dispersion_kernels.sampling.partition import block_tokens
 
 
 def register() -> None:
-    """Tells the counters at work. They take the formulas known when they are made, and to make these known to PyTorch
-    before would import Triton, as its module of the counter does."""
+    """Registers the formulas with PyTorch and with the active counters. Counters copy the registry when they are made,
+    so that the active ones have to be told; registering at import would import ``torch.utils.flop_counter``, and Triton
+    with it."""
     counter = sys.modules.get("torch.utils.flop_counter")
     if counter is None:
         return
@@ -77,7 +78,7 @@ def _of_sampled_pairs(
 
 
 def _lengths(z: Tensor, cu_seqlens: Tensor | None) -> list[int]:
-    """Of each sequence of ``[B, L, F]``; the whole of a packed row where ``cu_seqlens`` has no values."""
+    """Length of each sequence of ``z`` ``[B, L, F]``; L for a packed row whose ``cu_seqlens`` has no values."""
     if cu_seqlens is None or cu_seqlens.is_meta or type(cu_seqlens).__name__ == "FakeTensor":
         return [z.shape[1]] * z.shape[0]
     lengths: list[int] = cu_seqlens.diff().tolist()

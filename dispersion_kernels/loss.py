@@ -1,4 +1,4 @@
-"""The public function and module."""
+"""Public loss: the function :func:`fused_dispersion_loss` and the module :class:`DispersionLoss`."""
 
 from __future__ import annotations
 
@@ -44,12 +44,11 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class SamplingStats(NamedTuple):
-    """What :func:`fused_dispersion_loss` says of its estimate with ``return_stats=True``."""
+    """Statistics of the estimate that :func:`fused_dispersion_loss` returns with ``return_stats=True``."""
 
     relative_error: Tensor
-    """The relative error to expect of the gradient, the root of its mean square: ``[]``, or ``[layers]`` for a list. It
-    is estimated from the residuals of a few thousand pairs, and right within a third or so; 0 where all pairs were
-    visited."""
+    """Expected relative error of the gradient (root mean square), ``[]``, or ``[layers]`` for a list. The residuals of
+    a few thousand pairs give it, within about a third; 0 where all pairs were visited."""
 
 
 @overload
@@ -105,60 +104,45 @@ def fused_dispersion_loss(
     recompute: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, SamplingStats]:
-    """The dispersion loss over all pairs of tokens of each sequence, exact, without the L x L matrix.
+    """Dispersion loss over the pairs of tokens of each sequence, exact by default, without the L x L matrix.
 
-    For each sequence of n ordered pairs of tokens, with ``c_ij = x_i . x_j`` of the row-transformed tokens::
-
-        loss = log(1/n sum_{i != j} psi(c_ij)) + eps          (log-mean potentials; else the mean itself)
-
-    and for the default, ``angular_spread``: ``x = z / (|z| + eps)``, ``psi = exp(-D / tau)``,
-    ``D = arccos(clip(c, -1 + clamp, 1 - clamp)) / pi`` with a straight-through clip. Add it to the cross-entropy with a
-    weight of about 0.1. Loss and gradient take 3 B L^2 F FLOPs together and memory O(B L F); under ``torch.no_grad``
-    the loss alone takes 1 B L^2 F.
+    The loss of n ordered pairs is ``log(1/n sum_{i != j} psi(x_i . x_j)) + eps``, or the mean itself; x and psi are
+    defined in :mod:`dispersion_kernels.potentials`. Add it to the cross-entropy with a weight of about 0.1. Loss and
+    gradient take 3 B L^2 F FLOPs and O(B L F) memory, the loss alone 1 B L^2 F. Source: Liu et al., arXiv 2602.00217.
 
     Args:
-        z: hidden states ``[B, L, F]``, or ``[L, F]`` for one sequence, or ``[T, F]`` packed with ``cu_seqlens``, or a
-            list of them, one a layer, whose losses are averaged, on the device of the first (and mask,
-            ``document_ids`` and ``cu_seqlens`` with it). fp64, fp32, bf16 or fp16, any strides, F >= 2. Sums are fp32
-            (fp64 for fp64).
-        potential: ``"angular_spread"``, ``"orthogonalization"``, ``"l2_repel"``, ``"decorrelation"``,
-            ``"perplexity_entropy"``, ``"uniformity"``, ``"dispersive_l2"``, or a :class:`Potential`.
-        tau, clamp, eps: fields of the named potential to set; None leaves its default. tau (and sigma2 and t of the
-            potentials that have them) may be a tensor of one number. It is data: ``torch.compile`` compiles once for
-            all values, and one that requires a gradient gets it, from one or two more sweeps in PyTorch. Reading it on
-            an accelerator synchronises.
-        mask: boolean, ``z.shape[:-1]``; False takes a token out of all pairs.
-        cu_seqlens: int32 ``[S + 1]``, as in flash-attention: sequence s is the tokens ``cu_seqlens[s]:cu_seqlens[s +
-            1]`` of the packed ``z``. On the CPU its values are checked here; on an accelerator by an assertion on the
-            device.
-        document_ids: integers, ``z.shape[:-1]``: only tokens of equal id pair; a negative id takes a token out. The row
-            stays one sequence with one loss, the (log-)mean over the pairs that are left. For a loss a document, pack
-            them with ``cu_seqlens``.
-        sampling: None: all pairs. A fraction of them, as 1/16, or :class:`SampledPairs`: an unbiased estimate in less
-            time, for potentials of the cosine or the correlation. :class:`SampledTokens`: all pairs of some tokens, as
-            published.
-        generator: for these draws; on the device of ``z``.
-        return_stats: also return :class:`SamplingStats`, the error to expect of sampled pairs.
-        reduction: ``"mean"`` over the sequences that have a pair, their ``"sum"``, or ``"none"``: one loss a sequence,
-            ``[B]``, ``[S]`` or ``[]``, 0 for those without a pair.
-        recompute: keep the tokens alone between forward and backward, and sweep again there: 4 instead of 3 B L^2 F
-            FLOPs.
-        impl: ``"auto"``; ``"triton"`` or ``"cuda"``, the GPU kernels; ``"cpu"``, the C++ kernel; ``"torch"``, the same
-            sweep in PyTorch, on any device; ``"reference"``, which materialises. See :func:`supported`.
+        z: hidden states ``[B, L, F]``, ``[L, F]``, or ``[T, F]`` packed with ``cu_seqlens``; or a list, one per layer,
+            whose losses are averaged on the first one's device, where ``mask``, ``document_ids`` and ``cu_seqlens``
+            are. fp64, fp32, bf16 or fp16; any strides; F >= 2. Sums are fp32 (fp64 for fp64).
+        potential: ``"angular_spread"``, ``"orthogonalization"``, ``"l2_repel"``, ``"decorrelation"``, ``"uniformity"``,
+            ``"perplexity_entropy"``, ``"dispersive_l2"``, or a :class:`Potential`.
+        tau, clamp, eps: fields of the named potential; None is its default. ``tau`` (and ``sigma2``, ``t`` of a
+            :class:`Potential`) may be a one-element tensor: ``torch.compile`` compiles once for all values, a gradient
+            takes one or two more sweeps in PyTorch, and reading the value on an accelerator synchronises.
+        mask: boolean ``z.shape[:-1]``; False takes a token out of all pairs.
+        cu_seqlens: int32 ``[S + 1]`` bounds of packed sequences, as in flash-attention; checked here on a CPU, by a
+            device assertion on an accelerator.
+        document_ids: integers ``z.shape[:-1]``; tokens of equal id pair, a negative id takes a token out. A row keeps
+            one loss, over the pairs that are left; ``cu_seqlens`` gives one loss per document.
+        sampling: None for all pairs; a fraction or :class:`SampledPairs` for an unbiased estimate, for potentials of
+            the cosine or correlation; :class:`SampledTokens` for all pairs of some tokens, as published.
+        generator: random generator for ``sampling``, on the device of ``z``.
+        return_stats: also return :class:`SamplingStats`, with the expected error of sampled pairs.
+        reduction: ``"mean"`` or ``"sum"`` over the sequences that have a pair, or ``"none"``: ``[B]``, ``[S]`` or
+            ``[]``, 0 for sequences without a pair.
+        recompute: keep only the tokens for backward and sweep again there, 4 B L^2 F FLOPs in all.
+        impl: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"``, ``"torch"`` or ``"reference"``; see :func:`supported`.
 
     Returns:
-        The loss in fp32 (fp64 for fp64 tokens). 0 with a zero gradient where no sequence has two tokens that pair, with
-        a warning, once a process, where that is known without waiting for an accelerator. NaN for a sequence with a NaN
-        or infinity among the tokens that take part, or a norm beyond fp32's range, 3.4e38, or, for the potentials of a
-        distance, a squared norm of a token less their mean, or an exponent, beyond 1e37. A norm below 1.2e-38 counts as
-        0. With ``return_stats`` a pair: the loss, and :class:`SamplingStats`.
+        Loss in fp32 (fp64 for fp64), or a pair of loss and stats. 0 with zero gradient where no tokens pair, with one
+        warning per process if the host knows. NaN for a sequence whose paired tokens have a NaN, an infinity or a norm
+        above 3.4e38 (for distances a centred squared norm or exponent above 1e37). Norms below 1.2e-38 count as 0.
 
     Raises:
-        ValueError: a shape or value that is wrong. The message names the argument and what it should be.
-        TypeError: a type or dtype that is wrong.
-        RuntimeError: an explicit ``impl`` that cannot run here; a second derivative (``impl="reference"`` has one).
+        ValueError, TypeError: a wrong shape or value; a wrong type or dtype. The message names the argument.
+        RuntimeError: an ``impl`` that cannot run here; a second derivative (only ``impl="reference"`` has one).
 
-    Source: Liu et al., ICML 2026, arXiv 2602.00217; for the others see :mod:`dispersion_kernels.potentials`.
+    Example: ``loss = cross_entropy + 0.1 * fused_dispersion_loss(hidden_states, mask=attention_mask.bool())``
     """
     resolved = resolve_potential(potential, tau=tau, clamp=clamp, eps=eps)
     check_impl(impl)
@@ -190,7 +174,7 @@ def fused_dispersion_loss(
         (layer.shape, layer.dtype, layer.device) == (first.shape, first.dtype, first.device) for layer in layers
     )
     if len(layers) > 1 and (not alike or isinstance(sampling, SampledTokens) or impl == "reference"):
-        # Each layer by itself: the draws are other ones in each.
+        # One call per layer: layers differ, the reference takes one layer, or the tokens are drawn for each layer.
         of_layers = [
             fused_dispersion_loss(
                 layer,
@@ -230,7 +214,7 @@ def fused_dispersion_loss(
     error: Tensor | None = None
     if impl == "reference":
         loss = _reference_loss(layers[0], groups, cu_seqlens, resolved, reduction)
-    # A compiler would ask for each length which it is, and compile it again: there the operator does.
+    # Under a compiler the operator calls ``visits_all``: here it would be a guard, and a compilation, for each length.
     elif isinstance(sampling, SampledPairs) and (
         torch.compiler.is_compiling() or not visits_all(sampling.fraction, layers[0], cu_seqlens)
     ):
@@ -257,20 +241,23 @@ def fused_dispersion_loss(
 
 
 class DispersionLoss(nn.Module):
-    """:func:`fused_dispersion_loss` as a module, with the published code's constructor arguments.
+    """Module form of :func:`fused_dispersion_loss` with the published code's constructor arguments.
 
     Args:
-        variant: the potential: a name, or a :class:`Potential`.
-        tau_l2: tau of ``l2_repel`` and ``dispersive_l2``, sigma2 of ``perplexity_entropy``.
-        tau_cos: tau of ``angular_spread``. Either may be a tensor, which becomes the buffer ``tau``, or a parameter.
-        margin: of ``orthogonalization``.
-        epsilon: eps of the potentials that have one.
-        clamp_threshold: clamp of ``angular_spread`` and ``orthogonalization``.
-        sampling: all pairs, by default. The published code draws 256 tokens: ``SampledTokens(256)``.
+        variant: name of a potential, or a :class:`Potential`.
+        tau_l2: ``tau`` of ``l2_repel`` and ``dispersive_l2``, ``sigma2`` of ``perplexity_entropy``.
+        tau_cos: ``tau`` of ``angular_spread``. A tensor for ``tau_l2`` or ``tau_cos`` becomes the module's buffer
+            ``tau``, a parameter its parameter ``tau``.
+        margin: ``margin`` of ``orthogonalization``.
+        epsilon: ``eps`` of the potentials that have one.
+        clamp_threshold: ``clamp`` of ``angular_spread`` and ``orthogonalization``.
+        sampling: None, the default, for all pairs. The published code draws 256 tokens: ``SampledTokens(256)``.
         reduction, recompute, impl: as in :func:`fused_dispersion_loss`.
 
-    As in the published class, every variant accepts all arguments and ignores those that it does not use. Errors are
-    raised here, as there.
+    Every variant accepts all arguments and ignores those that it does not use, as the published class does.
+
+    Raises:
+        ValueError, TypeError: as :func:`fused_dispersion_loss`, at construction.
     """
 
     def __init__(
@@ -326,7 +313,7 @@ class DispersionLoss(nn.Module):
         document_ids: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The loss of ``z``; arguments as in :func:`fused_dispersion_loss`."""
+        """Loss of ``z``; arguments as in :func:`fused_dispersion_loss`."""
         return fused_dispersion_loss(
             z,
             self.potential if self.tau is None else at_temperature(self.potential, self.tau),
