@@ -1,5 +1,5 @@
 """Whether training with sampled pairs ends where training with all of them does: the nano GPT-2 with no loss, with the
-loss on 256 random tokens, on a share of the pairs, and on all, from several seeds each.
+loss on 256 random tokens, on a fraction of the pairs, and on all, from several seeds each.
 
 Windows of 1,024 tokens, of which 256 are a quarter. Each run is a process of one thread, as many at a time as there are
 processors, all from the same text.

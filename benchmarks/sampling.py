@@ -1,4 +1,4 @@
-"""Error of the gradient against time: a subsample of tokens, a share of the pairs with each control variate, all pairs.
+"""Error of the gradient against time: sampled tokens, sampled pairs with each control variate, all pairs.
 
 *Low rank* has 16 directions, *full rank* c itself.
 On hidden states of a nano GPT-2, trained here for a hundred steps, of SmolLM2-135M, where it is installed
@@ -37,7 +37,7 @@ TAUS = (1.0, 0.1)
 LAYERS = 4
 # Partners of a token; the fraction of the pairs is that over L.
 PARTNERS = (32, 64, 128, 256)
-# Beside them, a share that is the same for all L.
+# Beside them, a fraction that is the same for all L.
 SHARE = Fraction(1, 16)
 WINDOW = 1024
 NANO = ["--preset", "nano", "--context", str(WINDOW), "--batch-size", "2", "--steps", "100", "--warmup", "20"]

@@ -1,5 +1,5 @@
 """What the loss costs in training: tokens per second and peak memory of the GPT-2 trainer with no loss, with the naive
-one on 256 tokens and on all of them, and with ours on all, on a share of the pairs, and on none.
+one on 256 tokens and on all of them, and with ours on all, on a fraction of the pairs, and on none.
 
 The runs live in one process and take a step in turn, in an order drawn anew each turn, so that a machine that slows
 down slows all of them, and each step is compared with the one without the loss in the same turn. Each turn they pass

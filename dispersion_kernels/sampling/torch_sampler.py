@@ -120,14 +120,14 @@ def _model(
     if not with_grad:
         return missed, None
 
-    share = inverse.to(x.dtype).view(-1, 1, 1)
-    out = (phi * fit.b) @ torch.addcmul(totals[rows.population], sums, share, value=-1)
-    own = phi.square() @ fit.b * (1 - share.squeeze(2))  # h_ii, which is among both sums and is no pair
+    inverse_p = inverse.to(x.dtype).view(-1, 1, 1)
+    out = (phi * fit.b) @ torch.addcmul(totals[rows.population], sums, inverse_p, value=-1)
+    own = phi.square() @ fit.b * (1 - inverse_p.squeeze(2))  # h_ii, which is among both sums and is no pair
     if fit.b_of_c is not None:
         # c itself: of the rows (X X^T) X, of a whole sequence X (X^T X).
         if partition.order is not None:
-            out.baddbmm_((x @ x.mT) * (share * -fit.b_of_c), x)
-        own += x.square().sum(2) * fit.b_of_c * (1 - share.squeeze(2))
+            out.baddbmm_((x @ x.mT) * (inverse_p * -fit.b_of_c), x)
+        own += x.square().sum(2) * fit.b_of_c * (1 - inverse_p.squeeze(2))
     out, own = _places(out, rows, read.x), _places(own, rows, read.ratio)
     if fit.b_of_c is not None:
         whole = read.x.view(partition.pairs.numel(), -1, out.shape[1])
