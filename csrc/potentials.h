@@ -1,10 +1,11 @@
-// The pairwise potentials: one definition for every backend.
+// The pairwise potentials: one definition for every compiled backend.
 //
-// A potential sees the product s = x_i . x_j of two transformed rows and gives psi and the part of dpsi/ds that varies
-// from pair to pair (the slope); the constant part is applied once, to the finished sum (see dispersion.cpp, kappa).
-// The scalar type V is float (scalar.h, included before) on a GPU and a pack of lanes on a CPU. V must provide: + - *
-// with V and float, madd(a, b, c) = a b + c, minimum, maximum, absolute, rsqrt, select_less(x, bound, a, b) = x < bound
-// ? a : b, and exponential, whose base is the one that the factors of an exponent are given for: e on a CPU, 2 on a GPU.
+// A potential takes the product s = x_i . x_j of two transformed rows and gives psi and the slope, the factor of
+// dpsi/ds that varies from pair to pair; the constant factor, kappa (call.cpp), is applied once, to the finished sum.
+// The scalar type V is float (scalar.h, included before) on a GPU and a pack of lanes (cpu/simd.h) on a CPU. V must
+// provide: + - * with V and float, madd(a, b, c) = a b + c, minimum, maximum, absolute, rsqrt, select_less(x, bound, a,
+// b) = x < bound ? a : b, and exponential, whose base is the one that the factors of an exponent are given for: e on a
+// CPU, 2 on a GPU.
 #pragma once
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
@@ -17,7 +18,8 @@ namespace dk {
 
 constexpr float kPi = 3.14159265358979f;
 constexpr float kInversePi = 0.318309886183791f;
-// The least 1 - c^2 of a slope 1 / sqrt(1 - c^2): what fp32 resolves of c near 1, where the slope would be infinite.
+// Lower bound of 1 - c^2 in the slope 1 / sqrt(1 - c^2): the resolution of fp32 near c = 1, where the slope would be
+// infinite.
 constexpr float kLeastSquare = 0x1p-23f;
 
 template <class V>
@@ -30,8 +32,8 @@ DK_FUNCTION V clip(V s, float low, float high) {
   return minimum(maximum(s, low), high);
 }
 
-// arccos on [-1, 1], relative error below 2e-7: asin(x) = x Q(x^2) on [0, 1/2], where Q is a Chebyshev fit, and
-// arccos(x) = 2 asin(sqrt((1 - x) / 2)) above.
+// arccos(c) on [-1, 1] with relative error below 2e-7: asin(x) = x Q(x^2) on [0, 1/2], where Q is a Chebyshev fit, and
+// arccos(x) = 2 asin(sqrt((1 - x) / 2)) above 1/2.
 template <class V>
 DK_FUNCTION V arccos(V c) {
   const V a = absolute(c);
@@ -48,7 +50,8 @@ DK_FUNCTION V arccos(V c) {
   return select_less(c, 0.0f, madd(angle, -1.0f, kPi), angle);
 }
 
-// asin(c) for |c| <= 3/4, absolute error below 1e-7: no root. A minimax fit of (asin(c) / c - 1) / c^2 in c^2.
+// asin(c) for |c| <= 3/4 with absolute error below 1e-7 and no square root: a minimax fit of (asin(c) / c - 1) / c^2 as
+// a polynomial in c^2.
 template <class V>
 DK_FUNCTION V arcsine_narrow(V c) {
   const V y = c * c;
@@ -61,7 +64,7 @@ DK_FUNCTION V arcsine_narrow(V c) {
   return madd(c * y, r, c);
 }
 
-// A polynomial fitted when the call starts.
+// Polynomial that is fitted when a call starts.
 struct Polynomial {
   static constexpr int kMaxDegree = 12;
   int degree;
@@ -75,8 +78,8 @@ struct Polynomial {
   }
 };
 
-// psi = exp(-arccos(clip(s)) / (pi tau)), slope psi / sqrt(1 - clip(s)^2), kappa 1 / (pi tau). The shift is taken off
-// before the large part of the exponent is rounded.
+// angular_spread: psi = exp(-arccos(clip(s)) / (pi tau)), slope psi / sqrt(1 - clip(s)^2), kappa 1 / (pi tau). The
+// shift is subtracted before the large part of the exponent is rounded.
 struct AngularSpread {
   static constexpr bool kExponential = true;
   float low, high, inverse_pi_tau;
@@ -93,8 +96,8 @@ struct AngularSpread {
   }
 };
 
-// The same for bands within [-3/4, 3/4], with exp(0.5 / tau) psi in place of psi: the exponent is asin(clip(s)) / (pi
-// tau).
+// angular_spread for bands within [-3/4, 3/4], with exp(0.5 / tau) psi in place of psi: the exponent is asin(clip(s)) /
+// (pi tau).
 struct AngularSpreadNarrow {
   static constexpr bool kExponential = true;
   float low, high, inverse_pi_tau;
@@ -111,8 +114,9 @@ struct AngularSpreadNarrow {
   }
 };
 
-// The same with exp(0.5 / tau) psi = exp(a / (pi tau)), a = asin(clip(s)), as cosh + sinh: two polynomials in cos a,
-// in which both are smooth far beyond the band, and whose root the slope takes anyway. The fixed shift is -0.5 / tau.
+// angular_spread with exp(0.5 / tau) psi = exp(a / (pi tau)), a = asin(clip(s)), in place of psi, as cosh + sinh: two
+// polynomials in cos a, in which both are smooth far beyond the band. The slope needs the square root in cos a anyway.
+// The fixed shift is -0.5 / tau.
 struct AngularSpreadFit {
   static constexpr bool kExponential = false;
   float low, high;
@@ -130,8 +134,8 @@ struct AngularSpreadFit {
   }
 };
 
-// psi = max(0, margin - D)^2 with D = arccos(clip(s)) / pi, slope max(0, margin - D) / sqrt(1 - clip(s)^2), kappa 2 /
-// pi.
+// orthogonalization: psi = max(0, margin - D)^2 with D = arccos(clip(s)) / pi, slope max(0, margin - D) / sqrt(1 -
+// clip(s)^2), kappa 2 / pi.
 struct Orthogonalization {
   static constexpr bool kExponential = false;
   float low, high, margin;
@@ -144,7 +148,7 @@ struct Orthogonalization {
   }
 };
 
-// The same for bands within [-3/4, 3/4].
+// orthogonalization for bands within [-3/4, 3/4].
 struct OrthogonalizationNarrow {
   static constexpr bool kExponential = false;
   float low, high, margin;
@@ -157,7 +161,7 @@ struct OrthogonalizationNarrow {
   }
 };
 
-// The same with margin - D = margin - 1/2 + a / pi, a = asin(clip(s)), by a polynomial in cos a.
+// orthogonalization with margin - D = margin - 1/2 + a / pi, a = asin(clip(s)), by a polynomial in cos a.
 struct OrthogonalizationFit {
   static constexpr bool kExponential = false;
   float low, high, margin;
@@ -173,7 +177,8 @@ struct OrthogonalizationFit {
   }
 };
 
-// psi = s^2 of standardised rows of unit length (s is their correlation), slope s, kappa 2.
+// decorrelation: psi = s^2 for standardised rows of unit length, whose product s is their correlation; slope s, kappa
+// 2.
 struct Decorrelation {
   static constexpr bool kExponential = false;
 
@@ -183,10 +188,10 @@ struct Decorrelation {
   }
 };
 
-// psi = exp(-a |x_i - x_j|^2) of uniformity (unit rows), l2_repel and dispersive_l2, slope psi, kappa 2 a.
-// q = a |x|^2 comes scaled by a; rounding must not make a distance negative, nor differ between (i, j) and (j, i). Equal
-// tokens have the same q, and a distance that is the rounding of the products alone, below `resolution` of q_i + q_j:
-// it is 0.
+// uniformity (unit rows), l2_repel and dispersive_l2: psi = exp(-a |x_i - x_j|^2), slope psi, kappa 2 a. q = a |x|^2.
+// Rounding must neither make a distance negative nor differ between (i, j) and (j, i). The distance is set to 0 where
+// two tokens have the same q and a computed distance below `resolution` times q_i + q_j, which for equal tokens is the
+// rounding of the products alone.
 struct Gaussian {
   static constexpr bool kExponential = true;
   float twice_a, resolution;
@@ -205,9 +210,9 @@ struct Gaussian {
   }
 };
 
-// Of perplexity_entropy, with P a softmax of Gaussian's exponents: h = log2((P + eps) / (average + eps)) and g = d(P h)
-// / dP = h + P / ((P + eps) ln 2); finite at P = 0, so what is no pair adds 0. V must provide logarithm, of base 2, and
-// division.
+// perplexity_entropy, with P a softmax of Gaussian's exponents: h = log2((P + eps) / (average + eps)) and g = d(P h) /
+// dP = h + P / ((P + eps) ln 2). Both are finite at P = 0, so entries that are no pairs add 0. V must provide
+// logarithm, of base 2, and division.
 template <class V>
 struct Information {
   V h, g;
@@ -216,10 +221,11 @@ struct Information {
 template <class V>
 DK_FUNCTION Information<V> information(V p, V average, float eps) {
   constexpr float kLog2E = 1.44269504088896f;
-  constexpr float kTiny = 0x1p-126f;  // an eps may be less, and P be 0
+  constexpr float kTiny = 0x1p-126f;  // lower bound of P + eps: eps may be less, and P may be 0
   const V x = (p - average) / (average + eps);
   const V shifted = maximum(p + eps, kTiny);
-  // log2(1 + x) keeps its digits where P is near its average, as log1p does; the quotient where P is far below it.
+  // log2(1 + x), as by log1p, keeps its digits where P is near its average, the logarithm of the quotient where P is
+  // far below it.
   const V y = x < -0.5f ? maximum(shifted / (average + eps), kTiny) : x + 1.0f;
   const V rounded = y - 1.0f;
   const V near = rounded == 0.0f ? x * kLog2E : logarithm(y) * (x / rounded);

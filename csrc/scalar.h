@@ -1,4 +1,4 @@
-// float as the scalar type of potentials.h, on a GPU or, for tests, a CPU. The base of `exponential` is 2.
+// float as the scalar type V of potentials.h, on a GPU or, for tests, on a CPU. The base of `exponential` is 2.
 #pragma once
 
 #include <math.h>
@@ -17,7 +17,7 @@ DK_SCALAR float maximum(float a, float b) { return fmaxf(a, b); }
 DK_SCALAR float absolute(float a) { return fabsf(a); }
 DK_SCALAR float select_less(float x, float bound, float a, float b) { return x < bound ? a : b; }
 
-// One special-function instruction each on a GPU, to an ulp or two.
+// Special functions, on a GPU one instruction each, accurate to an ulp or two.
 DK_SCALAR float rsqrt(float x) {
 #if defined(__CUDA_ARCH__)
   float y;

@@ -1,4 +1,4 @@
-// What every call begins with: which instructions it runs on, and the potential with its constants.
+// The start of every call of the CPU kernel: the choice of the instruction set, and the potential with its constants.
 
 #include "../scalar.h"  // before potentials.h
 
@@ -17,13 +17,13 @@
 
 namespace dk {
 
-// ---- which instructions
+// ---- the instruction set
 
 #if !defined(__aarch64__)
 namespace {
 
-// Leaf 1 of cpuid: not every Clang knows "f16c" in __builtin_cpu_supports (14 does not). Read once a process: in a
-// virtual machine cpuid leaves it for the hypervisor, which takes 20 us or more.
+// Whether the processor has F16C, from leaf 1 of cpuid: not every Clang knows "f16c" in __builtin_cpu_supports (14 does
+// not). cpuid runs once per process: in a virtual machine it traps to the hypervisor, which takes 20 us or more.
 bool read_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
@@ -63,8 +63,8 @@ const TileKernels& kernels_of(int32_t isa) {
 
 namespace {
 
-// Chebyshev interpolation of f on [low, high], of the lowest degree that stays within `tolerance` of f in exact
-// arithmetic. False if there is none.
+// Chebyshev interpolation of f on [low, high]: the polynomial of the lowest degree whose error, in exact arithmetic, is
+// at most `tolerance`. False if no degree up to kMaxDegree is enough.
 bool fit(const std::function<double(double)>& f, double low, double high, double tolerance, Polynomial& result) {
   constexpr int kNodes = 64, kChecks = 101;
   const double pi = acos(-1.0), middle = 0.5 * (low + high), half = 0.5 * (high - low);
@@ -103,8 +103,8 @@ bool fit(const std::function<double(double)>& f, double low, double high, double
   return false;
 }
 
-// A fit is held to psi over the band: relative to |psi| + floor, its polynomials to kTruncation in exact arithmetic,
-// and what fp32 makes of them to kEvaluation.
+// Error bounds of a fit over the band, relative to |psi| + floor: kTruncation for its polynomials in exact arithmetic,
+// kEvaluation for their evaluation in fp32.
 constexpr double kTruncation = 2e-8, kEvaluation = 3e-7;
 
 template <class Fit>
@@ -146,8 +146,9 @@ bool make_fit(double margin, OrthogonalizationFit& fitted) {
          });
 }
 
-// The fit for the band [low, high], if there is a good one; the last is kept, because training calls with one and the
-// same. A cosine of 0, which a band up to 1 has, has no inverse.
+// The fit for the band [low, high]; false if no fit is accurate enough. The last fit is cached, because training calls
+// with the same parameters every time. A band up to high = 1 has no fit: at s = 1 the cosine that the slope is divided
+// by is 0.
 template <class Fit>
 bool cached_fit(double parameter, float low, float high, Fit& result) {
   struct Entry {
@@ -170,9 +171,9 @@ bool cached_fit(double parameter, float low, float high, Fit& result) {
   return entry.good;
 }
 
-// Exponents this far from the shift are safe in fp32: sums of exp(40) stay finite, exp(-40) stays normal.
+// Largest distance of an exponent from the shift that is safe in fp32: sums of exp(40) stay finite, exp(-40) is normal.
 constexpr double kSafeExponent = 40.0;
-// What rounding may leave of the distance of equal tokens, relative to their squared norms.
+// Bound on the computed squared distance of equal tokens, which is rounding alone, relative to their squared norms.
 constexpr float kResolution = 0x1p-19f;
 
 }  // namespace
@@ -228,8 +229,9 @@ bool describe(int32_t potential, const double* params, int64_t features, Job& jo
       double a = params[0];
       if (potential == DK_UNIFORMITY) {
         job.transform = Transform::kNormalise;
-        // |x_i - x_j|^2 lies in [0, 4], and exp(-2 kSafeExponent) is normal, too. Without a shift psi of equal tokens is
-        // 1: a multiple of x that is rounded is not along x.
+        // |x_i - x_j|^2 lies in [0, 4], and exp(-2 kSafeExponent) is normal, too. There is no shift, so that psi of
+        // equal tokens is exactly 1: another factor would round the multiples of x, and a rounded multiple is not
+        // along x.
         p.online = 2.0 * a > kSafeExponent;
       } else {
         job.transform = Transform::kCentre;

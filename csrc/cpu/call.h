@@ -1,4 +1,4 @@
-// What every call begins with.
+// The start of every call of the CPU kernel.
 #pragma once
 
 #include <new>
@@ -7,11 +7,12 @@
 
 namespace dk {
 
-// The dk_isa that a call would use; 0: this processor has none.
+// The dk_isa that a call with this request uses; 0 if this processor has none that fits.
 int32_t resolve_isa(int32_t requested);
 const TileKernels& kernels_of(int32_t isa);
 
-// The dk_status of work(kernels), or why there is none. `valid` reads no argument of another version.
+// The dk_status of work(kernels), or the reason why it was not run. The version is checked before `valid` reads `args`,
+// because another version has another layout.
 template <class Args, class Valid, class Work>
 int32_t with_kernels(const Args& args, const Valid& valid, const Work& work) {
   if (args.abi_version != DK_ABI_VERSION || !valid(args)) return DK_INVALID;
@@ -24,7 +25,7 @@ int32_t with_kernels(const Args& args, const Valid& valid, const Work& work) {
   }
 }
 
-// kappa: the constant factor of dpsi/ds; loss = log(mean psi) + offset or mean psi.
+// The reduction from psi to the loss: log(mean psi) + offset, or mean psi. kappa is the constant factor of dpsi/ds.
 struct Reduction {
   bool logarithm;
   double offset;
@@ -33,7 +34,7 @@ struct Reduction {
   double norm_weight;
 };
 
-// The potential in `job`, and how it is reduced; false where a parameter is out of range.
+// Fills in the potential of `job` and its reduction; false if a parameter is out of range.
 bool describe(int32_t potential, const double* params, int64_t features, Job& job, Reduction& reduction);
 
 }  // namespace dk

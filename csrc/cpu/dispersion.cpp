@@ -1,10 +1,10 @@
-// The CPU kernel: dispersion loss and gradient by a symmetric sweep over the pairs of tiles.
+// The exact CPU kernel: dispersion loss and gradient by a symmetric sweep over the pairs of tiles.
 //
 // Tokens are cut into tiles. A pair of tiles I < J computes its similarities once and adds both to the gradient of I
-// and to that of J; the normaliser is applied at the end. The pairs of a segment are ordered as in a round-robin
-// tournament, where the pairs of a round share no tile. Workers take the pairs in this order and wait until both tiles
-// have finished their earlier pairs, so the order of additions, and every bit of the result, is the same for any
-// number of threads.
+// and to that of J; the normaliser is applied at the end. The tile pairs of a segment are ordered as in a round-robin
+// tournament, in which the pairs of one round share no tile. Workers take the pairs in this order and wait until both
+// tiles have finished their earlier pairs, so the order of additions, and with it every bit of the result, is the same
+// for any number of threads.
 
 #include "dispersion.h"
 
@@ -32,11 +32,11 @@ struct Sequence {
   double pairs = 0.0, tokens = 0.0, diagonal = 0.0;
 };
 
-// Sequences that are processed together.
+// Sequences that are processed together, with their tiles.
 struct Group {
   std::vector<Sequence> sequences;
   std::vector<Tile> tiles;
-  std::vector<int64_t> first_token;  // of each tile, an offset into rows and partner_end
+  std::vector<int64_t> first_token;  // [tiles]: each tile's offset into rows and partner_end
   std::vector<int32_t> unit_first_tile;
   std::vector<int64_t> rows;
   std::vector<int32_t> partner_end;
@@ -45,7 +45,7 @@ struct Group {
   void clear() { *this = Group(); }
 };
 
-// Cuts segments into tiles. Depends on the segments only, never on the number of threads.
+// The cut of segments into tiles. It depends on the segments alone, never on the number of threads.
 class Planner {
  public:
   Planner(const dk_args& args, int32_t panel) : args_(args), panel_(panel) {
@@ -95,12 +95,12 @@ class Planner {
   }
 
  private:
-  static constexpr int32_t kBundle = 64;    // tokens of short segments in a tile: pairs across segments are wasted
+  static constexpr int32_t kBundle = 64;    // most tokens of short segments per tile: pairs across segments are wasted
   static_assert(kBundle <= kLargestTile);
-  static constexpr int64_t kPlenty = 4096;  // tokens
+  static constexpr int64_t kPlenty = 4096;  // tokens of a call from which on all tiles may be long
 
-  // Long tiles are read less often from memory. A call with few tokens takes shorter ones, and an even number of them,
-  // so that threads find pairs to work on side by side.
+  // Tile length in tokens for a segment of `tokens` tokens. Long tiles are read from memory less often. A call with few
+  // tokens gets shorter tiles, and an even number of them, so that threads find disjoint pairs to work on.
   int32_t tile_tokens(int64_t tokens) const {
     const int64_t longest = (plenty_ ? kLargestTile : 128) / panel_ * panel_;
     int64_t tiles = (tokens + longest - 1) / longest;
@@ -132,7 +132,8 @@ class Planner {
   bool plenty_;
 };
 
-// One step of the sweep: a tile with itself (a == b: packed first), or a pair, once a and b have made that many steps.
+// One step of the sweep: tile a with itself (a == b; the tile is packed first) or the pair (a, b). It may start once
+// tile a has made a_needed steps and tile b b_needed steps.
 struct Step {
   int32_t a, b, a_needed, b_needed;
 };
@@ -152,7 +153,7 @@ std::vector<Step> sweep_order(const Group& group) {
     const int32_t last = u + 1 < group.unit_first_tile.size() ? group.unit_first_tile[u + 1] : tiles;
     if (last - first > 1) active.push_back({first, last - first, (last - first + 1) / 2 * 2});
   }
-  // Round r of the circle method: one seat stays, the others turn; the seat beyond an odd number of tiles is empty.
+  // Circle method: from round to round one seat stays and the others turn. An odd number of tiles leaves a seat empty.
   for (int32_t round = 0; !active.empty(); ++round) {
     active.erase(
         std::remove_if(active.begin(), active.end(), [&](const Tournament& t) { return round >= t.seats - 1; }),
@@ -199,7 +200,7 @@ class Call {
   }
 
  private:
-  // Packs of all the sequences in flight, unless one alone is larger.
+  // Limit of the packs of a group, in bytes; a single sequence may exceed it.
   static constexpr int64_t kGroupBytes = int64_t(32) << 20;
 
   int32_t sweep_groups() {
@@ -253,7 +254,8 @@ class Call {
 
     if (job_.transform == Transform::kCentre) average_units(group, scratch);
 
-    // One parallel region: while other programs keep a thread of the pool waiting, each region costs its time slice.
+    // One parallel region for sweep and finish: if other programs keep a thread of the pool waiting, each region costs
+    // a time slice.
     const size_t sequences = group.sequences.size();
     std::vector<std::atomic<int32_t>> made(group.tiles.size()), left(sequences), reduced(sequences);
     for (auto* counters : {&made, &left, &reduced})
@@ -317,7 +319,7 @@ class Call {
     }
   }
 
-  // Distances do not change when a unit's mean is subtracted, and fp32 keeps more of them.
+  // Computes each unit's mean, which is subtracted: distances stay the same, and fp32 keeps more of their digits.
   void average_units(Group& group, std::vector<Scratch>& scratch) {
     const int64_t features = job_.padded_features, tiles = int64_t(group.tiles.size());
     std::atomic<int64_t> next_tile{0};
@@ -339,8 +341,8 @@ class Call {
     }
   }
 
-  // The loss of a sequence from its tiles, and the factors of its gradient: with P = sum of psi over n pairs,
-  // dloss/dx_i = f'(P) 2 kappa sum_j slope_ij x_j.
+  // Computes the loss of a sequence from its tiles, and the factors of its gradient: with P the sum of psi over all
+  // pairs and loss = f(P), dloss/dx_i = f'(P) 2 kappa sum_j slope_ij x_j.
   void reduce(const Group& group, const Sequence& sequence, Finish* finishes) {
     double shift = reduction_.include_diagonal ? 0.0 : -std::numeric_limits<double>::infinity();
     double squares = 0.0;
@@ -417,7 +419,7 @@ DK_EXPORT int32_t dk_scale(const dk_scale_args* args) {
            scale_args.rows_per_factor >= 1 && scale_args.dtype >= DK_FLOAT32 && scale_args.dtype <= DK_FLOAT16;
   };
   return dk::with_kernels(*args, valid, [&](const dk::TileKernels& kernels) {
-    constexpr int64_t kWorth = 16384;  // elements that are worth waking a thread for
+    constexpr int64_t kWorth = 16384;  // least elements per thread: fewer do not pay for waking it
     const dk::Threads threads = {args->parallel_for, std::max(1, int(args->threads))};
     const int64_t rows = args->rows, layers = args->layer_count;
     const int64_t workers = std::clamp<int64_t>(layers * rows * args->features / kWorth, 1, threads.count);

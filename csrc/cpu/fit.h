@@ -1,19 +1,19 @@
-// The model of a sampled call, from the pairs within a few groups of tokens of each layer: what fit of
-// dispersion_kernels/sampling/control_variate.py does in PyTorch. Included by tile_kernels.h.
+// The fit of a sampled call's model, from the pairs within a few groups of tokens of each layer; the same computation
+// in PyTorch is `fit` of dispersion_kernels/sampling/control_variate.py. Included by tile_kernels.h.
 #pragma once
 
 namespace dk {
 namespace {
 
-// What the sizes of arrays rest on.
+// Assumptions behind the sizes of arrays.
 static_assert(kFitTokens % kLanes == 0, "a group is whole vectors");
 static_assert(kFitSize % kRows == 0 && kRank % kRows == 0, "a product's rows are all of them tokens, or directions");
 static_assert(kFitSize <= kWeightStride, "Scratch::phi holds the features of a fit's tokens");
 
-// Where the group of token i begins.
+// Index of the first token of token i's group.
 DK_INLINE int first_of_group(int i) { return i / kFitTokens * kFitTokens; }
 
-// psi and slope of the pairs within groups, and some beside them, in units of their own.
+// psi and slope of the pairs within groups, in units of exp(shift); whole panels, so some pairs beside them, too.
 template <class P>
 void weigh_groups(const Job& job, const P& potential, const Tile& tile, const FitScratch& scratch) {
   for (int i = 0; i < kFitSize; ++i) {
@@ -29,7 +29,7 @@ void weigh_groups(const Job& job, const P& potential, const Tile& tile, const Fi
   }
 }
 
-// What makes a matrix of ones on the diagonal regular: eps^(3/4), of the numbers that it is made from.
+// Term added to the unit diagonal of a matrix to make it regular: eps^(3/4), for matrices of doubles and of floats.
 constexpr double kRegular = 1.8e-12, kRegularFloat = 6.4e-6;
 
 DK_INLINE double dot(const double* a, const double* b, int64_t count) {
@@ -40,8 +40,9 @@ DK_INLINE double dot(const double* a, const double* b, int64_t count) {
   return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
 }
 
-// Orthonormal directions [features][kRank] near the principal ones of the tile's tokens, the first nearest: power
-// iterations from some of the tokens, one, and two more for the first few.
+// Orthonormal directions, [features][kRank], near the principal directions of the tile's tokens, the first kSquared of
+// them the nearest: power iterations that start from every (kFitSize / kRank)-th token, one for all directions and two
+// more for the first kSquared.
 void find_directions(const Job& job, const Tile& tile, const FitScratch& scratch, float* directions) {
   float coefficients[kRank][kFitSize];
   for (int r = 0; r < kRank; ++r)
@@ -61,7 +62,7 @@ void find_directions(const Job& job, const Tile& tile, const FitScratch& scratch
       micro_kernel<true>(kFitSize, {coefficients[r], kFitSize, 1},
                          {tile.token_major + column * tile.padded, kPanel}, rows + r, column, 1.0f, 0.0f, [](int) {});
 
-  // Gram and Schmidt by a Cholesky factor L of the products, made regular, and its inverse times the span.
+  // Orthonormalisation by the Cholesky factor L of the regularised Gram matrix: the inverse of L times the span.
   double* span[kRank];
   double factor[kRank][kRank];
   for (int r = 0; r < kRank; ++r) {
@@ -83,7 +84,8 @@ void find_directions(const Job& job, const Tile& tile, const FitScratch& scratch
   }
 }
 
-// Solves a positive semidefinite system: one of the solutions where there are many, 0 for an unknown whose row is 0.
+// Solution of a positive semidefinite system, written to `right`: one of the solutions where there are many, 0 for an
+// unknown whose row is 0.
 template <int kUnknowns>
 void solve(double (&matrix)[kUnknowns][kUnknowns], double (&right)[kUnknowns]) {
   double scale[kUnknowns];
@@ -107,11 +109,11 @@ void solve(double (&matrix)[kUnknowns][kUnknowns], double (&right)[kUnknowns]) {
   for (int a = 0; a < kUnknowns; ++a) right[a] *= scale[a];
 }
 
-// A number for each pair within the groups.
+// One number per pair within the groups.
 using GroupMatrix = float[kFitSize][kFitTokens];
 
-// sums[n]: the sum of terms(i, j)[n] over the pairs of each token i, of whose group kLanes tokens from the j-th on are
-// taken at once. In fp32 over a group only.
+// Adds to sums[n] the sum of terms(i, j)[n] over the pairs; terms(i, j) takes token i and the kLanes tokens of its
+// group from the j-th on. Sums over a group are fp32, sums over groups fp64.
 template <int kTerms, class Work>
 void sum_pairs(const GroupMatrix& there, double (&sums)[kTerms], const Work& terms) {
   for (int first = 0; first < kFitSize; first += kFitTokens) {
@@ -128,7 +130,7 @@ void sum_pairs(const GroupMatrix& there, double (&sums)[kTerms], const Work& ter
 }
 
 void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrices, float* directions, Fit& fit) {
-  // Tokens that are not finite are 0 here; they make a NaN of the loss elsewhere.
+  // Tokens that are not finite count as 0 in the fit; the loss becomes NaN elsewhere.
   for (int t = 0; t < kFitSize; ++t) {
     if (isfinite(tile.norm[t])) continue;
     for (int64_t f = 0; f < job.args->features; ++f)
@@ -140,18 +142,19 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
   similarities(job, tile, tile, false, matrices.products);
   with_potential(job.potential, [&](const auto& potential) { weigh_groups(job, potential, tile, matrices); });
 
-  // 1 where there is a pair: a token drawn twice is none.
+  // Mask of the pairs, 1 or 0: a token that was drawn twice does not pair with itself.
   GroupMatrix there;
   for (int i = 0; i < kFitSize; ++i)
     for (int j = 0; j < kFitTokens; ++j) there[i][j] = tile.rows[i] != tile.rows[first_of_group(i) + j] ? 1.0f : 0.0f;
   const auto at = [](int i, int j) { return int64_t(i) * kWeightStride + first_of_group(i) + j; };
   const float *c = matrices.products, *psi = matrices.psi, *slope = matrices.slope;
-  // Of slope x_j the token i sees what is orthogonal to it, sqrt(1 - c^2) of its length.
+  // Weight of a pair in the fit, 1 - c^2: only the part of slope x_j orthogonal to x_i, sqrt(1 - c^2) of its length,
+  // reaches token i's gradient.
   const auto weight_of = [&](int64_t pair) {
     const vec squared = 1.0f - load(c + pair) * load(c + pair);
     return squared > 0.0f ? squared : vec{};
   };
-  // Taken away before c is summed: the mean of what is all the same is exact, and its variance 0.
+  // Subtracted before c is summed, so that equal values of c have their exact mean and variance 0.
   const float first_c = c[at(0, 1)];
   double pair_sums[3] = {}, products[2] = {};
   sum_pairs(there, pair_sums, [&](int i, int j, vec* term) {
@@ -160,7 +163,7 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
   const double pairs = fmax(pair_sums[0], 1.0);
   fit.mean_psi = pair_sums[1] / pairs;
   fit.mean_c = first_c + pair_sums[2] / pairs;
-  // Of psi, too: of nearly equal tokens c varies as little as its mean is rounded.
+  // The mean is subtracted from psi, too: for nearly equal tokens c varies no more than the rounding of its mean.
   sum_pairs(there, products, [&, mean_c = float(fit.mean_c), mean_psi = float(fit.mean_psi)](int i, int j, vec* term) {
     const vec deviation = load(c + at(i, j)) - mean_c;
     term[0] = deviation * deviation, term[1] = deviation * (load(psi + at(i, j)) - mean_psi);
@@ -177,7 +180,7 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
   float y[kRank][kFitSize];
   for (int r = 0; r < kRank; ++r)
     for (int t = 0; t < kFitSize; ++t) y[r][t] = phi[t * kModelFeatures + kModelGroup + r];
-  GroupMatrix few, all;  // the products q of the first components of two tokens, and p of all
+  GroupMatrix few, all;  // q, the product of two tokens over the first kSquared components, and p, over all kRank
   for (int i = 0; i < kFitSize; ++i) {
     for (int j = 0; j < kFitTokens; j += kLanes) {
       vec product = {};
@@ -188,7 +191,7 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
       store(all[i] + j, product);
     }
   }
-  // h = b0 + b1 p + b2 q + b3 q^2.
+  // Least squares for h = b0 + b1 p + b2 q + b3 q^2.
   constexpr int kTerms = 4, kProducts = kTerms * (kTerms + 1) / 2;
   double sums[kProducts + kTerms] = {}, matrix[kTerms][kTerms], b[kTerms];
   sum_pairs(there, sums, [&](int i, int j, vec* out) {

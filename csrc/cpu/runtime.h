@@ -1,4 +1,4 @@
-// Memory and threads of a call.
+// Workspace memory and threads of a call.
 #pragma once
 
 #include <stdint.h>
@@ -22,8 +22,7 @@ namespace dk {
 
 constexpr size_t kHugePage = size_t(2) << 20;
 
-// Asks for huge pages in [data, data + bytes), which saves page faults and misses of the translation buffer. Only
-// advice.
+// Advises the kernel to use huge pages in [data, data + bytes), which saves page faults and TLB misses.
 inline void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__)
   const uintptr_t page = 4096, first = (uintptr_t)data;
@@ -35,8 +34,8 @@ inline void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-// Workspace memory, in huge pages where the system has them. A block up to kRetained is kept for the next call:
-// faulting its pages in would cost as much as packing into them.
+// Workspace memory, in huge pages where the system has them. A block of at most kRetained bytes is kept for the next
+// call: faulting its pages in again would cost as much as packing into them.
 class Workspace {
  public:
   explicit Workspace(size_t bytes) {
@@ -90,14 +89,14 @@ class Workspace {
   Block* block_;
 };
 
-// Defined by the driver of tests/sanitizers: an allocation of exactly `bytes`, whose end is watched.
+// Allocation of exactly `bytes`, whose end is watched; defined by the driver of tests/sanitizers.
 #if defined(DK_GUARDED)
 extern "C" void* dk_guarded_allocate(size_t bytes);
 extern "C" void dk_guarded_release(void* allocation);
 #endif
 
-// Hands out a workspace in pieces; without memory it only counts. With DK_GUARDED, every piece is an allocation of its
-// own, because a sanitizer does not see the end of a piece of a larger one.
+// Pieces of a workspace, handed out in order; without memory (data NULL) the arena only counts bytes. With DK_GUARDED
+// every piece is a separate allocation, because a sanitizer does not see the end of a piece within a larger one.
 class Arena {
  public:
   explicit Arena(char* data) : data_(data) {}
@@ -127,7 +126,7 @@ class Arena {
 #endif
 };
 
-// A worker's memory, without what only a sampled call needs.
+// Memory of one worker, without the members for sampled calls alone.
 inline Scratch take_scratch(Arena& arena, int panel, int64_t padded_features) {
   Scratch scratch = {};
   scratch.weights = arena.take<float>(size_t(kLargestPadded) * kWeightStride);

@@ -1,10 +1,11 @@
-// Loss and gradient from the pairs within blocks and a model of the slope over all pairs of a population.
+// The sampled CPU kernel: loss and gradient from the pairs within blocks and a model of the slope over all pairs of a
+// population.
 //
-// Tokens are read twice, where they lie. First, in chunks, for the model's sums over their population, sum_j phi_jk x_j,
-// in the order of the rows where the population has all rows between its first and last. Then, block by block, for the
-// gradient: the visited pairs' residual slopes and the model's features, kept from the first time, make one matrix
-// product with the block's tokens and one with the sums. Chunks and tiles depend on the arguments alone and are summed
-// in their order, so every bit is the same for any number of threads.
+// Tokens are read twice, in place. The first pass reads them in chunks for the model's sums over each population, sum_j
+// phi_jk x_j; a population that has all rows between its first and last is read in the order of the rows. The second
+// pass computes the gradient, block by block: one matrix product of the visited pairs' residual slopes with the block's
+// tokens, and one of the model's features, kept from the first pass, with the sums. Chunks and tiles depend on the
+// arguments alone and are summed in their order, so every bit is the same for any number of threads.
 
 #include "dispersion.h"
 
@@ -23,12 +24,12 @@
 namespace dk {
 namespace {
 
-// Tokens of one population that a worker takes at once: a block, or in the first pass, and the second where no pair is
-// visited, so many.
+// Tokens of one population that a worker takes at a time, in the first pass and in a second pass that visits no pair.
+// A second pass with visited pairs takes whole blocks.
 constexpr int64_t kChunkTokens = 256, kExpandedTokens = 64;
 static_assert(kChunkTokens <= kLargestTile && kExpandedTokens <= kLargestTile, "tokens taken at once are a tile");
 
-// A population of so many numbers stays in a core's cache from the first pass to the second.
+// Largest population, in tokens times features, that stays in a core's cache from the first pass to the second.
 constexpr int64_t kOwnNumbers = int64_t(1) << 18;
 
 struct Run {
@@ -85,7 +86,8 @@ class SampledCall {
   bool visited() const { return args_.block_count > 0; }
   bool models() const { return args_.draws; }
 
-  // The rows of each token within its layer, and the runs of both passes; false where the bounds do not fit together.
+  // Computes the row of each token within its layer, and the runs of both passes; false if the bounds do not fit
+  // together.
   bool plan() {
     rows_.resize(size_t(args_.tokens));
     partner_end_.resize(size_t(args_.tokens));
@@ -124,7 +126,7 @@ class SampledCall {
         if (begin < first || tokens > kLargestTile) return false;
         if (!tokens) continue;
         whole = whole || tokens == end - first;
-        // Pairs across the blocks of a tile are wasted: small blocks fill a panel, and no more.
+        // A tile of several small blocks fills at most one panel, because pairs across its blocks are wasted.
         if (tiles_.size() == begins || tiles_.back().tokens + tokens > kernels_.panel)
           tiles_.push_back({layer, p, begin, 0, rows + (begin - first)});
         Run& tile = tiles_.back();
@@ -136,7 +138,7 @@ class SampledCall {
     } else {
       cut({layer, p, first, 0, in_any_order}, end, kExpandedTokens, tiles_);
     }
-    // Of a population that is one block there is nothing left for a model.
+    // A population that is one block has no pairs left for a model.
     modelled_.push_back(models() && !whole);
     if (modelled_.back()) cut({layer, p, first, 0, in_any_order}, end, kChunkTokens, chunks_);
     return true;
@@ -199,7 +201,7 @@ class SampledCall {
     }
   }
 
-  // The model of each layer. False where a population is not of its layer.
+  // Fits the model of each layer; false if a population is not of its layer.
   bool fit(std::vector<Worker>& workers) {
     const int64_t layers = args_.layer_count;
     fits_.resize(size_t(layers));
@@ -229,7 +231,7 @@ class SampledCall {
     return true;
   }
 
-  // The population of a random token of a layer; layers have as many tokens each.
+  // Population of a random token of a layer; all layers have the same number of tokens.
   int64_t population_drawn(int64_t layer, float draw) const {
     const int64_t* bounds = args_.populations;
     const int64_t layer_tokens = (bounds[args_.population_count] - bounds[0]) / args_.layer_count;
@@ -241,8 +243,8 @@ class SampledCall {
     chunk_sums_.assign(chunks_.size(), {});
     tile_sums_.assign(tiles_.size(), {});
     const int64_t populations = args_.population_count;
-    // Small populations are a worker's own, and what it read for their sums is in its cache for their gradient. Chunks
-    // and tiles of the last ones, and of large ones, are shared by all workers.
+    // A small population is processed by one worker, which finds the tokens in its cache when it comes to the gradient.
+    // Chunks and tiles of the last populations, and of large ones, are shared by all workers.
     std::vector<bool> alone(static_cast<size_t>(populations));
     for (int64_t p = 0; p < populations - count; ++p)
       alone[size_t(p)] = (args_.populations[p + 1] - args_.populations[p]) * args_.features <= kOwnNumbers;
@@ -299,7 +301,7 @@ class SampledCall {
     }
   }
 
-  // NULL without a model.
+  // The layer's part of phi_ and directions_; NULL without a model.
   float* features_of(int64_t layer) const { return phi_ ? phi_ + layer * args_.rows * kModelFeatures : nullptr; }
   float* directions_of(int64_t layer) const {
     return directions_ ? directions_ + layer * args_.features * kRank : nullptr;
@@ -308,7 +310,7 @@ class SampledCall {
   size_t sums_stride() const { return size_t(kModelFeatures) * padded_features(); }
   float* sums_of(int64_t chunk) const { return sums_ + size_t(chunk) * sums_stride(); }
 
-  // Into the first.
+  // Adds the sums of all chunks of a population to those of its first chunk.
   void add_chunks_of(int64_t population) {
     const int64_t first = first_chunk_[size_t(population)];
     float* total = sums_of(first);
@@ -341,10 +343,10 @@ class SampledCall {
     for (int32_t t = 0; t < tile.tokens; ++t) scale[tile.rows[t]] = tile.inverse[t];
   }
 
-  // The loss of each sequence from estimates of the sums over all pairs, and the factors of its gradient.
+  // Computes the loss of each sequence from estimates of the sums over all pairs, and the factors of its gradient.
   void reduce() {
     struct Estimate {
-      double psi = 0.0, missed_c = 0.0;  // missed: all pairs less their estimate from those visited
+      double psi = 0.0, missed_c = 0.0;  // missed_c: sum of c over all pairs minus its estimate from the visited pairs
     };
     constexpr double nan = std::numeric_limits<double>::quiet_NaN();
     std::vector<Estimate> population_sums(size_t(args_.population_count)), sequence_sums(size_t(args_.sequence_count));
@@ -360,7 +362,8 @@ class SampledCall {
       Estimate& sequence = sequence_sums[size_t(args_.sequence[u])];
       sequence.psi += population_sums[u].psi;
       if (!modelled_[u]) continue;
-      // The first feature is 1.
+      // |sum_j x_j|^2, the sum of c over all pairs and the diagonal; sum_j x_j is among the sums, because the first
+      // feature is 1.
       const float* total = sums_of(first_chunk_[u]);
       for (int64_t f = 0; f < args_.features; ++f) {
         const double x = total[f / kernels_.panel * kernels_.panel * kModelFeatures + f % kernels_.panel];
@@ -382,7 +385,8 @@ class SampledCall {
           missed -= fit.mean_c;
         }
         const double corrected = mean + fit.psi_slope * psi_scale_ * missed;
-        // Where a correction is larger than psi itself, a line says nothing of it.
+        // No correction where the logarithm would be of a negative mean: a correction larger than psi itself shows that
+        // psi is not linear in c.
         if (!(reduction_.logarithm && corrected <= 0.0)) mean = corrected;
       }
       args_.loss[s] = reduction_.logarithm ? log(mean) + reduction_.offset : mean;
@@ -403,21 +407,21 @@ class SampledCall {
   const TileKernels& kernels_;
   Threads threads_;
   Reduction reduction_ = {};
-  double slope_scale_ = 1.0, psi_scale_ = 1.0;  // of slopes, and of psi
+  double slope_scale_ = 1.0, psi_scale_ = 1.0;  // factors from the kernel's units to slopes with kappa, and to psi
   std::vector<int64_t> rows_, ascending_;
   std::vector<int32_t> partner_end_;
   std::vector<Run> chunks_, tiles_;
-  std::vector<int64_t> first_chunk_, first_tile_;  // of each population
-  std::vector<bool> modelled_;                     // whether a population has pairs that are not visited
+  std::vector<int64_t> first_chunk_, first_tile_;  // [populations + 1]
+  std::vector<bool> modelled_;                     // [populations]: whether a model adds pairs that are not visited
   std::vector<dk_args> layer_args_;
   std::vector<Job> jobs_;
   std::vector<Model> models_;
   std::vector<Sums> chunk_sums_, tile_sums_;
   std::vector<Fit> fits_;
-  float* sums_ = nullptr;  // of each chunk
+  float* sums_ = nullptr;  // [chunks][kModelFeatures * padded features]
   // NULL without a model:
-  float* phi_ = nullptr;         // of each row of each layer
-  float* directions_ = nullptr;  // of each layer
+  float* phi_ = nullptr;         // [layers * rows][kModelFeatures]
+  float* directions_ = nullptr;  // [layers][features][kRank]
 };
 
 bool valid(const dk_sampled_args& args) {

@@ -1,7 +1,7 @@
-// Vectors of one instruction set, and the pack of lanes the potentials are evaluated on.
+// Vectors of one instruction set, and the pack of lanes on which the potentials are evaluated.
 //
-// Included by one kernels_*.cpp per instruction set; everything lies in an unnamed namespace so that the linker
-// cannot merge code compiled for different processors.
+// Included by one kernels_*.cpp per instruction set; everything is in an unnamed namespace, so that the linker cannot
+// merge code that was compiled for different processors.
 #pragma once
 
 #include <stdint.h>
@@ -18,7 +18,7 @@
 namespace dk {
 namespace {
 
-// A product tile is kRows x kPanel: kRows * kVectors accumulators, kVectors operands and a broadcast fill the
+// Size of a product tile, kRows x kPanel: kRows * kVectors accumulators, kVectors operands and one broadcast fill the
 // registers.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kVectors = 2, kRows = 8;
@@ -41,7 +41,7 @@ DK_INLINE vec load(const float* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
-// Keeps GCC from loading a value again for every use, which it does where registers are scarce.
+// Barrier against GCC's habit of loading a value again for every use where registers are scarce.
 DK_INLINE vec keep_in_register(vec v) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   __asm__("" : "+x"(v));
@@ -59,7 +59,7 @@ DK_INLINE vec lane_numbers() {
   return v;
 }
 
-// Sums over the lanes: of the halves, of their halves, and so on.
+// Sum over the lanes, pairwise: the halves are added, then the halves of the result, and so on.
 DK_INLINE float sum(quad v) {
 #if defined(__aarch64__)
   return vaddv_f32(vadd_f32(vget_low_f32(v), vget_high_f32(v)));
@@ -87,7 +87,7 @@ DK_INLINE float largest(vec v) {
   return m;
 }
 
-// 1 / sqrt(x): the processor's estimate and Newton steps up to fp32's accuracy.
+// 1 / sqrt(x): the processor's estimate, refined to the accuracy of fp32 by Newton steps.
 DK_INLINE vec rsqrt(vec x) {
 #if defined(__AVX512F__)
   vec y = _mm512_rsqrt14_ps(x);
@@ -123,7 +123,7 @@ DK_INLINE vec load_float16(const uint16_t* p) {
 #endif
 }
 
-// Narrowing, to the nearest, ties to even; a NaN stays one.
+// Narrowing to 16-bit floats: to the nearest, ties to even; NaN stays NaN.
 DK_INLINE void store_bfloat16(uint16_t* p, vec v) {
   const uvec bits = (uvec)as_bits(v), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const uvec kept = v == v ? rounded : (bits >> 16) | 0x40;
@@ -140,7 +140,7 @@ DK_INLINE void store_float16(uint16_t* p, vec v) {
 #endif
 }
 
-// In-place transpose of four rows of four.
+// In-place transpose of a 4 x 4 matrix.
 DK_INLINE void transpose(quad& a, quad& b, quad& c, quad& d) {
 #if defined(__aarch64__)
   const float32x4x2_t ab = vtrnq_f32(a, b), cd = vtrnq_f32(c, d);
@@ -153,7 +153,7 @@ DK_INLINE void transpose(quad& a, quad& b, quad& c, quad& d) {
 #endif
 }
 
-// The scalar type of the potentials: one panel's row.
+// One row of a panel: the scalar type V of the potentials.
 struct Pack {
   vec v[kVectors];
 };
@@ -238,8 +238,8 @@ DK_INLINE vec sum_vectors(const Pack& a) {
   return s;
 }
 
-// exp(x) for x <= 87, relative error 1e-7; 0 below -87. x = k ln 2 + r, a Chebyshev fit of exp(r), 2^k by the exponent
-// bits. Adding 1.5 * 2^23 rounds to an integer, which then lies in the low bits.
+// exp(x) for x <= 87 with relative error 1e-7; 0 for x <= -87. x = k ln 2 + r; exp(r) by a Chebyshev fit, 2^k through
+// the exponent bits. Adding kMagic = 1.5 * 2^23 rounds to an integer, which is then in the low bits.
 DK_INLINE Pack exponential(Pack x) {
   constexpr float kMagic = 12582912.0f;
   DK_FOR_VECTORS {
@@ -254,14 +254,14 @@ DK_INLINE Pack exponential(Pack x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    // Unsigned, because the sum may carry out of the top bit, which for signed numbers is undefined.
+    // Unsigned addition, because the sum may carry out of the top bit, which is undefined for signed integers.
     const vec scaled = from_bits((ivec)((uvec)as_bits(p) + ((uvec)as_bits(shifted) << 23)));
     x.v[n] = x.v[n] > -87.0f ? scaled : vec{};
   }
   return x;
 }
 
-// Replaces the lanes of a panel whose column lies outside [begin, end).
+// The pack with `replacement` in the lanes whose column is outside [begin, end); lane 0 is column first_column.
 DK_INLINE Pack keep_columns(Pack a, int first_column, int begin, int end, float replacement) {
   DK_FOR_VECTORS {
     const vec column = lane_numbers() + float(first_column + n * kLanes);

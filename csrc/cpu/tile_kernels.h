@@ -1,5 +1,5 @@
-// Everything that touches a tile's numbers, for one instruction set: packing, the sweep over the pairs of one or two
-// tiles, and the gradient through the row transform. Each kernels_*.cpp includes this once and exports kTileKernels.
+// The arithmetic on tiles for one instruction set: packing, the sweep over the pairs of one or two tiles, and the
+// gradient through the row transform. Each kernels_*.cpp includes this once and exports kTileKernels.
 //
 // A pair of tiles (I, J) takes three matrix products on one micro-kernel, C = beta C + alpha A B, where A is read by
 // broadcast with any two strides and B is a panel of kPanel columns:
@@ -18,7 +18,7 @@
 namespace dk {
 namespace {
 
-// What the sizes of arrays rest on.
+// Assumptions behind the sizes of arrays.
 static_assert(round_up(kLargestTile, kPanel) <= kLargestPadded, "arrays of a tile's tokens hold a padded tile");
 static_assert(kPanel % kRows == 0, "a product's rows lie within one panel");
 static_assert(kLargestTile % kRows == 0, "a tile is no longer in whole products");
@@ -27,8 +27,9 @@ static_assert(kRows < kPanel, "Scratch::rows holds a product's rows, and one mor
 // ---- fetching ahead
 
 constexpr int kLine = 64 / sizeof(float);
-// What lies `offset` floats from p, perhaps beyond its array, where no pointer may point: the address is an integer.
-// Without the asm, GCC takes a function that only prefetches for one without effect and drops its calls.
+// Prefetch of the memory `offset` floats from p, to the first-level cache (near) or the second (far). It may be beyond
+// p's array, where no pointer may point, so the address is an integer. The empty asm is there because GCC takes a
+// function that only prefetches for one without effect and drops its calls.
 DK_INLINE void prefetch_near(const float* p, int64_t offset) {
   __asm__ volatile("");
   __builtin_prefetch((const void*)((uintptr_t)p + uintptr_t(offset) * sizeof(float)), 0, 3);
@@ -38,10 +39,10 @@ DK_INLINE void prefetch_far(const float* p, int64_t offset) {
   __builtin_prefetch((const void*)((uintptr_t)p + uintptr_t(offset) * sizeof(float)), 0, 2);
 }
 
-// ---- rows in
+// ---- input rows
 
-// A row in fp32, padded with zeros: where it lies if that will do, else copied to `out`. The address of z may be odd,
-// and the address of what is returned is not.
+// A row in fp32, padded with zeros: in place if it has this form already, else copied to `out`. The address of z may be
+// odd; the address returned is aligned for floats.
 DK_INLINE const float* read_row(const Job& job, int64_t row, float* out) {
   const dk_args& args = *job.args;
   const int64_t features = args.features, whole = features / kLanes * kLanes;
@@ -66,7 +67,7 @@ DK_INLINE const float* read_row(const Job& job, int64_t row, float* out) {
   return out;
 }
 
-// Rows in no order of their own are fetched so many ahead: no hardware does it.
+// Number of rows that are prefetched: rows come in any order, which no hardware prefetcher follows.
 constexpr int kRowsAhead = 8;
 
 DK_INLINE void prefetch_row(const Job& job, int64_t row) {
@@ -85,8 +86,8 @@ void add_rows(const Job& job, const Tile& tile, Scratch& scratch, float* sums) {
 
 // ---- packing
 
-// Sum of squares of one padded row; in double where fp32 would overflow or lose it, which also settles whether a value
-// is infinite or NaN.
+// Sum of squares of one padded row; in double where fp32 would overflow or underflow, which also decides whether a
+// value is infinite or NaN.
 DK_INLINE double square_sum(const float* row, int64_t padded_features) {
   Pack s = splat_pack(0.0f);
   for (int64_t k = 0; k < padded_features; k += kPanel) {
@@ -100,7 +101,7 @@ DK_INLINE double square_sum(const float* row, int64_t padded_features) {
   return slow;
 }
 
-// x = z minus its mean over the features. In double, so that a constant row becomes exactly zero.
+// x = z - mean over the features, computed in double, so that a constant row becomes exactly zero.
 DK_INLINE void centre_row(const float* z, float* x, int64_t features, int64_t padded_features) {
   constexpr int kSums = 16;
   double sums[kSums] = {};
@@ -114,13 +115,13 @@ DK_INLINE void centre_row(const float* z, float* x, int64_t features, int64_t pa
   for (int64_t k = features; k < padded_features; ++k) x[k] = 0.0f;
 }
 
-// A row of the tile as `factor` times `row`.
+// A row of the tile: `factor` times `row`.
 struct ScaledRow {
   const float* row;
   float factor;
 };
 
-// Token t as it is packed, and what is known of it; `out` has room for a padded row.
+// Transformed token t; its statistics go to the tile. `out` has room for a padded row.
 DK_INLINE ScaledRow transform_row(const Job& job, Tile& tile, int t, float* out) {
   const int64_t features = job.args->features, padded_features = job.padded_features;
   tile.row_sum[t] = 0.0f;
@@ -137,7 +138,7 @@ DK_INLINE ScaledRow transform_row(const Job& job, Tile& tile, int t, float* out)
     const double centred = square_sum(out, padded_features);
     tile.square_sum += raw;
     tile.square[t] = float(job.square_factor * centred);
-    // Beyond fp32's range a distance is lost: report NaN rather than a wrong number.
+    // A distance beyond the range of fp32 is lost: the loss becomes NaN rather than a wrong number.
     tile.finite = tile.finite && isfinite(raw) && centred < 1e37 && isfinite(tile.square[t]);
     return {out, 1.0f};
   }
@@ -146,7 +147,7 @@ DK_INLINE ScaledRow transform_row(const Job& job, Tile& tile, int t, float* out)
     z = out;
   }
   double norm = sqrt(square_sum(z, padded_features));
-  if (norm < FLT_MIN) norm = 0.0;  // its inverse would be beyond fp32's range
+  if (norm < FLT_MIN) norm = 0.0;  // the inverse would be beyond the range of fp32
   const double inverse = norm + job.eps > 0.0 ? 1.0 / (norm + job.eps) : 0.0;
   tile.norm[t] = float(norm);
   tile.finite = tile.finite && isfinite(tile.norm[t]);
@@ -164,7 +165,7 @@ DK_INLINE ScaledRow transform_row(const Job& job, Tile& tile, int t, float* out)
 }
 
 void pack(const Job& job, Tile& tile, Scratch& scratch) {
-  // Of a panel so many features at a time that they stay in the first-level cache until they are transposed.
+  // Features of a panel that are transposed at a time: so few that they stay in the first-level cache meanwhile.
   constexpr int64_t kFeatures = 2 * kPanel, kStride = kFeatures + 16;
   static_assert(kPanel % 4 == 0, "four tokens are transposed at a time");
   const int64_t features = job.args->features, padded_features = job.padded_features;
@@ -214,7 +215,8 @@ void pack(const Job& job, Tile& tile, Scratch& scratch) {
 
 // ---- products
 
-// A: element (i, k) is at[i * row + k * step]. B: k-th row at[k * step], of kPanel columns.
+// Operands of a product. Left, A: element (i, k) is at[i * row + k * step]. Right, B: row k, of kPanel columns, begins
+// at at[k * step].
 struct Left {
   const float* at;
   int64_t row, step;
@@ -224,11 +226,10 @@ struct Right {
   int64_t step;
 };
 
-// C[0:kRows, column:column+kWidth*kLanes] = beta C + alpha A B; c holds the rows of C, which is not read where beta is 0.
-// kNear: C need not be fetched ahead, and alpha is 1. kWidth: vectors in a row of C and of B, whose first is at
-// right.at.
-// Tiles come from the last-level cache, whose latency no reordering hides: ahead(n), called every kBlock steps, fetches
-// what the next calls will need.
+// C[0:kRows, column:column+kWidth*kLanes] = beta C + alpha A B; c holds the rows of C, which is not read if beta is 0.
+// kNear: C need not be prefetched, and alpha is 1. kWidth: vectors in a row of C and of B; the first vector of B is at
+// right.at. ahead(n) is called every kBlock steps and prefetches the operands of the next calls: tiles come from the
+// last-level cache, whose latency out-of-order execution does not hide.
 constexpr int kBlock = 8;
 
 template <bool kNear, int kWidth = kVectors, class Ahead>
@@ -284,7 +285,7 @@ DK_INLINE void micro_kernel(int64_t depth, Left left, Right right, float* const*
   }
 }
 
-// The same at the edge of C, of which only rows x columns exist.
+// micro_kernel at the edge of C, where only rows x columns of its elements exist.
 template <int64_t kARow, int64_t kAStep>
 void edge_kernel(int64_t depth, const float* a, const float* b, float* const* c, int64_t column, float alpha,
                  float beta, int rows, int64_t columns) {
@@ -298,9 +299,10 @@ void edge_kernel(int64_t depth, const float* a, const float* b, float* const* c,
   }
 }
 
-// S = X_I X_J^T for all rows of I; of one tile with itself only what reaches the upper triangle.
+// S = X_I X_J^T for all rows of I. With `upper`, for a tile with itself, only the products that reach the upper
+// triangle.
 void similarities(const Job& job, const Tile& tile, const Tile& other, bool upper, float* weights) {
-  // A slice of B this deep and its part of A fit the first-level cache.
+  // Depth, in features, of a slice of B that fits the first-level cache together with its part of A.
   constexpr int64_t kDepth = 192;
   constexpr int kHalf = kVectors / 2;  // vectors that a row of the upper triangle leaves out of its last panel
   const int64_t features = job.args->features;
@@ -317,8 +319,8 @@ void similarities(const Job& job, const Tile& tile, const Tile& other, bool uppe
         const float* panel_slice = tile.feature_major + panel * features + begin * kPanel;
         const Left a = {panel_slice + within_panel, 1, kPanel};
         const float beta = slice ? 1.0f : 0.0f;
-        // Each of the kernels on this panel of A fetches its part of the next slice of B and, the first time through
-        // A, of A's next panel.
+        // Each kernel call on this panel of A prefetches a part of the next slice of B and, the first time through A, a
+        // part of A's next panel.
         const int64_t next_b = depth * kPanel + i * depth * kPanel / last_row;
         if (upper && i >= column + kHalf * kLanes) {
           micro_kernel<true, kVectors - kHalf>(depth, a, {b + kHalf * kLanes, kPanel}, rows + i,
@@ -344,7 +346,7 @@ void similarities(const Job& job, const Tile& tile, const Tile& other, bool uppe
 template <int64_t kARow, int64_t kAStep>
 void accumulate(const Job& job, const Tile& tile, const Tile& other, const float* weights, float alpha, float beta) {
   const int64_t features = job.args->features;
-  // Of whole products, and of one more, which the last fetches ahead.
+  // Rows of whole products, and of one product more, which the last one prefetches.
   float* rows[kLargestTile + kRows];
   for (int i = 0; i < int(round_up(tile.tokens, kRows)) + kRows; ++i)
     rows[i] = job.args->grad + tile.rows[i < tile.tokens ? i : 0] * features;
@@ -358,7 +360,7 @@ void accumulate(const Job& job, const Tile& tile, const Tile& other, const float
         float* const* next_rows = rows + i + kRows;
         const auto ahead = [&](int block) {
           prefetch_far(b, next_b + block * kLine);
-          // Where a load a step is the bottleneck, this one costs more than it saves.
+          // Prefetch of C with 16 lanes alone: where loads are the bottleneck, it costs more than it saves.
           if (kLanes == 16) prefetch_far(next_rows[block / 2 % kRows], column + (block & 1) * kLine);
         };
         micro_kernel<false>(other.tokens, {a, kARow, kAStep}, {b, kPanel}, rows + i, column, alpha, beta, ahead);
@@ -381,7 +383,7 @@ struct Region {
   int end(int i) const { return partner_end ? partner_end[i] : columns; }
 };
 
-// Largest exponent of the region, -inf without a pair.
+// Largest exponent of the region; -inf without a pair.
 template <class P>
 float largest_exponent(const P& potential, const Region& region, const float* weights, const float* q_row,
                        const float* q_column) {
@@ -400,8 +402,8 @@ float largest_exponent(const P& potential, const Region& region, const float* we
   return largest(m);
 }
 
-// Replaces the similarities of the region by the slopes and returns the sum of psi. Columns of a row that are not its
-// partners get weight 0 up to the end of the tile. row_sum and column_sum are added to.
+// Replaces the similarities of the region by the slopes and returns the sum of psi. Columns that are no partners of
+// their row get weight 0, up to the end of the tile. Sums of the weights are added to row_sum and column_sum.
 template <class P, bool kGradient, bool kRowSums>
 double weigh(const P& potential, float shift, const Region& region, float* weights, const float* q_row,
              const float* q_column, float* row_sum, float* column_sum) {
@@ -429,7 +431,7 @@ double weigh(const P& potential, float shift, const Region& region, float* weigh
     if (kGradient)
       for (; j < region.columns; j += kPanel) store_pack(row + j, splat_pack(0.0f));
     if (kRowSums) row_sum[i] += sum(sum_vectors(row_total));
-    // fp32 partial sums stay short.
+    // The fp32 partial sums are flushed every eight rows, so that they stay short.
     if (i % 8 == 7 || i + 1 == region.rows) {
       for (int n = 0; n < kVectors; ++n) total += double(sum(partial.v[n]));
       partial = splat_pack(0.0f);
@@ -466,7 +468,7 @@ TileSum weigh_region(const Job& job, const P& potential, const Region& region, S
   return {psi, empty ? -INFINITY : double(shift)};
 }
 
-// Calls work with the potential as what it is.
+// work(potential), with the potential in its own type.
 template <class Work>
 DK_INLINE auto with_potential(const Potential& p, const Work& work) {
   switch (p.kind) {
@@ -489,7 +491,7 @@ TileSum weigh_tile(const Job& job, const Region& region, Scratch& scratch, const
 
 // ---- the sweep
 
-// Two sums in units of exp(shift) and exp(other) go on in units of the larger; returns the factors of both.
+// Factors that bring two sums, in units of exp(shift) and exp(other), to units of the larger, which `shift` becomes.
 struct Rescaling {
   double kept, added;
 };
@@ -500,7 +502,7 @@ DK_INLINE Rescaling rescale(double& shift, double other) {
   return {before == shift ? 1.0 : exp(before - shift), other == shift ? 1.0 : exp(other - shift)};
 }
 
-// The weights of a tile with itself, of which what is above the diagonal is there.
+// Completes the weights of a tile with itself from those above the diagonal: 0 on it, the transpose below.
 void mirror(const Tile& tile, float* weights) {
   for (int i = 0; i < tile.tokens; ++i) {
     weights[i * kWeightStride + i] = 0.0f;
@@ -550,10 +552,11 @@ void between(const Job& job, Tile& tile, Tile& other, Scratch& scratch) {
 
 // ---- the gradient through the row transform
 
-// With G_i = sum_j w_ij x_j: G_i - x_i sum_j w_ij for distances; else, with x = z / (r + eps),
-// dz = (G - x (x . G) / |x|^2 r / (r + eps)) / (r + eps), whose last division is left to the scale. As soon as the
-// tile's last pair is summed and much of it is still in the cache. u is G, padded, in the gradient itself or in memory
-// that may be written to. x lies in panels of features x_step apart and is to be multiplied by a factor.
+// Projection of one token's sum G_i = sum_j w_ij x_j. For distances: G_i - x_i sum_j w_ij. Else, with x = z / (r +
+// eps): dz = (G - x (x . G) / |x|^2 r / (r + eps)) / (r + eps), whose last division is left to the scale. It is applied
+// as soon as the tile's last pair is summed, while much of the tile is still in the cache. u is G, padded, in the
+// gradient itself or in memory that may be overwritten. x is in panels of features, x_step floats apart, and is
+// multiplied by `factor`.
 DK_INLINE void project_row(const Job& job, const Tile& tile, int t, const float* x, int64_t x_step, float factor,
                            float* u) {
   const int64_t features = job.args->features, padded_features = job.padded_features;
@@ -569,11 +572,11 @@ DK_INLINE void project_row(const Job& job, const Tile& tile, int t, const float*
       square = madd(scaled, scaled, square);
       total = total + uk;
     }
-    // |x|^2 is length^2, but for a rounding that would leave a part of u along x.
+    // |x|^2 equals length^2 up to rounding; dividing by |x|^2 as computed leaves no part of u along x.
     const float norm = tile.norm[t], squares = sum(sum_vectors(square));
     const float length = norm > 0.0f ? norm / (norm + float(job.eps)) : 0.0f;
     own = squares > 0.0f ? -sum(sum_vectors(dot)) * length / squares : 0.0f;
-    // Of h x, what is not along x: h x - x (x . h x) / |x|.
+    // Correction for the term h x that u contains: its projection is h x - x (x . h x) / |x|.
     if (tile.own) own -= tile.own[t] * (1.0f - length);
     if (job.transform == Transform::kCentredNormalise) mean = sum(sum_vectors(total)) / float(features);
   }
@@ -597,7 +600,8 @@ void project(const Job& job, const Tile& tile, Scratch& scratch) {
   }
 }
 
-// Once the sequence's loss is known: the scale of each row, and the norm term, which has another and so takes a pass.
+// Sets the scale of each row once the sequence's loss is known, and adds the norm term, whose scale is another and
+// which therefore takes a pass over the gradient.
 void finish(const Job& job, const Tile& tile, const Finish& result, Scratch& scratch) {
   const int64_t features = job.args->features;
   for (int t = 0; t < tile.tokens; ++t) {
@@ -613,15 +617,15 @@ void finish(const Job& job, const Tile& tile, const Finish& result, Scratch& scr
 
 // ---- sampled pairs and the model of the rest
 
-// Rows of up to kPanel tokens, evenly spaced: row t is to be multiplied by factor[t].
+// Evenly spaced rows of up to kPanel tokens: token t is factor[t] times row t. `stride` is in floats.
 struct EvenRows {
   const float* at;
   int64_t stride;
   float factor[kPanel];
 };
 
-// The tokens of a tile from `first` on, and zeros up to whole groups of kRows: where they lie, if they are as evenly
-// spaced as their rows, else in `spare`.
+// Tokens of a tile from `first` on, padded with zeros to whole groups of kRows: in place if the rows are evenly spaced
+// by row_stride, else in `spare`.
 EvenRows even_rows(const Job& job, Tile& tile, int first, float* spare) {
   const int64_t stride = spare_stride(job.padded_features);
   const int left = tile.tokens - first, count = left < kPanel ? int(round_up(left, kRows)) : kPanel;
@@ -644,8 +648,8 @@ EvenRows even_rows(const Job& job, Tile& tile, int first, float* spare) {
   return rows;
 }
 
-// phi [count][kModelFeatures] of whole groups of kRows tokens: row t of x is at x + t * x_row, in panels of features
-// x_panel apart, and is to be multiplied by factor[t].
+// Features phi, [count][kModelFeatures], of whole groups of kRows tokens. Token t is factor[t] times the row at x + t *
+// x_row, which is in panels of features x_panel floats apart.
 void model_features(const Job& job, const Model& model, const float* x, int64_t x_row, int64_t x_panel, int count,
                     const float* factor, float* phi) {
   static_assert(kRank % kLanes == 0 && kRank <= kPanel, "the components are whole vectors of a product");
@@ -695,7 +699,7 @@ void model_sums(const Job& job, const Model& model, Tile& tile, Scratch& scratch
   }
 }
 
-// The tile's weighted features b_k phi_ik, 0 up to whole groups of kRows tokens, and h_ii, to column_sum.
+// Weighted features b_k phi_ik of a tile, 0 up to whole groups of kRows tokens, to `weighted`, and h_ii to column_sum.
 void weigh_features(const Model& model, const Tile& tile, const float* phi, Scratch& scratch) {
   for (int t = 0; t < int(round_up(tile.tokens, kRows)); ++t) {
     float* weighted = scratch.weighted + t * kModelFeatures;
@@ -718,7 +722,8 @@ void weigh_features(const Model& model, const Tile& tile, const float* phi, Scra
   }
 }
 
-// Replaces the similarities above the diagonal by inverse_probability (slope - h), 0 between segments, and sums psi and c.
+// Replaces the similarities above the diagonal by inverse_probability (slope - h), 0 between segments, and sums psi and
+// c.
 template <class P>
 void weigh_residuals(const Job& job, const P& potential, const Model& model, Tile& tile, Scratch& scratch,
                      float inverse_probability) {
@@ -753,8 +758,8 @@ void weigh_residuals(const Job& job, const P& potential, const Model& model, Til
   tile.c_sum = 2.0 * c;
 }
 
-// u [kRows][padded_features], of the tokens from i on: what the pairs with tokens `begin` to `end` of the tile have of
-// their gradient, and what the model has.
+// Sums u, [kRows][padded_features], of the tokens from i on: the part of the gradient from pairs with the tokens
+// `begin` to `end` of the tile, and the part from the model.
 void add_up(const Job& job, const Model& model, const Tile& tile, const Scratch& scratch, const float* sums, int i,
             int begin, int end, float* u) {
   float* rows[kRows];
@@ -788,7 +793,7 @@ void sample(const Job& job, const Model& model, Tile& tile, Scratch& scratch, co
   if (!job.args->grad) return;
   mirror(tile, scratch.weights);
   const int64_t x_step = int64_t(tile.padded) * kPanel;
-  int begin = 0;  // of the segment of token i
+  int begin = 0;  // first token of the segment of token i
   for (int i = 0; i < tile.tokens; i += kRows) {
     const int next = i + kRows < tile.tokens ? i + kRows : tile.tokens;
     while (tile.partner_end[begin] <= i) begin = tile.partner_end[begin];
@@ -813,7 +818,7 @@ void expand(const Job& job, const Model& model, Tile& tile, Scratch& scratch, co
   }
 }
 
-// ---- rows out
+// ---- output rows
 
 template <class T, class Narrow>
 void scale_rows(const dk_scale_args& args, int64_t layer, int64_t begin, int64_t end, const Narrow& narrow) {

@@ -1,4 +1,4 @@
-// The instructions of Hopper (sm_90a): barriers in shared memory, the copy engine, asynchronous products.
+// The PTX instructions of Hopper (sm_90a): barriers in shared memory, the copy engine, asynchronous products.
 #pragma once
 
 #include "kernels.h"
@@ -8,13 +8,13 @@ namespace dk {
 
 // ---- threads
 
-// kThreads threads meet at barrier kBarrier, of which 0 is __syncthreads'.
+// Synchronises kThreads threads at barrier kBarrier; barrier 0 is that of __syncthreads.
 template <int kBarrier, int kThreads>
 DK_DEVICE void sync_threads() {
   asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
 
-// A warpgroup's registers, from now on.
+// Set the number of registers per thread of a warpgroup.
 template <int kRegisters>
 DK_DEVICE void release_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -24,25 +24,25 @@ DK_DEVICE void claim_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- barriers in shared memory, of `arrivals` and of bytes that are announced
+// ---- barriers in shared memory: a phase ends after `arrivals` arrivals and the announced bytes
 
 DK_DEVICE void init_barrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// To the copy engine; the other threads need one more barrier.
+// Makes initialised barriers visible to the copy engine; the other threads need a __syncthreads, too.
 DK_DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 DK_DEVICE void arrive_at_barrier(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives, and the barrier waits for so many bytes, too.
+// Arrives at the barrier and announces `bytes`, which its phase waits for, too.
 DK_DEVICE void expect_bytes(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Until the phase of this parity is over; the first has 0.
+// Waits until the phase of this parity is over; the first phase has parity 0.
 DK_DEVICE void wait_at_barrier(uint32_t barrier, int parity) {
   uint32_t over;
   do {
@@ -56,7 +56,7 @@ DK_DEVICE void wait_at_barrier(uint32_t barrier, int parity) {
 
 // ---- copies
 
-// The box of `map` whose first element is (x, y, z), the innermost first; its bytes arrive at `barrier`.
+// Copies the box of `map` whose first element is (x, y, z), innermost coordinate first; its bytes count at `barrier`.
 DK_DEVICE void copy_box(uint32_t to, const TensorMap* map, int x, int y, int z, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
@@ -67,24 +67,24 @@ DK_DEVICE void copy_box(uint32_t to, const TensorMap* map, int x, int y, int z, 
 
 // ---- products of a warpgroup
 
-// Of rows of 128 bytes, swizzled as panel_offset<128> has it; eight of them are 1,024 bytes.
+// Descriptor of a panel whose rows are 128 bytes, swizzled as by panel_offset<128>; eight rows are 1,024 bytes.
 DK_DEVICE uint64_t panel_descriptor(uint32_t panel) {
   constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kEightRows = uint64_t(1024 >> 4) << 32;
   return kSwizzle128 | kEightRows | uint64_t(1) << 16 | uint64_t((panel & 0x3ffff) >> 4);
 }
 
-// Before the first product, and where registers were written since.
+// Fence that is needed before the first product, and again after registers that products use were written.
 DK_DEVICE void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 DK_DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Until at most kPending groups of products are under way.
+// Waits until at most kPending groups of products are under way.
 template <int kPending>
 DK_DEVICE void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The compiler sees no use of the sums before this.
+// Keeps the compiler from moving uses of the sums to before this point.
 template <int kM, int kN>
 DK_DEVICE void settle(float (&c)[kM][kN][4]) {
 #pragma unroll
@@ -95,7 +95,7 @@ DK_DEVICE void settle(float (&c)[kM][kN][4]) {
       for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(c[m][n][e])::"memory");
 }
 
-// C += A B^T of 64 rows of A and 128 of B, 32 bytes of each.
+// C += A B^T for 64 rows of A and 128 rows of B, 32 bytes (16 features) of each row.
 #define DK_MULTIPLY_ASYNC(Element, type)                                                                              \
   DK_DEVICE void multiply_async(Element, float (&c)[16][4], uint64_t a, uint64_t b) {                                 \
     asm volatile(                                                                                                     \

@@ -1,5 +1,5 @@
-// Every kernel over pairs of tokens, for one element type: DK_ELEMENT, DK_NAME in the kernels' names, and DK_TABLE, the
-// function that lists them. Each pairs_*.cu includes this once.
+// The kernels over pairs of tokens for one element type: DK_ELEMENT, the type; DK_NAME, its name in the kernels' names;
+// DK_TABLE, the function that returns their table. Each pairs_*.cu includes this once.
 #include "pair_tiles.cuh"
 #include "pair_tiles_wgmma.cuh"
 #include "row_sweep.cuh"
@@ -32,7 +32,7 @@
 #define DK_STRING_(a) #a
 #define DK_STRING(a) DK_STRING_(a)
 
-// Every kernel: its function, its potential, its mode.
+// Lists of all kernels: name of the epilogue, potential, name of the mode, mode.
 #define DK_OF_EVERY_POTENTIAL(X, ...)                         \
   X(angular_spread_narrow, AngularSpreadNarrow, __VA_ARGS__)  \
   X(angular_spread, AngularSpread, __VA_ARGS__)               \
@@ -71,7 +71,7 @@
       DK_JOIN(dk_row_sweep, DK_NAME, name, mode)(DK_ROW_SWEEP_PARAMETERS) {                             \
     dk::row_sweep<dk::DK_ELEMENT, dk::Potential, dk::RowSweep::kMode, kResident>(DK_ROW_SWEEP_ARGUMENTS); \
   }
-// Elsewhere it is a stub for fewer threads than it needs, by which the host knows.
+// Without sm_90a the kernel is a stub whose bound, fewer threads than the kernel needs, tells the host so.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define DK_WGMMA_BOUNDS \
   __launch_bounds__(dk::PairTilesWgmmaShape<dk::DK_ELEMENT>::kBlockThreads, \

@@ -1,4 +1,4 @@
-// The compiled kernels, by name, for the host.
+// The tables of compiled kernels, by name, for the host.
 #pragma once
 
 #include <stdint.h>
@@ -7,18 +7,18 @@ namespace dk {
 
 constexpr int kMaxLayers = 64;
 
-// Of each layer from the first, in bytes.
+// Offset of each layer from the first, in bytes.
 struct LayerOffsets {
   int64_t of_layer[kMaxLayers];
 };
 
-// Tokens of a block of the kernels of single tokens, a warp each.
+// Tokens per block of the kernels that read each token by itself; each token has one warp.
 constexpr int kTokensOfProgram = 4;
 
-// The boxes of tokens that Hopper's copy engine brings.
+// Size of a box that Hopper's copy engine brings: tokens, and bytes of each.
 constexpr int kHopperTokens = 128, kHopperRowBytes = 128;
 
-// A CUtensorMap, which says to the copy engine of Hopper where a layer is.
+// A CUtensorMap, which describes the layout of a layer to Hopper's copy engine.
 struct alignas(128) TensorMap {
   uint64_t opaque[16];
 };
@@ -31,7 +31,7 @@ struct Kernel {
   const void* function;
   int threads;
   int shared_bytes;
-  int slice;  // the features of the gradient that a block has; 0 for kernels without
+  int slice;  // features of the gradient per block; 0 for kernels without a gradient
 };
 
 struct Kernels {
@@ -39,12 +39,12 @@ struct Kernels {
   int count;
 };
 
-// Of each element type: pair_tiles and row_sweep.
+// Tables of the kernels over pairs, pair_tiles and row_sweep, one for each element type.
 Kernels bfloat16_kernels();
 Kernels float16_kernels();
 Kernels tf32_kernels();
 Kernels tf32x3_kernels();
-// Of single tokens.
+// Table of the kernels that read each token by itself.
 Kernels token_kernels();
 
 }  // namespace dk

@@ -1,6 +1,6 @@
-// The kernels as PyTorch operators, through its stable ABI: one build serves every PyTorch from TORCH_TARGET_VERSION on
-// and every Python. backends/cuda.py calls them. An operator queues its kernel on the stream it is given, on
-// the device of its tensors, and waits for nothing.
+// The CUDA kernels as PyTorch operators, through PyTorch's stable ABI: one build serves every PyTorch from
+// TORCH_TARGET_VERSION on and every Python. backends/cuda.py calls them. An operator queues its kernel on the given
+// stream, on the device of its tensors, and does not synchronise.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/library.h>
@@ -23,7 +23,8 @@ using torch::stable::Tensor;
 
 // ---- launches
 
-// What a test sees of a launch in place of the device, on tensors anywhere; see dispersion_kernels_watch_launches.
+// Receiver of launches in place of the device, for tests, with tensors on any device; see
+// dispersion_kernels_watch_launches.
 using Watcher = void (*)(const char* kernel, const unsigned* grid, int threads, int shared_bytes, void* const* arguments,
                          int count);
 std::atomic<Watcher> watcher{nullptr};
@@ -53,7 +54,7 @@ void check(cudaError_t status, const std::string& kernel) {
   STD_TORCH_CHECK(false, "CUDA kernel ", kernel, ": ", cudaGetErrorString(status), remedy);
 }
 
-// Back to the device that was current, whatever happens.
+// Makes a device current and restores the previous one, also when an exception is thrown.
 class DeviceGuard {
  public:
   DeviceGuard(int device, const std::string& kernel) : device_(device) {
@@ -61,7 +62,7 @@ class DeviceGuard {
     if (before_ != device_) check(cudaSetDevice(device_), kernel);
   }
   ~DeviceGuard() {
-    // It was current, so it can be; and a destructor cannot raise.
+    // The status is ignored: the device was current before, and a destructor cannot throw.
     if (before_ != device_) cudaSetDevice(before_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
@@ -118,7 +119,7 @@ LayerOffsets offsets(const std::vector<Tensor>& layers) {
   return result;
 }
 
-// The layers, [B, L, F] each.
+// The layers, each [B, L, F], with the sizes and strides (in elements) that they share.
 struct Tokens {
   const char* z;
   LayerOffsets layers;
@@ -145,7 +146,7 @@ struct Tokens {
   }
 };
 
-// Each layer's gradient is [B, L, F] and contiguous; or there is none of any.
+// Checks that every layer has a contiguous gradient [B, L, F], or that there are no gradients.
 void check_gradients(const std::vector<Tensor>& gradients, const std::vector<Tensor>& layers) {
   STD_TORCH_CHECK(gradients.empty() || gradients.size() == layers.size(), "there must be a gradient of each layer, got ",
                   gradients.size(), " of ", layers.size(), " layers");
@@ -158,8 +159,8 @@ int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block;
 
 // ---- the copy engine of Hopper
 
-// The kernel for sm_90a that takes the place of `name`, if there is one and the device of `on` runs it. What is not
-// compiled for sm_90a has a stub of it that is bounded to fewer threads.
+// The kernel for sm_90a that takes the place of `name`, if there is one and the device of `on` runs it; else NULL. A
+// build without sm_90a has a stub of the kernel, known by a bound of fewer threads.
 const Kernel* hopper_kernel(const std::string& name, const Tensor& on) {
   const Kernel* kernel = find_kernel(name + "_wgmma");
   if (kernel == nullptr) return nullptr;
@@ -170,13 +171,14 @@ const Kernel* hopper_kernel(const std::string& name, const Tensor& on) {
   cudaFuncAttributes attributes;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, on.get_device_index()) != cudaSuccess ||
       major != 9 || cudaFuncGetAttributes(&attributes, kernel->function) != cudaSuccess) {
-    cudaGetLastError();  // of which launch() tells, if it is more than this kernel's
+    cudaGetLastError();  // clears the error; one that is not this kernel's alone is reported by launch()
     return nullptr;
   }
   return attributes.maxThreadsPerBlock >= kernel->threads ? kernel : nullptr;
 }
 
-// What a tensor map is made of; it is what the tests get for one. The innermost dimension is the first; bytes.
+// The numbers that a tensor map is made from, the innermost dimension first; strides and swizzle in bytes, sizes and
+// box in elements. Watched launches get this in place of the map.
 struct TensorMapSource {
   uint64_t address, sizes[3], strides[2];
   uint32_t box[3], swizzle;
@@ -185,7 +187,8 @@ static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= 
               "TensorMap is a CUtensorMap");
 static_assert(sizeof(TensorMapSource) <= sizeof(TensorMap), "the tests get it in its place");
 
-// The driver's function, which is not linked to: the extension loads without a driver. Null where that is too old.
+// The driver's cuTensorMapEncodeTiled, looked up at run time, so that the extension loads without a driver; null if the
+// driver is too old.
 auto tensor_map_encoder() {
   static const auto encode = [] {
     void* function = nullptr;
@@ -201,13 +204,13 @@ auto tensor_map_encoder() {
   return encode;
 }
 
-// The maps of the layers, in boxes of one sequence, kHopperTokens tokens and kHopperRowBytes of their features; nothing
-// where the copy engine cannot read them: its strides are multiples of 16 bytes below 2^40, and its arguments (these maps
-// are 8 KB) need a driver of CUDA 12.1.
+// Tensor maps of the layers, in boxes of one sequence, kHopperTokens tokens and kHopperRowBytes bytes of features;
+// nothing if the copy engine cannot read the layers: strides must be multiples of 16 bytes below 2^40, and the maps,
+// 8 KB of kernel arguments, need a driver of CUDA 12.1.
 std::optional<TensorMaps> tensor_maps(const std::vector<Tensor>& layers, bool bfloat16) {
   constexpr int64_t kBytes = 2, kLargestStride = int64_t(1) << 40;
   const Tensor& first = layers[0];
-  // The stride of a dimension of one means nothing.
+  // The stride of a dimension of size 1 is arbitrary.
   const int64_t stride_l = first.stride(1) * kBytes;
   const int64_t stride_b = first.size(0) > 1 ? first.stride(0) * kBytes : stride_l;
   for (const int64_t stride : {stride_l, stride_b})
@@ -313,9 +316,9 @@ void project(std::string kernel, std::vector<Tensor> layers, Tensor norm, Tensor
 }  // namespace
 }  // namespace dk
 
-// From now on launches go to `watch`, which gets the kernel's name, its grid and the addresses of its arguments, and not
-// to the device; null ends that. It is how the tests run the kernels on a machine without a GPU. `hopper`: as on a device
-// that has the kernels for sm_90a.
+// Redirects launches from the device to `watch`, which gets the kernel's name, its grid and the addresses of its
+// arguments; null ends the redirection. The tests run the kernels with it on a machine without a GPU. `hopper`: whether
+// to launch as on a device with the kernels for sm_90a.
 extern "C" __attribute__((visibility("default"))) void dispersion_kernels_watch_launches(dk::Watcher watch, int hopper) {
   dk::watches_hopper.store(hopper != 0);
   dk::watcher.store(watch);
@@ -343,7 +346,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dispersion_kernels, m) {
       "Tensor(a!)[] gradients, int transform, int stream) -> ()");
 }
 
-// For every device, because of the tests; launch() says what is wrong with another.
+// Registered for every device, because of the tests; launch() raises for tensors that are not on a CUDA device.
 STABLE_TORCH_LIBRARY_IMPL(dispersion_kernels, CompositeExplicitAutograd, m) {
   m.impl("cuda_row_statistics", TORCH_BOX(&dk::row_statistics));
   m.impl("cuda_pair_tiles", TORCH_BOX(&dk::pair_tiles));

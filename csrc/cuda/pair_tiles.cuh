@@ -1,5 +1,5 @@
-// Similarities, potential and slope over pairs of tiles of tokens; the slopes go to a workspace, for the library's
-// matrix products. The similarities by mma.sync, on every GPU.
+// The kernel over pairs of tiles for every GPU: similarities by mma.sync, psi and slope; the slopes go to a workspace,
+// for the library's matrix products.
 #pragma once
 
 #include "pairs.cuh"
@@ -11,8 +11,8 @@ struct PairTilesShape {
   static constexpr int kBlock = sizeof(typename T::Stored) == 2 ? 128 : 64;
   static constexpr int kRowBytes = sizeof(typename T::Stored) == 2 ? 64 : 128;
   static constexpr int kStages = 3;
-  // At least, of a multiprocessor; 0: as the compiler likes. In fp32 it would spill rather than pass 96 registers, and with
-  // three registers an element it spills where three blocks leave it 168.
+  // Least number of blocks per multiprocessor; 0 leaves it to the compiler. For fp32 the compiler would spill rather
+  // than use more than 96 registers, and with three registers per element it spills at the 168 that three blocks leave.
   static constexpr int kBlocksOfSM = sizeof(typename T::Stored) == 2 ? 0 : Products<T, 1, 1>::kRegisters == 1 ? 3 : 2;
   static constexpr int kWarpsI = 2, kWarpsJ = sizeof(typename T::Stored) == 2 ? 4 : 2;
   static constexpr int kThreads = 32 * kWarpsI * kWarpsJ;
@@ -27,13 +27,13 @@ struct PairTilesShape {
   static DK_DEVICE void sync() { __syncthreads(); }
 };
 
-// One pair of tiles of tokens (I, J) of one row: the sum of psi over its pairs, in both orders, and, with kWrite, the
-// slopes times the inverse norm of the column, to the workspace, and those of (J, I). With kOnline the sum is relative
-// to the largest exponent of the tile, which goes to `maxima`.
+// Kernel body for one pair of tiles of tokens (I, J) of one row: the sum of psi over its pairs, in both orders, and,
+// with kWrite, the slopes times the inverse norm of the column, to `weights`, and those of (J, I), to `mirror`. With
+// kOnline the sum is relative to the largest exponent of the tile, which goes to `maxima`.
 //
-// blockIdx.x is a pair of the upper triangle of tiles_i x tiles_i, folded to a rectangle, or, without `triangle`, of
-// tiles_i x tiles_j; both count from the tokens first_i and first_j. blockIdx.y + first_row is the row. `shift`,
-// `groups`, `group_ranges` and `mirror` may be null.
+// blockIdx.x numbers the pairs of tiles: of the upper triangle of tiles_i x tiles_i, folded to a rectangle, or, without
+// `triangle`, of tiles_i x tiles_j. Tile 0 begins at token first_i or first_j. blockIdx.y + first_row is the row.
+// `shift`, `groups`, `group_ranges` and `mirror` may be null.
 template <class T, class Potential, PairTiles kMode>
 DK_DEVICE void pair_tiles(const PairTilesCall<T>& call) {
   using Shape = PairTilesShape<T>;
@@ -67,7 +67,7 @@ DK_DEVICE void pair_tiles(const PairTilesCall<T>& call) {
   constexpr int kStepsOfFlush = kFeaturesOfFlush * 4 / kRowBytes;
   for (int step = 0; step < steps; ++step) {
     wait_for_copies<kStages - 2>();
-    __syncthreads();  // the step's panels have come, and everyone is done with those of the last
+    __syncthreads();  // the step's panels have arrived, and all threads are done with those of the step before
     copy_step(step + kStages - 1);
     const uint32_t panel = panels + step % kStages * 2 * Shape::kPanel;
     multiply_panels<T, kRowBytes, Shape::kM, Shape::kN>(c, panel, Shape::row(), panel + Shape::kPanel, Shape::column());

@@ -1,7 +1,7 @@
-// pair_tiles with the similarities by the tensor cores of Hopper (sm_90a): one warp asks the copy engine (TMA) for the
-// panels, and a warpgroup multiplies them (wgmma) as they come. 16-bit tokens.
+// The kernel over pairs of tiles for Hopper (sm_90a) and 16-bit tokens: one warp asks the copy engine (TMA) for the
+// panels, and a warpgroup multiplies them (wgmma) as they arrive.
 //
-// A block has one multiplying warpgroup, whose registers hold a whole tile, and two blocks share a multiprocessor: while
+// A block has one multiplying warpgroup, whose registers hold a whole tile. Two blocks share a multiprocessor: while
 // one is in its epilogue, the other has the tensor cores.
 #pragma once
 
@@ -14,10 +14,10 @@ template <class T>
 struct PairTilesWgmmaShape {
   static_assert(sizeof(typename T::Stored) == 2, "fp32 has mma.sync's kernel");
   static constexpr int kBlock = kHopperTokens, kRowBytes = kHopperRowBytes, kStages = 3;
-  static constexpr int kThreads = 128;       // that multiply
-  static constexpr int kBlockThreads = 256;  // with those that copy: registers change hands between whole warpgroups
+  static constexpr int kThreads = 128;       // threads that multiply
+  static constexpr int kBlockThreads = 256;  // with the warpgroup that copies: registers move between whole warpgroups
   static constexpr int kBlocksOfSM = 2;
-  // 65,536 registers a multiprocessor, in units of eight a thread.
+  // Registers per thread, multiples of eight; a multiprocessor has 65,536.
   static constexpr int kRegistersToCopy = 24, kRegistersToMultiply = 65536 / kBlocksOfSM / 128 - kRegistersToCopy;
   static constexpr int kM = 2, kN = kBlock / 8, kStepI = 64;
   static_assert(kThreads / 32 * 16 == kStepI && kM * kStepI == kBlock, "the warps' parts are the tile");
@@ -30,8 +30,8 @@ struct PairTilesWgmmaShape {
   static DK_DEVICE void sync() { sync_threads<1, kThreads>(); }
 };
 
-// See pair_tiles. `maps` has the layers as [B, L, F] in boxes of one sequence, kBlock tokens and kRowBytes of features,
-// which arrive swizzled, and as zeros beyond the last token and feature.
+// Kernel body, as pair_tiles. `maps` describes the layers as [B, L, F] in boxes of one sequence, kBlock tokens and
+// kRowBytes bytes of features, which arrive swizzled, with zeros beyond the last token and feature.
 template <class T, class Potential, PairTiles kMode>
 DK_DEVICE void pair_tiles_wgmma(const PairTilesCall<T>& call, const TensorMaps& maps) {
   using Shape = PairTilesWgmmaShape<T>;
@@ -39,7 +39,7 @@ DK_DEVICE void pair_tiles_wgmma(const PairTilesCall<T>& call, const TensorMaps& 
   extern __shared__ __align__(1024) char memory[];
   Scratch<Shape>& scratch = *reinterpret_cast<Scratch<Shape>*>(memory + Shape::kPanels);
   const uint32_t panels = shared_address(memory);
-  // Of each stage: its panels have come, and they have been read.
+  // Barriers of each stage: `full`, its panels have arrived; `empty`, its panels have been read.
   const uint32_t full = shared_address(&scratch + 1), empty = full + kStages * 8;
   static_assert(sizeof(Scratch<Shape>) % 8 == 0, "the barriers are behind it");
   const bool multiplies = threadIdx.x < Shape::kThreads;
@@ -90,7 +90,7 @@ DK_DEVICE void pair_tiles_wgmma(const PairTilesCall<T>& call, const TensorMaps& 
         multiply_async(T(), c[m], panel_descriptor(panel + m * Shape::kStepI * Shape::kRowBytes + slab * 32),
                        panel_descriptor(panel + Shape::kPanel + slab * 32));
     commit_products();
-    // Those of the step before are done, which had the stage before this.
+    // The products of the step before are done, so the stage before this one is free.
     wait_for_products<1>();
     if (step > 0) arrive_at_barrier(empty + (step - 1) % kStages * 8);
   }

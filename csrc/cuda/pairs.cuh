@@ -1,8 +1,9 @@
-// What the kernels over pairs of tiles have in common, whatever computes the similarities: which pair a block has, what
-// the epilogue needs of its tokens, and the epilogue.
+// The common part of the kernels over pairs of tiles, whatever computes the similarities: the pair of tiles of a block,
+// the statistics of its tokens, and the epilogue.
 //
-// A `Shape` says which threads hold what of a tile: kThreads threads, the block's first, which meet at sync(); c[m][n][2
-// h + e] is of the token row() + kStepI m + 8 h + lane / 4 of I and of the token column() + 8 n + lane % 4 * 2 + e of J.
+// A `Shape` describes which thread holds which element of a tile: the block's first kThreads threads, which meet at
+// sync(), have the elements c[m][n][2 h + e] of token row() + kStepI m + 8 h + lane / 4 of I and token column() + 8 n +
+// lane % 4 * 2 + e of J.
 #pragma once
 
 #include "tiles.cuh"
@@ -11,7 +12,7 @@ namespace dk {
 
 enum class PairTiles { kLoss, kOnline, kWrite };
 
-// The arguments of a launch; see pair_tiles.
+// Arguments of a launch; see pair_tiles.
 template <class T>
 struct PairTilesCall {
   using Stored = typename T::Stored;
@@ -33,10 +34,10 @@ struct PairOfBlock {
   int tile_i, tile_j, begin_i, begin_j, in_round, row, layer, b;
   int64_t sum_at;
   bool diagonal;
-  bool paired;  // whether any tokens of the two pair
+  bool paired;  // whether the block has a pair of tiles at all
 };
 
-// What the epilogue needs of the tokens on one side of a tile.
+// Statistics, for the epilogue, of the tokens on one side of a tile.
 template <int kBlock>
 struct Side {
   float inverse[kBlock], extra[kBlock], weight[kBlock];
@@ -57,7 +58,7 @@ DK_DEVICE PairOfBlock pair_of_block(const PairTilesCall<T>& call) {
   pair.row = call.first_row + pair.in_round;
   pair.paired = true;
   if (call.triangle) {
-    // Line n of the rectangle is line n of the triangle and, behind it, line tiles - 1 - n.
+    // Line n of the rectangle is line n of the triangle, followed by line tiles_i - 1 - n.
     const int line = number / (tiles_i + 1), place = number % (tiles_i + 1);
     const bool second = place >= tiles_i - line;
     pair.tile_i = second ? tiles_i - 1 - line : line;
@@ -76,7 +77,7 @@ DK_DEVICE PairOfBlock pair_of_block(const PairTilesCall<T>& call) {
   return pair;
 }
 
-// Whether tokens of the two tiles may be of one group.
+// Whether the two tiles may have tokens of the same group.
 template <class T, int kBlock>
 DK_DEVICE bool groups_meet(const PairTilesCall<T>& call, const PairOfBlock& pair) {
   if (call.group_ranges == nullptr) return true;
@@ -86,7 +87,7 @@ DK_DEVICE bool groups_meet(const PairTilesCall<T>& call, const PairOfBlock& pair
   return range_i[0] <= range_j[1] && range_j[0] <= range_i[1];
 }
 
-// Where a tile's slopes wait for stores of 16 bytes.
+// Shared memory in which a tile's slopes are arranged for stores of 16 bytes.
 template <class T, class Shape>
 struct Staging {
   static constexpr int kBlock = Shape::kBlock;
@@ -94,9 +95,10 @@ struct Staging {
   static constexpr int kChunks = kBlock * kBytes / 16;
   static_assert(kChunks % 8 == 0, "a permutation, of eight chunks, stays within its row");
   static_assert(kBlock * kBlock * kBytes <= Shape::kPanels, "the slopes are staged over the panels");
-  static constexpr int kUnrolled = 4;  // all would keep more addresses than there are registers
+  static constexpr int kUnrolled = 4;  // a full unroll would keep more addresses than there are registers
 
-  // Chunks are permuted so that the fragments' rows lie in different banks, as they come and transposed.
+  // Offset of a 16-byte chunk, in bytes. Chunks are permuted so that the fragments' rows are in different banks, both
+  // as they are and transposed.
   static DK_DEVICE uint32_t offset(int row, int chunk, bool transposed) {
     const int permutation = kBytes == 2 || transposed ? row & 7 : (row & 3) << 1;
     return uint32_t(row * kBlock * kBytes + ((chunk ^ permutation) << 4));
@@ -134,7 +136,7 @@ struct Staging {
     }
   }
 
-  // To the workspace, as far as there are tokens; its rows are padded to whole chunks.
+  // Copies the slopes of existing tokens to the workspace, whose rows are padded to whole chunks; `stride` in elements.
   static DK_DEVICE void store(const char* staging, bool transposed, typename T::Stored* to, int64_t stride, int rows,
                               int columns) {
     for_each_chunk(to, stride, rows, columns, [&](uint4* chunk_of, int row, int chunk) {
@@ -159,7 +161,7 @@ struct Staging {
   }
 };
 
-// Where the slopes of a pair of tiles go, and their mirror.
+// Addresses in the workspace of the slopes of a pair of tiles, and of their mirror.
 template <class T, class Shape>
 DK_DEVICE typename T::Stored* weights_of(const PairTilesCall<T>& call, const PairOfBlock& pair) {
   return call.weights + pair.in_round * call.weights_row_stride +
@@ -171,7 +173,7 @@ DK_DEVICE typename T::Stored* mirror_of(const PairTilesCall<T>& call, const Pair
          pair.tile_j * Shape::kBlock * call.weights_stride + pair.tile_i * Shape::kBlock;
 }
 
-// What a pair of tiles leaves of which no tokens pair.
+// The output of a block whose tiles have no pairs: sums and slopes of 0.
 template <class T, class Shape, PairTiles kMode>
 DK_DEVICE void leave_nothing(const PairTilesCall<T>& call, const PairOfBlock& pair) {
   if (threadIdx.x == 0) {
@@ -205,8 +207,9 @@ DK_DEVICE void load_sides(Scratch<Shape>& scratch, const PairTilesCall<T>& call,
   }
 }
 
-// From the products of the features: the sum of psi and, with kWrite, the slopes to the workspace, by way of `staging`,
-// which nothing else uses any more once all threads are here. sync() comes between load_sides and this.
+// Epilogue: from the products c of the features the sum of psi and, with kWrite, the slopes, which go to the workspace
+// by way of `staging`; nothing else uses that memory once all threads are here. A sync() must come between load_sides
+// and this.
 template <class T, class Potential, PairTiles kMode, class Shape>
 DK_DEVICE void weigh_pairs(float (&c)[Shape::kM][Shape::kN][4], Scratch<Shape>& scratch, char* staging,
                            const PairTilesCall<T>& call, const PairOfBlock& pair) {
@@ -218,7 +221,7 @@ DK_DEVICE void weigh_pairs(float (&c)[Shape::kM][Shape::kN][4], Scratch<Shape>& 
   const Potential potential = Epilogue<Potential>::potential(call.p0, call.p1, call.p2, call.p3);
   const float offset = Epilogue<Potential>::offset(call.p0, call.p1, call.p2, call.p3);
   const float shift = (call.shift == nullptr ? 0.0f : call.shift[pair.row]) - offset;
-  // J is never before I, so I reaches beyond the last token only if J does.
+  // J is never before I, so tile I reaches beyond the last token only if J does.
   const bool masked = call.groups != nullptr || pair.diagonal || pair.begin_j + Shape::kBlock > call.length;
   float total = 0.0f, largest = kNoExponent;
 #pragma unroll
@@ -275,7 +278,7 @@ DK_DEVICE void weigh_pairs(float (&c)[Shape::kM][Shape::kN][4], Scratch<Shape>& 
     if (kMode == PairTiles::kOnline) call.maxima[pair.sum_at] = largest;
   }
 
-  // Slopes to the workspace, and their mirror.
+  // The slopes, then their mirror, to the workspace.
   if constexpr (kMode == PairTiles::kWrite) {
     const int rows = call.length - pair.begin_i, columns = call.length - pair.begin_j;
 #pragma unroll

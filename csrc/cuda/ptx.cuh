@@ -1,4 +1,4 @@
-// The instructions that C++ has no word for, and the swizzled panels of shared memory that they read.
+// The PTX instructions that C++ lacks, and the swizzled panels of shared memory that they read.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,26 +13,26 @@ namespace dk {
 
 DK_DEVICE uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
 
-// 16 bytes to shared memory, of which the first `bytes` are read and the others are zeros.
+// Asynchronous copy of 16 bytes to shared memory; the first `bytes` are read, the others are zeros.
 DK_DEVICE void copy_async_16(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-// The same of 4 bytes.
+// Asynchronous copy of 4 bytes, as copy_async_16.
 DK_DEVICE void copy_async_4(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
 DK_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most kPending of the thread's last groups of copies are under way.
+// Waits until at most kPending of the thread's groups of copies are under way.
 template <int kPending>
 DK_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- panels: rows of kRowBytes, whose 16-byte chunks are permuted so that eight rows of one chunk, which is what
-// ldmatrix reads at a time, lie in different banks.
+// ---- panels: rows of kRowBytes bytes, whose 16-byte chunks are permuted so that the eight rows of one chunk column,
+// which ldmatrix reads at a time, are in different banks
 
 template <int kRowBytes>
 DK_DEVICE uint32_t panel_offset(int row, int chunk) {
@@ -41,7 +41,8 @@ DK_DEVICE uint32_t panel_offset(int row, int chunk) {
   return uint32_t(row * kRowBytes + ((chunk ^ permutation) << 4));
 }
 
-// Four 8 x 8 matrices of 16 bits (or 8 x 4 of 32), of which lane l names row l % 8 of matrix l / 8.
+// Loads four matrices of 8 x 8 16-bit elements (or 8 x 4 32-bit ones); lane l gives the address of row l % 8 of matrix
+// l / 8.
 DK_DEVICE void load_matrices(uint32_t (&to)[4], uint32_t from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -56,7 +57,7 @@ DK_DEVICE void load_matrices_transposed(uint32_t (&to)[4], uint32_t from) {
                : "memory");
 }
 
-// The transpose of an 8 x 8 matrix of 16 bits that a warp holds.
+// Transpose of an 8 x 8 matrix of 16-bit elements that a warp holds.
 DK_DEVICE uint32_t transpose_matrix(uint32_t fragment) {
   uint32_t transposed;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(fragment));
@@ -71,8 +72,8 @@ DK_DEVICE uint32_t round_to_tf32(float x) {
   return y;
 }
 
-// ---- element types: how they are stored, and the tensor cores' product of a 16-row A with an 8-column B, both of 32
-// bytes along the summed dimension.
+// ---- element types: the stored type, and the tensor cores' product of a 16-row A and an 8-column B, both 32 bytes
+// along the summed dimension
 
 struct BFloat16 {
   using Stored = uint16_t;
@@ -130,8 +131,8 @@ struct TF32 {
   }
 };
 
-// fp32 as the sum of two tf32: three products leave out the small parts' alone, which is beyond fp32. The two with a
-// small part have sums of their own; see Products.
+// fp32 as the sum of two tf32 numbers, large and small: three products; the fourth, small times small, is below the
+// precision of fp32. The two products with a small part have separate sums; see Products.
 struct TF32x3 {
   using Stored = float;
   static DK_DEVICE float to_float(float x) { return x; }
@@ -160,7 +161,7 @@ struct TF32x3 {
 
 template <class T, int kM, int kN>
 struct Products {
-  static constexpr int kRegisters = 1;  // of an element
+  static constexpr int kRegisters = 1;  // registers per element
   float sums[kM][kN][4] = {};
 
   DK_DEVICE void add(int m, int n, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -169,9 +170,9 @@ struct Products {
   DK_DEVICE void flush() {}
 };
 
-// Tensor cores cut off what does not fit the sum, each time they add to it, so that a sum is too small, the more the
-// longer it is. Their sums are short ones here, that flush() adds to `sums` with rounding; and products with a small part
-// have sums of their own, which lose as little as they are small.
+// Tensor cores truncate when they add to a sum, so that a sum becomes too small, the more the longer it is. Their sums
+// are therefore short, and flush() adds them to `sums` with rounding. Products with a small part have separate sums,
+// whose truncation error is small like the sums themselves.
 template <int kM, int kN>
 struct Products<TF32x3, kM, kN> {
   static constexpr int kRegisters = 3;
@@ -193,7 +194,7 @@ struct Products<TF32x3, kM, kN> {
   }
 };
 
-// Features of 32 bits after which products are flushed.
+// Number of 32-bit features after which products are flushed.
 constexpr int kFeaturesOfFlush = 64;
 
 }  // namespace dk

@@ -1,4 +1,4 @@
-// The tokens of a tile against all that they pair with, and nothing kept of the tiles between.
+// The kernel that sweeps one tile of tokens over all their partners and keeps no slope in memory.
 #pragma once
 
 #include "tiles.cuh"
@@ -14,12 +14,12 @@ struct RowSweepShape {
   static constexpr int kRows = 64, kColumns = kBytes == 2 ? 64 : 32;
   static constexpr int kWarps = kRows / 16, kThreads = 32 * kWarps, kStages = 3;
   static constexpr int kRowBytes = 128, kPanelFeatures = kRowBytes / kBytes;
-  // Of the gradient, in registers: what a long epilogue leaves of them.
+  // Panels of the gradient in registers; fewer beside a long epilogue, which needs registers itself.
   static constexpr bool kLong = Epilogue<Potential>::kLong || kPass == RowSweep::kEntropyGradient;
   static constexpr int kPanels = kBytes == 4 || kResident ? 2 : kLong ? 3 : 4;
   static constexpr int kSlice = kGradient ? kPanels * kPanelFeatures : 0;
   static constexpr int kPanelI = kRows * kRowBytes, kPanelJ = kColumns * kRowBytes;
-  // Of the tokens J in a stage: all features, or a panel of them beside that of the tokens I.
+  // Bytes of a stage: all features of the tokens J, or one panel of them beside one of the tokens I.
   static constexpr int kStage = kResident ? kPanels * kPanelJ : kPanelI + kPanelJ;
   static constexpr int kStatistics = kResident ? kPanels * kPanelI + kStages * kStage : kStages * kStage;
   static constexpr int kShared = kStatistics + kStages * 3 * kColumns * int(sizeof(float));
@@ -27,8 +27,8 @@ struct RowSweepShape {
   static_assert(kRowBytes == 128, "multiply_weights adds to the features of 128 bytes");
 };
 
-// G += W B, where a thread has the rows lane / 4 and lane / 4 + 8 of W in `weights`, as the products left them, and the
-// panel's rows are the tokens that W's columns are.
+// G += W B. A thread has the rows lane / 4 and lane / 4 + 8 of W in `weights`, in the layout of the products; row j of
+// the panel, B, is the token of W's column j.
 template <class T, int kColumns>
 DK_DEVICE void multiply_weights(float (*g)[4], const float (&weights)[kColumns / 8][4], uint32_t panel) {
   static_assert(kColumns % 16 == 0, "columns are multiplied 16 (or 8) at a time");
@@ -49,8 +49,8 @@ DK_DEVICE void multiply_weights(float (*g)[4], const float (&weights)[kColumns /
       }
     }
   } else {
-    // The order of a sum's terms is free: where the instruction has columns t and t + 4, these are tokens 2t and 2t + 1,
-    // which is where the products left them.
+    // The order of a sum's terms is free: the instruction's columns t and t + 4 are tokens 2t and 2t + 1, as in the
+    // layout of the products.
     Products<T, 1, 4> sums;
 #pragma unroll
     for (int n = 0; n < 4; ++n)
@@ -82,18 +82,19 @@ DK_DEVICE void multiply_weights(float (*g)[4], const float (&weights)[kColumns /
   }
 }
 
-// The tokens of tile blockIdx.x of row blockIdx.y against all that they pair with.
+// Kernel body: sums of the tokens of tile blockIdx.x of row blockIdx.y over their pairs.
 //
-// kLoss: the sum of psi over each token's pairs with tokens of its own tile and, twice, of later ones.
-// kOnline: the same relative to the token's largest exponent, which goes to `maxima`.
-// kGradient: the sum of psi over all of a token's pairs, and G_i = sum_j slope_ij x_j, kSlice features of it, those
-// of blockIdx.z.
-// And of perplexity_entropy, whose P_ij = exp2(e_ij - largest_i) / total_i: kPartition: largest and total, over all
-// pairs; kEntropy: sum_j P_ij h_ij to `sums` and sum_j P_ij g_ij to `maxima`; kEntropyGradient: G_i of P_ij (g_ij -
-// expected_i) + P_ji (g_ji - expected_j); p2 is eps, and that of the exponent 0.
+// kLoss: for each token the sum of psi over its pairs with tokens of its own tile and, counted twice, of later tiles.
+// kOnline: the sum of kLoss, relative to the token's largest exponent, which goes to `maxima`.
+// kGradient: the sum of psi over all of a token's pairs, and slice blockIdx.z, of kSlice features, of G_i = sum_j
+// slope_ij x_j.
+// Passes of perplexity_entropy, with P_ij = exp2(e_ij - largest_i) / total_i; p2 is eps, and the potential's p2 is 0:
+// kPartition: total to `sums` and largest to `maxima`, over all pairs.
+// kEntropy: sum_j P_ij h_ij to `sums` and sum_j P_ij g_ij to `maxima`.
+// kEntropyGradient: G_i with the slopes P_ij (g_ij - expected_i) + P_ji (g_ji - expected_j).
 //
-// kResident: all features fit kSlice, so the tokens of I stay and those of J are read once for both products.
-// `shift` (of each token), `groups`, `tile_ranges` and `weight_sums` may be null.
+// kResident: all features fit kSlice, so the tokens of I stay in shared memory, and those of J are read once for both
+// products. `shift`, one number per token, `groups`, `tile_ranges` and `weight_sums` may be null.
 template <class T, class Potential, RowSweep kPass, bool kResident>
 DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stride_b, int64_t stride_l,
                          const float* inverse, const float* weight_inverse, const float* extra, const float* shift,
@@ -107,7 +108,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
   constexpr int kStages = Shape::kStages, kRowBytes = Shape::kRowBytes, kPanels = Shape::kPanels;
   constexpr int kStepsOfFlush = kFeaturesOfFlush * 4 / kRowBytes;
   constexpr bool kGradient = Shape::kGradient;
-  // Where tokens are not normalised.
+  // Sums of the weights are needed where tokens are not normalised.
   constexpr bool kSumsWeights = Epilogue<Potential>::kUsesExtra && !Epilogue<Potential>::kCentred;
   constexpr bool kEntropies = kPass == RowSweep::kEntropy || kPass == RowSweep::kEntropyGradient;
   static_assert(kRows % kColumns == 0, "kLoss begins with the columns of its own rows");
@@ -128,7 +129,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
   if (kPass == RowSweep::kLoss || kPass == RowSweep::kOnline)
     first_tile = max(first_tile, int(blockIdx.x) * (kRows / kColumns));
 
-  // What the epilogue needs of the thread's two tokens.
+  // Statistics, for the epilogue, of the thread's two tokens of I.
   float inverse_i[2], extra_i[2], shift_i[2], largest_i[2], per_total_i[2], average_i[2], expected_i[2];
   int group_i[2];
   const Potential potential = Epilogue<Potential>::potential(p0, p1, kEntropies ? 0.0f : p2, p3);
@@ -150,8 +151,8 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
     }
   }
 
-  // The copies of a tile are one step (resident), or one for each panel of features, and then one for each panel that
-  // the gradient has. They run kStages - 1 steps ahead of the products.
+  // Steps of copies for one tile J: one (resident), or one for each panel of features and then one for each panel of
+  // the gradient. Copies run kStages - 1 steps ahead of the products.
   const char* tokens = z + layers.of_layer[layer] + b * stride_b * int64_t(sizeof(Stored));
   const int64_t stride_bytes = stride_l * int64_t(sizeof(Stored));
   const int feature_bytes = features * int(sizeof(Stored));
@@ -202,7 +203,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
     commit_copies();
   };
   int stage_number = 0;
-  // The panels of the next step, and its copies' place taken by those of a later one.
+  // Waits for the panels of the next step and returns their stage; starts the copies of a later step.
   const auto next_stage = [&] {
     wait_for_copies<kStages - 2>();
     __syncthreads();
@@ -324,7 +325,8 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
           c[0][n][2 + e] *= weight;
         }
       if (kSumsWeights && weight_sums != nullptr) {
-        // Of the rounded weights: the sum multiplies z_i as the product z_j, and a common part cancels.
+        // Sum of the rounded weights, which the product with z_j has, too, so that a part common to z_i and z_j
+        // cancels.
 #pragma unroll
         for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
@@ -344,7 +346,8 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
   }
   wait_for_copies<0>();
 
-  // Four threads have a token's columns. The compiler is not to keep the addresses from the beginning.
+  // Sums over the four threads that share a token's columns. The asm keeps the compiler from holding the addresses in
+  // registers from the beginning.
   int end_row = begin_i + row_i;
   asm volatile("" : "+r"(end_row));
 #pragma unroll

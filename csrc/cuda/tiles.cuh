@@ -1,5 +1,5 @@
-// What the two kernels over pairs of tokens share: the call's arguments, tiles of tokens on their way to the tensor
-// cores, and a potential made from its four numbers.
+// The common part of all kernels over pairs of tokens: potentials made from their four numbers, groups, and tiles of
+// tokens on their way to the tensor cores.
 //
 // A *row* is one sequence of L tokens of one layer: row r is batch r % batch of layer r / batch. Similarities are
 // products of the raw tokens; the inverse norms are multiplied in by the epilogue, in fp32. Tokens of a tile beyond L
@@ -9,25 +9,27 @@
 #include <float.h>
 
 #include "../scalar.h"
-// after it
+// after scalar.h, whose functions it calls
 #include "../potentials.h"
 #include "kernels.h"
 #include "ptx.cuh"
 
 namespace dk {
 
-// The largest exponent where there is no pair: less than any exponent, and finite.
+// Largest exponent of an empty set of pairs: less than any exponent, and finite.
 constexpr float kNoExponent = -FLT_MAX;
 
 // ---- potentials
 
-// Gaussian, with slope 0 between equal tokens, too: what it would multiply is x_i - x_j, of which rounding leaves
-// something, and the slopes of other pairs may be far smaller. The squares of both tokens are q_i + q_j + `common`.
+// Gaussian, but with slope 0 between equal tokens: the slope would multiply x_i - x_j, which rounding makes nonzero,
+// and the slopes of other pairs may be far smaller. The sum of the scaled squares of two tokens is q_i + q_j +
+// `common`.
 struct DistinctGaussian {
   static constexpr bool kExponential = true;
   float twice_a, common, resolution;
 
-  // 0 for equal tokens alone: by it they are known later, which takes no register meanwhile.
+  // The exponent without the shift; 0 for equal tokens alone, which weigh() recognises by it: a predicate per pair
+  // would take registers.
   DK_DEVICE float unshifted(float s, float q_i, float q_j) const {
     const float of_both = (q_i + common) + q_j, e = fmaf(s, twice_a, -of_both);
     return q_i == q_j && e >= -resolution * of_both ? 0.0f : fminf(e, -1e-37f);
@@ -43,11 +45,12 @@ struct DistinctGaussian {
 
 enum class Transform { kNormalize, kStandardize, kNone };
 
-// kLong: its arithmetic takes registers that a gradient of 256 features beside it does not leave.
+// A potential as the kernels use it. kUsesExtra: whether it reads `extra`; kCentred: whether similarities are of
+// centred tokens; kLong: its arithmetic needs registers that a gradient of 256 features beside it does not leave.
 template <class Potential>
 struct Epilogue;
 
-// The offset is what the exponent lacks: see p3 (p1) in epilogues.py.
+// offset(): term added to the potential's exponent; p3, or p1 for the Gaussian, in gpu/epilogues.py.
 template <>
 struct Epilogue<AngularSpreadNarrow> {
   static constexpr bool kUsesExtra = false, kCentred = false, kLong = false;
@@ -58,10 +61,10 @@ template <>
 struct Epilogue<AngularSpread> {
   static constexpr bool kUsesExtra = false, kCentred = false, kLong = true;
   static DK_DEVICE AngularSpread potential(float p0, float p1, float p2, float) {
-    // With clamp = 0 the slope is infinite at |c| = 1, and held at the largest c below it.
+    // With clamp = 0 the slope is infinite at |c| = 1; c is clipped to the largest number below 1.
     return {fmaxf(p0, -0.99999994f), fminf(p1, 0.99999994f), p2};
   }
-  // Its exponent is that of pi / 2 - asin.
+  // The potential's exponent has -arccos(c) = asin(c) - pi / 2 in place of asin(c).
   static DK_DEVICE float offset(float, float, float p2, float p3) { return fmaf(0.5f * kPi, p2, p3); }
 };
 template <>
@@ -93,14 +96,15 @@ struct Epilogue<DistinctGaussian> {
   static DK_DEVICE float offset(float, float p1, float, float) { return p1; }
 };
 
-// The similarity of two tokens from the product of their features.
+// Similarity of two tokens from the product of their features.
 template <class Potential>
 DK_DEVICE float similarity(float product, float inverse_i, float inverse_j, float extra_i, float extra_j) {
   if (Epilogue<Potential>::kCentred) product = fmaf(-extra_i, extra_j, product);
   return product * inverse_i * inverse_j;
 }
 
-// ---- groups: tokens pair where theirs are equal; what is not a token, or pairs with nobody, has another on either side
+// ---- groups: tokens of equal groups pair; beyond the last token, and for a token without partners, the group differs
+// between the row side (-2) and the column side (-1)
 
 DK_DEVICE int group_of_row(const int* groups, int token, int length) {
   if (token >= length) return -2;
@@ -118,7 +122,8 @@ DK_DEVICE int group_of_column(const int* groups, int token, int length) {
 
 // ---- tiles of tokens
 
-// kTokens tokens' features from `first_byte` on, kRowBytes of each, to a panel; zeros beyond the last feature.
+// Copies kRowBytes bytes of features, from `first_byte` on, of kTokens tokens to a panel; zeros beyond the last
+// feature.
 template <int kTokens, int kRowBytes, int kThreads>
 DK_DEVICE void copy_panel(uint32_t panel, const char* row, int64_t stride_bytes, int first_token, int length,
                           int first_byte, int feature_bytes) {
@@ -135,7 +140,8 @@ DK_DEVICE void copy_panel(uint32_t panel, const char* row, int64_t stride_bytes,
   }
 }
 
-// C += A B^T over the width of two panels: kM blocks of 16 rows of A from `row_a`, kN blocks of 8 rows of B from `row_b`.
+// C += A B^T over the width of two panels, for kM blocks of 16 rows of A from `row_a` on and kN blocks of 8 rows of B
+// from `row_b` on.
 template <class T, int kRowBytes, int kM, int kN>
 DK_DEVICE void multiply_panels(Products<T, kM, kN>& c, uint32_t panel_a, int row_a, uint32_t panel_b, int row_b) {
   static_assert(kN % 2 == 0, "blocks of 8 rows of B are read two at a time");

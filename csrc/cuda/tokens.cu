@@ -1,4 +1,4 @@
-// The kernels that read each token by itself, whatever its element type: a warp a token.
+// The kernels that read each token by itself, one warp per token, for every element type; and the sums of sequences.
 #include "kernels.h"
 #include "tiles.cuh"
 
@@ -19,21 +19,22 @@ DK_DEVICE Token<T> token_at(const char* z, const LayerOffsets& layers, int64_t s
   return {reinterpret_cast<const typename T::Stored*>(of_layer) + row % batch * stride_b + token * stride_l, features};
 }
 
-// Norms below it, of which fp32 holds neither squares nor products.
+// Least norm whose squares and products fp32 holds.
 constexpr float kLeastNorm = 0x1p-50f;
-// The largest |z|^2 of distances, times q or not: sums of four are finite.
+// Largest |z|^2, and q |z|^2, of potentials of the distance: sums of four stay finite.
 constexpr float kLargestSquare = 0.03f * FLT_MAX;
 
-// A number of the feature's place and bits, the same for 0 and -0; their sum tells tokens apart.
+// Hash of a feature's place and bits, the same for 0 and -0; the sum over the features distinguishes tokens.
 DK_DEVICE uint32_t key_of(float x, int feature) {
   const uint32_t bits = __float_as_uint(x + 0.0f), place = uint32_t(feature + 1) * 0x9E3779B1u;
   return (bits ^ (bits >> 15)) * ((place ^ (place >> 15)) | 1u);
 }
 
-// What the epilogue needs of each token: its norm r, what it is divided by, and a second number.
-// kNormalize: r = |z|, inverse 1 / (r + eps) or 0, extra a tiny number that equal tokens share and others hardly, or -q
-// for a zero token. kStandardize: r = |z - mean|, inverse 1 / r, or 0 for a constant token, extra mean sqrt(F). kNone: r
-// = |z|, inverse 1, extra q r^2. r is infinite, and the loss NaN, where fp32 does not hold what is computed from it.
+// Statistics of each token for the epilogue: its norm r, the inverse it is multiplied by, and a second number, extra.
+// kNormalize: r = |z|, inverse 1 / (r + eps) or 0, extra a tiny number that equal tokens share and other tokens hardly
+// ever do, or -q for a zero token. kStandardize: r = |z - mean|, inverse 1 / r, or 0 for a constant token, extra mean
+// sqrt(F). kNone: r = |z|, inverse 1, extra q r^2. r is infinite, and the loss NaN, where later results leave the range
+// of fp32.
 template <class T>
 DK_DEVICE void row_statistics(const char* z, const LayerOffsets& layers, int64_t stride_b, int64_t stride_l,
                               float* norms, float* inverses, float* extras, int batch, int length, int features,
@@ -49,7 +50,8 @@ DK_DEVICE void row_statistics(const char* z, const LayerOffsets& layers, int64_t
     float total = 0.0f;
     for (int f = lane; f < features; f += 32) {
       total += x[f];
-      // The rounded mean of a constant token may differ from its features; it must not be blown up to length 1.
+      // The rounded mean of a constant token may differ from its features; the difference must not be scaled to length
+      // 1.
       constant = constant && x[f] == x[0];
     }
     mean = sum_of_warp(total) / float(features);
@@ -66,10 +68,10 @@ DK_DEVICE void row_statistics(const char* z, const LayerOffsets& layers, int64_t
   if (lane != 0) return;
   float norm = sqrtf(squares), inverse = 1.0f, extra = squares * q;
   if (Transform(transform) == Transform::kNormalize) {
-    // Beside a larger eps such a token is 0. The key of one that is not 0 may be 0, too, once in 2^32.
+    // With a larger eps such a token counts as 0. A key of 0 means a zero token; another token has it once in 2^32.
     if (norm < kLeastNorm && eps < 0x1p24f * kLeastNorm && key != 0) norm = INFINITY;
     inverse = norm + eps > 0.0f ? 1.0f / (norm + eps) : 0.0f;
-    // A float of 2^-90 to 2^-89.
+    // A float between 2^-90 and 2^-89, made from the key.
     extra = norm > 0.0f ? __uint_as_float(0x12800000u | (key * 0x9E3779B1u) >> 9) : -q;
   } else if (standardize) {
     norm = constant ? 0.0f : norm < kLeastNorm ? INFINITY : norm;
@@ -84,8 +86,8 @@ DK_DEVICE void row_statistics(const char* z, const LayerOffsets& layers, int64_t
   extras[at] = extra;
 }
 
-// The gradient through the row transform, in place of G and but for its scale. kNormalize: u - x (x . u) / (r inverse),
-// kStandardize: the same of u less its mean, kNone: w z - G with w the token's sum of weights.
+// Gradient through the row transform, without its scale, in place of G = u. kNormalize: u - x (x . u) / (r inverse);
+// kStandardize: the same for u - mean(u); kNone: w z - G, with w the sum of the token's weights.
 template <class T>
 DK_DEVICE void project(const char* z, const LayerOffsets& layers, int64_t stride_b, int64_t stride_l,
                        const float* norms, const float* inverses, const float* extras, const float* weight_sums,
@@ -111,16 +113,16 @@ DK_DEVICE void project(const char* z, const LayerOffsets& layers, int64_t stride
     product = fmaf(u[f], x[f] - mean_x, product);
     total += u[f];
   }
-  // x - mean sums to 0, so its product with u is that with u less its mean.
+  // x - mean sums to 0, so its product with u equals its product with u - mean(u).
   const float per_length = norm * inverse > 0.0f ? 1.0f / (norm * inverse) : 0.0f;
   product = sum_of_warp(product) * inverse * inverse * per_length;
   const float mean_u = standardize ? sum_of_warp(total) / float(features) : 0.0f;
   for (int f = lane; f < features; f += 32) u[f] = (u[f] - mean_u) - (x[f] - mean_x) * product;
 }
 
-// Of one sequence (blockIdx.x) of one row (blockIdx.y): the sum of its partial sums, in fp64, relative to the largest
-// maximum, which goes to `shifts`; NaN where a norm is not finite. Always in the same order. `maxima` (and with it
-// `shifts`) and `bounds` may be null.
+// dk_sequence_sums: total of the partial sums of one sequence (blockIdx.x) of one row (blockIdx.y), in fp64, relative
+// to the largest maximum, which goes to `shifts`; NaN if a norm is not finite. The order of additions is fixed.
+// `maxima` (and with it `shifts`) and `bounds` may be null.
 constexpr int kSumThreads = 256;
 static_assert(kSumThreads % 32 == 0 && (kSumThreads & (kSumThreads - 1)) == 0, "halves are added, down to one thread");
 
