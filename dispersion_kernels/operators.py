@@ -1,8 +1,8 @@
-"""The operator that torch.compile and torch.library see, and the autograd.Function over it.
+"""Operators that ``torch.compile`` and ``torch.library`` see, and the ``autograd.Function`` over them.
 
-Forward computes the loss and, where a gradient will be wanted, all of that but a factor a token, in fp32 (fp64 for
-fp64). Backward multiplies by that factor and the upstream gradient at once, and rounds, once, to the dtype of the
-tokens: what a GradScaler multiplies in is there before an fp16 gradient could underflow.
+Forward computes the loss and, where a gradient will be needed, the gradient without its factor per token, in fp32 (fp64
+for fp64). Backward multiplies by that factor and the upstream gradient at once and rounds once to the tokens' dtype, so
+that a GradScaler's factor is included before an fp16 gradient could underflow.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def dispersion_loss(
     impl: str,
     recompute: bool,
 ) -> Tensor:
-    """The mean over ``layers``, each ``[B, L, F]``, of their reduced loss (``[S]`` for ``"none"``), differentiable
+    """Mean over ``layers`` ``[B, L, F]`` of their reduced losses, ``[]`` (``[S]`` for ``"none"``); differentiable
     once."""
     _refuse_parameters(potential)
     needed = _need_gradients(layers)
@@ -82,8 +82,9 @@ def sampled_loss(
     draws: Draws,
     with_error: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The mean over ``layers``, each ``[B, L, F]`` and alike, of their reduced loss, from a fraction of the pairs
-    (:mod:`dispersion_kernels.sampling`), and the relative error to expect of the gradient of each."""
+    """Mean over ``layers`` ``[B, L, F]``, alike in shape, dtype and device, of their reduced losses, estimated from a
+    fraction of the pairs (:mod:`dispersion_kernels.sampling`); and ``[layers]``, the expected relative error of each
+    layer's gradient."""
     _refuse_parameters(potential)
     if temperature_of(potential) is not None:
         raise TypeError(
@@ -115,33 +116,33 @@ def _need_gradients(layers: Sequence[Tensor]) -> list[bool]:
 
 
 class _Result(NamedTuple):
-    """Of an operator."""
+    """Outputs of an operator."""
 
     loss: Tensor
     error: Tensor | None
-    """Of sampled pairs, ``[layers]``."""
+    """``[layers]``: expected relative error of the gradient; None unless pairs are sampled."""
     scale: Tensor
-    """``[layers, B, L]``; empty without a gradient."""
+    """``[layers, B, L]``: factor per token of ``grads``; empty without a gradient."""
     grads: Sequence[Tensor]
-    """``[B, L, F]`` of each layer, or one ``[layers, B, L, F]`` of all: d loss / d z but for the scale; empty for those
-    that have none."""
+    """``[B, L, F]`` per layer, or one ``[layers, B, L, F]`` for all layers: d loss / d z without the factor ``scale``;
+    empty for layers without a gradient."""
     slope: Tensor | None
-    """Of ``loss``, d loss / d temperature; empty where it was not asked for."""
+    """d loss / d temperature, of the shape of ``loss``; empty where not requested."""
 
 
 class _Call(NamedTuple):
-    """An operator, and its arguments that are no tensors."""
+    """Operator with its arguments other than tensors."""
 
     name: Literal["forward", "sampled"]
     options: tuple[Any, ...]
-    """The potential first."""
+    """Arguments between the tensors and the flags below; the potential is the first."""
     wanted: Sequence[bool]
-    """The layers whose gradient is computed at once."""
+    """Flag per layer: whether the forward pass computes the layer's gradient."""
     with_error: bool = False
     with_slope: bool = False
 
     def run(self, data: Sequence[Tensor | None], layers: Sequence[Tensor], unobserved: bool) -> _Result:
-        """Past the dispatcher, which takes 20 us or more, where nobody watches it."""
+        """Calls the operator. ``unobserved`` calls bypass PyTorch's dispatcher, which takes 20 us or more."""
         potential, *options = self.options
         sampled = self.name == "sampled"
         options += [any(self.wanted), self.with_error] if sampled else [self.with_slope, list(self.wanted)]
@@ -162,13 +163,13 @@ class _Call(NamedTuple):
 def _differentiable(
     call: _Call, data: tuple[Tensor | None, ...], layers: Sequence[Tensor], needed: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss, and the error of sampled pairs."""
+    """Loss of the call, differentiable, and the error of sampled pairs (None for all pairs)."""
     if _unobserved(*layers, *data) and forward_ad._current_level < 0:
         if needed:
             loss, error = _Loss.apply(call, len(data), *data, *layers)
             return loss, error
         result = call.run(data, layers, unobserved=True)
-    # The operator itself is differentiable, too, where a compiler or a mode sees it: all but transforms of functions.
+    # The operator has a derivative formula of its own, used under compilers and modes, but not under torch.func.
     elif not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
         result = call.run(data, layers, unobserved=False)
     elif torch.compiler.is_compiling():
@@ -184,7 +185,7 @@ def _differentiable(
 
 
 class _Loss(torch.autograd.Function):
-    """Of tensors that are memory."""
+    """Differentiable loss of plain tensors (:func:`_unobserved`)."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, count: int, *tensors: Any) -> tuple[Tensor, Tensor | None]:
@@ -201,7 +202,8 @@ class _Loss(torch.autograd.Function):
 
 
 class _Transformed(torch.autograd.Function):
-    """Under the transforms of ``torch.func`` and in forward mode. (Outside of them it would take 60 us more a call.)"""
+    """Differentiable loss under the transforms of ``torch.func`` and in forward mode. :class:`_Loss` serves all other
+    calls, because this class takes 60 us more per call."""
 
     generate_vmap_rule = True
 
@@ -215,7 +217,7 @@ class _Transformed(torch.autograd.Function):
         call, count, *tensors = inputs
         loss, error, slope, scale, *grads = output
         ctx.mark_non_differentiable(*(value for value in output[1:] if value is not None))
-        ctx.set_materialize_grads(False)  # as large as the layers
+        ctx.set_materialize_grads(False)  # zeros for the gradients would be as large as the layers
         result = _Result(loss, error, scale, grads, slope)
         _keep(ctx, call, tensors[:count], tensors[count:], result, ctx.needs_input_grad[2:])
 
@@ -241,8 +243,10 @@ def _keep(
     needed: Sequence[bool],
     visible: bool = True,
 ) -> None:
-    """Saves for backward what was computed, or, where less was computed than is needed, what to compute it of.
-    ``visible``: the result is not backward's alone."""
+    """Saves the result for backward, or, where it lacks a gradient that is needed, the inputs to recompute it from.
+
+    ``visible`` says that the caller can reach the result, so that backward must not overwrite it.
+    """
     ctx.call, ctx.data, ctx.dtype = call, len(data), layers[0].dtype
     ctx.needed, ctx.temperature = list(needed[len(data) :]), data[2] if any(needed[: len(data)]) else None
     ctx.recompute = any(need and not there for need, there in zip(ctx.needed, call.wanted, strict=True))
@@ -255,7 +259,7 @@ def _keep(
 
 
 def _gradients(ctx: Any, upstream: Tensor | None) -> Sequence[Tensor | None]:
-    """Of the data, and of each layer."""
+    """Gradients of the ``data`` tensors and of each layer, None where not needed."""
     saved = ctx.saved_tensors
     gradients: list[Tensor | None] = [None] * (ctx.data + len(ctx.needed))
     if upstream is None:
@@ -276,7 +280,7 @@ def _gradients(ctx: Any, upstream: Tensor | None) -> Sequence[Tensor | None]:
         gradients[ctx.data :] = _finished(ctx, grads, scale, _of_tokens(upstream, cu_seqlens, scale.shape[2]))
     if ctx.temperature is not None:
         gradients[2] = (upstream * slope).sum().to(ctx.temperature)
-    # With create_graph it would count as a constant, and a gradient penalty silently do nothing.
+    # Under create_graph the gradient would count as a constant, and a gradient penalty would silently do nothing.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         found = iter(_Once.apply(len(causes), *causes, *(grad for grad in gradients if grad is not None)))
         return [None if grad is None else next(found) for grad in gradients]
@@ -284,7 +288,8 @@ def _gradients(ctx: Any, upstream: Tensor | None) -> Sequence[Tensor | None]:
 
 
 class _Once(torch.autograd.Function):
-    """The gradients as they are, which cannot be differentiated by what the ``causes``, so many, depend on."""
+    """Identity on the gradients whose derivative is an error. The first ``causes`` tensors are those that the gradients
+    depend on; as inputs they show autograd the dependence."""
 
     generate_vmap_rule = True
 
@@ -313,7 +318,7 @@ def _refuse_second_derivative() -> None:
 
 
 def _unobserved(*tensors: Tensor | None) -> bool:
-    """Whether these are memory and nothing else, and no compiler, tracer, mode or transform sees what is done to it."""
+    """Whether the tensors are plain memory and no compiler, tracer, mode or transform observes operations on them."""
     if (
         torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
@@ -325,7 +330,7 @@ def _unobserved(*tensors: Tensor | None) -> bool:
 
 
 def _is_memory(tensor: Tensor) -> bool:
-    # Without a storage: a batch that vmap hides. A subclass, a pending minus sign or a symbolic zero has one.
+    # Tensors batched by vmap have no storage; subclasses, lazy negations and symbolic zeros have one, hence the rest.
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and torch._C._has_storage(tensor)
@@ -340,7 +345,7 @@ def _hooks_see_what_is_saved() -> bool:
 
 
 def _of_tokens(upstream: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
-    """The upstream gradient as a factor of tokens ``[B, L]``."""
+    """Upstream gradient ``[]`` or ``[S]`` in a shape that broadcasts to the tokens ``[B, L]``."""
     if upstream.dim() == 0:
         return upstream
     if cu_seqlens is None:
@@ -349,36 +354,36 @@ def _of_tokens(upstream: Tensor, cu_seqlens: Tensor | None, length: int) -> Tens
 
 
 def _finished(ctx: Any, grads: Sequence[Tensor], scale: Tensor, factor: Tensor) -> list[Tensor | None]:
-    """``grads`` ``[B, L, F]``, one a layer, times ``scale`` ``[layers, B, L]`` and ``factor`` of the tokens, each
-    rounded once; in place where ``ctx`` will not be asked for them again."""
+    """Gradient of each layer in the tokens' dtype, rounded once: ``grads`` ``[B, L, F]`` per layer times ``scale``
+    ``[layers, B, L]`` and ``factor``, which broadcasts to ``[B, L]``. In place where the graph is freed afterwards."""
     needed = [grad if need else None for grad, need in zip(grads, ctx.needed, strict=True)]
     fp32_on_cpu = scale.is_cpu and scale.dtype == torch.float32
     if fp32_on_cpu and _unobserved(*needed, scale, factor) and cpu.unavailable_reason() is None:
         in_place = ctx.recompute or (not ctx.hooked and _graph_is_freed())
-        factor = factor.flatten().contiguous()  # the gradient of a sum is one number, expanded
+        factor = factor.flatten().contiguous()  # the gradient of a sum has stride 0
         finished = cpu.scaled(needed, scale, factor, ctx.dtype, in_place=in_place)
-        # As memory of its own, not a part of that of all layers: autograd adds to the one in place.
+        # DLPack makes each gradient a tensor of its own, not a view of all layers': autograd adds to those in place.
         return [None if grad is None else from_dlpack(to_dlpack(grad)) for grad in finished]
     of_layers = zip(needed, (scale * factor).unsqueeze(3), strict=True)
     return [None if grad is None else _scaled(grad, of_layer, ctx.dtype) for grad, of_layer in of_layers]
 
 
 def _graph_is_freed() -> bool:
-    """Whether what the running backward saved is dropped after it. PyTorch has no public name for that."""
+    """Whether the running backward frees the saved tensors of its graph. PyTorch has no public name for that."""
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keeps is not None and not keeps()
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``grad * factor``, rounded once, to ``dtype``."""
+    """``grad * factor`` in ``dtype``, rounded once."""
     if dtype == grad.dtype:
         return grad * factor
     if not _unobserved(grad, factor):
-        return (grad * factor).to(dtype)  # which a compiler fuses
+        return (grad * factor).to(dtype)  # a compiler fuses the two
     dz = torch.empty_like(grad, dtype=dtype)
     if grad.device.type != "cpu":
         return torch.mul(grad, factor, out=dz)
-    # In blocks that stay in the cache: PyTorch's CPU kernels write all of the product in fp32 before they narrow it.
+    # Blocks stay in the cache: PyTorch's CPU kernels write the whole product in fp32 before they narrow it.
     for rounded, g, f in in_blocks(dz, grad, factor):
         rounded.copy_(g * f)
     return dz
@@ -417,9 +422,12 @@ def _forward(
     with_slope: bool,
     with_grad: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """The loss, and, where any layer has a gradient, ``grad`` ``[B, L, F]`` of each, empty for those that have none,
-    and ``scale`` ``[layers, B, L]``: their product is d loss / d z (for ``"none"``, d loss of its sequence / d z). With
-    ``with_slope`` d loss / d ``temperature``, too, by the torch backend, else empty."""
+    """Loss, ``grads``, ``scale`` and ``slope`` of the operator ``forward``.
+
+    ``grads`` holds ``[B, L, F]`` per layer, empty for layers without a gradient; ``scale`` is ``[layers, B, L]``, empty
+    where no layer has one. ``grads`` times ``scale`` is d loss / d z (for ``"none"``, of the loss of z's sequence).
+    ``slope`` is d loss / d ``temperature``, computed by the torch backend; empty without ``with_slope``.
+    """
     z = layers[0]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])
@@ -439,8 +447,9 @@ def _forward(
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Products are fp32 inside of autocast, too. (Where it is off, to say so takes as long as several operators.)"""
-    # A meta tensor has no autocast, and PyTorch refuses to be asked for it.
+    """Context in which matrix products stay fp32 under autocast. A null context where autocast is off, because
+    ``torch.autocast`` takes as long to enter as several operators."""
+    # PyTorch raises where asked for the autocast state of a device without autocast, as meta.
     on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
 
@@ -537,7 +546,8 @@ _SWEEPS: dict[str, Callable[..., tuple[Tensor, list[Tensor], Tensor]]] = {
 
 
 def _joined(grads: list[Tensor], scales: list[Tensor], with_grad: list[bool]) -> tuple[list[Tensor], Tensor]:
-    """``grad`` of each layer, new memory for those that have none, and ``scale`` of all."""
+    """Gradients per layer, and the layers' scales ``[layers, B, L]``, with zeros for layers without a gradient; empty
+    where no layer has one."""
     if len(scales) == 1:
         return [grads[0]], scales[0].unsqueeze(0) if with_grad[0] else scales[0]
     if not any(with_grad):
@@ -607,10 +617,13 @@ def _sampled(
     with_grad: bool,
     with_error: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As ``forward``, of layers that are alike, with a gradient for all in one tensor, ``[layers, B, L, F]``, or for
-    none; and ``[layers]``, the relative error to expect of each's."""
+    """Loss, ``grad``, ``scale`` and ``error`` of the operator ``sampled``.
+
+    As ``forward``, for layers that are alike; ``grad`` is one tensor ``[layers, B, L, F]``, empty without
+    ``with_grad``. ``error`` ``[layers]`` is the expected relative error of each layer's gradient.
+    """
     z = layers[0]
-    if visits_all(fraction, z, cu_seqlens):  # where a compiler has not asked
+    if visits_all(fraction, z, cu_seqlens):  # the caller leaves this question to the operator under a compiler
         every = [with_grad] * len(layers)
         loss, grads, scale, _ = _forward(layers, groups, cu_seqlens, None, potential, reduction, impl, False, every)
         return loss, torch.stack(grads) if with_grad else loss.new_empty(0), scale, loss.new_zeros(len(layers))
@@ -672,7 +685,8 @@ def _sampled_fake(
 
 
 def _make_differentiable(name: Literal["forward", "sampled"], tensors: int, outputs: Callable[..., _Result]) -> None:
-    """Gives the operator of that name, with so many tensors after the layers, a backward and a rule for vmap."""
+    """Registers a backward and a vmap rule for the operator ``name``; ``tensors`` counts its tensor arguments after the
+    layers, and ``outputs`` makes a :class:`_Result` of its outputs."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         layers, *data = inputs[: 1 + tensors]
@@ -710,7 +724,7 @@ def _make_differentiable(name: Literal["forward", "sampled"], tensors: int, outp
 
 
 def _entry(value: Any, dim: Any, n: int) -> Any:
-    """Of a batch that vmap makes."""
+    """Entry ``n`` of a vmap batch along ``dim``; ``value`` itself where it is not batched."""
     if isinstance(value, list | tuple) and isinstance(dim, list | tuple):
         return [_entry(each, of_each, n) for each, of_each in zip(value, dim, strict=True)]
     return value if dim is None else value.select(dim, n)

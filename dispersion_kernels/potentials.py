@@ -1,13 +1,13 @@
-"""The potentials of the dispersion loss: which function of a pair of tokens the loss averages.
+"""Potentials of the dispersion loss: the function psi of a pair of tokens that the loss averages.
 
 Every token ``z_i`` is row-transformed to ``x_i``; every ordered pair ``(i, j)`` of tokens of one sequence gets
-``psi(c_ij)`` with ``c_ij = x_i . x_j``; the potentials of a sequence are averaged and, for most, a logarithm is taken.
-A potential is a small frozen dataclass: its fields are numbers, its class attributes say how it is reduced, and
-``value`` and ``slope`` are psi and the weight with which the pair enters the gradient.
+``psi(c_ij)`` with ``c_ij = x_i . x_j``; the loss of a sequence is the mean of psi or, for most potentials, its
+logarithm. A potential is a small frozen dataclass: its fields are numbers, its class attributes define the reduction,
+``value`` is psi, and ``slope`` is the weight of the pair in the gradient.
 
-The operators, whose arguments are no objects, carry a built-in as its name and its fields. A potential of the user's
-is called as the object that it is; where a compiler or a mode takes the call to the operator, it is carried as a key to
-its class and state (:func:`carry`). Classes are told apart by what they are, never by their names.
+Operators do not take objects as arguments: a built-in potential is passed as its name and fields. A user-defined
+potential is called as the given object; where a compiler or a mode observes the operator, the potential is passed as a
+key to its class and state (:func:`carry`). Classes are compared by identity, never by name.
 """
 
 from __future__ import annotations
@@ -37,75 +37,76 @@ __all__ = [
 
 
 class Potential:
-    """A potential psi(c) of the inner product ``c_ij = x_i . x_j`` of two row-transformed tokens.
+    """Potential psi(c) of the inner product ``c_ij = x_i . x_j`` of two row-transformed tokens.
 
     The loss of a sequence with ``n`` ordered pairs is ``log(sum psi / n) + loss_offset`` where ``reduction`` is
     ``"log_mean"``, ``sum psi / n`` where it is ``"mean"``. Its gradient with respect to ``x_i`` is
     ``f'(sum psi) * 2 * sum_j slope(c_ij) x_j``, chained through the row transform.
 
-    To define a potential of your own, subclass this, best as a frozen dataclass, and write ``value`` and ``slope`` as
+    To define a potential, subclass this class, preferably as a frozen dataclass, and write ``value`` and ``slope`` as
     PyTorch functions of ``c``, an fp32 tensor (fp64 for fp64 tokens) of any shape that must not be changed in place.
-    ``slope`` is the derivative of ``value``, or, for a straight-through estimator, whatever should stand in its place.
-    What runs is the object that is given, wherever its class was defined. Of a subclass of a built-in, too, ``value``,
-    ``slope`` and the attributes below are all that counts.
+    ``slope`` is the derivative of ``value``, or its replacement for a straight-through estimator. The given object
+    itself is called, wherever its class was defined. Subclasses of built-in potentials, too, are used through
+    ``value``, ``slope`` and the attributes below alone.
     """
 
     reduction: ClassVar[Literal["mean", "log_mean"]] = "log_mean"
-    """How the potentials of a sequence become its loss."""
+    """Reduction of psi over the pairs of a sequence to its loss."""
     row_transform: ClassVar[Literal["normalize", "standardize", "none"]] = "normalize"
-    """``normalize``: x = z / (|z| + norm_eps), 0 for a zero token; ``standardize``: x = (z - mean(z)) / std(z) over the
-    features (unbiased), 0 for a constant token; ``none``: x = z (a potential of the distance, built in only)."""
+    """Transform of each token: ``normalize``, x = z / (|z| + norm_eps), 0 for a zero token; ``standardize``,
+    x = (z - mean(z)) / std(z) over the features (unbiased), 0 for a constant token; ``none``, x = z, for built-in
+    potentials of the distance."""
     norm_eps: ClassVar[float] = 0.0
-    """What is added to the norm in ``normalize``; a field or a property may take its place."""
+    """Summand of the norm in ``normalize``; a field or a property may override it."""
     loss_offset: ClassVar[float] = 0.0
-    """A constant that is added to the loss of ``log_mean``, without a part in the gradient; a field or a property may
-    take its place. (For log(mean psi + eps), add eps to ``value``.)"""
+    """Constant added to the loss of ``log_mean``, without effect on the gradient; a field or a property may override
+    it. (For log(mean psi + eps), add eps to ``value``.)"""
     triton: ClassVar[Any] = None
-    """For ``impl="triton"``: ``staticmethod`` of a ``@triton.jit`` function ``(c, p0, p1, p2, p3)`` of a tile of c and
-    the fields of the potential, at most four, that returns the tiles of psi and of its slope. (Of a class that is no
-    dataclass: of the attributes of the object.)"""
+    """Function for ``impl="triton"``: ``staticmethod`` of a ``@triton.jit`` function ``(c, p0, p1, p2, p3)`` of a tile
+    of c and at most four fields of the potential (attributes of the object, for a class that is no dataclass), that
+    returns the tiles of psi and of its slope."""
 
     def name(self) -> str:
-        """``"angular_spread"`` for a built-in of exactly that type, the import path of its class for another."""
+        """Name of a built-in potential, as ``"angular_spread"``; import path of the class of any other."""
         return _NAMES.get(type(self)) or f"{type(self).__module__}.{type(self).__qualname__}"
 
     def value(self, c: Tensor) -> Tensor:
-        """psi(c), elementwise."""
+        """Potential psi(c), elementwise."""
         raise NotImplementedError(f"{type(self).__name__} must define value(c) and slope(c)")
 
     def slope(self, c: Tensor) -> Tensor:
-        """The derivative of psi with respect to c, elementwise (or what stands in its place)."""
+        """Derivative of psi with respect to c, or its straight-through replacement, elementwise."""
         raise NotImplementedError(f"{type(self).__name__} must define value(c) and slope(c)")
 
     def params(self) -> list[float]:
-        """The fields as numbers, in the order in which they are declared; of a class that is no dataclass the
-        attributes of the object, in the order in which they were set."""
+        """Fields as floats in the order of declaration; for a class that is no dataclass, the attributes of the object
+        in the order of assignment."""
         if dataclasses.is_dataclass(self):
             return [float(getattr(self, field.name)) for field in dataclasses.fields(self)]
         return [float(value) for value in vars(self).values()]
 
 
 class ExponentialPotential(Potential):
-    """psi = exp(e). The exponent is kept apart so that the sweep can shift it, as a softmax does, and never overflows
-    or underflows."""
+    """Potential psi = exp(e). The separate exponent e lets the sweep shift it, as a softmax does, so that psi neither
+    overflows nor underflows."""
 
     slope_factor: float
-    """A constant that the slope of the exponent is to be multiplied by, once, at the end of the sweep."""
+    """Constant factor of the slope of the exponent, applied once, at the end of the sweep."""
 
     def exponent_(self, c: Tensor, slope: Tensor | None = None) -> Tensor:
-        """The exponent e(c), in place of c. The derivative of e by c over ``slope_factor``, where it is not 1
-        (``varying_slope``), goes to ``slope``, of the shape of c, if that is given."""
+        """Exponent e(c), in place of c. With ``varying_slope``, (d e / d c) / ``slope_factor`` is written to ``slope``,
+        of the shape of c, where given; without, it is 1."""
         raise NotImplementedError
 
     varying_slope: ClassVar[bool] = False
 
     def distance_rate(self, features: int) -> float | None:
-        """What -|x_i - x_j|^2 is multiplied by in the exponent of tokens with ``features`` features; None where the
-        exponent is no multiple of it."""
+        """Factor of -|x_i - x_j|^2 in the exponent, for tokens of ``features`` features; None where the exponent is no
+        multiple of the squared distance."""
         return None
 
     def exponent_range(self) -> tuple[float, float]:
-        """Bounds of the exponent over all tokens."""
+        """Lower and upper bound of the exponent over all pairs of tokens."""
         raise NotImplementedError
 
     def value(self, c: Tensor) -> Tensor:
@@ -117,14 +118,14 @@ class ExponentialPotential(Potential):
 
 
 class DistancePotential(ExponentialPotential):
-    """psi = exp(-|z_i - z_j|^2 / scale), a function of the distance alone."""
+    """Potential psi = exp(-|z_i - z_j|^2 / scale), a function of the distance alone."""
 
     row_transform: ClassVar[Literal["normalize", "standardize", "none"]] = "none"
     slope_factor = 1.0
     include_diagonal: bool
 
     def distance_scale(self, features: int) -> float:
-        """What the squared distance of tokens with ``features`` features is divided by."""
+        """Divisor of the squared distance in the exponent, for tokens of ``features`` features."""
         raise NotImplementedError
 
     def distance_rate(self, features: int) -> float | None:
@@ -138,10 +139,10 @@ class DistancePotential(ExponentialPotential):
 class AngularSpread(ExponentialPotential):
     """``psi = exp(-D / tau)``, ``D = arccos(clip(c, -1 + clamp, 1 - clamp)) / pi``; loss ``log(mean psi) + eps``.
 
-    ``x = z / (|z| + eps)``. eps is a constant of the loss, as published, and has its part in the gradient through x
-    alone. The clip is straight-through: outside the band the slope stays the boundary's,
-    ``psi / (pi tau sqrt(1 - clip(c)^2))``, so that condensed tokens are still pushed apart; 1 - clip(c)^2 counts as no
-    less than 1.2e-7 (2.2e-16 for fp64), what fp32 resolves of a c near 1, so that the slope is finite for equal and
+    ``x = z / (|z| + eps)``. eps is a constant of the loss, as published, and enters the gradient through x alone. The
+    clip is straight-through: outside the band the slope keeps its value at the boundary,
+    ``psi / (pi tau sqrt(1 - clip(c)^2))``, so that condensed tokens are still pushed apart. 1 - clip(c)^2 is bounded
+    below by 1.2e-7 (2.2e-16 for fp64), fp32's resolution of c near 1, so that the slope is finite for equal and
     opposite tokens at any ``clamp``. Source: Liu et al., ICML 2026, arXiv 2602.00217.
     """
 
@@ -182,8 +183,8 @@ class AngularSpread(ExponentialPotential):
 class Orthogonalization(Potential):
     """``psi = max(0, margin - D)^2`` with the D of :class:`AngularSpread`; loss ``mean psi``.
 
-    ``x = z / (|z| + eps)``. Slope ``2 max(0, margin - D) / (pi sqrt(1 - clip(c)^2))``, straight-through as there.
-    Source: Liu et al., ICML 2026, arXiv 2602.00217.
+    ``x = z / (|z| + eps)``. The slope is ``2 max(0, margin - D) / (pi sqrt(1 - clip(c)^2))``, straight-through as that
+    of :class:`AngularSpread`. Source: Liu et al., ICML 2026, arXiv 2602.00217.
     """
 
     reduction: ClassVar[Literal["mean", "log_mean"]] = "mean"
@@ -214,7 +215,7 @@ class Orthogonalization(Potential):
         return slope.mul_(self._shortfall(clipped)).mul_(2 / math.pi)
 
     def _shortfall(self, clipped: Tensor) -> Tensor:
-        """max(0, margin - D), in place."""
+        """Shortfall max(0, margin - D) of the angle, in place of ``clipped``."""
         return clipped.acos_().mul_(-1 / math.pi).add_(self.margin).clamp_(min=0)
 
 
@@ -222,11 +223,12 @@ class Orthogonalization(Potential):
 class L2Repel(DistancePotential):
     """``psi = exp(-|z_i - z_j|^2 / tau)``; loss ``log(mean psi) + eps + norm_weight * mean(z^2)``.
 
-    eps is a constant, as published, without a part in the gradient.
+    eps is a constant, as published, without effect on the gradient.
 
     The published code counts the diagonal (i = j) among the pairs, where psi is 1; at the norms of a language model
-    everything else is then negligible and nothing is repelled. ``include_diagonal=False`` leaves it out. ``mean(z^2)``
-    is over the features of the tokens that have a partner. Source: Liu et al., ICML 2026, arXiv 2602.00217.
+    all other pairs are then negligible and nothing is repelled. ``include_diagonal=False`` leaves the diagonal out.
+    ``mean(z^2)`` is over the features of the tokens that have a partner. Source: Liu et al., ICML 2026, arXiv
+    2602.00217.
     """
 
     tau: float = 1.0
@@ -274,9 +276,9 @@ class Decorrelation(Potential):
 class PerplexityEntropy(Potential):
     """``P_ij = softmax over j != i of -|z_i - z_j|^2 / sigma2``; loss ``mean over i of sum_j P_ij log2(P_ij + eps)``.
 
-    The negative entropy of each token's neighbour distribution, as in t-SNE's perplexity. Not a function of c alone:
-    the sweep takes three passes, 5 B L^2 F FLOPs for loss and gradient. Source: Liu et al., ICML 2026, arXiv
-    2602.00217.
+    The loss is the mean negative entropy of the tokens' neighbour distributions, as in t-SNE's perplexity. It is not a
+    function of c alone: the sweep takes three passes, 5 B L^2 F FLOPs for loss and gradient. Source: Liu et al., ICML
+    2026, arXiv 2602.00217.
     """
 
     row_transform: ClassVar[Literal["normalize", "standardize", "none"]] = "none"
@@ -354,11 +356,12 @@ _NAMES: dict[type[Potential], str] = {cls: name for name, cls in BUILT_IN.items(
 
 
 def resolve_potential(potential: str | Potential, **overrides: float | Tensor | None) -> Potential:
-    """The potential that ``potential`` names, or is, with the ``overrides`` that are not None put in its fields.
+    """Potential of the name ``potential`` with the ``overrides`` other than None in its fields; a given
+    :class:`Potential` itself.
 
     Raises:
-        ValueError: an unknown name, or an override that the potential has no field for or that is out of range.
-        TypeError: neither a name nor a potential.
+        ValueError: an unknown name, an override for which the potential has no field, or a value out of range.
+        TypeError: ``potential`` is neither a name nor a :class:`Potential`.
     """
     given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     if isinstance(potential, Potential):
@@ -377,7 +380,7 @@ def resolve_potential(potential: str | Potential, **overrides: float | Tensor | 
         raise ValueError(f"unknown potential {potential!r}; available: {', '.join(BUILT_IN)}, or a Potential instance")
     cls: Any = BUILT_IN[potential]
     for name, value in given.items():
-        # Every field has a default, so it is an attribute of the class. (torch.compile traces no dataclasses.fields.)
+        # Fields have defaults and are thus attributes of the class; torch.compile does not trace dataclasses.fields.
         if not hasattr(cls, name):
             fields = ", ".join(field.name for field in dataclasses.fields(cls)) or "none"
             raise ValueError(
@@ -388,19 +391,19 @@ def resolve_potential(potential: str | Potential, **overrides: float | Tensor | 
 
 
 def temperature_field(potential: Potential) -> str | None:
-    """The field of a built-in that may be a tensor, and has a derivative."""
+    """Name of the field of a built-in potential that may be a tensor and has a derivative; None where there is none."""
     return _TEMPERATURES.get(type(potential))
 
 
 def temperature_of(potential: Potential) -> Tensor | None:
-    """``[]``; None where it is a number."""
+    """Temperature of the potential, a tensor ``[]``; None where it is a number or there is none."""
     field = temperature_field(potential)
     value = None if field is None else getattr(potential, field)
     return value.reshape(()) if isinstance(value, Tensor) else None
 
 
 def at_temperature(potential: Potential, value: float | Tensor) -> Potential:
-    """The potential with that in its field."""
+    """Copy of the potential with ``value`` in its temperature field."""
     built_in: Any = potential
     fields = {field.name: getattr(potential, field.name) for field in dataclasses.fields(built_in)}
     cls: Any = type(potential)
@@ -409,13 +412,13 @@ def at_temperature(potential: Potential, value: float | Tensor) -> Potential:
 
 
 def is_built_in(potential: Potential) -> bool:
-    """Whether the potential is of exactly a built-in type: a subclass may have another value."""
+    """Whether the type of the potential is built in. Subclasses do not count: they may override ``value``."""
     return type(potential) in _NAMES
 
 
 class Own(Potential):
-    """A potential of the user's as the backends see it: value, slope, and how they are reduced. Of what a subclass of a
-    built-in inherits, its exponent or distance, nothing counts, because the subclass may have replaced the value."""
+    """User-defined potential as the backends see it: value, slope and reduction. The exponent or distance that a
+    subclass of a built-in potential inherits is hidden, because the subclass may have replaced the value."""
 
     def __init__(self, given: Potential) -> None:
         self.given = given
@@ -427,23 +430,24 @@ class Own(Potential):
 
 
 def for_backends(potential: Potential) -> Potential:
-    """The built-in itself, or :class:`Own` of a potential of the user's."""
+    """Built-in potential itself; :class:`Own` of a user-defined one."""
     return potential if is_built_in(potential) else Own(potential)
 
 
-# What the keys of potentials of the users' mean: a class and the state of its objects but for their numbers, or an
+# Meaning of each key of a user-defined potential: a class and the state of its objects without their numbers, or an
 # object. Kept as long as the process lives, as are the compiled graphs that hold the keys.
 _MEANINGS: dict[str, tuple[type[Potential], _Constants] | Potential] = {}
 _KEYS: dict[object, str] = {}
-# Of each attribute: name, type, and value, None where it is a number that is carried beside the key.
+# Name, type and value of each attribute; the value is None for numbers, which are passed beside the key.
 _Constants = tuple[tuple[str, str, Any], ...]
 
 
 def carry(potential: Potential) -> tuple[str, list[float]]:
-    """What an operator takes in place of ``potential``: a name or key, and numbers. :func:`carried` is the inverse.
+    """Name or key, and numbers, that an operator takes in place of ``potential``. :func:`carried` is the inverse.
 
-    Objects of one class whose attributes are constants share a key, so that a compiler sees nothing new in another
-    object like the last; any other object has its own. torch.compile traces this function, all but the registration.
+    Objects of one class whose attributes are numbers and equal constants share a key, so that a compiler does not
+    compile again for an equal object; any other object has its own key. ``torch.compile`` traces this function, but not
+    the registration.
     """
     if is_built_in(potential):
         return potential.name(), potential.params()
@@ -463,7 +467,7 @@ def carry(potential: Potential) -> tuple[str, list[float]]:
 
 
 def _has_slots(cls: type[Potential]) -> bool:
-    """Whether its objects have state that ``vars`` does not show."""
+    """Whether objects of ``cls`` have slots, state that ``vars`` does not show."""
     return any(vars(base).get("__slots__") for base in cls.__mro__)
 
 
@@ -472,7 +476,7 @@ def _key_of_state(cls: type[Potential], constants: _Constants) -> str:
 
 
 def _key_of_object(potential: Potential, attributes: tuple[str, ...]) -> str:
-    if not vars(potential).keys() >= set(attributes):  # the compiler's stand-in for an object that is not yet there
+    if not vars(potential).keys() >= set(attributes):  # the compiler's stand-in for an object made in compiled code
         raise TypeError(
             f"potential {potential.name()!r} was made inside of a function that torch.compile compiles, and has an "
             "attribute that is no number, boolean or string; make it outside of the function"
@@ -480,22 +484,22 @@ def _key_of_object(potential: Potential, attributes: tuple[str, ...]) -> str:
     return _key(id(potential), potential, type(potential))
 
 
-# As torch.compiler.assume_constant_result does, which would import the compiler, and Triton with it: torch.compile
-# calls these, and keeps what they return.
+# The mark makes torch.compile call these functions and keep their results, as torch.compiler.assume_constant_result
+# does, which would import the compiler, and Triton with it.
 for _function in (_has_slots, _key_of_state, _key_of_object):
     vars(_function)["_dynamo_marked_constant"] = True
 
 
 def _key(what: object, meaning: tuple[type[Potential], _Constants] | Potential, cls: type[Potential]) -> str:
     if what not in _KEYS:
-        # Unique in all processes: an exported graph must not find another potential where it is loaded.
+        # Keys are unique over processes: an exported graph must not find another potential where it is loaded.
         _KEYS[what] = f"{cls.__module__}.{cls.__qualname__}:{uuid.uuid4().hex}"
         _MEANINGS[_KEYS[what]] = meaning
     return _KEYS[what]
 
 
 def carried(key: str, numbers: list[float]) -> Potential:
-    """The potential that :func:`carry` made them of, or its equal."""
+    """Potential from which :func:`carry` made ``key`` and ``numbers``, or an equal one."""
     if key in BUILT_IN:
         cls: Any = BUILT_IN[key]
         fields: Any = dataclasses.fields(cls)
@@ -514,7 +518,7 @@ def carried(key: str, numbers: list[float]) -> Potential:
     potential = object.__new__(own)
     rest = iter(numbers)
     convert = {"float": float, "int": int}
-    # Past __init__ and the __setattr__ of a frozen dataclass: the state itself.
+    # The state is set directly, without __init__ and the __setattr__ of a frozen dataclass.
     vars(potential).update(
         (name, convert[kind](next(rest)) if kind in convert else value) for name, kind, value in constants
     )
@@ -522,8 +526,8 @@ def carried(key: str, numbers: list[float]) -> Potential:
 
 
 def _inverse_sine(clipped: Tensor, clamp: float, out: Tensor) -> Tensor:
-    """1 / sqrt(1 - clip(c)^2), which |c| = 1 makes infinite: 1 - c^2 counts as no less than the dtype's eps, what it
-    resolves of c near 1."""
+    """1 / sqrt(1 - clip(c)^2), written to ``out``. 1 - clip(c)^2 is bounded below by the dtype's eps, its resolution of
+    c near 1, because the quotient is infinite at |c| = 1."""
     torch.addcmul(clipped.new_ones(()), clipped, clipped, value=-1, out=out)
     eps = torch.finfo(out.dtype).eps
     if clamp < eps:
@@ -536,7 +540,7 @@ def _check_positive(potential: Potential, field: str) -> None:
     if isinstance(value, Tensor) and field == temperature_field(potential):
         if value.numel() != 1 or not value.is_floating_point():
             raise TypeError(f"{field} must be a number, or a floating tensor of one, got {value!r}")
-        return  # data, whose value the operator checks
+        return  # the operator checks the value of a tensor
     check_number(field, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{field} must be a finite number > 0 for {potential.name()!r}, got {value!r}")

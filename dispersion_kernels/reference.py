@@ -1,7 +1,8 @@
-"""The dispersion loss as its formulas say, with the L x L matrices materialised and the gradient left to autograd.
+"""Reference of the dispersion loss: its formulas with materialised L x L matrices and the gradient by autograd.
 
-The oracle of the tests (in float64) and the naive version of the benchmarks. Any device, any floating dtype; every
-operation runs in the dtype of ``z``, as in published training code. Packed sequences are read out on the host.
+It is the oracle of the tests (in float64) and the naive version of the benchmarks. Any device, any floating dtype;
+every operation runs in the dtype of ``z``, as in published training code. Bounds of packed sequences are read on the
+host.
 """
 
 from __future__ import annotations
@@ -28,16 +29,18 @@ from dispersion_kernels.segments import check_cu_seqlens
 def dispersion_loss(
     z: Tensor, potential: Potential, groups: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each sequence, differentiable any number of times, and its number of ordered pairs.
+    """Loss of each sequence, differentiable any number of times, and its number of ordered pairs.
 
     Args:
         z: ``[B, L, F]``; ``[1, T, F]`` with ``cu_seqlens``.
-        potential: which.
-        groups: ``[B, L]`` integers: tokens of a row pair where they are equal and not negative. None: all pair.
-        cu_seqlens: ``[S + 1]`` bounds of the packed sequences.
+        potential: potential of the pairs.
+        groups: integers ``[B, L]``: tokens of a row pair where their groups are equal and not negative; None where all
+            tokens pair.
+        cu_seqlens: bounds ``[S + 1]`` of the packed sequences.
 
     Returns:
-        ``[B]`` or ``[S]`` in the dtype of ``z``, 0 for a sequence without a pair; and ``[B]`` or ``[S]`` int64.
+        Losses ``[B]`` or ``[S]`` in the dtype of ``z``, 0 for a sequence without a pair; and int64 numbers of pairs of
+        the same shape.
     """
     if cu_seqlens is None:
         sequences = [(z[b], None if groups is None else groups[b]) for b in range(z.shape[0])]
@@ -53,13 +56,13 @@ def dispersion_loss(
         loss, count = _sequence_loss(tokens, potential, ids)
         losses.append(loss)
         counts.append(count)
-    # The sum over nothing keeps the graph, and a zero gradient, where no sequence has a pair.
+    # The sum over no token keeps the graph, and a zero gradient, where no sequence has a pair.
     stacked = torch.stack(losses) if losses else z.new_zeros(0)
     return stacked + 0 * z[:0].sum(), torch.tensor(counts, dtype=torch.int64, device=z.device)
 
 
 def _sequence_loss(z: Tensor, potential: Potential, groups: Tensor | None) -> tuple[Tensor, int]:
-    """The loss of one sequence ``[L, F]``, and its number of ordered pairs."""
+    """Loss of one sequence ``[L, F]``, and its number of ordered pairs."""
     if groups is not None:
         has_partner = ((groups[:, None] == groups[None, :]).sum(1) > 1) & (groups >= 0)
         z, groups = z[has_partner], groups[has_partner]
@@ -78,7 +81,7 @@ def _sequence_loss(z: Tensor, potential: Potential, groups: Tensor | None) -> tu
 
 
 def _loss_over_pairs(z: Tensor, potential: Potential, left_out: Tensor, count: int) -> Tensor:
-    """The loss over the ``count`` entries of the L x L matrices that are not ``left_out``."""
+    """Loss over the ``count`` entries of the L x L matrices where ``left_out`` is False."""
 
     def log_mean_exp(exponent: Tensor) -> Tensor:
         """log(mean(exp(exponent))) + loss_offset, finite wherever the exponents are."""
@@ -90,7 +93,7 @@ def _loss_over_pairs(z: Tensor, potential: Potential, left_out: Tensor, count: i
 
     if isinstance(potential, PerplexityEntropy):
         p = torch.softmax((-_squared_distances(z) / potential.sigma2).masked_fill(left_out, -math.inf), dim=1)
-        tiny = torch.finfo(p.dtype).tiny  # an eps may be too small for the dtype, and P be 0
+        tiny = torch.finfo(p.dtype).tiny  # bounds the logarithm where P is 0 and eps underflows in the dtype
         return (p * torch.log2((p + potential.eps).clamp(min=tiny))).sum(1).mean()
     if isinstance(potential, L2Repel):
         penalty = potential.norm_weight * z.square().mean()
@@ -104,7 +107,7 @@ def _loss_over_pairs(z: Tensor, potential: Potential, left_out: Tensor, count: i
         return mean((x @ x.T).square())
 
     x = _normalize(z, potential.norm_eps) if potential.row_transform == "normalize" else _standardize(z)
-    # A token with itself has c = 1, where arccos has no finite slope that a factor of 0 could take away afterwards.
+    # A token with itself has c = 1, where the slope of arccos is infinite, and 0 times infinity is NaN.
     c = (x @ x.T).masked_fill(left_out, 0.0)
     if isinstance(potential, AngularSpread):
         return log_mean_exp(-_clipped_angle(c, potential.clamp) / (math.pi * potential.tau))
@@ -112,35 +115,36 @@ def _loss_over_pairs(z: Tensor, potential: Potential, left_out: Tensor, count: i
         angle = _clipped_angle(c, potential.clamp) / math.pi
         return mean((potential.margin - angle).clamp(min=0).square())
 
-    # A potential of the user's: its value forward, its slope backward.
+    # A user-defined potential has its value in forward and its slope in backward.
     constant = c.detach()
     psi = mean(potential.value(constant) + potential.slope(constant) * (c - constant))
     return torch.log(psi) + potential.loss_offset if potential.reduction == "log_mean" else psi
 
 
 def _normalize(z: Tensor, eps: float) -> Tensor:
-    """z / (|z| + eps), and 0 with gradient 1 / eps (0 where eps is 0) at z = 0, where no feature is a normal number."""
-    # Squares may leave the dtype's range where norms do not.
+    """z / (|z| + eps). Tokens without a normal number among their features count as zero: result 0, gradient 1 / eps
+    (0 where eps is 0)."""
+    # Scaling by the largest feature keeps the squares in the dtype's range wherever the norms are.
     largest = z.detach().abs().amax(1, keepdim=True)
     zero = largest < torch.finfo(z.dtype).tiny
     largest = largest.masked_fill(zero | largest.isinf(), 1.0)
     squared = (z / largest).square().sum(1, keepdim=True).masked_fill(zero, 1.0)
     norm = (squared.sqrt() * largest).masked_fill(zero, 0.0)
-    # A norm beyond the dtype's range makes a NaN, not a token of 0.
+    # 0 * norm turns a norm beyond the dtype's range into NaN instead of a zero token.
     return z / (norm + eps).masked_fill(zero, eps or math.inf) + 0 * norm
 
 
 def _standardize(z: Tensor) -> Tensor:
-    """(z - mean) / (std sqrt(F - 1)), the standardised token at length 1, so that x_i . x_j is the correlation
-    c_ij / (F - 1); 0 for a constant token, whose rounded mean may differ from its features."""
+    """(z - mean) / (std sqrt(F - 1)): standardised tokens of length 1, so that x_i . x_j is the correlation
+    c_ij / (F - 1). Constant tokens give 0, although their rounded mean may differ from their features."""
     constant = (z == z[:, :1]).all(1, keepdim=True)
     return _normalize((z - z.mean(1, keepdim=True)).masked_fill(constant, 0.0), 0.0)
 
 
 def _squared_distances(z: Tensor) -> Tensor:
-    """From the inner products of the centred tokens: distances do not change, nor do their derivatives, and less is
-    cancelled. The squared norms are from the same matrix product, whose rounding then cancels for a token with itself
-    or with its equal."""
+    """Squared distances ``[L, L]`` from the inner products of the centred tokens. Centring changes neither distances
+    nor derivatives and reduces cancellation. The squared norms come from the same matrix product, so that their
+    rounding cancels for a token with itself or an equal one."""
     x = z - z.detach().mean(0, keepdim=True)
     products = x @ x.T
     squared = x.square().sum(1)
@@ -149,8 +153,8 @@ def _squared_distances(z: Tensor) -> Tensor:
 
 
 def _clipped_angle(c: Tensor, clamp: float) -> Tensor:
-    """arccos(clip(c)), straight-through: the slope is taken at the boundary, and passes. 1 - clip(c)^2 counts there as
-    no less than the dtype's eps, what it resolves of c near 1; at 0 the slope would be infinite."""
+    """arccos(clip(c)), straight-through: outside the band the slope is that at the boundary. 1 - clip(c)^2 is bounded
+    below by the dtype's eps, its resolution of c near 1, because the slope is infinite at 0."""
     bounded = max(clamp, torch.finfo(c.dtype).eps / 2)
     angle = torch.arccos(c + (c.clamp(bounded - 1, 1 - bounded) - c).detach())
     if bounded == clamp:

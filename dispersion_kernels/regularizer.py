@@ -1,9 +1,9 @@
-"""The loss on the hidden states of a model of anybody's, by hooks on its blocks: :class:`DispersionRegularizer`.
+"""Dispersion loss on the hidden states of any model, by hooks on its blocks: :class:`DispersionRegularizer`.
 
-Each block's output z passes through an identity ``z -> (z, term)``, whose second output is the layer's loss. Its
-backward receives the gradients of both, computes the gradient of the loss then, and returns their sum: whatever
-multiplies the term on its way to the total (a weight, a loss scale, a division by accumulation steps) arrives with the
-gradient, nothing but z is kept, and autograd adds no tensors.
+Each block's output z passes through an identity ``z -> (z, term)``, whose second output is the layer's loss. The
+backward of the identity receives the gradients of both outputs, computes the gradient of the loss, and returns the sum.
+Factors of the term in the total loss (a weight, a loss scale, a division by accumulation steps) arrive with its
+gradient; only z is saved, and autograd adds no tensors.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ Layers = str | Sequence[int | nn.Module]
 Tokens = Literal["attended", "labels", "all"]
 
 IGNORED_LABEL = -100
-"""The label of tokens without a prediction, in Hugging Face's models and in ``cross_entropy``."""
+"""Label of tokens without a prediction, in Hugging Face's models and in ``cross_entropy``."""
 
 
 class DispersionRegularizer:
-    """The dispersion loss on the outputs of a model's blocks, as a term to add to the model's own loss::
+    """Dispersion loss on the outputs of a model's blocks, as a term to add to the model's own loss::
 
         reg = DispersionRegularizer(model, layers="all", weight=0.1)
-        loss = model(**batch).loss + reg.loss()  # once a forward
+        loss = model(**batch).loss + reg.loss()  # once per forward
 
-    Hooks on the blocks act in training mode with gradients enabled, and at no other time. Make it before the first call
-    of a compiled model: PyTorch compiles the hooks with the blocks, and looks for none later. A deep copy or a pickle
-    of the model has no regulariser.
+    Hooks on the blocks act only in training mode with gradients enabled. Make the regulariser before the first call of
+    a compiled model: PyTorch compiles the hooks with the blocks and ignores hooks added later. Deep copies and pickles
+    of the model have no regulariser.
 
     Args:
-        model: any module with a stack of blocks in a ``ModuleList`` (or a ``ModuleDict`` whose keys are numbers), which
-            return hidden states, ``[B, L, F]`` or ``[L, F]``, or a tuple, list or mapping that begins with them. DDP,
-            FSDP2, PEFT and ``torch.compile`` may be around it, before or after.
-        layers: ``"all"``, ``"last"``, ``"early_half"``, ``"late_half"``, or a list of layers, counted from 1, as
-            ``hidden_states`` of Hugging Face's models are; or a list of modules, wherever they are. The embedding is no
-            layer, and the final norm is not applied.
-        weight: of the mean over the chosen layers, in :meth:`loss`. The attribute may change from step to step.
-        stack: where a model has several stacks: the name of one, or a part of it, as ``"decoder"``.
-        tokens: ``"attended"``: those that the model attends to, by the arguments of the module that owns the blocks:
-            ``cu_seq_lens_q``, else a 2-D ``attention_mask``, else ``position_ids``, which start again at each document,
-            of which each has one loss, else all. ``"labels"``: those of them whose label is not -100, by the model's
-            argument ``labels``. ``"all"``: all.
+        model: module with a stack of blocks in a ``ModuleList`` (or a ``ModuleDict`` whose keys are numbers). Blocks
+            return hidden states ``[B, L, F]`` or ``[L, F]``, or a tuple, list or mapping that begins with them. DDP,
+            FSDP2, PEFT and ``torch.compile`` may wrap the model before or after.
+        layers: ``"all"``, ``"last"``, ``"early_half"``, ``"late_half"``, or a list of layer numbers, counted from 1 as
+            in ``hidden_states`` of Hugging Face's models; or a list of modules anywhere in the model. The embedding is
+            no layer, and the final norm is not applied.
+        weight: factor of the mean over the chosen layers in :meth:`loss`. The attribute may change between steps.
+        stack: name of the stack, or a part of the name, as ``"decoder"``, for a model with several stacks.
+        tokens: ``"attended"``: tokens that the model attends to, by arguments of the module that owns the blocks:
+            ``cu_seq_lens_q``, else a 2-D ``attention_mask``, else ``position_ids``, which restart at each document (one
+            loss per document), else all tokens. ``"labels"``: attended tokens whose label, in the model's argument
+            ``labels``, is not -100. ``"all"``: all tokens.
         potential, tau, clamp, eps, sampling, impl: as in :func:`~dispersion_kernels.fused_dispersion_loss`.
-        keep_gradients: compute the gradient in forward, too, and keep it until backward. That takes 3 instead of 4
-            B L^2 F FLOPs, and the memory of one fp32 z a layer. It is also for a model that writes to its blocks'
-            outputs in place.
+        keep_gradients: compute the gradient in forward and keep it until backward. This takes 3 instead of 4 B L^2 F
+            FLOPs and the memory of one fp32 z per layer. Needed for a model that writes to its blocks' outputs in
+            place.
 
-    On a GPU under autocast the loss takes hidden states in autocast's dtype, as a matrix product would.
+    On a GPU under autocast the loss takes hidden states in autocast's dtype, as a matrix product does.
 
     Raises:
-        ValueError: a model without a stack of blocks, or with several; a layer or an option that is wrong.
-        TypeError: a type that is wrong.
+        ValueError: a model without a stack of blocks, or with several; a wrong layer or option.
+        TypeError: a wrong type.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class DispersionRegularizer:
             raise ValueError(f"tokens must be 'attended', 'labels' or 'all', got {tokens!r}")
         self.weight = weight
         self.values: dict[str, Tensor] = {}
-        """The loss of each layer, without its weight, at the last call of :meth:`loss`."""
+        """Loss of each layer, by module name, without the weight, at the last call of :meth:`loss`."""
         self._tokens = tokens
         self._keep_gradients = keep_gradients
         self._options: dict[str, Any] = {
@@ -116,12 +116,12 @@ class DispersionRegularizer:
 
     @property
     def layers(self) -> list[str]:
-        """The names of the chosen layers' modules."""
+        """Names of the chosen layers' modules."""
         return [layer.name for layer in self._layers]
 
     def loss(self) -> Tensor:
-        """``weight`` times the mean over the chosen layers, ``[]``. Call it once a forward; of several forwards since
-        the last call it is the mean."""
+        """Mean loss over the chosen layers times ``weight``, ``[]``. Call it once per forward; it averages over several
+        forwards since the last call."""
         found: dict[_Layer, list[Tensor]] = {layer: [] for layer in self._layers}
         for term in _chain(self._pending):
             term.forward.taken = True
@@ -146,7 +146,7 @@ class DispersionRegularizer:
         )
 
     def remove(self) -> None:
-        """Takes the hooks off the model, which is then what it was."""
+        """Removes the hooks, which restores the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -183,7 +183,7 @@ class DispersionRegularizer:
         return _Selection(mask, cu_seqlens)
 
     def _value(self, z: Tensor, selection: _Selection, seed: int | None = None, *, recompute: bool = False) -> Tensor:
-        """The loss of one layer, ``[]``."""
+        """Loss of one layer, ``[]``."""
         mask, cu_seqlens = selection
         if cu_seqlens is not None:
             z = z.flatten(0, -2)
@@ -196,7 +196,7 @@ class DispersionRegularizer:
         return loss
 
     def _discard(self, forward: _Forward) -> None:
-        """The terms of a forward whose backward has run."""
+        """Drops the terms of a forward whose backward ran without them, and warns."""
         kept = [term for term in _chain(self._pending) if term.forward is not forward]
         self._pending = _END
         for term in reversed(kept):
@@ -210,23 +210,23 @@ class DispersionRegularizer:
 
 
 class _Forward:
-    """One call of the model, or of the module that owns the blocks alone."""
+    """Call of the model, or of the module that owns the blocks where that module is called alone."""
 
     def __init__(self, by_model: bool, given: Mapping[str, Any]) -> None:
         self.by_model, self.given = by_model, given
         self.selection: _Selection | None = None
         self.taken = False
-        """Whether ``loss`` has taken its terms."""
+        """Whether :meth:`DispersionRegularizer.loss` has taken the terms of this forward, or they were dropped."""
 
 
 class _Term:
-    """A layer's loss, in a chain: unlike a list, which the compiler would compile again for each length it finds."""
+    """Loss of one layer, a node of a linked list. With a Python list the compiler would compile for each length."""
 
     def __init__(self, earlier: _Term, layer: _Layer, forward: _Forward, value: Tensor) -> None:
         self.earlier, self.layer, self.forward, self.value = earlier, layer, forward, value
 
 
-# The end of a chain; of the same type, of which the compiler would make two cases.
+# End of a chain, a _Term itself, because the compiler would compile separate cases for two types.
 _END = _Term.__new__(_Term)
 
 
@@ -237,23 +237,23 @@ def _chain(term: _Term) -> Iterator[_Term]:
 
 
 class _Selection(NamedTuple):
-    """The tokens that take part, of ``z`` ``[B, L, F]``."""
+    """Tokens of ``z`` ``[B, L, F]`` that take part."""
 
     mask: Tensor | None
-    """``[B, L]``, boolean."""
+    """``[B, L]`` boolean; None for all tokens."""
     cu_seqlens: Tensor | None
-    """``[S + 1]``, bounds of sequences of the ``B L`` tokens."""
+    """``[S + 1]``: bounds of the sequences in the B L tokens; None where they are the rows."""
 
 
 _ALL = _Selection(None, None)
 
 
 def _no_hook(*_: object) -> None:
-    """What a copy of a hook does."""
+    """Copy of a hook: does nothing."""
 
 
 class _Hook:
-    """A hook that stays with its own module: a deep copy or a pickle of it does nothing."""
+    """Hook of one module; its deep copies and pickles do nothing."""
 
     def __init__(self, regularizer: DispersionRegularizer) -> None:
         self.regularizer = regularizer
@@ -266,8 +266,8 @@ class _Hook:
 
 
 class _Begin(_Hook):
-    """Before the forward of the model and of the module that owns the blocks: which tokens take part. Not every model
-    calls that module: Sentence Transformers' call its ``forward``, past its hooks."""
+    """Forward pre-hook of the model and of the module that owns the blocks: selects the tokens that take part. The hook
+    of the owner may not run: Sentence Transformers call the owner's ``forward`` directly."""
 
     def __init__(
         self, regularizer: DispersionRegularizer, names: Sequence[str], *, is_model: bool, is_owner: bool
@@ -283,7 +283,7 @@ class _Begin(_Hook):
                 "DistributedDataParallel, or make one GPU visible: CUDA_VISIBLE_DEVICES=0"
             )
         forward = regularizer._forward
-        if forward is not None and (self.is_model or not forward.by_model):  # which ended in an exception
+        if forward is not None and (self.is_model or not forward.by_model):  # the last forward ended in an exception
             regularizer._pending, regularizer._forward = regularizer._before, None
             forward = None
         if regularizer._removed or not module.training or not torch.is_grad_enabled():
@@ -300,7 +300,7 @@ class _Begin(_Hook):
 
 
 class _Finish(_Hook):
-    """After it."""
+    """Forward hook of the model and of the module that owns the blocks: ends the :class:`_Forward`."""
 
     def __init__(self, regularizer: DispersionRegularizer, *, is_model: bool) -> None:
         super().__init__(regularizer)
@@ -316,7 +316,7 @@ _KNOWN = ("cu_seq_lens_q", "attention_mask", "position_ids", "input_ids", "input
 
 
 def _known(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call that say which tokens there are; some models take them in one mapping."""
+    """Arguments of a call that select tokens, by name; some models take the arguments in one mapping."""
     given = dict(zip(names, args, strict=False), **kwargs)
     for value in args:
         if isinstance(value, Mapping):
@@ -329,21 +329,21 @@ def _argument_names(module: nn.Module) -> list[str]:
 
 
 def _documents(position_ids: Tensor) -> Tensor | None:
-    """``cu_seqlens`` of the documents in ``position_ids`` ``[B, L]``: one begins with each row, and wherever a position
-    does not follow the one before it. None: the rows, which were found to be whole."""
+    """Bounds ``cu_seqlens`` of the documents in ``position_ids`` ``[B, L]``. A document begins with each row, and where
+    a position is not its predecessor plus 1. None where a CPU tensor shows that every row is one document."""
     begins = torch.ones_like(position_ids, dtype=torch.bool)
     begins[:, 1:] = position_ids.diff(dim=1) != 1
     begins = torch.nn.functional.pad(begins.flatten(), (0, 1), value=True)
     if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = begins.nonzero().flatten()
         return None if bounds.numel() == position_ids.shape[0] + 1 else bounds
-    # Their number is not known without synchronising; sequences without a token take the places that are left.
+    # Reading the number of documents would synchronise; empty sequences fill the B L + 1 bounds.
     places = torch.arange(begins.numel(), device=begins.device)
     return torch.where(begins, places, places[-1]).sort().values
 
 
 class _Layer(_Hook):
-    """After a block's forward: its term."""
+    """Forward hook of a block: adds the block's term."""
 
     def __init__(self, regularizer: DispersionRegularizer, name: str, module: nn.Module) -> None:
         super().__init__(regularizer)
@@ -352,8 +352,8 @@ class _Layer(_Hook):
     def __call__(self, module: nn.Module, args: object, output: Any) -> Any:
         regularizer = self.regularizer
         forward = regularizer._forward
-        # Without a forward, in training with gradients: activation checkpointing calls the block again, in backward,
-        # where it must leave what it left the first time, and count no term.
+        # A block in training with gradients but without a forward is recomputed by activation checkpointing in
+        # backward: the hook must save the same tensors as the first time, and must not count a term.
         if regularizer._removed or not torch.is_grad_enabled() or (forward is None and not module.training):
             return None
         z = _hidden_states(output, self.name)
@@ -364,7 +364,7 @@ class _Layer(_Hook):
                 forward.selection = regularizer._select(forward.given)
             selection = forward.selection
         if torch.compiler.is_compiling():
-            # The compiler fuses the addition of the two gradients.
+            # _WithTerm is not needed: the compiler fuses the addition of the two gradients.
             value = regularizer._value(_narrowed(z), selection, recompute=not regularizer._keep_gradients)
             if forward is None:
                 regularizer._scrap = value
@@ -383,19 +383,19 @@ class _Layer(_Hook):
 
 
 class _WithTerm(torch.autograd.Function):
-    """``z -> (z, term)``."""
+    """Identity ``z -> (z, term)`` whose backward adds the gradient of the loss."""
 
     @staticmethod
     def forward(
         ctx: Any, z: Tensor, regularizer: DispersionRegularizer, forward: _Forward | None, selection: _Selection
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        # Under checkpointing the node is that of the first forward, and saved tensors alone are made again: all else
-        # are attributes, which the forward that makes them again need not compute.
+        # Under checkpointing backward runs on the node of the first forward, and only saved tensors are recomputed. All
+        # else is an attribute of ctx, which the recomputing forward need not compute.
         ctx.regularizer, ctx.forward_call, ctx.selection, ctx.kept = regularizer, forward, selection, None
         ctx.seed = int(torch.randint(2**62, (), device="cpu")) if regularizer._random else None
         ctx.dtype = _narrow_dtype(z)
-        # A tensor of its own: an input returned as it is could not be written to in place.
+        # A new tensor, because autograd would refuse in-place writes to an input that is returned as it is.
         same = z.detach()
         if regularizer._keep_gradients:
             if forward is None:
@@ -439,20 +439,20 @@ class _WithTerm(torch.autograd.Function):
 
 
 def _leaf_and_loss(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-    # Without the hooks of checkpointing or offloading, which would make the gradient again.
+    # Identity hooks replace those of checkpointing or offloading, which would compute the gradient again.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
         leaf = z.detach().requires_grad_()
         return leaf, ctx.regularizer._value(leaf.to(ctx.dtype), ctx.selection, ctx.seed)
 
 
 def _graph_is_kept() -> bool:
-    """Whether the running backward may run again. PyTorch has no public name for that."""
+    """Whether the running backward keeps its graph, so that it may run again. PyTorch has no public name for that."""
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keeps is None or bool(keeps())
 
 
 def _narrow_dtype(z: Tensor) -> torch.dtype:
-    """The dtype in which the loss takes ``z``."""
+    """Dtype in which the loss takes ``z``: autocast's on a GPU under autocast, else that of ``z``."""
     return torch.get_autocast_dtype("cuda") if z.is_cuda and torch.is_autocast_enabled("cuda") else z.dtype
 
 
@@ -461,7 +461,7 @@ def _narrowed(z: Tensor) -> Tensor:
 
 
 def _hidden_states(output: Any, name: str) -> Tensor:
-    """The first of a block's outputs."""
+    """First of a block's outputs; ``name`` is the block's name, for the error."""
     first = output
     if isinstance(output, Mapping):
         first = next(iter(output.values()), None)
@@ -476,7 +476,7 @@ def _hidden_states(output: Any, name: str) -> Tensor:
 
 
 def _replaced(output: Any, z: Tensor) -> Any:
-    """``output`` with ``z`` for its hidden states."""
+    """Copy of ``output`` with ``z`` in place of its hidden states."""
     if isinstance(output, Tensor):
         return z
     if isinstance(output, Mapping):
@@ -489,14 +489,14 @@ def _replaced(output: Any, z: Tensor) -> Any:
 class _Stack(NamedTuple):
     name: str
     owner: nn.Module
-    """The module whose arguments say which tokens there are."""
+    """Module whose arguments select the tokens."""
     blocks: list[nn.Module]
 
 
 def _choose(
     regularizer: DispersionRegularizer, model: nn.Module, layers: Layers, stack: str | None
 ) -> tuple[nn.Module, list[_Layer]]:
-    """The module that owns the blocks, and the chosen ones."""
+    """Module that owns the blocks, and a hook for each chosen block."""
     if not isinstance(layers, str):
         layers = list(layers)
         if not layers:
@@ -517,7 +517,7 @@ def _choose(
 
 
 def layer_numbers(layers: Any, count: int) -> list[int]:
-    """The chosen of ``count`` layers, counted from 1."""
+    """Numbers of the chosen among ``count`` layers, counted from 1, ascending."""
     half = max(count // 2, 1)
     named = {
         "all": range(1, count + 1),
@@ -559,7 +559,7 @@ def _stack(model: nn.Module, name: str | None) -> _Stack:
 
 
 def _stacks(module: nn.Module, prefix: str, owner: nn.Module) -> Iterator[_Stack]:
-    """The stacks below ``module``, those within a block of another not counted."""
+    """Stacks of blocks below ``module``, without stacks inside the blocks of another stack."""
     for key, child in module.named_children():
         name = f"{prefix}{key}"
         is_list = isinstance(child, nn.ModuleList) or (
@@ -576,5 +576,5 @@ def _stacks(module: nn.Module, prefix: str, owner: nn.Module) -> Iterator[_Stack
 
 
 def _is_pretrained(module: nn.Module) -> bool:
-    """Whether it is a ``PreTrainedModel`` of Hugging Face's transformers, which this does not import."""
+    """Whether ``module`` is a ``PreTrainedModel`` of Hugging Face's transformers, found by name without the import."""
     return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)

@@ -1,8 +1,8 @@
-"""Which tokens pair with which: masks, documents, packed sequences and subsamples, as the backends take them.
+"""Conversion of masks, documents, packed sequences and subsamples to the form in which the backends take them.
 
-Every backend takes ``z`` ``[B, L, F]``, optionally ``groups`` ``[B, L]`` (int64: tokens of a row pair where they are
-equal and not negative) and optionally ``cu_seqlens`` ``[S + 1]`` (then B is 1, and tokens pair within its segments
-only). A *sequence* is a row, or a segment of ``cu_seqlens``; each has one loss.
+Every backend takes ``z`` ``[B, L, F]``, optionally ``groups`` ``[B, L]`` (int64: tokens of a row pair where their
+groups are equal and not negative) and optionally ``cu_seqlens`` ``[S + 1]`` (with B = 1: tokens pair within segments
+only). A *sequence* is a row, or a segment of ``cu_seqlens``, and has one loss.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def make_groups(mask: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
-    """``groups`` from a boolean mask (False: no pairs) and document ids (negative: no pairs), each ``[B, L]``."""
+    """``groups`` ``[B, L]`` from a boolean mask (False: no pairs) and document ids (negative: no pairs), ``[B, L]``."""
     if document_ids is not None:
         groups = document_ids.long()
         return groups if mask is None else groups.masked_fill(~mask, -1)
@@ -27,9 +27,10 @@ def make_groups(mask: Tensor | None, document_ids: Tensor | None) -> Tensor | No
 def sample_tokens(
     z: Tensor, groups: Tensor | None, max_tokens: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor | None]:
-    """``max_tokens`` tokens of each row of ``z``, drawn without replacement, each row for itself.
+    """``max_tokens`` tokens of each row of ``z``, ``[B, max_tokens, F]``, and their groups; drawn without replacement,
+    independently per row.
 
-    Tokens whose group is negative are drawn only where a row has no others left.
+    Tokens of a negative group are drawn only where a row has no others left.
     """
     keys = uniform(z.shape[0], z.shape[1], device=z.device, generator=generator)
     if groups is not None:
@@ -44,14 +45,14 @@ def sample_packed_tokens(
 ) -> Tensor:
     """``groups`` ``[1, T]`` in which at most ``max_tokens`` tokens of each packed sequence take part.
 
-    The lengths stay on the device, so the tokens left out keep their place and get a negative group.
+    Tokens left out keep their place and get a negative group, because the lengths stay on the device.
     """
     device = cu_seqlens.device
     segment = segment_of_token(cu_seqlens, tokens)
     keys = uniform(tokens, device=device, generator=generator)
     if groups is not None:
         keys = keys + (groups[0] < 0).to(keys.dtype)
-    # A token's place after its segment's beginning is the rank of its key there.
+    # A token's position relative to the beginning of its segment is the rank of its key in the segment.
     order = order_of(segment, keys)
     position = torch.empty_like(order)
     position[order] = torch.arange(tokens, device=device)
@@ -61,23 +62,23 @@ def sample_packed_tokens(
 
 
 def uniform(*shape: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """fp32 random numbers in [0, 1)."""
-    if generator is None:  # torch.compile does not take a None as generator where a dimension is dynamic
+    """Random fp32 numbers in [0, 1)."""
+    if generator is None:  # torch.compile does not take generator=None where a dimension is dynamic
         return torch.rand(shape, dtype=torch.float32, device=device)
     return torch.rand(shape, dtype=torch.float32, device=device, generator=generator)
 
 
 def segment_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """``[T]``: which packed sequence each token belongs to."""
+    """Index ``[T]`` of the packed sequence of each token."""
     position = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    # Clamped for bounds that are wrong and have not been said to be so yet.
+    # The clamp keeps indices valid for wrong bounds, whose error an accelerator reports later.
     return torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True).clamp_(max=cu_seqlens.numel() - 2)
 
 
 def within_segments(groups: Tensor | None, cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """``groups`` ``[1, T]`` that differ between packed sequences: equal ids of two segments do not pair.
+    """``groups`` ``[1, T]`` that differ between packed sequences, so that equal ids of two segments do not pair.
 
-    Ids are made dense by sorting, because those of the user may be as large as int64 allows.
+    Ids are made dense by sorting, because the user's ids may be as large as int64 allows.
     """
     segment = segment_of_token(cu_seqlens, tokens)
     if groups is None:
@@ -89,8 +90,8 @@ def within_segments(groups: Tensor | None, cu_seqlens: Tensor, tokens: int) -> T
 
 
 def _runs(sequence: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """``[N]``: the tokens in order of their sequence and, within it, of their group; and whether each, in that order,
-    is the first of its group."""
+    """Order ``[N]`` of the tokens by sequence and then by group; and ``[N]``, in that order, whether the token is the
+    first of its group."""
     order = order_of(sequence, groups)
     ids, places = groups[order], sequence[order]
     begins = torch.ones_like(ids, dtype=torch.bool)
@@ -99,23 +100,23 @@ def _runs(sequence: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def order_of(first: Tensor, second: Tensor) -> Tensor:
-    """The order of sorting by ``first`` and, where that is equal, by ``second``."""
+    """Order ``[N]`` that sorts by ``first`` and, among equals, by ``second``."""
     by_second = second.argsort(stable=True)
     return by_second[first[by_second].argsort(stable=True)]
 
 
 def group_sizes(groups: Tensor) -> Tensor:
-    """``[B, L]``: how many tokens of its row are in each token's group, itself included; 0 where it is negative."""
-    groups = groups.contiguous()  # searchsorted warns of a copy of its own
+    """Size ``[B, L]`` of each token's group in its row, the token included; 0 for a negative group."""
+    groups = groups.contiguous()  # avoids a warning of searchsorted, which copies otherwise
     ordered = groups.sort(dim=1).values
     sizes = torch.searchsorted(ordered, groups, right=True) - torch.searchsorted(ordered, groups)
     return sizes.masked_fill(groups < 0, 0)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
-    """Raises on bounds that do not cut ``tokens`` tokens into sequences.
+    """Raises where the bounds do not cut ``tokens`` tokens into sequences.
 
-    On an accelerator the values are checked by an assertion on the device, because reading them would synchronise.
+    An assertion on the device checks the bounds on an accelerator, because reading them would synchronise.
     """
     remedy = (
         "it must start at 0, never decrease and end at the number of tokens "
@@ -132,17 +133,17 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
 
 
 def on_device(cu_seqlens: Tensor, device: torch.device) -> Tensor:
-    """``cu_seqlens`` on ``device``. Bounds on the CPU are copied there once for all calls with the same values, forward
-    and backward: a copy from the CPU would wait for the stream each time, and cannot be captured in a CUDA graph."""
+    """``cu_seqlens`` on ``device``. Bounds on the CPU are copied once for all calls with the same values, forward and
+    backward: each copy from the CPU would wait for the stream, and cannot be captured in a CUDA graph."""
     real = type(cu_seqlens) is Tensor and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
     if cu_seqlens.device == device or device.type == "cpu" or not cu_seqlens.is_cpu or not real:
         return cu_seqlens.to(device)
-    # By their values: the caller may write to the tensor between two calls.
+    # The values are the key of the cache: the caller may write to the tensor between two calls.
     return _copy(cu_seqlens.numpy().tobytes(), cu_seqlens.dtype, device).on_current_stream()
 
 
 class _Copy:
-    """What :func:`on_device` keeps, and when a stream may read it."""
+    """Device copy of bounds that :func:`on_device` keeps, and the event after which other streams may read it."""
 
     def __init__(self, values: Tensor, device: torch.device) -> None:
         self.copied: torch.cuda.Event | None = None
@@ -161,7 +162,7 @@ class _Copy:
     def on_current_stream(self) -> Tensor:
         if not self.values.is_cuda:
             return self.values
-        if torch.cuda.is_current_stream_capturing():  # which began by waiting for the device
+        if torch.cuda.is_current_stream_capturing():  # capture begins with a synchronisation, so that the copy is done
             _IN_GRAPHS.add(self)
             return self.values
         stream = torch.cuda.current_stream(self.values.device)
@@ -174,7 +175,7 @@ class _Copy:
         return self.values
 
 
-# Copies that CUDA graphs read whenever they are replayed.
+# Copies that CUDA graphs read at every replay; kept for the life of the process.
 _IN_GRAPHS: set[_Copy] = set()
 
 
@@ -184,22 +185,22 @@ def _copy(values: bytes, dtype: torch.dtype, device: torch.device) -> _Copy:
 
 
 class HostSegments(NamedTuple):
-    """Runs of tokens that all pair with each other, as the CPU kernel takes them; all int64."""
+    """Runs of tokens that all pair with each other, as the CPU kernel takes them; tensors are int64."""
 
     rows: Tensor | None
-    """``[N]``: token i of the runs is row ``rows[i]`` of the flattened ``z``; None: row i."""
+    """``[N]``: row of the flattened ``z`` of each token of the runs; None where token i is row i."""
     begins: Tensor
-    """``[R]``: the first token of each run."""
+    """``[R]``: first token of each run."""
     ends: Tensor
-    """``[R]``: one past its last."""
+    """``[R]``: one past the last token of each run."""
     sequence: Tensor
-    """``[R]``: the sequence that each run belongs to, never decreasing."""
+    """``[R]``: sequence of each run, never decreasing."""
     sequences_with_pairs: int
-    """How many sequences have a run of at least two tokens."""
+    """Number of sequences that have a run of at least two tokens."""
 
 
 def host_segments(batch: int, length: int, groups: Tensor | None, cu_seqlens: Tensor | None) -> HostSegments:
-    """The runs of tokens that pair, for ``groups`` and ``cu_seqlens`` on the CPU."""
+    """Runs of tokens that pair, from ``groups`` ``[B, L]`` and ``cu_seqlens`` ``[S + 1]`` on the CPU."""
     if groups is None:
         if cu_seqlens is None:
             return _whole_rows(batch, length)
@@ -220,7 +221,8 @@ def host_segments(batch: int, length: int, groups: Tensor | None, cu_seqlens: Te
 
 @functools.lru_cache(maxsize=64)
 def _whole_rows(batch: int, length: int) -> HostSegments:
-    """Every row one run. Kept, because a training loop asks for the same again and again, a few microseconds each."""
+    """Runs that are the rows. Cached, because a training loop asks for the same shape in every step, for a few
+    microseconds each."""
     sequence = torch.arange(batch, device="cpu")
     return _host_segments(None, sequence * length, (sequence + 1) * length, sequence)
 
@@ -234,7 +236,8 @@ def _host_segments(rows: Tensor | None, begins: Tensor, ends: Tensor, sequence: 
 
 @functools.cache
 def warn_of_no_pair() -> None:
-    """Once a process, and where the host knows: on an accelerator it would have to wait for the mask."""
+    """Warns, once per process, that no two tokens pair. Called only where the host knows this without waiting for the
+    mask on an accelerator."""
     warnings.warn(
         "the dispersion loss met no two tokens that pair, so that it is 0 and has no gradient: are all sequences of "
         "one token, is mask False, or is every token a document of its own in document_ids or cu_seqlens? (Said once.)",

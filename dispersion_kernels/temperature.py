@@ -1,7 +1,8 @@
-"""The derivative of the loss with respect to tau, or the like of it, in the torch backend.
+"""Derivative of the loss with respect to the temperature (``tau``, ``sigma2`` or ``t``), by the torch backend.
 
-Of a potential of the distance the loss is a function of z / sqrt(tau), so that d loss / d tau = -sum z . dz / (2 tau)
-(Euler). Of one of the cosine it is that of its exponent, E e / tau, whose mean over the pairs is weighted with psi.
+The loss of a distance potential is a function of z / sqrt(tau), so that d loss / d tau = -sum z . dz / (2 tau) (Euler).
+The loss of a cosine potential is log(mean psi) with psi = exp(e) and an exponent e proportional to 1 / tau or t: its
+derivative is the mean of e over the pairs, weighted with psi, divided by -tau or t.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from dispersion_kernels.potentials import ExponentialPotential, L2Repel, Potenti
 def slope_of_temperature(
     z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """``[S]``: d loss of each sequence / d tau, 0 for one without a pair; and its pairs."""
+    """Derivative ``[S]`` of each sequence's loss by the temperature, 0 for a sequence without a pair; and the number
+    ``[S]`` of its pairs."""
     field = temperature_field(potential)
     assert field is not None
     value, power = getattr(potential, field), 1 if field == "t" else -1
@@ -30,7 +32,7 @@ def slope_of_temperature(
         _, pairs, grad, scale = sweep(z, potential, groups, cu_seqlens, True)
         assert grad is not None
         assert scale is not None
-        # Distances do not change with the mean; products with centred tokens cancel less.
+        # Centring leaves distances unchanged and reduces the cancellation in the products with the gradient.
         taking_part = (scale != 0).unsqueeze(2)
         x = z.to(grad.dtype).masked_fill(~taking_part, 0.0)
         x = (x - x.sum(1, keepdim=True) / taking_part.sum(1, keepdim=True).clamp(min=1)).masked_fill(~taking_part, 0.0)
@@ -45,13 +47,13 @@ def slope_of_temperature(
     shift = log_mean.nan_to_num(-math.inf, -math.inf, -math.inf).max() if loss.numel() else loss.new_zeros(())
     weighted = sweep(z, _Weighted(potential, shift), groups, cu_seqlens, False).loss
     share = (log_mean - shift).exp()
-    # Where psi is nothing beside that of another sequence: unknown, and not 0.
+    # A mean psi that underflows beside the largest sequence's leaves the derivative unknown: NaN, not 0.
     share = share.masked_fill(share < torch.finfo(accumulation_dtype(z.dtype)).tiny, math.nan)
     return (weighted / share * (power / value)).masked_fill(pairs == 0, 0.0), pairs
 
 
 class _Weighted(Potential):
-    """psi e, e the exponent."""
+    """Potential psi e / exp(shift), where e is the exponent of psi."""
 
     reduction = "mean"
 
