@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -18,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dispersion_kernels.loss import DispersionLoss, fused_dispersion_loss
 from dispersion_kernels.potentials import Potential, resolve_potential
@@ -113,6 +115,9 @@ class DispersionRegularizer:
             begin = _Begin(self, _argument_names(module), is_model=module is model, is_owner=module is owner)
             self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
             self._handles.append(module.register_forward_hook(_Finish(self, is_model=module is model)))
+        # In a compiled model no backward of ours notices a forgotten loss().
+        reference = weakref.ref(self)
+        self._handles.append(register_optimizer_step_post_hook(lambda *_: _discard_spent(reference())))
 
     @property
     def layers(self) -> list[str]:
@@ -207,6 +212,22 @@ class DispersionRegularizer:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def _discard_spent(regularizer: DispersionRegularizer | None) -> None:
+    """After a step of an optimiser: the terms whose backward has run."""
+    if regularizer is not None:
+        for forward in {term.forward for term in _chain(regularizer._pending) if _is_spent(term.value)}:
+            regularizer._discard(forward)
+
+
+def _is_spent(value: Tensor) -> bool:
+    """Whether backward has run through the node that made ``value``, and freed what it had saved."""
+    try:
+        getattr(value.grad_fn, "saved_tensors", None)
+    except RuntimeError as error:
+        return "second time" in str(error)
+    return False
 
 
 class _Forward:

@@ -264,6 +264,28 @@ def test_hooks_after_the_first_compiled_call_are_missed_aloud(counter: CompileCo
         reg.loss()
 
 
+def test_a_forgotten_loss_of_a_compiled_model_warns_at_the_step(counter: CompileCounterWithBackend) -> None:
+    model, batch = Model(layers=2), tokens()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    reg = DispersionRegularizer(model, weight=WEIGHT)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(2):
+        compiled(batch).backward()
+        with pytest.warns(RuntimeWarning, match=r"whose loss\(\) nobody added"):
+            optimizer.step()
+        with pytest.raises(RuntimeError, match="did not run"):
+            reg.loss()
+    model.zero_grad()
+    loss = compiled(batch)
+    optimizer.step()  # as of another model, between forward and backward
+    total = loss + reg.loss()
+    total.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert_same(Step(total.detach(), gradients(model)), by_hand(model, [lambda m: m(batch)], blocks))
+
+
 def test_removed_from_a_compiled_model(counter: CompileCounterWithBackend) -> None:
     model, batch = Model(layers=2), tokens()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
