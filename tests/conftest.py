@@ -166,9 +166,9 @@ def edges() -> dict[str, Edge]:
         "angular_spread, clamp = 1e-9": Edge(AngularSpread(clamp=1e-9, eps=0.0), opposite, 1e-5, 2e-3),
         "orthogonalization, clamp = 0": Edge(Orthogonalization(clamp=0.0, eps=0.0), opposite, 1e-5, 2e-3),
         "orthogonalization, clamp = 1e-9": Edge(Orthogonalization(clamp=1e-9, eps=0.0), opposite, 1e-5, 2e-3),
-        "uniformity of equal tokens, t = 10": Edge(Uniformity(t=10.0), equal, 2e-6, 1e-3),
-        "uniformity of equal tokens, t = 20": Edge(Uniformity(t=20.0), equal, 2e-6, 1e-2),
-        "uniformity of equal tokens, t = 100": Edge(Uniformity(t=100.0), equal, 2e-6, 1.0),
+        "uniformity of equal tokens, t = 10": Edge(Uniformity(t=10.0), equal, 2e-6, 5e-5),
+        "uniformity of equal tokens, t = 20": Edge(Uniformity(t=20.0), equal, 2e-6, 5e-5),
+        "uniformity of equal tokens, t = 100": Edge(Uniformity(t=100.0), equal, 2e-6, 5e-5),
         "equal tokens far away": Edge(DispersiveL2(include_diagonal=False), far, 2e-6, 0.0),
         "equal tokens far away, with the diagonal": Edge(L2Repel(norm_weight=0.0), far, 2e-6, 0.0),
     }

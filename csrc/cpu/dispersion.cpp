@@ -313,6 +313,7 @@ class Call {
       tile.norm = arena.take<float>(padded);
       tile.inverse = arena.take<float>(padded);
       tile.square = arena.take<float>(padded);
+      tile.key = arena.take<float>(padded);
       tile.row_sum = arena.take<float>(padded);
       tile.feature_major = arena.take<float>(padded * size_t(args_.features));
       tile.token_major = job_.gradient ? arena.take<float>(padded * size_t(job_.padded_features)) : nullptr;

@@ -166,7 +166,7 @@ class SampledCall {
       w.scratch.phi = arena.take<float>(size_t(kModelFeatures) * kWeightStride);
       w.scratch.weighted = arena.take<float>(size_t(kLargestPadded) * kModelFeatures);
       w.tile = {};
-      for (float** values : {&w.tile.norm, &w.tile.inverse, &w.tile.square, &w.tile.row_sum})
+      for (float** values : {&w.tile.norm, &w.tile.inverse, &w.tile.square, &w.tile.key, &w.tile.row_sum})
         *values = arena.take<float>(size_t(longest));
       w.tile.feature_major = arena.take<float>(size_t(packed * args_.features));
       w.tile.token_major = arena.take<float>(size_t(packed) * padded_features());

@@ -12,6 +12,8 @@
 #include <float.h>
 #include <math.h>
 
+#include <type_traits>
+
 #include "dispersion.h"
 #include "simd.h"
 
@@ -101,6 +103,15 @@ DK_INLINE double square_sum(const float* row, int64_t padded_features) {
   return slow;
 }
 
+// Hash of a padded row's bits, in [0, 2^24).
+DK_INLINE float row_key(const float* row, int64_t padded_features) {
+  uvec lanes = {};
+  for (int64_t k = 0; k < padded_features; k += kLanes) lanes = (lanes ^ (uvec)as_bits(load(row + k))) * 0x9E3779B1u;
+  uint32_t hash = 0;
+  for (int n = 0; n < kLanes; ++n) hash = (hash ^ lanes[n]) * 0x85EBCA6Bu + (hash >> 15);
+  return float(hash >> 8);
+}
+
 // x = z - mean over the features, computed in double, so that a constant row becomes exactly zero.
 DK_INLINE void centre_row(const float* z, float* x, int64_t features, int64_t padded_features) {
   constexpr int kSums = 16;
@@ -127,10 +138,11 @@ DK_INLINE ScaledRow transform_row(const Job& job, Tile& tile, int t, float* out)
   tile.row_sum[t] = 0.0f;
   if (t >= tile.tokens) {
     memset(out, 0, size_t(padded_features) * sizeof(float));
-    tile.norm[t] = tile.inverse[t] = tile.square[t] = 0.0f;
+    tile.norm[t] = tile.inverse[t] = tile.square[t] = tile.key[t] = 0.0f;
     return {out, 1.0f};
   }
   const float* z = read_row(job, tile.rows[t], out);
+  tile.key[t] = job.square_factor ? row_key(z, padded_features) : 0.0f;
   if (job.transform == Transform::kCentre) {
     const double raw = square_sum(z, padded_features);
     const float* mean = job.unit_means + tile.unit * padded_features;
@@ -404,9 +416,13 @@ float largest_exponent(const P& potential, const Region& region, const float* we
 
 // Replaces the similarities of the region by the slopes and returns the sum of psi. Columns that are no partners of
 // their row get weight 0, up to the end of the tile. Sums of the weights are added to row_sum and column_sum.
+// Equal tokens of a distance, whose keys are equal and whose psi is that of distance 0, get weight 0: what they add to
+// each other's gradient is 0, and beside their psi of 1 fp32 would round away that of pairs far apart.
 template <class P, bool kGradient, bool kRowSums>
-double weigh(const P& potential, float shift, const Region& region, float* weights, const float* q_row,
-             const float* q_column, float* row_sum, float* column_sum) {
+double weigh(const P& potential, float shift, const Region& region, const Tile& tile, const Tile& other, float* weights,
+             float* row_sum, float* column_sum) {
+  const float *q_row = tile.square, *q_column = other.square;
+  const vec largest = exponential(splat_pack(-shift)).v[0];
   double total = 0.0;
   Pack partial = splat_pack(0.0f);
   for (int i = 0; i < region.rows; ++i) {
@@ -417,6 +433,12 @@ double weigh(const P& potential, float shift, const Region& region, float* weigh
     int j = begin / kPanel * kPanel;
     for (; j < end; j += kPanel) {
       Weights<Pack> w = potential.weigh(load_pack(row + j), q_i, load_pack(q_column + j), shift);
+      if constexpr (kGradient && std::is_same_v<P, Gaussian>) {
+        DK_FOR_VECTORS {
+          const auto equal = (load(other.key + j + n * kLanes) == tile.key[i]) & (w.psi.v[n] == largest);
+          w.slope.v[n] = equal ? vec{} : w.slope.v[n];
+        }
+      }
       if (j < begin || j + kPanel > end) {
         w.psi = keep_columns(w.psi, j, begin, end, 0.0f);
         if (kGradient) w.slope = keep_columns(w.slope, j, begin, end, 0.0f);
@@ -459,12 +481,11 @@ TileSum weigh_region(const Job& job, const P& potential, const Region& region, S
   double psi;
   if (!job.gradient)
     psi =
-        weigh<P, false, false>(potential, shift, region, scratch.weights, tile.square, other.square, nullptr, nullptr);
+        weigh<P, false, false>(potential, shift, region, tile, other, scratch.weights, nullptr, nullptr);
   else if (!job.potential.row_sums)
-    psi = weigh<P, true, false>(potential, shift, region, scratch.weights, tile.square, other.square, nullptr, nullptr);
+    psi = weigh<P, true, false>(potential, shift, region, tile, other, scratch.weights, nullptr, nullptr);
   else
-    psi = weigh<P, true, true>(potential, shift, region, scratch.weights, tile.square, other.square, row_sum,
-                               scratch.column_sum);
+    psi = weigh<P, true, true>(potential, shift, region, tile, other, scratch.weights, row_sum, scratch.column_sum);
   return {psi, empty ? -INFINITY : double(shift)};
 }
 

@@ -465,6 +465,27 @@ class _Pairs:
         """``[B, L]``: |x|^2."""
         return self.x.square().sum(-1)
 
+    def leave_out_equal(self, tile: _Tile, weights: Tensor) -> Tensor:
+        """``weights`` with 0 for equal tokens: what they add to each other's gradient is 0, and beside their psi of 1
+        the working precision would round away that of pairs far apart."""
+        if self.keys is not None:
+            equal = [
+                of_tokens[tile.batch, tile.i].unsqueeze(2) == of_tokens[tile.batch, tile.j].unsqueeze(1)
+                for of_tokens in (self.keys, self.squares)
+            ]
+            weights.masked_fill_(equal[0] & equal[1], 0.0)
+        return weights
+
+    @functools.cached_property
+    def keys(self) -> Tensor | None:
+        """``[B, L]``: hash of the bits of x; None where no two tokens of a row are known to be equal."""
+        bits = self.x.view(torch.int32 if self.x.dtype == torch.float32 else torch.int64)
+        odd = torch.arange(1, 2 * bits.shape[2], 2, device=bits.device, dtype=torch.int64).mul_(0x1E3779B97F4A7C15)
+        keys: Tensor = bits.mul((odd >> 16).to(bits.dtype) | 1).sum(2, dtype=bits.dtype)  # wraps around
+        if keys.device.type == "cpu" and not (keys.sort(1).values.diff(dim=1) == 0).any():
+            return None
+        return keys
+
     def leave_out(self, tile: _Tile, values: Tensor, value: float) -> None:
         """Puts ``value`` at the entries that are no pairs, the diagonal among them."""
         if self.groups is not None:
@@ -551,6 +572,7 @@ def _exponential_sums(
     # Of a distance it is -|x_i - x_j|^2 that is kept; its rate comes after the difference, which may be small.
     largest = x.new_full(x.shape[:2], 0.0 if with_itself else torch.finfo(x.dtype).min)
     row_sum = torch.zeros_like(largest)
+    weight_sum = torch.zeros_like(largest)  # of unequal tokens
     grad = torch.empty_like(x) if with_grad else None
     for tile in pairs:
         slope = None
@@ -576,6 +598,9 @@ def _exponential_sums(
             if grad is not None:
                 if slope is not None:
                     weights.mul_(slope)
+                if rate is not None:
+                    sums = pairs.leave_out_equal(tile, weights).sum(dim)
+                    weight_sum[tile.batch, side] = weight_sum[tile.batch, side] * shrink + sums
                 grad[tile.batch, side].mul_(shrink.unsqueeze(-1))
                 pairs.accumulate_side(grad, tile, side, others, weights if dim == 2 else weights.transpose(1, 2))
     shift = reduce.max(largest)
@@ -591,7 +616,7 @@ def _exponential_sums(
     log_total = reduce.sum((total * relative).to(shift.dtype)).log() + shift
     if grad is not None:
         if isinstance(potential, DistancePotential):
-            _difference_(grad, x, row_sum)
+            _difference_(grad, x, weight_sum)
         grad.mul_(relative.unsqueeze(-1))
     return log_total, shift, grad
 
@@ -631,7 +656,8 @@ def _bounded_exponential_sums(
         pairs.leave_out(tile, psi, 0.0)
         total.add(psi, tile)
         if grad is not None:
-            pairs.accumulate(grad, tile, psi if slope is None else psi.mul_(slope))
+            weights = psi if slope is None else psi.mul_(slope)
+            pairs.accumulate(grad, tile, weights if rate is None else pairs.leave_out_equal(tile, weights))
     sums = total.of_sequences()
     return sums.log() + shift, torch.full_like(sums, shift), grad
 
