@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import published_values as published
 import pytest
-import test_published as published
 import torch
 from conftest import (
     INTERPRETED,
