@@ -1,4 +1,4 @@
-"""Sampling: the loss from a fraction of the pairs, or from some of the tokens. docs/sampling.md has the mathematics."""
+"""Options to estimate the loss from a fraction of the pairs or of the tokens; docs/sampling.md has the mathematics."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ ControlVariate = Literal["low_rank", "full_rank", "none"]
 
 @dataclass(frozen=True)
 class SampledPairs:
-    """The argument ``sampling`` for a fraction of the pairs, spread evenly over all tokens.
+    """Value of ``sampling`` for a fraction of the pairs, spread evenly over all tokens.
 
     The tokens of each sequence (of each document in it) are cut into random blocks of ``fraction * L`` tokens, at least
     16, and only pairs within blocks are visited: 3 ``fraction`` B L^2 F FLOPs for loss and gradient. A model h of the
-    slope, the control variate, stands for the other pairs. For a token i of N, and the m others S_i of its block, each
-    of which is there with probability p::
+    slope, the control variate, stands for the other pairs. For a token i of N, and the m other tokens S_i of its block,
+    each of which is in S_i with probability p::
 
         G_i = sum_{j != i} h_ij x_j + 1/p sum_{j in S_i} (slope(c_ij) - h_ij) x_j
         Var G_i = (N - 1)^2 / m (1 - m / (N - 1)) Var_j((slope(c_ij) - h_ij) x_j)
 
-    G_i is an unbiased estimate of ``sum_{j != i} slope(c_ij) x_j``, and the mean of psi has one like it. The logarithm
-    and quotient of a log-mean potential have a bias of about one part in the number of visited pairs.
+    G_i is an unbiased estimate of ``sum_{j != i} slope(c_ij) x_j``; the mean of psi has an analogous estimate. The
+    logarithm and quotient of a log-mean potential have a bias of about one part in the number of visited pairs.
 
     Args:
-        fraction: of the pairs, from 0 to 1, both included. 1: all pairs. 0: the model alone, in time linear in L, for
-            whole sequences; biased by 1 to 6% of the gradient on hidden states of GPT-2 and SmolLM2 at tau = 1, and by
-            some 20% at tau = 0.1.
-        control_variate: ``"low_rank"``: a parabola in an estimate of c from 16 directions near the principal ones of
-            the tokens, in 64 B L F FLOPs. ``"full_rank"``: in c itself, for whole sequences of tokens that are alike in
-            all directions, in 4 to 8 B L F^2 FLOPs. ``"none"``: no model, for a fraction above 0.
+        fraction: fraction of the pairs, from 0 to 1 inclusive. 1 visits all pairs. 0 takes the model alone, in time
+            linear in L, for whole sequences; its bias is 1 to 6% of the gradient on hidden states of GPT-2 and SmolLM2
+            at tau = 1, and some 20% at tau = 0.1.
+        control_variate: ``"low_rank"``: parabola in an estimate of c from 16 directions near the tokens' principal
+            directions, in 64 B L F FLOPs. ``"full_rank"``: parabola in c itself, for whole sequences of tokens that are
+            alike in all directions, in 4 to 8 B L F^2 FLOPs. ``"none"``: no model, for a fraction above 0.
 
     Raises:
-        TypeError: a fraction that is no number.
-        ValueError: a fraction out of range, an unknown control variate, or no pairs and no model.
+        TypeError: ``fraction`` is no number.
+        ValueError: ``fraction`` out of range, an unknown ``control_variate``, or neither pairs nor a model.
 
     Example::
 
@@ -65,16 +65,16 @@ class SampledPairs:
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """The argument ``sampling`` for all pairs of some tokens, as published.
+    """Value of ``sampling`` for all pairs of some tokens, as published.
 
-    ``count`` tokens are drawn at random, without replacement, from each sequence by itself, and all others get no
+    ``count`` tokens are drawn at random without replacement from each sequence, independently; the other tokens get no
     gradient. :class:`SampledPairs` has a hundredth of the error or less for as many pairs.
 
     Args:
-        count: tokens of each sequence, at least 2; all, where a sequence has no more.
+        count: number of tokens per sequence, at least 2; a sequence of at most ``count`` tokens keeps all.
 
     Raises:
-        ValueError: no integer of at least 2.
+        ValueError: ``count`` is no integer of at least 2.
 
     Example::
 
@@ -95,7 +95,7 @@ Sampling = SampledPairs | SampledTokens
 
 
 def resolve_sampling(sampling: Sampling | float | None) -> Sampling | None:
-    """``sampling`` with a number as :class:`SampledPairs`; None: all pairs."""
+    """``sampling`` with a number converted to :class:`SampledPairs`; None, for all pairs, stays None."""
     if sampling is None or isinstance(sampling, Sampling):
         return sampling
     if isinstance(sampling, bool) or not isinstance(sampling, int | float):

@@ -1,5 +1,5 @@
-"""The control variate: a model of the slope, fitted to the pairs of a few random tokens, that stands for the pairs that
-are not visited; the loss that it corrects, and the noise that it leaves. docs/sampling.md has the formulas."""
+"""Control variate of sampled pairs: a model of the slope, fitted to the pairs of a few random tokens, for the pairs
+that are not visited; with the corrected loss and the remaining noise. docs/sampling.md has the formulas."""
 
 from __future__ import annotations
 
@@ -13,43 +13,45 @@ from dispersion_kernels.numerics import token_norms, transform, wide_dtype
 from dispersion_kernels.potentials import ExponentialPotential, Potential
 from dispersion_kernels.sampling.partition import Partition, select
 
-# Directions of the model, and those of them whose products of two are features, too: which two, and how often each
-# product is in the square of a sum.
+# Number of directions of the model, and of the first directions whose pairwise products are features, too. _PRODUCTS
+# has the two directions of each product, _TIMES how often the product occurs in the square of the sum.
 DIRECTIONS, SQUARED = 16, 3
 _PRODUCTS, _TIMES = ((0, 0, 0, 1, 1, 2), (0, 1, 2, 1, 2, 2)), (1.0, 2.0, 2.0, 1.0, 2.0, 1.0)
-# The fit sees the pairs within this many groups of this many tokens.
+# Number of groups and of tokens per group whose pairs the model is fitted to.
 FIT_GROUPS, FIT_TOKENS = 4, 32
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The model of one layer, and the G groups of T tokens that it is fitted to. Sums are in :func:`wide_dtype`."""
+    """Model of one layer, and the G groups of T tokens that it is fitted to. Sums are in :func:`wide_dtype`."""
 
     b: Tensor | None
-    """``[k]``: coefficients of the features; None where there is no model."""
+    """``[k]``: coefficients of the features; None without a model."""
     directions: Tensor | None
-    """``[DIRECTIONS, F]``; ``[SQUARED, F]`` at full rank."""
+    """``[DIRECTIONS, F]``, or ``[SQUARED, F]`` at full rank: orthonormal directions; None without a model."""
     b_of_c: Tensor | None
-    """``[]``: the coefficient of c itself, at full rank."""
+    """``[]``: coefficient of c itself at full rank; None otherwise."""
     psi_slope: Tensor
-    """``[]``: the slope of a line through psi over c."""
+    """``[]``: slope of the regression line of psi on c."""
     mean_psi: Tensor
+    """``[]``: mean of psi over the pairs of the fit."""
     mean_c: Tensor
+    """``[]``: mean of c over the pairs of the fit."""
     tokens: Tensor
-    """``[G, T, F]``: x."""
+    """``[G, T, F]``: row-transformed tokens x."""
     inverse: Tensor
-    """``[G, T]``: x / z."""
+    """``[G, T]``: factor x / z of the row transform."""
     c: Tensor
-    """``[G, T, T]``: products of the tokens."""
+    """``[G, T, T]``: inner products of the tokens of a group."""
     population: Tensor
-    """``[G]``."""
+    """``[G]``: population of each group."""
     pairs: Tensor
-    """``[G, T, T]``: 1 where there is a pair."""
+    """``[G, T, T]``: 1 for a pair of different tokens, else 0."""
     residual: Tensor
-    """``[G, T, T]``: the slope less the model, 0 where there is no pair."""
+    """``[G, T, T]``: slope minus model; 0 where there is no pair."""
 
     def features(self, x: Tensor) -> Tensor:
-        """phi ``[N, k]`` of tokens ``[N, F]``."""
+        """Features phi ``[N, k]`` of row-transformed tokens ``[N, F]``."""
         assert self.directions is not None
         y = x @ self.directions.mT
         one, other = _PRODUCTS
@@ -57,9 +59,12 @@ class Fit:
 
 
 def fit(z: Tensor, partition: Partition, uniform: Tensor, potential: Potential, control_variate: str) -> Fit:
-    """The model of tokens ``[B, L, F]``; ``uniform`` ``[FIT_GROUPS, 1 + FIT_TOKENS]`` draws a population for each
-    group, as that of a token, and tokens of it."""
-    # What is a place in the order is a token that does not depend on the shuffle.
+    """Model of the slope for tokens ``z`` ``[B, L, F]``.
+
+    ``uniform`` ``[FIT_GROUPS, 1 + FIT_TOKENS]`` holds random numbers in [0, 1): the first of a group draws its
+    population, as that of a random token, and the others draw tokens of the population.
+    """
+    # A uniform place in the order is a uniform token for every shuffle, so that the fit is independent of the blocks.
     begins, population_tokens = partition.populations[:-1], partition.tokens
     anchor = (uniform[:, 0] * population_tokens.sum()).long()
     population = (torch.searchsorted(begins.contiguous(), anchor, right=True) - 1).clamp(min=0)
@@ -77,12 +82,12 @@ def fit(z: Tensor, partition: Partition, uniform: Tensor, potential: Potential, 
     number = _total(pairs).clamp(min=1)
     similarity = c
     if isinstance(potential, ExponentialPotential) and potential.distance_rate(z.shape[2]) is not None:
-        # By whose c that of two unit vectors has the distance that these have; a zero token has another.
+        # The cosine of two unit vectors at the distance of these tokens, which differs from c for zero tokens.
         squares = c.diagonal(dim1=1, dim2=2)
         similarity = c + (1 - (squares.unsqueeze(1) + squares.unsqueeze(2)) / 2)
     psi, slope = potential.value(similarity), potential.slope(similarity) * pairs
     mean_psi, mean_c = _total(psi * pairs) / number, _total(c * pairs) / number
-    # Of psi, too: of nearly equal tokens c varies as little as its mean is rounded.
+    # psi is centred, too, because c of nearly equal tokens varies no more than its mean is rounded.
     deviation = (c - mean_c.to(c.dtype)) * pairs
     variance = _total(deviation.square())
     covariance = _total(deviation * (psi - mean_psi.to(c.dtype)))
@@ -90,14 +95,14 @@ def fit(z: Tensor, partition: Partition, uniform: Tensor, potential: Potential, 
     directions = b = b_of_c = None
     residual = slope
     if control_variate != "none":
-        # Up to DIRECTIONS features the directions span all of them.
+        # With at most DIRECTIONS features the directions span all features, so that full rank adds nothing.
         full = control_variate == "full_rank" and z.shape[2] > DIRECTIONS
         directions = _directions(tokens.flatten(0, 1), SQUARED if full else DIRECTIONS)
         y = tokens @ directions.mT
         few = y[:, :, :SQUARED]
         p, q = c if full else y @ y.mT, few @ few.mT
         basis = torch.stack([pairs, p * pairs, q * pairs, q.square() * pairs]).flatten(1)
-        # Of slope x_j the token i sees what is orthogonal to it, sqrt(1 - c^2) of its length.
+        # Weights 1 - c^2: token i sees the part of slope x_j that is orthogonal to x_i, sqrt(1 - c^2) of its length.
         weighted = basis * (pairs * (1 - c.square()).clamp(min=0)).flatten()
         solution = _solve(weighted @ basis.mT, weighted @ slope.view(-1, 1))
         residual = slope - (solution.mT @ basis).view(slope.shape)
@@ -126,16 +131,16 @@ def fit(z: Tensor, partition: Partition, uniform: Tensor, potential: Potential, 
 
 
 class Transformed(NamedTuple):
-    """Tokens ``[N, F]`` after the row transform."""
+    """Row-transformed tokens with the factors of their transform."""
 
     x: Tensor
-    """0 for tokens that are left out or not finite."""
+    """``[N, F]``: 0 for tokens that are left out or not finite."""
     inverse: Tensor
-    """``[N]``: x / z."""
+    """``[N]``: factor x / z of the row transform."""
     ratio: Tensor
-    """``[N]``: 1 / |x|, or 0."""
+    """``[N]``: 1 / |x|; 0 where x is 0."""
     nonfinite: Tensor
-    """``[N]`` boolean."""
+    """``[N]`` boolean: tokens whose norm is not finite."""
 
 
 def transformed(tokens: Tensor, potential: Potential, left_out: Tensor | None) -> Transformed:
@@ -148,26 +153,26 @@ def transformed(tokens: Tensor, potential: Potential, left_out: Tensor | None) -
 
 
 def _total(values: Tensor) -> Tensor:
-    """``[]`` in :func:`wide_dtype`."""
+    """Sum ``[]`` of all values, in :func:`wide_dtype`."""
     return values.flatten().sum(0, dtype=wide_dtype(values.device))
 
 
 def _directions(tokens: Tensor, number: int) -> Tensor:
-    """``[number, F]``, orthonormal: near the principal directions of ``tokens`` ``[N, F]``, the first nearest."""
-    # Power iterations from some of the tokens: one, and two more for the first few.
+    """Orthonormal directions ``[number, F]`` near the principal directions of ``tokens`` ``[N, F]``; the first SQUARED
+    are the nearest."""
+    # One power iteration from some of the tokens, and two more for the first SQUARED.
     products = tokens @ tokens.mT
     some = products[:: len(tokens) // number][:number]
     span = torch.cat([some[:SQUARED] @ products @ products, some[SQUARED:]]) @ tokens
     span = torch.nn.functional.normalize(span, dim=1).to(wide_dtype(tokens.device))
-    # Orthonormal by Gram and Schmidt, in the form that needs no check of what it finds, and so does not synchronise.
+    # Gram-Schmidt by Cholesky; cholesky_ex does not check its result, and so does not synchronise.
     factor = torch.linalg.cholesky_ex(_regular(span @ span.mT)).L
     directions: Tensor = torch.linalg.solve_triangular(factor, span, upper=False)
     return directions.to(tokens.dtype)
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """The solution of a symmetric system, not negative; one of them where there are many, 0 for an unknown whose row is
-    0."""
+    """Solution of a symmetric positive semidefinite system: any of several, with 0 for an unknown whose row is 0."""
     diagonal = matrix.diagonal().unsqueeze(1)
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
     solution: Tensor = torch.linalg.solve_ex(_regular(matrix * scale * scale.mT), right * scale).result
@@ -175,7 +180,7 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def _regular(matrix: Tensor) -> Tensor:
-    """A matrix with ones on the diagonal, made regular."""
+    """``matrix``, whose diagonal is ones, with a small ridge added in place, which makes it regular."""
     matrix.diagonal().add_(torch.finfo(matrix.dtype).eps ** 0.75)
     return matrix
 
@@ -183,14 +188,18 @@ def _regular(matrix: Tensor) -> Tensor:
 def corrected_losses(
     partition: Partition, potential: Potential, mean: Tensor, missed: Tensor | None, fit: Fit | None, visited: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each sequence, and the factor of ``sum_j slope(c_ij) x_j`` in its derivative by x_i, ``[S]``.
-    ``mean`` ``[S]``: psi, of the pairs visited or of the fit. ``missed`` ``[S]``: the sum of c over all pairs, less its
-    estimate from those visited; None without a control variate."""
+    """Loss of each sequence ``[S]``, and ``per_pair`` ``[S]``, the factor of ``sum_j slope(c_ij) x_j`` in the
+    derivative of the loss by x_i.
+
+    ``mean`` ``[S]`` is the mean of psi over the visited pairs, or over those of the fit where none is visited.
+    ``missed`` ``[S]`` is the sum of c over all pairs minus its estimate from the visited pairs; None without a control
+    variate.
+    """
     pairs = partition.pairs.clamp(min=1).to(mean.dtype)
     logarithmic = potential.reduction == "log_mean"
     if missed is not None and fit is not None:
         corrected = mean + fit.psi_slope * (missed / pairs - (0.0 if visited else fit.mean_c))
-        # Where a correction is larger than psi itself, a line says nothing of it.
+        # A correction larger than the mean of psi is dropped: the line does not describe psi there.
         mean = torch.where(corrected <= 0, mean, corrected) if logarithmic else corrected
     empty = partition.pairs == 0
     losses = (mean.log() + potential.loss_offset if logarithmic else mean).masked_fill(empty, 0.0)
@@ -198,9 +207,9 @@ def corrected_losses(
 
 
 def noise(fit: Fit, partition: Partition, per_pair: Tensor, visited: bool) -> Tensor:
-    """``[]``: the expected square of the gradient's error, summed over all tokens, from that of the fit's tokens.
-    ``per_pair`` ``[S]``: the factor of :func:`corrected_losses`."""
-    # Of factor_ij x_j over the partners j of i, in what is orthogonal to x_i: the variance, and the square of the mean.
+    """Expected squared error ``[]`` of the gradient, summed over all tokens, extrapolated from the fit's tokens.
+    ``per_pair`` ``[S]`` is the factor of :func:`corrected_losses`."""
+    # Variance and squared mean of residual_ij x_j over the partners j of i, in the directions orthogonal to x_i.
     n, total = fit.pairs.sum(2), fit.residual @ fit.tokens
     squares = fit.c.diagonal(dim1=1, dim2=2)
     inverse = torch.where(squares > 0, 1 / squares, 0.0)

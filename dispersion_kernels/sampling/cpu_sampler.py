@@ -1,4 +1,4 @@
-"""Sampled pairs in the CPU kernel, which does all of a call at once."""
+"""Sampled pairs in the CPU kernel, which computes model, blocks, loss and gradient in one call."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dispersion_kernels.sampling.control_variate import DIRECTIONS
 from dispersion_kernels.sampling.estimate import Request
 from dispersion_kernels.sampling.partition import block_tokens, blocks_of_same_size
 
-# A range of the exponent for which the kernel needs no running maximum.
+# Largest range of the exponent for which the kernel needs no running maximum.
 _FIXED_RANGE = 79.0
 
 
 def takes(potential: Potential, fraction: float, control_variate: str, z: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether the kernel samples the pairs of tokens ``[B, L, F]``; the sweep does where it does not."""
+    """Whether the kernel can sample the pairs of tokens ``[B, L, F]``; :mod:`torch_sampler` does otherwise."""
     sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     length = z.shape[0] * z.shape[1] // max(1, sequences)
     blocks = 0 if cu_seqlens is not None else blocks_of_same_size(fraction, length)

@@ -1,8 +1,8 @@
-"""The loss and its gradient from a fraction of the pairs. docs/sampling.md has the mathematics.
+"""Estimate of the loss and its gradient from a fraction of the pairs; docs/sampling.md has the mathematics.
 
-A backend's own sampler does it, where it has one that takes the call: the CPU kernel, for blocks of up to 256 tokens
-and exponents that need no running maximum, unless the model is of full rank. Else
-:mod:`dispersion_kernels.sampling.torch_sampler` does, over the backend's sweep, one layer at a time.
+The CPU kernel has a sampler of its own for blocks of up to 256 tokens and exponents that need no running maximum,
+except for full-rank models. :mod:`dispersion_kernels.sampling.torch_sampler` serves all other calls over the backend's
+sweep, one layer at a time.
 """
 
 from __future__ import annotations
@@ -22,62 +22,64 @@ from dispersion_kernels.segments import uniform
 
 
 class Draws(NamedTuple):
-    """What is random, of Y layers."""
+    """Random draws of Y layers."""
 
     shuffle: Tensor
-    """``[Y, B, L]`` int64: the tokens of each sequence (of all packed ones) in random order; empty where no pair is
-    visited."""
+    """``[Y, B, L]`` int64: random order of the tokens of each row; empty where no pair is visited."""
     fit: Tensor
-    """``[Y, FIT_GROUPS, 1 + FIT_TOKENS]``, uniform in [0, 1): a population each, and tokens of it."""
+    """``[Y, FIT_GROUPS, 1 + FIT_TOKENS]``, uniform in [0, 1): one draw of a population per group, and FIT_TOKENS draws
+    of its tokens."""
 
 
 class Estimate(NamedTuple):
-    """What the sampled pairs give, of Y layers."""
+    """Estimates of Y layers from sampled pairs."""
 
     loss: Tensor
-    """The mean over the layers of their reduced loss, ``[S]`` for "none", in :func:`wide_dtype`; 0 for a sequence
-    without a pair."""
+    """``[]``, or ``[S]`` for ``"none"``: mean over the layers of their reduced losses, in :func:`wide_dtype`; 0 for a
+    sequence without a pair."""
     grad: Tensor | None
-    """``[Y, B, L, F]``: d loss (of its sequence) / d z, but for its scale; None where it was not asked for."""
+    """``[Y, B, L, F]``: d loss (of the token's sequence) / d z without the factor ``scale``; None where not
+    requested."""
     scale: Tensor | None
-    """``[Y, B, L]``."""
+    """``[Y, B, L]``: factor of ``grad`` per token; None where not requested."""
     error: Tensor
-    """``[Y]``: the relative error to expect of the gradient; 0 where it was not asked for, or no gradient."""
+    """``[Y]``: expected relative error of the gradient; 0 where the error or the gradient was not requested."""
 
 
 class Request(NamedTuple):
-    """What is asked of a backend's own sampler, for Y layers that are taken together."""
+    """Arguments of a backend's own sampler for Y layers at once."""
 
     layers: Sequence[Tensor]
     partition: Partition
     potential: Potential
     uniform: Tensor | None
-    """``Draws.fit`` of these layers; None without a control variate, which is ``low_rank``."""
+    """``Draws.fit`` of these layers, for the ``low_rank`` control variate; None without a control variate."""
     visited: bool
+    """Whether any pair is visited (the fraction is above 0)."""
     grad: tuple[Tensor, Tensor] | None
-    """``[Y, B, L, F]`` and ``[Y, B, L]``: where the gradient goes, in two factors; None where none is wanted."""
+    """``[Y, B, L, F]`` and ``[Y, B, L]``: outputs for the two factors of the gradient; None without a gradient."""
 
 
-# A backend's own sampler: the loss of each sequence and ``per_pair``, both ``[Y S]``, as in ``corrected_losses``.
+# A backend's own sampler; it returns the loss of each sequence and ``per_pair``, ``[Y S]``, as ``corrected_losses``.
 Sampler = Callable[[Request], tuple[Tensor, Tensor]]
 
 
 def visits_all(fraction: float, z: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether the shape of tokens ``[B, L, F]`` says to visit all pairs: there is none, or a block would be a whole
-    sequence."""
+    """Whether the shape of tokens ``[B, L, F]`` implies visiting all pairs: the batch is empty, or a block would be a
+    whole sequence."""
     length = z.shape[1] if cu_seqlens is None else z.shape[1] // max(1, cu_seqlens.numel() - 1)
     return z.shape[0] == 0 or length <= block_tokens(fraction, length)
 
 
 def draw(layers: Sequence[Tensor], fraction: float, generator: torch.Generator | None) -> Draws:
-    """For a fraction of the pairs of tokens ``[B, L, F]`` of each layer."""
+    """Random draws for a ``fraction`` of the pairs of the tokens ``[B, L, F]`` of each layer."""
     (batch, length, _), device, count = layers[0].shape, layers[0].device, len(layers)
     fit_draws = uniform(count, FIT_GROUPS, 1 + FIT_TOKENS, device=device, generator=generator)
     if fraction == 0:
         return Draws(fit_draws.new_empty(count, 0, 0, dtype=torch.int64), fit_draws)
     if device.type != "cpu" or _in_vmap():
         return Draws(uniform(count, batch, length, device=device, generator=generator).argsort(2), fit_draws)
-    # On a CPU sorting takes seven times as long as this.
+    # Sorting random numbers takes seven times as long on a CPU as random permutations.
     if torch.compiler.is_compiling() and generator is None:
         orders = torch.ops.dispersion_kernels.permutations(count * batch, length)
     else:
@@ -86,7 +88,7 @@ def draw(layers: Sequence[Tensor], fraction: float, generator: torch.Generator |
 
 
 def _in_vmap() -> bool:
-    """Whether vmap is at work, which takes no operator with an ``out``."""
+    """Whether vmap is active; it does not support operators with an ``out``."""
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return False
     stack = torch._C._functorch.get_interpreter_stack() or ()
@@ -94,14 +96,14 @@ def _in_vmap() -> bool:
 
 
 def _permutations(count: int, length: int, generator: torch.Generator | None = None) -> Tensor:
-    """``[count, length]`` int64 on the CPU: random orders."""
+    """Random permutations ``[count, length]``, int64 on the CPU."""
     orders = torch.empty(count, length, dtype=torch.int64, device="cpu")
     for order in orders.unbind():
         torch.randperm(length, generator=generator, out=order)
     return orders
 
 
-# An operator, because torch.compile would unroll the loop, and compile it again for every other number of sequences.
+# An operator, because torch.compile would unroll the loop and compile it for each number of sequences.
 _library = torch.library.Library("dispersion_kernels", "FRAGMENT")
 _library.define(
     "permutations(SymInt count, SymInt length) -> Tensor",
@@ -129,13 +131,15 @@ def estimate(
     sweep: Sweep,
     sampler: Sampler | None = None,
 ) -> Estimate:
-    """Loss and gradient of tokens ``[B, L, F]``, alike in all layers, from a ``fraction`` of their pairs; ``groups``
-    and ``cu_seqlens`` as in :mod:`dispersion_kernels.segments`, None where the fraction is 0."""
+    """Loss and gradient of layers ``[B, L, F]``, alike in shape, dtype and device, from a ``fraction`` of their pairs.
+
+    ``groups`` and ``cu_seqlens`` are as in :mod:`dispersion_kernels.segments`, None where ``fraction`` is 0.
+    """
     first, count, visited = layers[0], len(layers), fraction > 0
     dtype, wide = accumulation_dtype(first.dtype), wide_dtype(first.device)
     grad = first.new_empty(count, *first.shape, dtype=dtype) if with_grad else None
     scale = first.new_empty(count, *first.shape[:2], dtype=dtype) if with_grad else None
-    # A backend's sampler takes layers of whole sequences as one larger batch. An error is that of one layer.
+    # A backend's sampler takes layers of whole sequences as one larger batch; the error is computed layer by layer.
     whole = groups is None and cu_seqlens is None and blocks_of_same_size(fraction, first.shape[1]) > 0
     at_once = count if whole and sampler is not None and not with_error else 1
     losses, errors, weight = [], [], loss_weight(count, reduction, 0)
@@ -163,7 +167,7 @@ def estimate(
 
 
 def _relative_error(grad: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
-    """``[]``: from the gradient's factors of one layer and the square of its error."""
+    """Relative error ``[]`` of one layer's gradient, from its two factors and ``noise``, its expected squared error."""
     lengths = torch.linalg.vector_norm(grad.flatten(0, -2), dim=1) * scale.flatten()
     squares = sum_of_tokens(lengths.to(noise.dtype).square().unsqueeze(0)).squeeze(0)
     error: Tensor = (noise / (squares - noise).clamp(min=torch.finfo(grad.dtype).tiny)).sqrt()

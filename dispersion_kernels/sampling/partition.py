@@ -1,4 +1,4 @@
-"""Which tokens meet: populations of tokens that pair with each other, and the random blocks that they are cut into."""
+"""Partition of the tokens into populations, whose tokens all pair, and of populations into random blocks."""
 
 from __future__ import annotations
 
@@ -14,37 +14,38 @@ from dispersion_kernels.backends.cpu import row_stride
 from dispersion_kernels.numerics import wide_dtype
 from dispersion_kernels.segments import on_device, order_of, segment_of_token
 
-# Tokens of a block: the sweep of smaller blocks costs as much as that of these.
+# Smallest size of a block, in tokens: the sweep of a smaller block costs as much.
 _SMALLEST_BLOCK = 16
 
-# Consecutive runs of rows: the number of rows of each run, where all have as many, or the bounds of the runs.
+# Consecutive runs of rows: the number of rows per run, if equal for all runs, or the bounds of the runs.
 Runs = int | Tensor
 
 
 @dataclass(frozen=True)
 class Partition:
-    """N tokens of U populations, of S sequences, in K blocks. A population is a sequence, or a document in one."""
+    """Partition of N tokens in S sequences into U populations and K blocks. A population is a sequence, or a document
+    in a sequence."""
 
     order: Tensor | None
-    """``[N]`` int64: the tokens, those of a block side by side; None: as they lie."""
+    """``[N]`` int64: order of the tokens in which blocks are contiguous; None for the order in memory."""
     left_out: Tensor | None
-    """``[N]`` boolean, in that order: tokens of no population, which are the last; None: none."""
+    """``[N]`` boolean in that order: tokens of no population, which come last; None where there are none."""
     populations: Tensor
     """``[U + 1]``: bounds of the populations in that order."""
     sequence: Tensor
-    """``[U]``: the sequence of each population."""
+    """``[U]``: sequence of each population."""
     blocks: Tensor
-    """``[U]``: the number of blocks of each population; 1 where no pair is visited."""
+    """``[U]``: number of blocks of each population; 1 where no pair is visited."""
     inverse_probability: Tensor
-    """``[U]`` in :func:`wide_dtype`: 1 / p for the probability p that a pair is visited; 0 where none is."""
+    """``[U]`` in :func:`wide_dtype`: 1 / p for the probability p that a pair is visited; 0 where no pair is."""
     bounds: Tensor
     """``[K + 1]``: bounds of the blocks."""
     population: Tensor
-    """``[K]``: the population of each block."""
+    """``[K]``: population of each block."""
     size: int
-    """Tokens of the largest block, at most."""
+    """Upper bound of the tokens per block."""
     same_size: bool
-    """Whether all blocks have as many tokens, and all populations as many blocks."""
+    """Whether all blocks have equally many tokens, and all populations equally many blocks."""
     pairs: Tensor
     """``[S]`` int64: ordered pairs of each sequence, visited or not."""
     with_pairs: int | Tensor
@@ -52,36 +53,37 @@ class Partition:
 
     @property
     def tokens(self) -> Tensor:
-        """``[U]``: the number of tokens of each population."""
+        """``[U]``: number of tokens of each population."""
         return self.populations.diff()
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The blocks that are a part of their population and not all of it, as R rows of as many tokens. (Of a population
-    that is one block all pairs are visited, and the model has nothing to add.)"""
+    """Blocks that are a proper part of their population, as R rows of ``size`` tokens. A population of one block has
+    all pairs visited, and needs no model."""
 
     shape: tuple[int, int]
+    """(R, size)."""
     places: Tensor | None
-    """``[R, size]``: the place of each token in the order of the partition, N for padding; None: as they follow."""
+    """``[R, size]``: place of each token in the order of the partition, N for padding; None for consecutive places."""
     block: Tensor
-    """``[R]``."""
+    """``[R]``: block of each row."""
     population: Tensor
-    """``[R]``: a number that the rows of a population share, ascending from 0."""
+    """``[R]``: number shared by the rows of a population, ascending from 0."""
     population_runs: Runs
-    """The rows of each of these numbers."""
+    """Runs of rows of the same ``population``."""
     sequence_runs: Runs
-    """The rows of each sequence."""
+    """Runs of rows of each sequence."""
 
 
 def partition_of(
     layers: Sequence[Tensor], shuffle: Tensor, groups: Tensor | None, cu_seqlens: Tensor | None, fraction: float
 ) -> Partition:
-    """The partition of tokens ``[B, L, F]`` by their random order ``shuffle`` ``[layers, B, L]``; of several layers
-    together where all blocks have the same size."""
+    """Partition of the tokens ``[B, L, F]`` of ``layers`` by their random order ``shuffle`` ``[layers, B, L]``. Several
+    layers are allowed only where all blocks have the same size; their rows then form one batch."""
     batch, length = layers[0].shape[:2]
     if groups is None and cu_seqlens is None and (blocks := blocks_of_same_size(fraction, length)):
-        # Kept where no stream and no graph owns memory.
+        # Cached only on a CPU, where no stream and no CUDA graph owns the memory.
         make = _kept_partition if layers[0].is_cpu else _whole_sequences
         found = make(len(layers) * batch, length, blocks, fraction > 0, layers[0].device)
         if fraction == 0:
@@ -94,7 +96,8 @@ def partition_of(
 
 
 def blocks_of_same_size(fraction: float, length: int) -> int:
-    """Into how many blocks of the same size ``length`` tokens are cut; 0 where there is no such number near."""
+    """Number of blocks of equal size into which ``length`` tokens are cut; 0 where no divisor of ``length`` is within a
+    quarter below the desired number."""
     if fraction == 0:
         return 1
     most = max(1, length // block_tokens(fraction, length))
@@ -102,12 +105,12 @@ def blocks_of_same_size(fraction: float, length: int) -> int:
 
 
 def block_tokens(fraction: float, length: int) -> int:
-    """How many tokens a block of a sequence of ``length`` tokens has, about."""
+    """Desired number of tokens per block for a sequence of ``length`` tokens."""
     return max(_SMALLEST_BLOCK, math.ceil(fraction * length))
 
 
 def _whole_sequences(sequences: int, length: int, blocks: int, visited: bool, device: torch.device) -> Partition:
-    """Every sequence a population, and all blocks of the same size; tokens in no order yet."""
+    """Partition whose populations are the sequences and whose blocks have equal size, with ``order`` still None."""
     sequence = torch.arange(sequences, device=device)
     populations = torch.arange(sequences + 1, device=device) * length
     found = _cut(populations, sequence, sequences, torch.full_like(sequence, blocks), sequences * blocks)
@@ -126,10 +129,11 @@ _kept_partition = functools.lru_cache(maxsize=16)(_whole_sequences)
 def _populations_of_any_length(
     groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: Tensor, size: int
 ) -> Partition:
-    """Each population in the fewest blocks of at most ``size`` tokens that differ by one at most.
+    """Partition of populations of any length, each into the fewest blocks of at most ``size`` tokens, whose sizes
+    differ by at most one.
 
-    On an accelerator the number of populations and blocks is not read: bounds of it, known from shapes, take its place,
-    and the rest are empty.
+    Upper bounds from shapes replace the numbers of populations and blocks on an accelerator, where reading the numbers
+    would synchronise; the surplus populations and blocks are empty.
     """
     (batch, length), count, device = shuffle.shape, shuffle.numel(), shuffle.device
     if cu_seqlens is None:
@@ -138,7 +142,7 @@ def _populations_of_any_length(
         sequences, sequence = cu_seqlens.numel() - 1, segment_of_token(on_device(cu_seqlens, device), count)
     ids = torch.zeros_like(sequence) if groups is None else groups.flatten()
 
-    # Sorted by sequence, and in it by group and at random, with the tokens that are left out at the end.
+    # Order by sequence, then by group, then at random; tokens that are left out come last.
     order = (shuffle + torch.arange(batch, device=device).unsqueeze(1) * length).flatten()
     order = order[order_of(sequence.masked_fill(ids < 0, sequences)[order], ids[order])]
     ids, sequence = ids[order], sequence[order]
@@ -157,7 +161,8 @@ def _populations_of_any_length(
 
 
 def _cut(populations: Tensor, sequence: Tensor, sequences: int, blocks: Tensor, total: int) -> Partition:
-    """Populations in so many ``blocks`` each, at most ``total``, that differ by one token at most."""
+    """Partition of each population into ``blocks`` ``[U]`` blocks, at most ``total`` in all, whose sizes differ by at
+    most one token."""
     tokens, last = populations.diff(), blocks.cumsum(0)
     number = torch.arange(total, device=blocks.device)
     population = torch.searchsorted(last, number, right=True).clamp(max=blocks.numel() - 1)
@@ -185,7 +190,7 @@ def _cut(populations: Tensor, sequence: Tensor, sequences: int, blocks: Tensor, 
 
 
 def rows_of(partition: Partition) -> Rows:
-    """The rows of a partition whose pairs are visited, or of one whose populations are whole sequences."""
+    """Rows of a partition whose pairs are visited, or whose populations are whole sequences."""
     count, blocks = partition.populations.numel() - 1, partition.blocks[partition.population]
     total, sequences, size = blocks.numel(), partition.pairs.numel(), partition.size
     block = torch.arange(total, device=blocks.device)
@@ -197,7 +202,7 @@ def rows_of(partition: Partition) -> Rows:
     partial = (bounds.diff() > 0) & (blocks > 1)
     block = (~partial).int().argsort(stable=True)
     block = block[: int(partial.sum()) if may_read(block.device) else 2 * tokens // size + 1]
-    # The rows that are none, at the end, count as one population more, and to the last sequence.
+    # Surplus rows, at the end, form one more population and belong to the last sequence.
     partial, population = partial[block], partition.population[block]
     sequence = torch.where(partial, partition.sequence[population], last)
     population = population.masked_fill(~partial, count)
@@ -215,19 +220,20 @@ def rows_of(partition: Partition) -> Rows:
 
 
 def may_read(device: torch.device) -> bool:
-    """Whether reading a value costs nothing; elsewhere it would synchronise."""
+    """Whether the host may read values of tensors on ``device``: on a CPU alone, because others would synchronise."""
     return device.type == "cpu"
 
 
 def select(z: Tensor, index: Tensor) -> Tensor:
-    """``[n, F]``: the tokens of ``z`` ``[B, L, F]`` with these numbers, read where they lie, whatever the strides."""
+    """Tokens ``[n, F]`` of ``z`` ``[B, L, F]`` at the flat ``index`` ``[n]``; copies no more of ``z``, for any
+    strides."""
     if row_stride(z) is not None:
         return z.flatten(0, 1).index_select(0, index)
     return z[index // z.shape[1], index % z.shape[1]]  # flattening might copy all of z
 
 
 def sum_of_runs(values: Tensor, runs: Runs) -> Tensor:
-    """``[runs, ...]`` from ``[R, ...]``."""
+    """Sums ``[runs, ...]`` over each run of ``values`` ``[R, ...]``."""
     if isinstance(runs, int):
         return values.view(-1, runs, *values.shape[1:]).sum(1)
     sums: Tensor = torch.segment_reduce(values, "sum", offsets=runs, axis=0, unsafe=True)

@@ -1,5 +1,5 @@
-"""Sampled pairs of one layer from a backend's sweep, to which a block is a short sequence, and PyTorch's matrix
-products for the model: of every potential, with every control variate, on every backend."""
+"""Sampler of one layer's pairs over a backend's sweep, which sees blocks as short sequences, with the model in PyTorch:
+for every potential, control variate and backend."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dispersion_kernels.sampling.control_variate import Fit, Transformed, correc
 from dispersion_kernels.sampling.partition import Partition, Rows, rows_of, select, sum_of_runs
 from dispersion_kernels.segments import segment_of_token
 
-# A backend's sweep of tokens ``[R, L, F]``, each row a sequence, or packed ones ``[1, N, F]`` with groups and bounds:
-# the loss of each, and of its gradient the two factors, as ``autograd.py`` has them.
+# A backend's sweep of tokens ``[R, L, F]``, whose rows are sequences, or of packed tokens ``[1, N, F]`` with groups and
+# bounds. It returns the loss of each sequence and the gradient's two factors, ``grads`` and ``scale`` in operators.py.
 Sweep = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -29,13 +29,15 @@ def sample(
     visited: bool,
     gradient: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each sequence of tokens ``[B, L, F]``, and ``per_pair``, both ``[S]``, as in
-    :func:`corrected_losses`; and to ``gradient`` ``[1, B, L, F]`` and ``[1, B, L]``, where one is wanted, that of each
-    sequence's loss."""
+    """Loss of each sequence of tokens ``[B, L, F]``, and ``per_pair``, both ``[S]``, as in :func:`corrected_losses`.
+
+    ``gradient``, where given, receives the two factors ``[1, B, L, F]`` and ``[1, B, L]`` of the gradient of each
+    token's sequence loss.
+    """
     order = partition.order
     grad = None
     if gradient is not None:
-        grad = gradient[0].view(-1, z.shape[2])  # finished
+        grad = gradient[0].view(-1, z.shape[2])  # holds the whole gradient; the second factor is 1
         gradient[1].fill_(1.0)
     tokens = z.flatten(0, 1) if order is None else select(z, order)
     rows = rows_of(partition) if fit is not None and fit.b is not None else None
@@ -63,7 +65,7 @@ def sample(
     losses, per_pair = corrected_losses(partition, potential, mean, missed, fit, visited)
     if grad is None or order is None:
         return losses, per_pair
-    # What the gradient of a block's loss counts in that of its sequence's.
+    # Weight of the gradient of a block's loss in the gradient of its sequence's loss.
     block_factor = per_pair[sequence] * weight * pairs / 2
     if potential.reduction == "log_mean":
         block_factor = block_factor * means
@@ -81,12 +83,12 @@ def sample(
 def _block_means(
     sweep: Sweep, tokens: Tensor, partition: Partition, potential: Potential
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``[K]`` in :func:`wide_dtype`: the mean of psi over the pairs of each block; and the two factors of the gradient
-    of its loss, for the tokens in the order of the partition."""
+    """Mean ``[K]`` of psi over the pairs of each block, in :func:`wide_dtype`; and the two factors of the gradient of
+    the blocks' losses, for the tokens in the order of the partition."""
     if partition.same_size:
         losses, grad, scale = sweep(tokens.view(-1, partition.size, tokens.shape[1]), None, None)
     else:
-        # The tokens that are left out are a sequence more.
+        # Tokens that are left out form one more sequence.
         groups = None if partition.left_out is None else -partition.left_out.long().unsqueeze(0)
         bounds = torch.nn.functional.pad(partition.bounds, (0, 1), value=tokens.shape[0])
         losses, grad, scale = sweep(tokens.unsqueeze(0), groups, bounds)
@@ -100,9 +102,9 @@ def _block_means(
 def _model(
     read: Transformed, partition: Partition, rows: Rows, fit: Fit, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """``[S]``: the sum of c over all pairs of modelled populations, less 1/p times that over the pairs visited; and
-    ``[N, F]``: ``sum_j h_ij x_j`` of all pairs less 1/p times that of those visited, seen through the row transform but
-    for 1 / z."""
+    """Differences ``[S]`` and ``[N, F]`` between sums over all pairs of modelled populations and 1/p times the sums
+    over the visited pairs: of c, and of ``h_ij x_j`` over j. The latter, None without ``with_grad``, is passed through
+    the derivative of the row transform without its factor x / z."""
     assert fit.b is not None
     x, phi = _rows(read.x, rows), _rows(fit.features(read.x), rows)
     population = partition.population[rows.block]
@@ -110,11 +112,11 @@ def _model(
     sums = phi.mT @ x  # [R, k, F]
     totals = sum_of_runs(sums, rows.population_runs)
 
-    # phi begins with 1.
+    # The first feature in phi is 1, so that sums[:, 0] is the sum of x.
     squares = x.square().sum((1, 2), dtype=inverse.dtype)
     row_products = sums[:, 0].to(inverse.dtype).square().sum(1) - squares
     population_products = totals[:, 0].to(inverse.dtype).square().sum(1) - sum_of_runs(squares, rows.population_runs)
-    # Divided among the rows of a population, which know their sequence.
+    # Population sums are divided equally among the population's rows, which are summed by sequence.
     missed = population_products[rows.population] / partition.blocks[population].clamp(min=1) - row_products * inverse
     missed = sum_of_runs(missed, rows.sequence_runs)
     if not with_grad:
@@ -122,9 +124,9 @@ def _model(
 
     inverse_p = inverse.to(x.dtype).view(-1, 1, 1)
     out = (phi * fit.b) @ torch.addcmul(totals[rows.population], sums, inverse_p, value=-1)
-    own = phi.square() @ fit.b * (1 - inverse_p.squeeze(2))  # h_ii, which is among both sums and is no pair
+    own = phi.square() @ fit.b * (1 - inverse_p.squeeze(2))  # h_ii, in both sums, is no pair
     if fit.b_of_c is not None:
-        # c itself: of the rows (X X^T) X, of a whole sequence X (X^T X).
+        # The term of c itself: (X X^T) X for the rows, X (X^T X) for a whole sequence.
         if partition.order is not None:
             out.baddbmm_((x @ x.mT) * (inverse_p * -fit.b_of_c), x)
         own += x.square().sum(2) * fit.b_of_c * (1 - inverse_p.squeeze(2))
@@ -138,14 +140,15 @@ def _model(
 
 
 def _rows(values: Tensor, rows: Rows) -> Tensor:
-    """``[R, size, ...]`` from values ``[N, ...]`` in the order of the partition, 0 for padding."""
+    """Rows ``[R, size, ...]`` of ``values`` ``[N, ...]`` in the order of the partition, 0 for padding."""
     if rows.places is None:
         return values.view(*rows.shape, -1)
     return torch.cat([values, values.new_zeros(1, values.shape[1])])[rows.places]
 
 
 def _places(values: Tensor, rows: Rows, like: Tensor) -> Tensor:
-    """``[N, ...]`` from ``[R, size, ...]``: the inverse of :func:`_rows`, 0 for tokens that are in no row."""
+    """Values ``[N, ...]`` in the order of the partition from rows ``[R, size, ...]``, the inverse of :func:`_rows`; 0
+    for tokens in no row."""
     values = values.flatten(0, 1)
     if rows.places is None:
         return values
