@@ -1,4 +1,4 @@
-"""Which backend computes the loss, and why another cannot."""
+"""The registry of backends: the choice of one for a call, and the reasons why another cannot compute it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IMPLS = ("auto", "triton", "cuda", "cpu", "torch", "reference")
 
 @dataclass(frozen=True)
 class Support:
-    """Whether a backend can do something; true if it can, and else ``reason`` says why not."""
+    """Answer whether a backend can compute a call: true if it can; else false, and ``reason`` says why not."""
 
     reason: str | None = None
 
@@ -55,9 +55,9 @@ def check_impl(impl: str) -> None:
 
 
 def choose(impl: str, z: Tensor, potential: Potential) -> str:
-    """``"triton"``, ``"cuda"``, ``"cpu"`` or ``"torch"``.
+    """The backend for a call: ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"torch"``.
 
-    An explicit request that cannot be met is an error, never another backend.
+    An explicit request that cannot be met raises ``RuntimeError``; another backend never takes its place.
     """
     if impl == "torch":
         return "torch"
@@ -68,9 +68,10 @@ def choose(impl: str, z: Tensor, potential: Potential) -> str:
         return impl
     if z.device.type != "cpu":
         return next((impl for impl in ("triton", "cuda") if _WHY_NOT[impl](z, potential) is None), "torch")
-    # On the CPU Triton has its interpreter alone, which is for tests.
+    # Triton is no candidate on the CPU, where it has only its interpreter, which is for tests.
     reason = _why_not_cpu(z, potential)
-    # Of another dtype or potential, the sweep is what there is; about a missing kernel something can be done.
+    # The warning is for a missing kernel alone, which the user can build; other dtypes and potentials have only the
+    # torch backend.
     if reason is not None and reason == cpu.unavailable_reason():
         _warn_that_there_is_no_kernel(reason)
     return "cpu" if reason is None else "torch"
@@ -78,7 +79,7 @@ def choose(impl: str, z: Tensor, potential: Potential) -> str:
 
 @functools.cache
 def _warn_that_there_is_no_kernel(reason: str) -> None:
-    """Once a process: pip does not show what the build says."""
+    """Warning, once per process, that the CPU kernel was not built: pip hides the output of the build."""
     warnings.warn(
         f"dispersion_kernels computes in plain PyTorch, several times slower than its CPU kernel: {reason}. "
         "(`python -m dispersion_kernels.env_report` says what was built; "
@@ -150,7 +151,7 @@ def _too_old(device: torch.device, kernels: str) -> str:
 
 @functools.cache
 def triton_version() -> str | None:
-    """The installed Triton's, without importing it."""
+    """Version of the installed Triton, found without importing it; None if Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
     for name in ("triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm"):

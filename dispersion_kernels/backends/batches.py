@@ -1,7 +1,7 @@
-"""Runs of tokens that pair, those of like length as one batch ``[R, N, F]``.
+"""Batches ``[R, N, F]`` of runs of tokens that pair with each other, each batch of runs of similar length.
 
-A sweep in PyTorch takes a few dozen operators a batch, whatever its size: a thousand short sequences one by one take a
-hundred times as long as together.
+A sweep in PyTorch takes a few dozen operators per batch, whatever its size: a thousand short sequences take a hundred
+times as long one by one as together.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from torch import Tensor
 
 from dispersion_kernels.segments import HostSegments
 
-# Pairs up to which runs of different lengths share a batch: about as many as take no longer than a batch's operators.
+# Largest batch, in pairs, that runs of different lengths share: padding so small takes no longer than the operators of
+# another batch.
 _FEW_PAIRS = 2**17
 
 
 class Batch(NamedTuple):
-    """R runs, of at most N tokens."""
+    """R runs of at most N tokens each."""
 
     shape: tuple[int, int]
-    """R and N."""
+    """Numbers R of runs and N of tokens."""
     tokens: slice | Tensor
-    """``[n]``: which rows of the flattened z these are, run after run."""
+    """Rows of the flattened z, ``[n]``, run after run."""
     places: Tensor | None
-    """``[n]``: where each is in ``[R * N]``; None where all runs have N tokens."""
+    """Place of each token in ``[R * N]``, ``[n]``; None if all runs have N tokens."""
     sequence: Tensor
-    """``[R]``: of each run."""
+    """Sequence of each run, ``[R]``."""
 
     def gathered(self, z: Tensor) -> Tensor:
-        """``[R, N, ...]`` from ``[T, ...]``; what is in the places of no token is arbitrary."""
+        """Values ``[R, N, ...]`` of the batch from values ``[T, ...]`` of all tokens; padding is arbitrary."""
         rows = z[self.tokens]
         if self.places is not None:
             padded = z.new_zeros(self.shape[0] * self.shape[1], *z.shape[1:])
@@ -39,13 +40,13 @@ class Batch(NamedTuple):
         return rows.view(*self.shape, *z.shape[1:])
 
     def scatter(self, values: Tensor, out: Tensor) -> None:
-        """The inverse: ``[R, N, ...]`` to ``[T, ...]``."""
+        """Writes values ``[R, N, ...]`` of the batch to their rows of ``out`` ``[T, ...]``; inverse of ``gathered``."""
         rows = values.flatten(0, 1)
         out[self.tokens] = rows if self.places is None else rows[self.places]
 
     @property
     def groups(self) -> Tensor | None:
-        """``[R, N]``: 0, and -1 in the places of no token; None where there are none."""
+        """Groups ``[R, N]``: 0 for tokens and -1 for padding; None without padding."""
         if self.places is None:
             return None
         groups = torch.full((self.shape[0] * self.shape[1],), -1, dtype=torch.int64, device="cpu")
@@ -53,7 +54,7 @@ class Batch(NamedTuple):
 
 
 def batches(segments: HostSegments) -> Iterator[Batch]:
-    """The runs of two tokens and more, the longest first."""
+    """Batches of all runs of at least two tokens, the longest first."""
     lengths = segments.ends - segments.begins
     order = lengths.argsort(descending=True, stable=True)
     of_length, counts = lengths[order].unique_consecutive(return_counts=True)

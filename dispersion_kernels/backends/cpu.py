@@ -1,8 +1,8 @@
-"""The CPU kernel: one call computes the loss of each sequence and its finished gradient.
+"""The CPU kernel (``csrc/cpu``) through ``ctypes``: a call computes the loss of each sequence and its gradient.
 
-The library beside this file has a plain C interface and does not link against PyTorch, so one build serves every
-PyTorch and Python version. Its threads are PyTorch's own: ``torch_parallel_for`` is looked up in libtorch_cpu and
-passed as a pointer; where it is absent (PyTorch before 2.10) the call runs on one thread.
+The package's library ``_native_cpu`` has a plain C interface and does not link against PyTorch, so one build serves
+every PyTorch and Python version. It runs on PyTorch's threads: ``torch_parallel_for`` is looked up in ``libtorch_cpu``
+and passed as a pointer; where it is absent (PyTorch before 2.10) a call runs on one thread.
 
 Importing this module loads nothing. :func:`unavailable_reason` says in words why the kernel cannot be used.
 """
@@ -33,7 +33,7 @@ __all__ = [
     "unavailable_reason",
 ]
 
-#: The parameters each potential takes, in the order of the C interface (``params`` of ``dk_args``).
+#: Names of each potential's parameters, in the order of the C interface (``params`` of ``dk_args``).
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "angular_spread": ("tau", "clamp", "eps"),
     "orthogonalization": ("margin", "clamp", "eps"),
@@ -43,7 +43,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "dispersive_l2": ("tau", "include_diagonal"),
 }
 
-#: Tokens of a block that :func:`sampled` takes.
+#: Most tokens of a block of :func:`sampled`.
 LARGEST_BLOCK = 256
 
 _ABI_VERSION = 7
@@ -58,12 +58,12 @@ _STATUS = {
 
 
 def unavailable_reason() -> str | None:
-    """Why the CPU kernel cannot be used here, in words; None if it can."""
+    """Reason, in words, why the CPU kernel cannot be used here; None if it can."""
     return _unavailable_reason(_requested_isa())
 
 
 def isa() -> str:
-    """The instruction set a call would use now: ``"avx2"``, ``"avx512"`` or ``"neon"``; ``""`` if unavailable.
+    """Instruction set of a call made now: ``"avx2"``, ``"avx512"`` or ``"neon"``; ``""`` if the kernel is unavailable.
 
     The environment variable ``DISPERSION_KERNELS_CPU_ISA`` forces one; it is read at every call.
     """
@@ -92,7 +92,7 @@ def _unavailable_reason(requested: str) -> str | None:
 
 @functools.cache
 def build_info() -> dict[str, Any]:
-    """What setup.py recorded: ``native`` (bool), ``reason``, ``compiler``, ``isas``."""
+    """Record that ``setup.py`` left of the build: ``native`` (bool), ``reason``, ``compiler``, ``isas``."""
     path = Path(__file__).parents[1] / "_build_info.json"
     if not path.is_file():
         return {"native": False, "reason": "the CPU kernel was not built: run `pip install -e .`"}
@@ -116,28 +116,29 @@ def dispersion(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     r"""Loss of each sequence and, if asked, its gradient :math:`\partial\ell_s / \partial z`.
 
-    The sweep's token ``i`` is row ``index[i]`` of the flattened ``z`` (row ``i`` without an index). Segment ``k`` is
-    the range ``begins[k] <= i < ends[k]``; tokens pair only within a segment, and its pairs count towards sequence
+    Token ``i`` is row ``index[i]`` of the flattened ``z`` (row ``i`` without an index). Segment ``k`` is the range
+    ``begins[k] <= i < ends[k]``; tokens pair only within a segment, and its pairs count towards sequence
     ``sequence[k]``. Segments of fewer than two tokens have no pair: their tokens get a zero gradient and do not
     enter ``l2_repel``'s mean of squares.
 
     Args:
-        z: ``[..., F]``, CPU, float32, bfloat16 or float16, with a :func:`row_stride`.
+        z: hidden states ``[..., F]``, CPU, float32, bfloat16 or float16, with a :func:`row_stride`.
         potential_name: a key of :data:`PARAMETERS`.
-        params: the values of that potential's parameters, in their order there.
-        begins: ``[segments]`` int64, CPU, ascending; segments must not overlap.
-        ends: ``[segments]`` int64, CPU.
-        sequence: ``[segments]`` int64, CPU, non-decreasing, below ``num_sequences``.
-        num_sequences: how many losses are returned.
-        index: ``[tokens]`` int64, CPU, without repetitions, or None for all rows in their order.
-        weight: a factor of every loss, and so of its gradient.
+        params: the values of that potential's parameters, in the order of :data:`PARAMETERS`.
+        begins: first token of each segment, ``[segments]`` int64, CPU, ascending; segments must not overlap.
+        ends: end of each segment, ``[segments]`` int64, CPU.
+        sequence: sequence of each segment, ``[segments]`` int64, CPU, non-decreasing, below ``num_sequences``.
+        num_sequences: the number of losses.
+        index: row of each token, ``[tokens]`` int64, CPU, without repetitions; None for all rows in their order.
+        weight: factor of every loss and of its gradient.
         need_grad: whether to compute the gradient (three times the arithmetic of the loss alone).
-        total: whether to return the sum of the losses in their place, float32 ``[]``.
+        total: whether to return the sum of the losses, float32 ``[]``, in place of the losses.
 
     Returns:
-        The losses, float64 ``[num_sequences]``, 0 for a sequence without a pair, NaN where a paired token holds a
-        NaN or an infinity; and, or None, float32 ``grad`` of the shape of ``z`` and ``scale``, of that shape without
-        F, whose product, row by row, is the gradient of every sequence's own loss.
+        The losses, float64 ``[num_sequences]``, 0 for a sequence without a pair, NaN if a paired token holds a NaN
+        or an infinity; ``grad``, float32 of the shape of ``z``, and ``scale``, float32 of that shape without F. The
+        product of ``grad`` and ``scale``, row by row, is the gradient of every sequence's own loss; both are None
+        without ``need_grad``.
 
     Raises:
         RuntimeError: if the kernel is unavailable (:func:`unavailable_reason`) or the call fails.
@@ -214,32 +215,34 @@ def sampled(
     draws: torch.Tensor | None,
     gradient: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pairs within blocks, and a model of all others (:mod:`dispersion_kernels.sampling`). Tokens are read where
-    they lie, and nothing of their size is written but the gradient.
+    """Loss and gradient from the pairs within blocks and a model of all others (:mod:`dispersion_kernels.sampling`).
 
-    Token ``i`` is row ``order[i]`` (row ``i`` without an order), counted through all layers.
+    Tokens are read in place, and nothing of their size is written but the gradient. Token ``i`` is row ``order[i]``
+    (row ``i`` without an order), counted through all layers.
 
     Args:
-        layers: each ``[..., F]``, alike: CPU, float32, bfloat16 or float16, with the same :func:`row_stride`.
-        potential_name: a key of :data:`PARAMETERS`, of a potential of the cosine or the correlation, whose exponents
+        layers: hidden states ``[..., F]``, alike: CPU, float32, bfloat16 or float16, with the same
+            :func:`row_stride`.
+        potential_name: a key of :data:`PARAMETERS`, of a potential of the cosine or the correlation whose exponents
             need no running maximum.
-        params: the values of that potential's parameters, in their order there.
-        order: ``[tokens]`` int64, without repetitions, or None.
-        populations: ``[populations + 1]`` int64, ascending: bounds of the tokens that pair with each other, of one
-            layer.
-        blocks: ``[blocks + 1]`` int64, ascending through all populations: bounds of at most :data:`LARGEST_BLOCK`
-            tokens of which all pairs are visited; None: no pair is.
-        inverse_probability: ``[populations]`` float64: what a visited pair stands for.
-        sequence: ``[populations]`` int64: whose loss its pairs belong to; as many sequences for each layer.
-        pairs: ``[sequences]`` int64: ordered, visited or not.
-        draws: ``[layers, groups, 1 + tokens]`` float32 in [0, 1): a population for each group that the model is fitted
-            to, and tokens of it; None: no model.
-        gradient: contiguous float32 ``[layers, ..., F]``, and of that shape without F, to which the two factors of the
-            gradient of every sequence's own loss go; None where none is wanted.
+        params: the values of that potential's parameters, in the order of :data:`PARAMETERS`.
+        order: row of each token, ``[tokens]`` int64, without repetitions; or None.
+        populations: bounds of the populations, ``[populations + 1]`` int64, ascending; the tokens of a population
+            are of one layer and pair with each other.
+        blocks: bounds of the blocks, ``[blocks + 1]`` int64, ascending through all populations; a block has at most
+            :data:`LARGEST_BLOCK` tokens, and all its pairs are visited. None: no pair is visited.
+        inverse_probability: 1 / the probability that a pair is visited, ``[populations]`` float64.
+        sequence: sequence whose loss a population's pairs belong to, ``[populations]`` int64; every layer has the
+            same number of sequences.
+        pairs: number of ordered pairs, visited or not, ``[sequences]`` int64.
+        draws: random numbers in [0, 1), ``[layers, groups, 1 + tokens]`` float32: for each group a population and
+            tokens of it, to whose pairs the model is fitted; None: no model.
+        gradient: outputs for the two factors of the gradient of every sequence's own loss, contiguous float32
+            ``[layers, ..., F]`` and the same without F; None for no gradient.
 
     Returns:
-        Float64 ``[sequences]``: the losses, 0 without a pair, NaN where a token is not finite; and the factor of
-        sum_j slope(c_ij) x_j in their derivatives by x_i.
+        The losses, float64 ``[sequences]``, 0 without a pair, NaN if a token is not finite; and, float64
+        ``[sequences]``, the factor of ``sum_j slope(c_ij) x_j`` in their derivatives by ``x_i``.
 
     Raises:
         RuntimeError: if the kernel is unavailable (:func:`unavailable_reason`) or the call fails.
@@ -261,7 +264,7 @@ def sampled(
                 f"{z.stride()} on {z.device}, the first {first.dtype} {tuple(first.shape)} with {first.stride()}"
             )
     rows, features = math.prod(first.shape[:-1]), first.shape[-1]
-    # These are read through their addresses, and must live as long as the call.
+    # Tensors that the library reads through their addresses are bound to names, so that they live as long as the call.
     order, blocks = (
         tensor if tensor is None else _int64_list(name, tensor)
         for name, tensor in (("order", order), ("blocks", blocks))
@@ -316,8 +319,8 @@ def sampled(
 
 
 def row_stride(z: torch.Tensor) -> int | None:
-    """How many elements one row of the flattened ``z`` ``[..., F]`` lies after the last; None where that differs or
-    the features are not contiguous."""
+    """Distance, in elements, between consecutive rows of the flattened ``z`` ``[..., F]``; None if it is not the same
+    everywhere or the features are not contiguous."""
     if z.is_contiguous():
         return z.shape[-1]
     sizes, strides = z.shape, z.stride()
@@ -335,15 +338,15 @@ def scaled(
     *,
     in_place: bool = False,
 ) -> list[torch.Tensor | None]:
-    """``grad * (scale * factor)`` of each layer, row by row, rounded once, to ``dtype``.
+    """Product ``grad * (scale * factor)`` for each layer, row by row, rounded once, to ``dtype``.
 
     Args:
-        grads: of each layer float32 ``[..., F]``, CPU, contiguous, alike; or None, which stays None.
-        scale: float32 ``[layers, ...]``, CPU, contiguous.
-        factor: float32 ``[]``; or ``[n]``, one for each n-th of the rows of a layer, 0 where there are no rows.
-            CPU, contiguous.
-        dtype: float32, bfloat16 or float16.
-        in_place: whether ``grads`` may be written to, which is done where ``dtype`` is float32.
+        grads: gradient of each layer, float32 ``[..., F]``, CPU, contiguous, alike; or None, which stays None.
+        scale: factor of each row, float32 ``[layers, ...]``, CPU, contiguous.
+        factor: one factor for all rows, float32 ``[]``; or ``[n]``, one for each n-th of a layer's rows, with n = 0
+            if there are no rows. CPU, contiguous.
+        dtype: dtype of the results, float32, bfloat16 or float16.
+        in_place: whether ``grads`` may be overwritten; they are if ``dtype`` is float32.
 
     Raises:
         RuntimeError: if the kernel is unavailable (:func:`unavailable_reason`).
@@ -387,7 +390,7 @@ def scaled(
 
 
 def _addresses(tensors: Sequence[torch.Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
-    """As an array that must live as long as the call."""
+    """Addresses of the tensors, in an array that must live as long as the call."""
     return (ctypes.c_void_p * len(tensors))(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
 
 
@@ -400,7 +403,7 @@ def _available_isa() -> str:
 
 
 def _values(potential_name: str, params: Sequence[float]) -> ctypes.Array[ctypes.c_double]:
-    """The parameters as an array that must live as long as the call."""
+    """Values of the parameters, in an array that must live as long as the call."""
     if potential_name not in PARAMETERS:
         raise ValueError(f"potential_name must be one of {', '.join(PARAMETERS)}, got {potential_name!r}")
     if len(params) != len(PARAMETERS[potential_name]):
@@ -409,7 +412,7 @@ def _values(potential_name: str, params: Sequence[float]) -> ctypes.Array[ctypes
 
 
 def _call(requested: str, dtype: torch.dtype) -> tuple[int, int, int | None, int, int]:
-    """The fields of :class:`_Call`."""
+    """Values of the fields of :class:`_Call`."""
     return _ABI_VERSION, _ISAS[requested], _torch_parallel_for(), torch.get_num_threads(), _DTYPES[dtype]
 
 
@@ -419,7 +422,7 @@ def _check(status: int) -> None:
 
 
 class _Call(ctypes.Structure):
-    """What the arguments of every function of csrc/cpu/dispersion.h begin with."""
+    """Common first fields of ``dk_args``, ``dk_sampled_args`` and ``dk_scale_args`` of ``csrc/cpu/dispersion.h``."""
 
     _fields_ = [
         ("abi_version", ctypes.c_int32),
@@ -431,7 +434,7 @@ class _Call(ctypes.Structure):
 
 
 class _Args(_Call):
-    """``dk_args`` of csrc/cpu/dispersion.h, field by field after those."""
+    """Fields of ``dk_args`` of ``csrc/cpu/dispersion.h`` after those of :class:`_Call`."""
 
     _fields_ = [
         ("z", ctypes.c_void_p),
@@ -457,7 +460,7 @@ class _Args(_Call):
 
 
 class _SampledArgs(_Call):
-    """``dk_sampled_args`` of csrc/cpu/dispersion.h, field by field after those."""
+    """Fields of ``dk_sampled_args`` of ``csrc/cpu/dispersion.h`` after those of :class:`_Call`."""
 
     _fields_ = [
         ("layers", ctypes.c_void_p),
@@ -488,7 +491,7 @@ class _SampledArgs(_Call):
 
 
 class _ScaleArgs(_Call):
-    """``dk_scale_args`` of csrc/cpu/dispersion.h, field by field after those."""
+    """Fields of ``dk_scale_args`` of ``csrc/cpu/dispersion.h`` after those of :class:`_Call`."""
 
     _fields_ = [
         ("grads", ctypes.c_void_p),
@@ -513,7 +516,7 @@ def _int64_list(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _library() -> Any:
-    """The loaded library, or the reason why there is none."""
+    """The loaded library, or the reason, in words, why there is none."""
     info = build_info()
     if not info.get("native"):
         return str(info.get("reason", "the package was built without the CPU kernel"))

@@ -1,7 +1,8 @@
-"""The CUDA C++ kernels (csrc/cuda) as the launcher runs them. Importing this module loads nothing.
+"""The CUDA C++ kernels (``csrc/cuda``) behind the launcher's interface.
 
-They need no Triton and no compiler at run time: all are compiled when the package is built, for the architectures of
-``TORCH_CUDA_ARCH_LIST``. The extension uses PyTorch's stable ABI alone, so one build serves several versions of it.
+The kernels need neither Triton nor a compiler at run time: all are compiled when the package is built, for the
+architectures of ``TORCH_CUDA_ARCH_LIST``. The extension uses PyTorch's stable ABI alone, so one build serves several
+versions of PyTorch. Importing this module loads nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def unavailable_reason() -> str | None:
-    """Why there is no extension; None if it is loaded."""
+    """Reason, in words, why the extension cannot be loaded; None if it is loaded."""
     reason: str | None = _load()
     return reason
 
@@ -42,21 +43,21 @@ def _load() -> str | None:
     except OSError as error:
         return f"{LIBRARY} cannot be loaded: {error}"
     for name in ("row_statistics", "pair_tiles", "row_sweep", "sequence_sums", "project"):
-        # They write to their arguments and give nothing back.
+        # The operators write to their arguments and return nothing, so their fake versions do nothing.
         torch.library.register_fake(f"dispersion_kernels::cuda_{name}", lambda *args, **kwargs: None)
     return None
 
 
 @dataclass(frozen=True)
 class TileShape:
-    """Of pair_tiles; ``PairTilesShape`` of csrc/cuda/pair_tiles.cuh."""
+    """Tile of ``pair_tiles``: ``PairTilesShape`` of ``csrc/cuda/pair_tiles.cuh``."""
 
     block: int
 
 
 @dataclass(frozen=True)
 class RowShape:
-    """Of row_sweep; ``RowSweepShape`` of csrc/cuda/row_sweep.cuh."""
+    """Tile of ``row_sweep``: ``RowSweepShape`` of ``csrc/cuda/row_sweep.cuh``."""
 
     block_m: int
     block_n: int
@@ -68,7 +69,7 @@ class CudaKernels:
 
     Args:
         z: one of the layers, for their device and dtype.
-        precision: of fp32 matrix products, ``"tf32"`` or ``"tf32x3"``; None: as PyTorch's.
+        precision: precision of fp32 matrix products, ``"tf32"`` or ``"tf32x3"``; None: that of PyTorch's products.
     """
 
     max_layers = 64  # kMaxLayers of csrc/cuda/kernels.h
@@ -80,8 +81,8 @@ class CudaKernels:
         self.dtype = z.dtype
         self.wide = z.dtype == torch.float32
         self.element = (precision or fp32_precision()) if self.wide else _ELEMENTS[z.dtype]
-        self.alignment = 16 // z.dtype.itemsize  # copies are of 16 bytes
-        # Launches join what runs on the current stream.
+        self.alignment = 16 // z.dtype.itemsize  # elements per copy, which is of 16 bytes
+        # Kernels are queued on the current stream.
         self.stream = torch.cuda.current_stream(z.device).cuda_stream if z.is_cuda else 0
 
     def tile_shape(self, groups: bool) -> TileShape:
@@ -93,7 +94,7 @@ class CudaKernels:
         return RowShape(64, 64, features <= 128)
 
     def tuned(self, strategy: str, what: tuple[Any, ...], shape: Any, launch: Callable[[Any], Any]) -> Any:
-        """The shapes are compiled in."""
+        """``shape`` itself: the shapes are compiled in."""
         return shape
 
     def row_statistics(self, tokens: Tokens, epilogue: Epilogue, norm: Tensor, inverse: Tensor, extra: Tensor) -> None:
@@ -233,14 +234,14 @@ class CudaKernels:
 
 
 def _layers(tokens: Tokens) -> list[Tensor]:
-    """``[B, L, F]``: the operators take F from there, and bring zeros beyond it themselves."""
+    """Layers ``[B, L, F]``: the operators take F from the shape, and read zeros beyond it."""
     if tokens.width == tokens.features:
         return tokens.layers
     return [z[:, :, : tokens.features] for z in tokens.layers]
 
 
 class Launch(NamedTuple):
-    """Of a kernel that :func:`watch_launches` kept from the device."""
+    """Launch of a kernel that :func:`watch_launches` redirected from the device."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -248,7 +249,7 @@ class Launch(NamedTuple):
     shared: int
     """Bytes of dynamic shared memory."""
     arguments: list[int]
-    """The addresses of the arguments, valid until the watcher returns."""
+    """Addresses of the arguments, valid until the watcher returns."""
 
 
 _Watcher = ctypes.CFUNCTYPE(
@@ -264,16 +265,18 @@ _Watcher = ctypes.CFUNCTYPE(
 
 @contextmanager
 def watch_launches(watch: Callable[[Launch], None], arch: str) -> Iterator[None]:
-    """Launches go to ``watch`` meanwhile, with tensors on any device, and not to a GPU: how the kernels are looked at
-    where there is none. With ``arch`` ``sm_90a`` they are those of Hopper; a tensor map among their arguments is then
-    what it would be made of, ``TensorMapSource`` of csrc/cuda/operators.cpp. What ``watch`` raises is raised at the
-    end."""
+    """Context in which launches go to ``watch`` in place of a GPU, with tensors on any device.
+
+    The kernels are examined with it on machines without a GPU. With ``arch`` ``sm_90a`` the launches are those of
+    Hopper; in place of a tensor map among their arguments is the ``TensorMapSource`` of ``csrc/cuda/operators.cpp``
+    that it would be made from. The first exception that ``watch`` raises is raised at the end.
+    """
     failures: list[BaseException] = []
 
     def called(name: bytes, grid: Any, threads: int, shared: int, arguments: Any, count: int) -> None:
         try:
             watch(Launch(name.decode(), (grid[0], grid[1], grid[2]), threads, shared, arguments[:count]))
-        except BaseException as failure:  # which would be lost on its way through C++
+        except BaseException as failure:  # kept, because an exception does not pass through C++
             failures.append(failure)
 
     library = ctypes.CDLL(str(LIBRARY))

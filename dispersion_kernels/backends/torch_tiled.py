@@ -2,9 +2,9 @@
 
 A pair of tiles (I, J), I <= J, of a sequence's tokens computes its similarities S = X_I X_J^T once and feeds both
 G_I += W X_J and G_J += W^T X_I, where W holds the slopes: 3 B L^2 F FLOPs for loss and gradient (1 for the
-similarities, half of them by symmetry, and 2 for the gradient), 1 for the loss alone. What the loss divides the
-gradient by is one number a sequence, so it is multiplied in at the end and one pass over the pairs does. Memory: x and
-G, and a workspace whose size is a constant.
+similarities, half of them by symmetry, and 2 for the gradient), 1 for the loss alone. The loss scales the gradient by
+one number per sequence, which is multiplied in at the end, so one pass over the pairs suffices. Memory: x and G, and a
+workspace of constant size.
 """
 
 from __future__ import annotations
@@ -41,33 +41,33 @@ from dispersion_kernels.segments import HostSegments, group_sizes, host_segments
 
 # Bytes of one tile of similarities: on a CPU it should stay in the last-level cache, on a GPU it must fill the machine.
 _TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
-# The largest |x|^2 of a potential of the distance, as a share of the largest number: sums of four stay finite.
+# Largest |x|^2 of a potential of the distance, as a share of the dtype's largest number: sums of four stay finite.
 LARGEST_SQUARE = 0.03
-# A range of the exponent that fp32 holds around its middle, sums over 2^31 tokens included.
+# Largest range of the exponent that fp32 holds around its middle, sums over 2^31 tokens included.
 _SAFE_RANGE = 80.0
 
 
 class Result(NamedTuple):
-    """What a sweep gives."""
+    """Result of a sweep."""
 
     loss: Tensor
-    """``[S]`` in the accumulation dtype; 0 for a sequence without a pair."""
+    """Loss of each sequence, ``[S]`` in the accumulation dtype; 0 for a sequence without a pair."""
     pairs: Tensor
-    """``[S]`` int64: the ordered pairs of each sequence."""
+    """Number of ordered pairs of each sequence, ``[S]`` int64."""
     grad: Tensor | None
-    """``[B, L, F]`` in the accumulation dtype: d loss of its sequence / d z, but for its scale. None where it was not
+    """Gradient of each sequence's loss without its scale, ``[B, L, F]`` in the accumulation dtype; None if it was not
     asked for."""
     scale: Tensor | None
-    """``[B, L]`` in the accumulation dtype: what ``grad`` is to be multiplied by. Kept apart, because backward has
-    another factor, and one pass over the memory does both."""
+    """Factor of each token's ``grad``, ``[B, L]`` in the accumulation dtype. It is kept apart because backward has
+    another factor, and one pass over the memory multiplies in both."""
 
 
 def sweep(z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool) -> Result:
     """Loss of each sequence and, if asked, its gradient. Arguments as in :mod:`dispersion_kernels.segments`.
 
-    On the CPU the runs of tokens that pair with each other are swept, those of like length together. On an accelerator
-    no value there is read, because that would synchronise: the sweep visits all pairs of a row, or of a packed sequence
-    whose bounds are on the CPU, and masks those of different groups.
+    On the CPU the runs of tokens that pair with each other are swept, runs of similar length together. On an
+    accelerator no value of a tensor is read, because reading would synchronise: the sweep visits all pairs of a row,
+    or of a packed sequence whose bounds are on the CPU, and masks the pairs of different groups.
     """
     if cu_seqlens is None and (groups is None or z.device.type != "cpu"):
         return _sweep_rows(z, potential, groups, None, with_grad)
@@ -85,7 +85,7 @@ def sweep(z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Te
 def _sweep_rows(
     z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool
 ) -> Result:
-    """The sweep over the rows of ``z``: each a sequence, or, with ``cu_seqlens``, the one that holds them all."""
+    """Sweep over the rows of ``z``: each a sequence, or, with ``cu_seqlens``, one row that holds all sequences."""
     if z.shape[0] == 0 or z.shape[1] < 2:
         return _nothing(z, z.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1, with_grad)
     sums, tokens = _sums_of_rows(z, potential, groups, cu_seqlens, with_grad)
@@ -99,7 +99,7 @@ def _sweep_rows(
 
 
 def _sweep_runs(z: Tensor, potential: Potential, runs: HostSegments, sequences: int, with_grad: bool) -> Result:
-    """The sweep over runs of tokens that pair with each other, on the CPU; a sequence may have several."""
+    """Sweep, on the CPU, over runs of tokens that pair with each other; a sequence may have several runs."""
     _, _, grad, scale = result = _nothing(z, sequences, with_grad)
     parts = list(batches(runs))
     if not parts:
@@ -135,7 +135,8 @@ def _sweep_runs(z: Tensor, potential: Potential, runs: HostSegments, sequences: 
 def _sweep_stretches(
     z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor, with_grad: bool
 ) -> Result:
-    """The sweep over packed sequences whose bounds alone are on the CPU: neighbours of one length together."""
+    """Sweep over packed sequences whose bounds are on the CPU and whose tokens are not: neighbours of the same length
+    are swept together."""
     parts, begin = [], 0
     for length, alike in itertools.groupby(cu_seqlens.diff().tolist()):
         rows = len(list(alike))
@@ -153,60 +154,61 @@ def _sweep_stretches(
 
 
 class _Sums(NamedTuple):
-    """What the pairs of each unit add up to, ``[U]``: a unit is a row, or, with ``cu_seqlens``, a sequence of a row."""
+    """Sums over the pairs of each unit, ``[U]``: a unit is a row, or, with ``cu_seqlens``, a sequence of a row."""
 
     pairs: Tensor
-    """int64: the ordered pairs."""
+    """Number of ordered pairs, int64."""
     tokens: Tensor
-    """The tokens that have a partner."""
+    """Number of tokens that have a partner."""
     total: Tensor
-    """The sum of psi, or its logarithm (:class:`ExponentialPotential`), or the sum of the tokens' entropies
+    """Sum of psi, or its logarithm (:class:`ExponentialPotential`), or the sum of the tokens' entropies
     (:class:`PerplexityEntropy`)."""
     shift: Tensor
-    """G is in units of its exponential."""
+    """Logarithm of the unit that G is in: G times exp(shift) is the sum over the pairs."""
     squares: Tensor
-    """The sum of |z|^2 over the tokens that have a partner; 0 where the loss has no term of it."""
+    """Sum of |z|^2 over the tokens that have a partner; 0 if the loss has no such term."""
     nonfinite: Tensor
-    """Boolean: whether one of them is NaN, infinite or too large."""
+    """Whether a token that has a partner is NaN, infinite or too large, boolean."""
 
 
 class _Tokens(NamedTuple):
-    """What the pairs of each token add up to."""
+    """Sums over the pairs of each token."""
 
     grad: Tensor | None
-    """``[R, N, F]``: d loss / d z, but for a factor of its unit and ``inverse``; None where it was not asked for."""
+    """Gradient without the factor of its unit and without ``inverse``, ``[R, N, F]``; None if it was not asked for."""
     inverse: Tensor | None
-    """``[R, N]``; None for 1."""
+    """Inverse norm of each token, ``[R, N]``; None for 1."""
     alone: Tensor | None
-    """``[R, N]``: whether a token has no partner; None where all have."""
+    """Whether a token has no partner, ``[R, N]``; None if all have one."""
     dtype: torch.dtype
-    """That of ``grad``."""
+    """Dtype of ``grad``."""
     reduce: _Reduction
 
     def scale(self, of_units: Tensor) -> Tensor:
-        """``[R, N]``: what ``grad`` is to be multiplied by, from the factors of units ``[U]``."""
+        """Factor of each token's ``grad``, ``[R, N]``, from the factors of units ``[U]``."""
         scale = self.spread(of_units)
         return scale if self.inverse is None else scale.mul_(self.inverse)
 
     def spread(self, of_units: Tensor) -> Tensor:
-        """``[R, N]`` in new memory, 0 for tokens without a partner."""
+        """Values of tokens, ``[R, N]`` in new memory, from values of units ``[U]``; 0 for tokens without a partner."""
         spread = self.reduce.spread(of_units).to(self.dtype).expand(self.reduce.shape)
-        # Before it meets anything: where there is no pair it may be infinite.
+        # Masked before any other use: without a pair the value may be infinite.
         return spread.clone() if self.alone is None else spread.masked_fill(self.alone, 0.0)
 
 
 def _sums_of_rows(
     z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool
 ) -> tuple[_Sums, _Tokens]:
-    """What the pairs of the rows of ``z`` add up to; with ``cu_seqlens`` the row holds the sequences of all units."""
+    """Sums over the pairs of the rows of ``z``; with ``cu_seqlens`` the one row holds the sequences of all units."""
     batch, length, features = z.shape
     reduce = _Reduction(batch, length, cu_seqlens)
     partners = None if groups is None else group_sizes(groups) - 1
     alone = None if partners is None else partners <= 0
 
     norm = token_norms(z)
-    # A zero in place of what is not finite keeps it out of other sequences; its own is made NaN at the end. So is one
-    # whose norm overflows, or the sum of whose features might: its x would be 0, and the loss a finite wrong number.
+    # Tokens that are not finite are replaced by 0, which keeps them out of other sequences; the loss of their own
+    # sequence becomes NaN at the end. So does that of a token whose norm, or the sum of whose features, may overflow:
+    # its x would be 0, and the loss a finite wrong number.
     nonfinite = ~(norm.squeeze(-1) * math.sqrt(features)).isfinite()
     left_out = nonfinite
     if alone is not None:
@@ -240,7 +242,8 @@ def _sums_of_rows(
 
 
 def _of_sequences(of_runs: _Sums, potential: Potential, sequence: Tensor, sequences: int) -> _Sums:
-    """Those of sequences ``[S]`` on the CPU from those of runs, whose ``sequence`` is ``[U]``."""
+    """Sums over the pairs of sequences, ``[S]``, from the sums of runs, ``[U]``, on the CPU; ``sequence`` ``[U]`` is
+    the sequence of each run."""
 
     def added(values: Tensor) -> Tensor:
         return values.new_zeros(sequences).index_add_(0, sequence, values)
@@ -262,14 +265,14 @@ def _of_sequences(of_runs: _Sums, potential: Potential, sequence: Tensor, sequen
 
 
 class _Losses(NamedTuple):
-    """``[S]``."""
+    """Losses of sequences and the factors of their gradients, ``[S]`` each."""
 
     loss: Tensor
-    """In the accumulation dtype; 0 for a sequence without a pair."""
+    """Loss, in the accumulation dtype; 0 for a sequence without a pair."""
     scale: Tensor
-    """What the gradient of its tokens is to be multiplied by."""
+    """Factor of the gradient of the sequence's tokens."""
     penalty: Tensor | None
-    """What of z is to be added to its own gradient."""
+    """Factor of z in its own gradient, from the norm term; None without that term."""
 
 
 def _losses(sums: _Sums, potential: Potential, z: Tensor) -> _Losses:
@@ -302,14 +305,14 @@ def _squares(z: Tensor, alone: Tensor | None) -> Tensor:
 
 
 def _add_penalty_(grad: Tensor, scale: Tensor, penalty: Tensor, z: Tensor) -> None:
-    """Adds to ``grad``, whose scale is multiplied in first, ``penalty`` ``[B, L]`` times z."""
-    of_z = z.to(grad.dtype).masked_fill((penalty == 0).unsqueeze(-1), 0.0)  # of the others not even what is not finite
+    """Multiplies ``grad`` by its scale and adds ``penalty`` ``[B, L]`` times z; the scale becomes 1."""
+    of_z = z.to(grad.dtype).masked_fill((penalty == 0).unsqueeze(-1), 0.0)  # masked, because 0 times infinity is NaN
     grad.mul_(scale.unsqueeze(-1)).add_(of_z.mul_(penalty.unsqueeze(-1)))
     scale.fill_(1.0)
 
 
 def _nothing(z: Tensor, sequences: int, with_grad: bool) -> Result:
-    """The result where there is no pair at all."""
+    """Result of an input without any pair."""
     dtype = accumulation_dtype(z.dtype)
     loss = torch.zeros(sequences, dtype=dtype, device=z.device)
     pairs = torch.zeros(sequences, dtype=torch.int64, device=z.device)
@@ -320,7 +323,7 @@ def _nothing(z: Tensor, sequences: int, with_grad: bool) -> Result:
 
 
 class _Reduction:
-    """From values of tokens ``[B, L]`` to values of sequences ``[S]``, and back."""
+    """Reductions from values of tokens ``[B, L]`` to values of sequences ``[S]``, and the way back."""
 
     def __init__(self, batch: int, length: int, cu_seqlens: Tensor | None) -> None:
         self.shape = (batch, length)
@@ -342,24 +345,25 @@ class _Reduction:
         return self.sum(flags.float()) > 0
 
     def spread(self, values: Tensor) -> Tensor:
-        """``[B, L]`` (or what broadcasts to it) from ``[S]``."""
+        """Values of tokens, ``[B, L]`` or a shape that broadcasts to it, from values of sequences, ``[S]``."""
         return values.unsqueeze(1) if self.segment is None else values[self.segment].unsqueeze(0)
 
 
 def _count_pairs(potential: Potential, partners: Tensor | None, reduce: _Reduction, z: Tensor) -> Tensor:
-    """The ordered pairs of each sequence."""
+    """Number of ordered pairs of each sequence, ``[S]`` int64."""
     with_itself = int(getattr(potential, "include_diagonal", False))
     if partners is None:
         batch, length = reduce.shape
         return torch.full((batch,), length * (length - 1 + with_itself), dtype=torch.int64, device=z.device)
     per_token = (partners + with_itself).masked_fill(partners <= 0, 0)
-    # float64 holds every count up to 2^53; segment_reduce has no integers. MPS has no float64 and no packed input.
+    # In float64, which holds every count up to 2^53, because segment_reduce takes no integers. MPS has no float64, but
+    # no packed input either.
     return per_token.sum(1) if reduce.offsets is None else reduce.sum(per_token.double()).long()
 
 
 def _project_(grad: Tensor, x: Tensor, rows: Rows | None, potential: Potential) -> None:
-    """``dz = (u - x (x . u) / |x|^2 r / (r + eps)) / (r + eps)`` with u = G, in place of it and but for the last
-    division. |x|^2 is (r / (r + eps))^2, but for a rounding that would leave a part of u along x."""
+    """Gradient ``dz = (u - x (x . u) / |x|^2 r / (r + eps)) / (r + eps)``, with u = G, in place of G and without the
+    last division. |x|^2 equals (r / (r + eps))^2 up to rounding; |x|^2 as computed leaves no part of u along x."""
     if rows is None:
         return
     length = torch.where(rows.ratio > 0, 1 / rows.ratio, torch.zeros_like(rows.ratio))
@@ -372,7 +376,7 @@ def _project_(grad: Tensor, x: Tensor, rows: Rows | None, potential: Potential) 
 
 
 class _Tile(NamedTuple):
-    """A pair of tiles: rows ``batch`` of x, its tokens ``i`` against its tokens ``j``."""
+    """A pair of tiles: tokens ``i`` against tokens ``j`` of the rows ``batch`` of x."""
 
     batch: slice
     i: slice
@@ -384,13 +388,14 @@ class _Tile(NamedTuple):
         return self.i == self.j
 
     def sides(self) -> tuple[tuple[slice, slice, int], ...]:
-        """The tokens whose sums the tile adds to, those it sums over, and the dimension of the tile that these are."""
+        """Triples of the tokens whose sums the tile adds to, the tokens it sums over, and the latter's dimension in the
+        tile."""
         both = (self.i, self.j, 2), (self.j, self.i, 1)
         return both[:1] if self.diagonal else both
 
 
 class _Pairs:
-    """The tile pairs of every row of x, the workspace they share, and which of their entries are pairs."""
+    """The tile pairs of every row of x, their common workspace, and the mask of entries that are pairs."""
 
     def __init__(self, x: Tensor, groups: Tensor | None) -> None:
         batch, length, _ = x.shape
@@ -398,14 +403,15 @@ class _Pairs:
         self.x, self.groups = x, groups
         self.size = math.ceil(length / math.ceil(length / math.isqrt(budget)))
         self.rows = min(max(1, budget // self.size**2), batch)
-        # Allocated once: fresh memory for every tile would cost a page fault for every 1,024 pairs.
+        # Allocated once: new memory for every tile would cost a page fault for every 1,024 pairs.
         self.workspace = [x.new_empty(self.rows * self.size**2) for _ in range(2)]
-        # What rounding may leave of the distance of equal tokens, relative to their squared norms.
+        # Bound on the computed squared distance of equal tokens, which is rounding alone, relative to their squared
+        # norms.
         self.resolution = 16 * torch.finfo(x.dtype).eps
 
     def __iter__(self) -> Iterator[_Tile]:
-        """The upper triangle of tile pairs, several rows at once where a tile has room for them; first all tokens with
-        those of their own tile."""
+        """Tile pairs of the upper triangle, with several rows at a time if a tile has room for them; the tiles on the
+        diagonal come first."""
         batch, length, _ = self.x.shape
         bounds = [*range(0, length, self.size), length]
         for b in range(0, batch, self.rows):
@@ -420,7 +426,8 @@ class _Pairs:
             yield from others
 
     def _cut(self, tile: _Tile, own: list[_Tile], others: list[_Tile]) -> None:
-        """The tile of some tokens with themselves: in halves where it is large, which leaves out a quarter of it."""
+        """Adds the tile pairs of some tokens with themselves: a large tile is halved, which leaves out a quarter of
+        it."""
         rows, begin, end = tile.batch, tile.i.start, tile.i.stop
         if end - begin <= max(256, self.size // 2):
             own.append(tile)
@@ -431,7 +438,7 @@ class _Pairs:
         others.append(_Tile(rows, first, second))
 
     def similarities(self, tile: _Tile) -> Tensor:
-        """X_I X_J^T, in the first workspace."""
+        """Similarities X_I X_J^T, in the first workspace."""
         out = self._view(0, tile)
         return torch.bmm(self.x[tile.batch, tile.i], self.x[tile.batch, tile.j].transpose(1, 2), out=out)
 
@@ -444,8 +451,8 @@ class _Pairs:
         return self.workspace[number][: math.prod(shape)].view(shape)
 
     def squared_distances(self, tile: _Tile) -> Tensor:
-        """|x_i - x_j|^2 from the inner products and the squared norms, in the first workspace; 0 for equal tokens, and
-        infinite for a token with itself."""
+        """Squared distances |x_i - x_j|^2 from the inner products and the squared norms, in the first workspace; 0 for
+        equal tokens, and infinite for a token with itself."""
         c, of_both = self.similarities(tile), self.scratch(tile)
         squares_i, squares_j = (
             self.squares[tile.batch, tile.i].unsqueeze(2),
@@ -455,14 +462,14 @@ class _Pairs:
         squared = torch.sub(of_both, c, alpha=2, out=c).clamp_(min=0)
         if tile.diagonal:
             squared.diagonal(dim1=1, dim2=2).fill_(math.inf)
-        # Equal tokens have the same squared norm, and a distance that is the rounding of the products alone.
+        # Equal tokens are known by equal squared norms and a computed distance no larger than the products' rounding.
         if squared.device.type != "cpu" or squared.amin() < self.resolution * 2 * self.squares.amax():
             squared.masked_fill_((squares_i == squares_j) & (squared < of_both.mul_(self.resolution)), 0.0)
         return squared
 
     @functools.cached_property
     def squares(self) -> Tensor:
-        """``[B, L]``: |x|^2."""
+        """Squared norms |x|^2, ``[B, L]``."""
         return self.x.square().sum(-1)
 
     def leave_out_equal(self, tile: _Tile, weights: Tensor) -> Tensor:
@@ -490,13 +497,13 @@ class _Pairs:
         """Puts ``value`` at the entries that are no pairs, the diagonal among them."""
         if self.groups is not None:
             i, j = self.groups[tile.batch, tile.i].unsqueeze(2), self.groups[tile.batch, tile.j].unsqueeze(1)
-            # x is 0 for a token with a negative group, but psi need not be.
+            # A token with a negative group has x = 0, but psi of it need not be 0.
             values.masked_fill_((i != j) | (i < 0), value)
         if tile.diagonal:
             values.diagonal(dim1=1, dim2=2).fill_(value)
 
     def accumulate(self, grad: Tensor, tile: _Tile, weights: Tensor) -> None:
-        """G_I += W X_J and, off the diagonal, G_J += W^T X_I; ``grad`` need not be initialised."""
+        """Adds W X_J to G_I and, off the diagonal, W^T X_I to G_J; ``grad`` need not be initialised."""
         for side, others, dim in tile.sides():
             self.accumulate_side(grad, tile, side, others, weights if dim == 2 else weights.transpose(1, 2))
 
@@ -507,7 +514,7 @@ class _Pairs:
 def _sums(
     x: Tensor, potential: Potential, groups: Tensor | None, reduce: _Reduction, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """``sum psi`` of each sequence, and G, for a potential that is a function of c and needs no shift."""
+    """Sum of psi of each sequence, and G, for a potential that is a function of c and needs no shift."""
     total = _PairTotal(x, reduce)
     grad = torch.empty_like(x) if with_grad else None
     pairs = _Pairs(x, groups)
@@ -524,17 +531,17 @@ def _sums(
 
 
 class _PairTotal:
-    """The sum of psi over all ordered pairs of each sequence, tile by tile."""
+    """Sum of psi over all ordered pairs of each sequence, accumulated tile by tile."""
 
     def __init__(self, x: Tensor, reduce: _Reduction) -> None:
         self.reduce = reduce
-        # Sequences that share a row are told apart by token; else one number a row is enough.
+        # Sums per token where sequences share a row; else sums per row are enough.
         shape = x.shape[:1] if reduce.offsets is None else x.shape[:2]
         self.value = torch.zeros(shape, dtype=wide_dtype(x.device), device=x.device)
 
     def add(self, psi: Tensor, tile: _Tile) -> None:
         if self.reduce.offsets is None:
-            # Of rows first: one thread sums a row.
+            # The sums over columns come first, because one thread sums a row.
             self.value[tile.batch] += psi.sum(2).sum(1, dtype=self.value.dtype) * (1 if tile.diagonal else 2)
             return
         self.value[tile.batch, tile.i] += psi.sum(2)
@@ -553,23 +560,24 @@ def _exponential_sums(
     reduce: _Reduction,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``log sum psi`` of each sequence, the shift that G is in units of the exponential of, and G.
+    """Logarithm of the sum of psi of each sequence; the shift, where G is in units of exp(shift); and G.
 
-    Where the exponent's range is small one fixed shift in its middle is enough; else each token keeps the largest
-    exponent it has met, as in an online softmax, and what it has summed is rescaled when that grows.
+    For a small range of the exponent one fixed shift, in the middle of the range, is enough. Else each token keeps its
+    largest exponent so far, as in an online softmax, and its sums are rescaled when that exponent grows.
     """
     rate = distance_rate(potential, x.shape[2], x.dtype)
     low, high = potential.exponent_range()
     if high - low <= _SAFE_RANGE:
-        # Left alone where exp neither overflows nor vanishes, which saves a pass; and of distances, so that psi of
-        # equal tokens is 1: a multiple of x that is rounded is not along x.
+        # No shift where exp neither overflows nor vanishes, which saves a pass; nor for distances, so that psi of equal
+        # tokens is exactly 1: another factor would round the multiples of x, and a rounded multiple is not along x.
         alone = rate is not None or (low >= -_SAFE_RANGE / 2 and high <= _SAFE_RANGE / 2)
         middle = 0.0 if alone else (low + high) / 2
         return _bounded_exponential_sums(x, potential, rate, middle, groups, reduce, with_grad)
 
     with_itself = isinstance(potential, DistancePotential) and potential.include_diagonal
     pairs = _Pairs(x, groups)
-    # Of a distance it is -|x_i - x_j|^2 that is kept; its rate comes after the difference, which may be small.
+    # Largest exponent of each token; for distances the largest -|x_i - x_j|^2, which is multiplied by the rate after
+    # the subtraction, because the difference may be small.
     largest = x.new_full(x.shape[:2], 0.0 if with_itself else torch.finfo(x.dtype).min)
     row_sum = torch.zeros_like(largest)
     weight_sum = torch.zeros_like(largest)  # of unequal tokens
@@ -604,7 +612,7 @@ def _exponential_sums(
                 grad[tile.batch, side].mul_(shrink.unsqueeze(-1))
                 pairs.accumulate_side(grad, tile, side, others, weights if dim == 2 else weights.transpose(1, 2))
     shift = reduce.max(largest)
-    # The least number is finite, so a sequence without a pair gives exp(0), not exp(inf - inf).
+    # The initial value of ``largest`` is finite, so a sequence without a pair gives exp(0), not exp(inf - inf).
     relative = largest - reduce.spread(shift)
     shift = shift.to(wide_dtype(x.device))
     if rate is not None:
@@ -622,13 +630,13 @@ def _exponential_sums(
 
 
 def distance_rate(potential: ExponentialPotential, features: int, dtype: torch.dtype) -> float | None:
-    """That of ``potential``, as far as the dtype of x goes."""
+    """Rate of ``potential``, at most the largest number of the dtype of x; None if it is not of the distance."""
     rate = potential.distance_rate(features)
     return None if rate is None else min(rate, torch.finfo(dtype).max)
 
 
 def _difference_(grad: Tensor, x: Tensor, row_sum: Tensor) -> None:
-    """``sum_j w_ij (x_j - x_i)`` in place of ``sum_j w_ij x_j``."""
+    """Turns ``sum_j w_ij x_j`` into ``sum_j w_ij (x_j - x_i)``, in place."""
     grad.addcmul_(x, row_sum.unsqueeze(-1), value=-1)
 
 
@@ -665,14 +673,14 @@ def _bounded_exponential_sums(
 def _perplexity_entropy(
     x: Tensor, potential: PerplexityEntropy, groups: Tensor | None, partners: Tensor | None, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """``sum_j P_ij log2(P_ij + eps)`` of each token ``[B, L]``, and the gradient of their sum over each row.
+    """Sum ``sum_j P_ij log2(P_ij + eps)`` of each token, ``[B, L]``, and the gradient of the sums' total over each row.
 
-    With d^2_ij = |z_i - z_j|^2, m_i the least of them, P_ij = exp((m_i - d^2_ij) / sigma2) / s_i, p the mean of P over
-    a token's partners, h = log2((P + eps) / (p + eps)) and g = dP h / dP = h + P / ((P + eps) ln 2): the entropy is
-    log2(p + eps) + sum_j P h, because P sums to 1, and without that constant h has its digits where P varies little.
-    By the exponent -d^2_ij / sigma2 its derivative is A_ij = P_ij (g_ij - sum_k P_ik g_ik), and
-    dz_i = 2 / sigma2 * sum_j (A_ij + A_ji) (z_j - z_i). Three passes: m and the sum s (kept apart, because a rounded
-    m + log s of some hundreds would cost P four digits); entropy and sum_k P g; A.
+    Notation: d^2_ij = |z_i - z_j|^2; m_i, the least d^2_ij of token i; P_ij = exp((m_i - d^2_ij) / sigma2) / s_i; p,
+    the mean of P over a token's partners; h = log2((P + eps) / (p + eps)); g = d(P h) / dP = h + P / ((P + eps) ln 2).
+    The entropy is log2(p + eps) + sum_j P h, because P sums to 1; without the constant, h keeps its digits where P
+    varies little. The derivative of the entropy by the exponent -d^2_ij / sigma2 is A_ij = P_ij (g_ij - sum_k P_ik
+    g_ik), and dz_i = 2 / sigma2 * sum_j (A_ij + A_ji) (z_j - z_i). Three passes compute m and s (kept apart, because a
+    rounded m + log s of some hundreds would cost P four digits); the entropy and sum_k P g; and A.
     """
     pairs = _Pairs(x, groups)
     info = torch.finfo(x.dtype)
@@ -704,7 +712,7 @@ def _perplexity_entropy(
         p = torch.sub(nearest[tile.batch, side].unsqueeze(dim), squared).mul_(rate).exp_()
         p.div_(total[tile.batch, side].unsqueeze(dim))
         mean = average[tile.batch, side].unsqueeze(dim)
-        # log1p keeps the digits where P is near its mean, the logarithm of a quotient where it is far below.
+        # log1p keeps the digits where P is near its mean, the logarithm of the quotient where P is far below its mean.
         h = (p - mean).div_(mean + potential.eps)
         far_below = ((p + potential.eps) / (mean + potential.eps)).clamp_(min=info.tiny).log_()
         return p, torch.where(h > -0.5, h.log1p(), far_below).mul_(1 / math.log(2))
@@ -731,7 +739,8 @@ def _perplexity_entropy(
     for tile in pairs:
         squared = squared_distances(tile)
         weights = slopes(squared, tile, tile.i, 2)
-        # The distances of (j, i) need not be rounded as those of (i, j), whose largest P must not be another's.
+        # A diagonal tile takes P_ji from the distance of (j, i), not of (i, j), which may be rounded differently: the
+        # nearest distance and the sum of token j are from row j of the tile.
         weights = weights + (weights.mT if tile.diagonal else slopes(squared, tile, tile.j, 1))
         for side, _, dim in tile.sides():
             row_sum[tile.batch, side] += weights.sum(dim)

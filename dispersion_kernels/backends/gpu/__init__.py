@@ -1,1 +1,1 @@
-"""What the GPU backends share: the launcher, and the potentials as their kernels take them."""
+"""The common part of the GPU backends: the launcher, and the potentials in the form that their kernels take."""

@@ -1,4 +1,4 @@
-"""The pairwise potentials as the GPU kernels take them: the name of an epilogue function and four numbers."""
+"""The pairwise potentials in the form that the GPU kernels take: the name of an epilogue function and four numbers."""
 
 from __future__ import annotations
 
@@ -19,57 +19,61 @@ from dispersion_kernels.potentials import (
 )
 
 _LOG2_E = math.log2(math.e)
-# The polynomial of arcsine_narrow holds to |c| = 0.75.
+# Least clamp of the narrow epilogues: the polynomial of arcsine_narrow is accurate up to |c| = 0.75.
 _NARROW_CLAMP = 0.25
-# 1 - c^2 as the kernels hold it from below, where with clamp = 0 the slope would be infinite.
+# Lower bound of 1 - c^2 in the kernels: with clamp = 0 the slope would be infinite at |c| = 1.
 _LEAST_SQUARE = 2.0**-23
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What the kernels need to know of a potential."""
+    """A potential in the form that the kernels take."""
 
     function: str
-    """The name of an epilogue: ``angular_spread``, ``angular_spread_narrow``, ``orthogonalization``,
-    ``orthogonalization_narrow``, ``decorrelation`` or ``gaussian``; empty for a user's own."""
+    """Name of an epilogue: ``angular_spread``, ``angular_spread_narrow``, ``orthogonalization``,
+    ``orthogonalization_narrow``, ``decorrelation`` or ``gaussian``; empty for a user's own function."""
     transform: str
-    """``"normalize"``, ``"standardize"`` or ``"none"``: what of a token is compared."""
+    """Transform of the tokens: ``"normalize"``, ``"standardize"`` or ``"none"``."""
     exponential: bool
-    """Whether ``function`` gives log2 psi."""
+    """Whether ``function`` gives log2 psi in place of psi."""
     p: tuple[float, float, float, float]
     kappa: float
-    """The constant factor of the slope."""
+    """Constant factor of the slope."""
     eps: float = 0.0
-    """What is added to the norm of a token before it is divided by it."""
+    """Term added to the norm of a token before the token is divided by it."""
     q: float = 0.0
-    """What a token adds to the exponent of ``gaussian``: times |x|^2, or, for ``"normalize"``, q itself, which is in
-    ``p`` and which a zero token takes back."""
+    """Factor q of a token's term q |x|^2 in the exponent of ``gaussian``. With ``"normalize"`` every nonzero token's
+    term is q, which is in ``p``, and a zero token's own statistic subtracts q again."""
     shift: float = 0.0
-    """psi is larger than the kernels' by exp(shift)."""
+    """Logarithm of the ratio of psi to the kernels' psi."""
     largest_slope: float = 1.0
-    """A bound on the magnitude of what ``function`` gives for the slope, times psi where it is over psi."""
+    """Bound on the magnitude of the slope in the kernels' units; of psi times the slope over psi, if exponential."""
     online: bool = False
-    """Whether the exponent may span more than the accumulators do: its maximum is then found first."""
+    """Whether the exponent's range exceeds that of the accumulators; its maximum is then computed first."""
     own: Any = None
-    """A user's own Triton function, ``(c, p0, p1, p2, p3) -> (psi, slope)``."""
+    """Triton function of a user's own potential, ``(c, p0, p1, p2, p3) -> (psi, slope)``."""
 
     @property
     def weight_exponent(self) -> int:
-        """Weights, a slope times an inverse norm, are below 2^15 times 2^e where the norms' inverses are below 2: e of
-        the power of two that brings them up to there, and fp16 ends at 2^16."""
+        """Exponent e of the power of two that weights are multiplied by for fp16. A weight is a slope times an inverse
+        norm; with inverse norms below 2, weights times 2^e stay below 2^15, and fp16 ends at 2^16."""
         return 14 - math.ceil(math.log2(self.largest_slope))
 
 
 def epilogue_of(potential: Potential, features: int, narrow_range: bool) -> Epilogue:
-    """The epilogue of ``potential`` for tokens with ``features`` features.
+    """Epilogue of ``potential`` for tokens with ``features`` features.
 
-    ``narrow_range``: psi has to fit fp16 beside the inverse norms, and not fp32.
+    Args:
+        potential: the potential.
+        features: number F of features.
+        narrow_range: whether psi times an inverse norm has to fit fp16, rather than fp32.
     """
     safe = 8.0 if narrow_range else 80.0
     if isinstance(potential, AngularSpread):
         low, high = potential.exponent_range()
         online = high - low > safe
-        # log psi = (asin(c) - pi / 2) / (pi tau); without a maximum to come its middle is shifted to 0.
+        # log psi = (asin(c) - pi / 2) / (pi tau). Unless a maximum is computed first, the middle of its range is
+        # shifted to 0.
         shift = 0.0 if online else (low + high) / 2
         narrow = potential.clamp >= _NARROW_CLAMP
         return Epilogue(
@@ -117,7 +121,7 @@ def epilogue_of(potential: Potential, features: int, narrow_range: bool) -> Epil
             online=online,
         )
     if isinstance(potential, DistancePotential):
-        # With the diagonal, where the exponent is 0, that is its maximum.
+        # With the diagonal the maximum of the exponent is known: 0, the exponent on the diagonal.
         return _of_distance(potential.distance_scale(features), features, online=not potential.include_diagonal)
     if isinstance(potential, PerplexityEntropy):
         # P_ij (g_ij - expected_i) and its mirror: P g and expected are below log2(L) + 1 / ln 2, L below 2^24.
@@ -136,19 +140,20 @@ def epilogue_of(potential: Potential, features: int, narrow_range: bool) -> Epil
 
 
 def _steepest_arccosine(clamp: float) -> float:
-    """The largest 1 / sqrt(1 - c^2) of a clipped cosine."""
+    """Largest 1 / sqrt(1 - c^2) of a clipped cosine c."""
     return 1 / math.sqrt(max(1 - (1 - clamp) ** 2, _LEAST_SQUARE))
 
 
 def _largest_slope(potential: Potential) -> float:
-    """Of a user's own, on [-1, 1], with a factor of 2 for what lies between the places where it is asked."""
+    """Bound on the slope of a user's own potential on [-1, 1]: the largest value on a grid, times 2 for values between
+    the grid's points."""
     slope = potential.slope(torch.linspace(-1, 1, 1025, dtype=torch.float64, device="cpu")).abs()
     largest = float(slope[slope.isfinite()].amax()) if slope.isfinite().any() else 1.0
     return 2 * max(largest, 2.0**-10)
 
 
 def _of_distance(scale: float, features: int, online: bool) -> Epilogue:
-    """exp(-|z_i - z_j|^2 / scale)."""
+    """Epilogue of psi = exp(-|z_i - z_j|^2 / scale)."""
     return Epilogue(
         function="gaussian",
         transform="none",
@@ -161,6 +166,8 @@ def _of_distance(scale: float, features: int, online: bool) -> Epilogue:
 
 
 def _resolution(features: int) -> float:
-    """What rounding may leave of the squared distance of equal tokens, relative to their squared norms: tensor cores
-    round a sum of 16-bit factors every 16 products."""
+    """Bound on the computed squared distance of equal tokens, which is rounding alone, relative to their squared norms.
+
+    It grows with F, because tensor cores round a sum of 16-bit factors every 16 products.
+    """
     return 2.0**-19 * max(1.0, features / 256)

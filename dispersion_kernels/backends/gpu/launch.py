@@ -1,13 +1,13 @@
 """The launcher of the GPU backends: the strategy, the schedule and the order of the kernels.
 
 *Swept*: the similarities of the upper triangle of tiles, whose slopes go to a workspace of bounded size, and library
-matrix products of the workspace with the tokens; 3 L^2 F FLOPs a row. *Resident*: one kernel that keeps a tile's
-gradient in registers and no slope at all, for few features and for packed sequences; 2 (1 + n) L^2 F FLOPs, where n is
-the number of slices of the features. Nothing here reads a value back from the device, and every launch depends on
-shapes alone, so a CUDA graph can hold it.
+matrix products of the workspace with the tokens; 3 L^2 F FLOPs per row. *Resident*: one kernel that keeps a tile's
+gradient in registers and stores no slope, for few features and for packed sequences; 2 (1 + n) L^2 F FLOPs per row,
+where n is the number of slices of the features. The launcher reads no value back from the device, and every launch
+depends on shapes alone, so a CUDA graph can capture a call.
 
-A *row* is one sequence of L tokens of one layer: row r is batch ``r % batch`` of layer ``r // batch``. What a backend
-brings is :class:`Kernels`.
+A *row* is one sequence of L tokens of one layer: row r is batch ``r % batch`` of layer ``r // batch``. A backend
+implements :class:`Kernels`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from dispersion_kernels.numerics import log_mean_loss, mean_loss
 from dispersion_kernels.potentials import L2Repel, PerplexityEntropy, Potential
 from dispersion_kernels.segments import group_sizes, on_device, segment_of_token, within_segments
 
-# Of the slopes in flight: it should stay in the last-level cache and yet fill the machine.
+# Size of the workspace of slopes: small enough for the last-level cache, large enough to fill the machine.
 WORKSPACE_BYTES = 32 << 20
-# Up to here the resident kernel's 4 L^2 F FLOPs should cost less than the swept one's 3 and its traffic of slopes.
+# Most features for which the resident kernel, with 4 L^2 F FLOPs, should cost less than the swept one, with 3 L^2 F and
+# the traffic of slopes.
 _RESIDENT_FEATURES = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
-# Of a grid's second dimension.
+# CUDA's gridDim.y limit.
 MAX_ROWS = 65_535
 _LN2 = math.log(2)
 _NO_GROUP = 2**31 - 1
@@ -41,12 +42,12 @@ _NO_GROUP = 2**31 - 1
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the kernels read: the layers, all alike."""
+    """Input of the kernels: the layers, all alike."""
 
     layers: list[Tensor]
-    """``[B, L, W]`` each, as :func:`aligned` gives them."""
+    """Layers ``[B, L, W]``, as :func:`aligned` gives them."""
     features: int
-    """F; what W has beyond it is 0."""
+    """Number F of features; the W - F others are 0."""
 
     @property
     def batch(self) -> int:
@@ -67,21 +68,21 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the tokens, ``[rows, L]`` fp32.
+    """Statistics of the tokens, ``[rows, L]`` fp32: norm r, inverse, and a second number, extra.
 
-    ``normalize``: norm r = |z|, inverse 1 / (r + eps), or 0, extra a tiny number that equal tokens share and others
-    hardly, or -q for a zero token. ``standardize``: r = |z - mean|, inverse 1 / r, or 0 for a constant token, extra
-    mean sqrt(F). ``none``: r = |z|, inverse 1, extra q r^2. r is infinite where fp32 does not hold what is computed
-    from it.
+    ``normalize``: r = |z|, inverse 1 / (r + eps), or 0, extra a tiny number that equal tokens share and other tokens
+    hardly ever do, or -q for a zero token. ``standardize``: r = |z - mean|, inverse 1 / r, or 0 for a constant token,
+    extra mean sqrt(F). ``none``: r = |z|, inverse 1, extra q r^2. r is infinite where later results leave the range of
+    fp32.
     """
 
     norm: Tensor
     inverse: Tensor
     extra: Tensor
     weight_inverse: Tensor
-    """``inverse`` times a power of two that keeps slopes times it in the range of fp16."""
+    """``inverse`` times a power of two, so that slopes times ``weight_inverse`` are in the range of fp16."""
     weight_scale: Tensor | None
-    """``[rows, 1]``: that power; None for 1."""
+    """Power of two in ``weight_inverse``, ``[rows, 1]``; None for 1."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Region:
 
     rows: int
     programs: int
-    """A row's: the triangle of ``tiles_i`` folded to a rectangle, or ``tiles_i * tiles_j``."""
+    """Programs per row: the triangle of ``tiles_i`` folded to a rectangle, or ``tiles_i * tiles_j``."""
     tiles_i: int
     tiles_j: int = 0
     triangle: bool = True
@@ -116,24 +117,24 @@ Config = TypeVar("Config")
 
 
 class Kernels(Protocol):
-    """What a backend brings for one dtype: five kernels and the sizes of their tiles.
+    """Interface of a backend for one dtype: five kernels and the sizes of their tiles.
 
-    Statistics and sums are fp32. Arguments that are None are left out.
+    Statistics and sums are fp32. Outputs that are None are not computed, inputs that are None not read.
     """
 
     max_layers: int
-    """Of one launch."""
+    """Most layers of one launch."""
 
     @property
     def alignment(self) -> int:
-        """What the width and the strides of the tokens must be multiples of, in elements."""
+        """Common divisor, in elements, that the width and the strides of the tokens must have."""
 
     def tile_shape(self, groups: bool) -> TileShape: ...
     def row_shape(self, features: int, perplexity: bool, gradient: bool) -> RowShape: ...
 
     def tuned(self, strategy: str, what: tuple[Any, ...], shape: Any, launch: Callable[[Any], Any]) -> Any:
-        """``shape``, or one that is faster on the device, found by timing ``launch``; ``what`` is what it depends
-        on."""
+        """``shape``, or a shape that is faster on the device, found by timing ``launch``; ``what`` is the key of the
+        decision."""
 
     def row_statistics(
         self, tokens: Tokens, epilogue: Epilogue, norm: Tensor, inverse: Tensor, extra: Tensor
@@ -154,9 +155,9 @@ class Kernels(Protocol):
         weights: Tensor | None,
         mirror: Tensor | None,
     ) -> Any:
-        """Partial sums of psi ``[rows, programs]``, relative to ``maxima`` where these are asked for, and slopes times
-        the inverse norm of the column to ``weights`` ``[rows, N, N]``, those of (j, i) to ``mirror``; N is a multiple
-        of the block, and what lies beyond the last token may be written, too."""
+        """Partial sums of psi, ``[rows, programs]``, relative to ``maxima`` if given; and slopes times the inverse norm
+        of the column, ``[rows, N, N]``, to ``weights``, those of (j, i) to ``mirror``. N is a multiple of the block;
+        elements beyond the last token may be written, too."""
 
     def row_sweep(
         self,
@@ -175,8 +176,8 @@ class Kernels(Protocol):
         weight_sums: Tensor | None = None,
         gradients: Sequence[Tensor] = (),
     ) -> Any:
-        """Sums of each token over its pairs: ``loss``, ``online``, ``gradient``, or ``partition``, ``entropy`` and
-        ``entropy_gradient`` of perplexity_entropy."""
+        """Sums of each token over its pairs. ``which`` is ``"loss"``, ``"online"``, ``"gradient"``, or, of
+        perplexity_entropy, ``"partition"``, ``"entropy"`` or ``"entropy_gradient"``."""
 
     def sequence_sums(
         self,
@@ -201,37 +202,39 @@ class Kernels(Protocol):
 
 @dataclass(frozen=True)
 class Entropy:
-    """Of each token's P, ``[rows, L]``: what the later passes of perplexity_entropy know of it."""
+    """Statistics of each token's distribution P, ``[rows, L]``, for the later passes of perplexity_entropy."""
 
     largest: Tensor
-    """The largest exponent, of base 2."""
+    """Largest exponent, of base 2."""
     total: Tensor
-    """The sum of the exponentials relative to it."""
+    """Sum of the exponentials relative to ``largest``."""
     average: Tensor
-    """1 / partners."""
+    """Mean of P, 1 / the number of partners."""
     eps: float
     expected: Tensor | None
-    """sum_j P_ij g_ij, for the gradient."""
+    """Expectation ``sum_j P_ij g_ij``, for the gradient; None before it is known."""
 
 
 class Losses(NamedTuple):
-    """What the kernels give for all layers."""
+    """Losses and gradients of all layers."""
 
     loss: Tensor
-    """``[layers, S]`` fp64: of each sequence; 0 without a pair."""
+    """Loss of each sequence, ``[layers, S]`` fp64; 0 without a pair."""
     pairs: Tensor
-    """``[S]`` int64: the ordered pairs of each."""
+    """Number of ordered pairs of each sequence, ``[S]`` int64."""
     gradients: list[Tensor]
-    """``[B, L, F]`` fp32 of each layer, but for its scale; empty where none was asked for."""
+    """Gradient of each layer without its scale, ``[B, L, F]`` fp32; empty if no gradient was asked for."""
     scale: Tensor | None
-    """``[layers, B, L]`` fp32."""
+    """Factor of each token's gradient, ``[layers, B, L]`` fp32."""
 
 
 def fp32_precision() -> str:
-    """How kernels multiply fp32, as PyTorch's matrix products do: ``"tf32"``, or ``"tf32x3"``, three tf32 products.
+    """Precision of the kernels' fp32 products, that of PyTorch's matrix products: ``"tf32"``, or ``"tf32x3"``, three
+    tf32 products.
 
-    Whichever of PyTorch's settings was set last, this attribute has it; ``torch.get_float32_matmul_precision()`` raises
-    after the newer of them, ``torch.backends.fp32_precision`` and the like.
+    It is read from ``torch.backends.cuda.matmul.fp32_precision``, which reflects whichever of PyTorch's settings was
+    set last; ``torch.get_float32_matmul_precision()`` raises after one of the newer settings, as
+    ``torch.backends.fp32_precision``.
     """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
@@ -247,10 +250,10 @@ def dispersion(
     """Loss of each sequence of each layer and, if asked, its gradient.
 
     Args:
-        layers: ``[B, L, F]`` each, all alike.
+        layers: hidden states ``[B, L, F]``, all alike.
         potential, groups, cu_seqlens: as in :mod:`dispersion_kernels.segments`.
         with_grad: whether to compute the gradient.
-        kernels: the backend's.
+        kernels: the kernels of the backend.
     """
     batch, length, _ = layers[0].shape
     if batch == 0 or length < 2:
@@ -274,7 +277,7 @@ def dispersion(
             ]
         )
     if cu_seqlens is not None:
-        cu_seqlens = on_device(cu_seqlens, layers[0].device).to(torch.int32)  # as the compiled kernels read them
+        cu_seqlens = on_device(cu_seqlens, layers[0].device).to(torch.int32)  # the dtype that compiled kernels read
         groups = within_segments(groups, cu_seqlens, length)
     call = _Call(layers, potential, groups, cu_seqlens, kernels)
     call.row_statistics()
@@ -286,9 +289,12 @@ def dispersion(
 
 
 def aligned(layers: Sequence[Tensor], alignment: int) -> list[Tensor]:
-    """``[B, L, W]`` from ``[B, L, F]``, with one set of strides, whose loads are of 16 bytes: features next to each
-    other, tokens and W multiples of ``alignment`` elements. The layers themselves where they are so, else copies with
-    zeros beyond F: those cost one pass over the tokens, of which a kernel makes one for each of its tiles."""
+    """Layers ``[B, L, W]`` from ``[B, L, F]``, with common strides that allow loads of 16 bytes.
+
+    Features are contiguous; W and the strides of tokens are multiples of ``alignment`` elements. Layers that are so
+    already are returned themselves; else all are copied, with zeros beyond F. A copy costs one pass over the tokens,
+    where a kernel makes one pass for each of its tiles.
+    """
     z = layers[0]
     features, strides = z.shape[2], z.stride()
     width = alignment * _blocks(features, alignment)
@@ -341,7 +347,7 @@ def _of_all_batches(parts: list[Losses]) -> Losses:
 
 
 class _Call:
-    """What the kernels of one call share."""
+    """State that the kernels of one call share."""
 
     def __init__(
         self,
@@ -365,7 +371,7 @@ class _Call:
             self.partners = group_sizes(groups) - 1
             self.groups = _dense(groups)
         self.segment = None if cu_seqlens is None else segment_of_token(cu_seqlens, self.length)
-        # Of one row. S in shapes is this: 1, or the segments of cu_seqlens.
+        # Sequences per row, S in shapes: 1, or the number of segments of cu_seqlens.
         self.sequences = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
 
     # ---- statistics
@@ -373,8 +379,8 @@ class _Call:
     def row_statistics(self) -> None:
         norm, inverse, extra = self._row_statistics()
         if self.partners is not None:
-            # Tokens left out must not reach the others through 0 * NaN, nor make the loss NaN. Those that take part and
-            # are not finite do the latter alone.
+            # Tokens without a partner must neither reach other tokens through 0 * NaN nor make the loss NaN. Tokens
+            # with a partner that are not finite make the loss NaN, but do not reach other tokens.
             alone = self.partners <= 0
             norm.view(-1, self.batch, self.length).masked_fill_(alone, 0.0)
             left_out = ~norm.isfinite().view(-1, self.batch, self.length) | alone
@@ -384,7 +390,8 @@ class _Call:
             self.layers = aligned(masked, self.kernels.alignment)
         self.tokens = self.layers
         if self.epilogue.transform == "none" and self.dtype == torch.float32:
-            # Distances do not change when the mean is subtracted, and cancel less. 16 bits would round the difference.
+            # Subtracting the mean leaves distances as they are and makes them cancel less. In 16 bits the difference
+            # would be rounded.
             self.layers = aligned([z - z.mean(1, keepdim=True) for z in self.layers], self.kernels.alignment)
             _, _, extra = self._row_statistics()
         weight_inverse, weight_scale = inverse, None
@@ -403,7 +410,7 @@ class _Call:
     # ---- potentials that are a sum over pairs
 
     def pair_sums(self, with_grad: bool) -> tuple[Tensor, Tensor]:
-        """The loss and the scale of each sequence of each row ``[rows, S]``; G to ``self.gradients``."""
+        """Loss and scale of each sequence of each row, ``[rows, S]``; G goes to ``self.gradients``."""
         epilogue, potential = self.epilogue, self.potential
         packed = self.cu_seqlens is not None
         total: Tensor | None = None
@@ -455,14 +462,14 @@ class _Call:
         shape = self._tile_shape()
         self.weight_sums = torch.zeros_like(self.statistics.norm) if self.epilogue.transform == "none" else None
         self.gradients = [self._empty_gradient() for _ in self.layers]
-        padded = shape.block * _blocks(self.length, shape.block)  # whole tiles: no store has a mask, all have 16 bytes
+        padded = shape.block * _blocks(self.length, shape.block)  # whole tiles: stores have 16 bytes and no mask
         matrix = padded**2 * self.dtype.itemsize
         if matrix <= WORKSPACE_BYTES:
             return self._swept_rows(shape, maximum, padded, WORKSPACE_BYTES // matrix)
         return self._swept_blocks(shape, maximum)
 
     def _swept_rows(self, shape: TileShape, maximum: Tensor | None, padded: int, together: int) -> Tensor:
-        """Several rows at once, all of a row's slopes in the workspace."""
+        """Swept strategy with several rows at a time; the workspace holds all slopes of a row."""
         sums, _ = self._partial_sums(self._triangle(shape, 1).programs)
         workspace = torch.empty(min(together, self.rows), padded, padded, dtype=self.dtype, device=self.device)
         for first in range(0, self.rows, together):
@@ -480,7 +487,7 @@ class _Call:
         return self._sequence_sums(sums, None)[0]
 
     def _swept_blocks(self, shape: TileShape, maximum: Tensor | None) -> Tensor:
-        """One row at a time, in pairs of blocks whose slopes fill the workspace."""
+        """Swept strategy with one row at a time, in pairs of blocks whose slopes fill the workspace."""
         size = math.isqrt(WORKSPACE_BYTES // (2 * self.dtype.itemsize)) // shape.block * shape.block
         size = max(size, shape.block)
         bounds = [(begin, min(begin + size, self.length)) for begin in range(0, self.length, size)]
@@ -524,7 +531,8 @@ class _Call:
     # ---- perplexity_entropy
 
     def perplexity_entropy(self, potential: PerplexityEntropy, with_grad: bool) -> tuple[Tensor, Tensor]:
-        """As :meth:`pair_sums`: three passes, of which the last two know each token's largest exponent and sum."""
+        """Loss and scale as in :meth:`pair_sums`, in three passes; the last two read each token's largest exponent and
+        sum, which the first computes."""
         shape = self._row_shape(True)
         total, largest, entropy, expected = (self._of_tokens() for _ in range(4))
         self._row_sweep(shape, "partition", sums=total, maxima=largest)
@@ -548,16 +556,16 @@ class _Call:
     # ---- from the sums to the loss and its gradient
 
     def finish(self, loss: Tensor, scale: Tensor, with_grad: bool) -> Losses:
-        """The gradient through the row transform, and the factor of each token."""
+        """Final losses, the gradient through the row transform, and the factor of each token."""
         pairs = self._pairs
         empty = pairs == 0
-        # Before it meets anything: where there is no pair it may be infinite.
+        # Masked before any other use: without a pair the scale may be infinite.
         scale = (scale * self.epilogue.kappa).masked_fill(empty, 0.0).masked_fill(loss.isnan(), math.nan)
         penalty = None
         if isinstance(self.potential, L2Repel) and self.potential.norm_weight:
             penalty = self.potential.norm_weight / (self._paired_tokens.clamp(min=1) * self.features)
             loss = loss + penalty * self._sequence_sums(self.statistics.norm.square(), None)[0]
-        # [rows, S] is [layers, batch] or [layers, S].
+        # From [rows, S] to [layers, batch], or to [layers, S] with cu_seqlens.
         loss = loss.masked_fill(empty, 0.0).view(len(self.layers), -1)
         pairs = pairs[: self.batch].flatten()
         if not with_grad:
@@ -576,7 +584,8 @@ class _Call:
         return Losses(loss, pairs, self.gradients, of_tokens)
 
     def _of_paired_tokens(self, of_sequences: Tensor) -> Tensor:
-        """``[layers, batch, L]`` fp32 from ``[rows, S]``; 0 for tokens without a partner."""
+        """Values of tokens, ``[layers, batch, L]`` fp32, from values of sequences, ``[rows, S]``; 0 for tokens without
+        a partner."""
         of_tokens = self._spread(of_sequences).float().reshape(len(self.layers), self.batch, self.length)
         return of_tokens if self.partners is None else of_tokens.masked_fill(self.partners <= 0, 0.0)
 
@@ -589,7 +598,7 @@ class _Call:
 
     @functools.cached_property
     def _pairs(self) -> Tensor:
-        """``[rows, S]`` int64: the ordered pairs of each sequence, the diagonal counted if it counts."""
+        """Number of ordered pairs of each sequence, ``[rows, S]`` int64, with the diagonal if the potential has it."""
         with_itself = int(getattr(self.potential, "include_diagonal", False))
         if self.partners is None:
             count = self.length * (self.length - 1 + with_itself)
@@ -598,13 +607,13 @@ class _Call:
 
     @functools.cached_property
     def _paired_tokens(self) -> Tensor:
-        """``[rows, S]`` fp64: the tokens with a partner."""
+        """Number of tokens with a partner, ``[rows, S]`` fp64."""
         if self.partners is None:
             return torch.full((self.rows, 1), float(self.length), dtype=torch.float64, device=self.device)
         return self._over_sequences((self.partners > 0).long()).double()
 
     def _over_sequences(self, of_token: Tensor) -> Tensor:
-        """``[rows, S]``: sums of integers ``[batch, L]``."""
+        """Sums over sequences, ``[rows, S]``, of integers ``[batch, L]``."""
         if self.segment is None:
             sums = of_token.sum(1, keepdim=True)
         else:
@@ -613,7 +622,7 @@ class _Call:
         return sums.repeat(len(self.layers), 1)
 
     def _spread(self, of_sequences: Tensor) -> Tensor:
-        """``[rows, L]`` from ``[rows, S]``."""
+        """Values of tokens, ``[rows, L]``, from values of their sequences, ``[rows, S]``."""
         if self.segment is None:
             return of_sequences.expand(self.rows, self.length)
         return of_sequences[:, self.segment]
@@ -621,7 +630,7 @@ class _Call:
     # ---- launches
 
     def _sequence_sums(self, sums: Tensor, maxima: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """``[rows, S]``: totals in fp64 and, if asked, the exponent they are relative to."""
+        """Totals of the sequences, ``[rows, S]`` fp64, and, with ``maxima``, the exponents they are relative to."""
         sequences = self.sequences
         total = torch.empty(self.rows, sequences, dtype=torch.float64, device=self.device)
         shift = None if maxima is None else torch.empty(self.rows, sequences, dtype=torch.float32, device=self.device)
@@ -656,7 +665,7 @@ class _Call:
         )
 
     def _ranges_of_groups(self, block: int) -> Tensor | None:
-        """Kept, because a row in blocks is many launches."""
+        """Group ranges of tiles of ``block`` tokens; cached, because a row in blocks takes many launches."""
         if self.groups is None:
             return None
         if block not in self._group_ranges:
@@ -664,12 +673,12 @@ class _Call:
         return self._group_ranges[block]
 
     def _triangle(self, shape: TileShape, rows: int, first_row: int = 0) -> Region:
-        """All pairs of tiles of some rows."""
+        """Region of all pairs of tiles of ``rows`` rows."""
         tiles = _blocks(self.length, shape.block)
         return Region(rows, _programs_of_triangle(tiles), tiles, first_row=first_row)
 
     def _tile_shape(self) -> TileShape:
-        # To be tuned: as many whole tiles of as many rows as the workspace holds.
+        # Tokens per row of the launch that is timed: whole tiles, as many as fit the workspace.
         tokens = min(self.length, math.isqrt(WORKSPACE_BYTES // self.dtype.itemsize)) // 128 * 128
 
         def launch(candidate: TileShape) -> Any:
@@ -732,7 +741,7 @@ class _Call:
 
 
 def _product_(out: Tensor, weights: Tensor, z: Tensor, add: bool) -> None:
-    """``out (+)= weights @ z`` with an fp32 result of 16-bit factors."""
+    """Product ``out (+)= weights @ z``, with an fp32 result, also for 16-bit factors."""
     if out.dtype == z.dtype:
         if add:
             torch.baddbmm(out, weights, z, out=out)
@@ -753,10 +762,10 @@ _FP16_ACCUMULATION = threading.Lock()
 
 @contextlib.contextmanager
 def fp32_accumulation() -> Iterator[None]:
-    """PyTorch's fp16 matrix products accumulate in fp32 meanwhile: with
-    ``torch.backends.cuda.matmul.allow_fp16_accumulation`` those with an fp32 result raise.
+    """Context in which PyTorch's fp16 matrix products accumulate in fp32: with
+    ``torch.backends.cuda.matmul.allow_fp16_accumulation`` products with an fp32 result raise.
 
-    The flag is of the process: the lock keeps a thread that restores it from a product of another.
+    The flag is global to the process: the lock keeps one thread from restoring it during another thread's product.
     """
     with _FP16_ACCUMULATION:
         allowed = torch.backends.cuda.matmul.allow_fp16_accumulation
@@ -770,29 +779,31 @@ def fp32_accumulation() -> Iterator[None]:
 
 
 def _runs_of_layers(begin: int, end: int, batch: int) -> list[tuple[int, int]]:
-    """The rows ``begin`` to ``end``, cut where a layer ends."""
+    """Ranges of the rows ``begin`` to ``end``, cut where a layer ends."""
     cuts = [begin, *range((begin // batch + 1) * batch, end, batch), end]
     return list(itertools.pairwise(cuts))
 
 
 def _dense(groups: Tensor) -> Tensor:
-    """``groups`` as int32 in the same order: equal where they were, negative where they were."""
+    """``groups`` as int32, in the same order: equal groups stay equal, negative ones negative."""
     ordered = groups.sort(dim=1).values
     return torch.searchsorted(ordered, groups.contiguous()).int().masked_fill_(groups < 0, -1)
 
 
 def _group_ranges(groups: Tensor, block: int) -> Tensor:
-    """``[B, tiles, 2]``: the least and the largest group of each tile of tokens."""
+    """Least and largest group of each tile of tokens, ``[B, tiles, 2]``."""
     padded = torch.nn.functional.pad(groups, (0, -groups.shape[1] % block), value=-1).unflatten(1, (-1, block))
     least = padded.masked_fill(padded < 0, _NO_GROUP).amin(2)
     return torch.stack([least, padded.amax(2)], 2)
 
 
 def _tile_ranges(groups: Tensor, block_m: int, block_n: int) -> Tensor:
-    """``[B, tiles, 2]``: the first tile of ``block_n`` tokens that each tile of ``block_m`` may pair with, and one past
-    the last; exact where groups are sorted, as packed sequences are, and never too few tiles.
+    """Range of the tiles of ``block_n`` tokens that each tile of ``block_m`` tokens may pair with, ``[B, tiles, 2]``:
+    the first, and one past the last. It is exact if groups are sorted, as in packed sequences, and never too small.
 
-    By bisection in the largest group up to a tile and the least one from a tile on, in memory linear in the tiles."""
+    Computed by bisection, in the running maximum of groups up to a tile and the running minimum from a tile on, with
+    memory linear in the number of tiles.
+    """
     of_i, of_j = _group_ranges(groups, block_m), _group_ranges(groups, block_n)
     largest_until = of_j[..., 1].cummax(1).values
     least_from = of_j[..., 0].flip(1).cummin(1).values.flip(1)
@@ -806,5 +817,5 @@ def _blocks(size: int, block: int) -> int:
 
 
 def _programs_of_triangle(tiles: int) -> int:
-    """The programs of ``pair_tiles`` for the upper triangle of so many tiles, folded to a rectangle."""
+    """Number of programs of ``pair_tiles`` for the upper triangle of ``tiles`` x ``tiles``, folded to a rectangle."""
     return _blocks(tiles, 2) * (tiles + 1)

@@ -1,1 +1,1 @@
-"""The Triton backend. Importing this package imports Triton; nothing else in ``dispersion_kernels`` does."""
+"""The Triton backend, the only part of ``dispersion_kernels`` whose import imports Triton."""

@@ -1,4 +1,4 @@
-"""The Triton kernels as the launcher runs them: their configurations, arguments and constants."""
+"""The Triton kernels behind the launcher's interface: their configurations, arguments and constants."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dispersion_kernels.backends.triton.configs import (
 
 
 def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]) -> Any:
-    """Launches a kernel on the current stream; gives what Triton compiled."""
+    """Launches a kernel on the current stream and returns the compiled kernel."""
     return kernel[grid](**arguments, **options, enable_fp_fusion=True)
 
 
@@ -35,12 +35,13 @@ class TritonKernels:
     Args:
         z: one of the layers, for their device and dtype.
         arch: the column of the table of configurations; None: that of the device.
-        precision: of fp32 matrix products, ``"tf32"``, ``"tf32x3"`` or ``"ieee"``; None: as PyTorch's.
-        run: what launches a kernel; :mod:`kernel_audit.ahead_of_time` records the launches instead.
+        precision: precision of fp32 matrix products, ``"tf32"``, ``"tf32x3"`` or ``"ieee"``; None: that of PyTorch's
+            products.
+        run: the function that launches a kernel; that of :mod:`kernel_audit.ahead_of_time` records the launch instead.
     """
 
     max_layers = 2**31
-    alignment = 16  # what Triton knows of a number is whether 16 divides it
+    alignment = 16  # Triton specialises on whether 16 divides a number
 
     def __init__(
         self, z: Tensor, arch: str | None = None, precision: str | None = None, run: Callable[..., Any] = run
@@ -254,7 +255,7 @@ class TritonKernels:
         )
 
     def _launch_on_tokens(self, kernel: Any, tokens: Tokens, epilogue: Epilogue, **arguments: Any) -> None:
-        """A kernel that reads each token by itself."""
+        """Launches a kernel that reads each token by itself."""
         block = tokens_of_a_program(self.arch)
         self._launch(
             kernel,
@@ -293,5 +294,5 @@ class TritonKernels:
 
 
 def _precision(dtype: torch.dtype, arch: str) -> str:
-    """How the kernels multiply fp32: as PyTorch's matrix products do. 16-bit products are exact anyway."""
+    """Precision of the kernels' fp32 products, that of PyTorch's matrix products; 16-bit products are exact anyway."""
     return "ieee" if dtype != torch.float32 or arch.startswith("gfx") else fp32_precision()

@@ -1,7 +1,7 @@
-"""The tile sizes of the kernels by architecture, dtype and number of features.
+"""The tile sizes of the Triton kernels by architecture, dtype and number of features.
 
-None may spill a register on its architecture: ``python -m kernel_audit.static_report --every --check`` compiles all of
-them.
+No configuration may spill a register on its architecture: ``python -m kernel_audit.static_report --every --check``
+compiles them all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Of ``pair_tiles_kernel``."""
+    """Configuration of ``pair_tiles_kernel``."""
 
     block: int
     block_k: int
@@ -24,7 +24,8 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class RowConfig:
-    """Of ``row_sweep_kernel``. Without ``resident``, ``block_f`` is the width of a slice of the gradient."""
+    """Configuration of ``row_sweep_kernel``. Without ``resident``, ``block_f`` is the width of a slice of the
+    gradient."""
 
     block_m: int
     block_n: int
@@ -40,7 +41,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a
 
 
 def architecture(device: torch.device) -> str:
-    """The column of the table for a device; the nearest older one where it has none of its own."""
+    """Column of the table for a device: its own architecture, or the nearest older one in the table."""
     if device.type == "cpu":
         return _INTERPRETER
     if torch.version.hip:
@@ -52,16 +53,16 @@ def architecture(device: torch.device) -> str:
 
 
 def tokens_of_a_program(arch: str) -> int:
-    """For the kernels that read each token by itself."""
+    """Tokens per program of the kernels that read each token by itself."""
     return 128 if arch == _INTERPRETER else 4
 
 
 def tile_config(arch: str, dtype: torch.dtype, precision: str, groups: bool) -> TileConfig:
-    """For similarities over the upper triangle of tiles."""
+    """Configuration for similarities over the upper triangle of tiles."""
     if arch == _INTERPRETER:
         return TileConfig(32, 32, 1, 1)
     if groups or (arch == "gfx90a" and dtype != torch.float32):
-        # The mask of a 128 x 128 tile takes the registers that are left (on gfx90a, the scalar ones).
+        # Smaller tiles: the mask of a 128 x 128 tile takes all remaining registers (on gfx90a, the scalar ones).
         if precision == "tf32x3":
             return TileConfig(64, 32, 8, 2)
         return TileConfig(64, 32 if dtype == torch.float32 else 64, 8 if arch == "sm_120" else 4, 3)
@@ -69,27 +70,27 @@ def tile_config(arch: str, dtype: torch.dtype, precision: str, groups: bool) -> 
         return TileConfig(128, 64, 8, 3)
     if precision == "tf32":
         return TileConfig(128, 32, 8, 3)
-    # Lengths that 16 does not divide take a few registers more, which four warps of sm_100 do not have.
+    # Eight warps on sm_100: lengths that 16 does not divide take a few registers more than four warps have.
     return TileConfig(64, 32, 8 if arch == "sm_100" and precision == "tf32x3" else 4, 2)
 
 
 def row_config(
     arch: str, dtype: torch.dtype, precision: str, features: int, perplexity: bool, gradient: bool
 ) -> RowConfig:
-    """For a tile of tokens against all others, with a gradient or for the loss alone."""
+    """Configuration for a tile of tokens against all others, with a gradient or for the loss alone."""
     width = max(16, 1 << (features - 1).bit_length())
     amd = arch.startswith("gfx")
     if arch == _INTERPRETER:
         return RowConfig(32, 32, 32, min(width, 64), width <= 64, 1, 1)
     if dtype == torch.float32:
-        # More warps than a tile has rows for multiply the same numbers twice. One stage where two leave too few
+        # Few warps: more than a tile has rows for multiply the same numbers twice. One stage where two leave too few
         # registers.
         warps = 8 if precision == "tf32" and gradient else 4
         stages = 1 if amd or (arch == "sm_100" and precision == "tf32x3") else 2
         resident = width <= 64 and precision != "tf32x3" and (gradient or precision != "tf32")
         return RowConfig(64, 32, 32, min(width, 64), resident, warps, stages)
     if perplexity:
-        # Resident tokens leave too few registers to its two probabilities a pair.
+        # Not resident: resident tokens leave too few registers for two probabilities per pair.
         return RowConfig(64, 64, 64, min(width, 128), False, 8, 2)
     if width <= 128 and gradient:
         if amd:
@@ -99,13 +100,13 @@ def row_config(
 
 
 def tile_candidates(config: TileConfig) -> list[TileConfig]:
-    """What tuning tries beside the table's, which comes first."""
+    """Configurations that tuning tries; the table's comes first."""
     grid = itertools.product((64, 128), (32, 64), (4, 8), (2, 3, 4))
     return [config, *(other for other in (TileConfig(*cell) for cell in grid) if other != config)]
 
 
 def row_candidates(config: RowConfig) -> list[RowConfig]:
-    """As :func:`tile_candidates`; the width of a slice stays, because it decides how much work there is."""
+    """As :func:`tile_candidates`; the width of a slice stays the same, because it determines the amount of work."""
     grid = itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
     others = (replace(config, block_m=m, block_n=n, num_warps=w, num_stages=s) for m, n, w, s in grid)
     return [config, *(other for other in others if other != config)]

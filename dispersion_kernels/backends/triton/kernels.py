@@ -1,11 +1,11 @@
 """The Triton kernels, in the order in which the launcher runs them.
 
-A *row* is one sequence of L tokens of one layer: row r is batch ``r % batch`` of layer ``r // batch``, and the layers
-are a tuple of pointers, so that all of them are one launch. Statistics of tokens are ``[rows, L]`` in fp32.
-Similarities are products of the raw tokens; the inverse norms are multiplied in by the epilogue, in fp32, so there is
-neither a normalised copy nor its rounding. Rows of a tile beyond L are read as token L - 1 and masked in the epilogue,
-so the loads of the main loop carry no mask. Tokens have ``width`` features, a multiple of 16, of which those beyond F
-are 0, next to each other and at strides that are multiples of 16: every load of them is of 16 bytes.
+A *row* is one sequence of L tokens of one layer: row r is batch ``r % batch`` of layer ``r // batch``. The layers are a
+tuple of pointers, so that one launch takes all of them. Statistics of tokens are ``[rows, L]`` in fp32. Similarities
+are products of the raw tokens; the epilogue multiplies in the inverse norms, in fp32, so that there is neither a
+normalised copy nor its rounding. Rows of a tile beyond L are read as token L - 1 and masked in the epilogue, so that
+loads of the main loop have no mask. Tokens have ``width`` contiguous features, a multiple of 16, with zeros beyond F,
+and strides that are multiples of 16, so that every load is of 16 bytes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-# Triton's interpreter multiplies the bits of bf16 as if they were integers.
+# Whether Triton's interpreter runs the kernels; it multiplies bf16 as if the bits were integers.
 _INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
-# The largest exponent where there is no pair: less than any exponent, and finite.
+# Largest exponent of an empty set of pairs: less than any exponent, and finite.
 _NO_EXPONENT = tl.constexpr(-3.4028234663852886e38)
-# Norms below it, of which fp32 holds neither squares nor products: 2^-50.
+# Least norm whose squares and products fp32 holds: 2^-50.
 _LEAST_NORM = tl.constexpr(8.881784197001252e-16)
-# The largest |z|^2 of distances, times q or not: sums of four are finite (sweep.LARGEST_SQUARE).
+# Largest |z|^2, and q |z|^2, of potentials of the distance: sums of four stay finite (torch_tiled.LARGEST_SQUARE).
 _LARGEST_SQUARE = tl.constexpr(0.03 * 3.4028234663852886e38)
 
 
@@ -52,12 +52,13 @@ def row_statistics_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """What the epilogue needs of each token: its norm r, what it is divided by, and a second number.
+    """Statistics of each token for the epilogue: its norm r, the inverse it is multiplied by, and a second number,
+    extra.
 
-    ``normalize``: r = |z|, inverse 1 / (r + eps) or 0, extra a tiny number that equal tokens share and others hardly,
-    or -q for a zero token. ``standardize``: r = |z - mean|, inverse 1 / r, or 0 for a constant token, extra mean
-    sqrt(F). ``none``: r = |z|, inverse 1, extra q r^2. r is infinite, and the loss NaN, where fp32 does not hold what
-    is computed from it.
+    ``normalize``: r = |z|, inverse 1 / (r + eps) or 0, extra a tiny number that equal tokens share and other tokens
+    hardly ever do, or -q for a zero token. ``standardize``: r = |z - mean|, inverse 1 / r, or 0 for a constant token,
+    extra mean sqrt(F). ``none``: r = |z|, inverse 1, extra q r^2. r is infinite, and the loss NaN, where later results
+    leave the range of fp32.
     """
     row = tl.program_id(1)
     z = _of_layer(layers, row // batch, LAYERS) + (row % batch).to(tl.int64) * stride_b
@@ -77,7 +78,8 @@ def row_statistics_kernel(
             least = tl.minimum(least, tl.where(inside, x, float("inf")))
             largest = tl.maximum(largest, tl.where(inside, x, float("-inf")))
         mean = tl.sum(total, 1) / features
-        # The rounded mean of a constant token may differ from its features; it must not be blown up to length 1.
+        # The rounded mean of a constant token may differ from its features; the difference must not be scaled to
+        # length 1.
         constant = tl.min(least, 1) == tl.max(largest, 1)
     total = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
     keys = tl.zeros((BLOCK_M, BLOCK_F), tl.int32)
@@ -92,12 +94,12 @@ def row_statistics_kernel(
     norm = tl.sqrt_rn(squares)
     if TRANSFORM == "normalize":
         key = tl.sum(keys, 1)
-        # Beside a larger eps such a token is 0. The key of one that is not 0 may be 0, too, once in 2^32.
+        # With a larger eps such a token counts as 0. A key of 0 means a zero token; another token has it once in 2^32.
         unknown = (eps < _LEAST_NORM * 16777216.0) & (norm < _LEAST_NORM) & (key != 0)
         norm = tl.where(unknown, float("inf"), norm)
         denominator = norm + eps
         inverse = tl.where(denominator > 0, 1.0 / tl.where(denominator > 0, denominator, 1.0), 0.0)
-        # A float of 2^-90 to 2^-89.
+        # A float between 2^-90 and 2^-89, made from the key.
         extra = (0x12800000 | ((key * -1640531535) >> 9 & 0x7FFFFF)).to(tl.float32, bitcast=True)
         extra = tl.where(norm > 0, extra, -q)
     elif TRANSFORM == "standardize":
@@ -116,7 +118,7 @@ def row_statistics_kernel(
 
 @triton.jit
 def _key(x, feature):
-    """An integer of the feature's place and bits, the same for 0 and -0; their sum tells tokens apart."""
+    """Hash of a feature's place and bits, the same for 0 and -0; the sum over the features distinguishes tokens."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     place = (feature + 1) * -1640531535
     return (bits ^ (bits >> 15)) * ((place ^ (place >> 15)) | 1)[None, :]
@@ -124,8 +126,9 @@ def _key(x, feature):
 
 @triton.jit
 def _dot(a, b, sums, PRECISION: tl.constexpr):
-    """``a @ b + sums`` in fp32. Tensor cores cut off what does not fit a sum; of tf32x3 Triton sums the products of a
-    block apart and adds them to ``sums`` with rounding, so that no error grows with the number of blocks."""
+    """Product ``a @ b + sums`` in fp32. Tensor cores truncate when they add to a sum; with tf32x3 Triton sums the
+    products of a block separately and adds them to ``sums`` with rounding, so that the error does not grow with the
+    number of blocks."""
     if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -144,7 +147,7 @@ def _products(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``Z_I Z_J^T`` in fp32, of the tokens at ``offsets_i`` and ``offsets_j``."""
+    """Products ``Z_I Z_J^T`` in fp32 of the tokens at ``offsets_i`` and ``offsets_j``."""
     k = tl.arange(0, BLOCK_K)
     z_i = z + offsets_i[:, None] + k[None, :]
     z_j = z + offsets_j[None, :] + k[:, None]
@@ -185,9 +188,10 @@ def _weigh(
     EXPONENTIAL: tl.constexpr,
     TRANSFORM: tl.constexpr,
 ):
-    """``(u, v)`` of a tile of products, an exponent less ``shift``; psi = slope = 0 for tokens of different groups, if
-    the tile is ``masked``, and for a token with itself, if it is on the ``diagonal``."""
-    # The two conditions one after the other: together they would hold a register of lanes for each element.
+    """Result ``(u, v)`` of the epilogue function for a tile of products; an exponent has ``shift`` subtracted. psi and
+    slope are 0 for tokens of different groups, if the tile is ``masked``, and for a token with itself, if it is on the
+    ``diagonal``."""
+    # The two conditions are applied one after the other: combined they would hold a register of lanes per element.
     if TRANSFORM == "standardize":
         c -= extra_i[:, None] * extra_j[None, :]
     if TRANSFORM != "none":
@@ -208,8 +212,8 @@ def _weigh(
     return u, v
 
 
-# Numbers that differ from call to call must not each compile a kernel. Of the length it matters whether 16 divides it:
-# then statistics of tokens are loaded several at a time.
+# do_not_specialize: numbers that differ from call to call, each of which would compile a kernel. The length is not
+# among them: if 16 divides it, statistics are loaded for several tokens at a time.
 @triton.jit(do_not_specialize=["sums_stride", "first_sum", "first_row", "tiles_i", "tiles_j", "batch"])
 def pair_tiles_kernel(
     layers,
@@ -256,18 +260,18 @@ def pair_tiles_kernel(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One pair of tiles of tokens (I, J) of one row: the sum of psi over its pairs, in both orders, and, if ``WRITE``,
-    the slopes times the inverse norm of the column, to the workspace, and those of (J, I).
+    """Kernel for one pair of tiles of tokens (I, J) of one row: the sum of psi over its pairs, in both orders, and,
+    with ``WRITE``, the slopes times the inverse norm of the column, to ``weights``, and those of (J, I), to ``mirror``.
 
-    The program's number is a pair of the upper triangle of ``tiles_i`` x ``tiles_i``, folded to a rectangle, or,
-    without ``TRIANGLE``, of ``tiles_i`` x ``tiles_j``; both count from the tokens ``first_i`` and ``first_j``.
-    ``ONLINE``: the sum is relative to the largest exponent of the tile, which goes to ``maxima``.
+    The program's number numbers the pairs of tiles: of the upper triangle of ``tiles_i`` x ``tiles_i``, folded to a
+    rectangle, or, without ``TRIANGLE``, of ``tiles_i`` x ``tiles_j``. Tile 0 begins at token ``first_i`` or
+    ``first_j``. ``ONLINE``: the sum is relative to the largest exponent of the tile, which goes to ``maxima``.
     """
     number = tl.program_id(0)
     in_round = tl.program_id(1)
     row = first_row + in_round
     if TRIANGLE:
-        # Line n of the rectangle is line n of the triangle and, behind it, line tiles - 1 - n.
+        # Line n of the rectangle is line n of the triangle, followed by line tiles_i - 1 - n.
         line = number // (tiles_i + 1)
         place = number % (tiles_i + 1)
         second = place >= tiles_i - line
@@ -319,14 +323,14 @@ def pair_tiles_kernel(
     if HAS_GROUPS:
         groups_ptr += (row % batch).to(tl.int64) * length
         groups_i = tl.load(groups_ptr + i, mask=valid_i, other=-1)
-        # A negative group pairs with nobody, not even its like.
+        # Tokens of a negative group pair with no token, not even with one of the same group.
         groups_i = tl.where(groups_i < 0, -2, groups_i)
         groups_j = tl.load(groups_ptr + j, mask=valid_j, other=-1)
         masked = True
     else:
         groups_i = tl.where(valid_i, 0, -2)
         groups_j = tl.where(valid_j, 0, -1)
-        # J is never before I, so I reaches beyond the last token only if J does.
+        # J is never before I, so tile I reaches beyond the last token only if J does.
         masked = first_j + tile_j * BLOCK + BLOCK > length
     inverse_i = tl.load(inverse_ptr + statistics + i, mask=valid_i, other=0.0)
     inverse_j = tl.load(inverse_ptr + statistics + j, mask=valid_j, other=0.0)
@@ -359,7 +363,7 @@ def pair_tiles_kernel(
     )
     if EXPONENTIAL:
         if ONLINE:
-            largest = tl.maximum(tl.max(u), _NO_EXPONENT)  # finite where there is no pair
+            largest = tl.maximum(tl.max(u), _NO_EXPONENT)  # finite for a tile without a pair
             tl.store(maxima_ptr + sum_at, largest)
             u -= largest
         psi = tl.exp2(u)
@@ -424,20 +428,23 @@ def row_sweep_kernel(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The tokens of tile I of one row against all that they pair with, and nothing kept of the tiles between.
+    """Kernel for the sums of the tokens of tile I of one row over their pairs; no slope is kept in memory.
 
     ``PASS``:
-    ``loss``: the sum of psi over each token's pairs with tokens of its own tile and, twice, of later ones.
-    ``online``: the same relative to the token's largest exponent, which goes to ``maxima``.
-    ``gradient``: the sum of psi over all of a token's pairs, and G_i = sum_j slope_ij x_j, ``BLOCK_F`` features of it,
-    those of the program's third number.
-    And of perplexity_entropy, whose P_ij = exp2(e_ij - largest_i) / total_i: ``partition``: largest and total, over
-    all pairs; ``entropy``: sum_j P_ij h_ij to ``sums`` and sum_j P_ij g_ij to ``maxima``; ``entropy_gradient``: G_i of
-    P_ij (g_ij - expected_i) + P_ji (g_ji - expected_j), where p2 is eps and that of the exponent 0
-    (:func:`dispersion_kernels.backends.torch_tiled._perplexity_entropy`).
+    ``loss``: for each token the sum of psi over its pairs with tokens of its own tile and, counted twice, of later
+    tiles.
+    ``online``: the sum of ``loss``, relative to the token's largest exponent, which goes to ``maxima``.
+    ``gradient``: the sum of psi over all of a token's pairs, and a slice of ``BLOCK_F`` features, the program's third
+    number, of G_i = sum_j slope_ij x_j.
+    Passes of perplexity_entropy (:func:`dispersion_kernels.backends.torch_tiled._perplexity_entropy`), with P_ij =
+    exp2(e_ij - largest_i) / total_i; p2 is eps, and the potential's p2 is 0:
+    ``partition``: total to ``sums`` and largest to ``maxima``, over all pairs.
+    ``entropy``: sum_j P_ij h_ij to ``sums`` and sum_j P_ij g_ij to ``maxima``.
+    ``entropy_gradient``: G_i with the slopes P_ij (g_ij - expected_i) + P_ji (g_ji - expected_j).
 
     ``WEIGHTED``: the weights' inverse norms, scaled or not, are not all 1.
-    ``RESIDENT``: all features fit ``BLOCK_F``, so the tokens of I stay and those of J are read once for both products.
+    ``RESIDENT``: all features fit ``BLOCK_F``, so the tokens of I are loaded once, and those of J once for both
+    products.
     """
     tile_i = tl.program_id(0)
     row = tl.program_id(1)
@@ -454,7 +461,7 @@ def row_sweep_kernel(
     if HAS_GROUPS:
         groups_ptr += (row % batch).to(tl.int64) * length
         groups_i = tl.load(groups_ptr + i, mask=valid_i, other=-1)
-        groups_i = tl.where(groups_i < 0, -2, groups_i)  # pairs with nobody, not even its like
+        groups_i = tl.where(groups_i < 0, -2, groups_i)  # pairs with no token, not even with one of the same group
         ranges = tile_range_ptr + 2 * ((row % batch).to(tl.int64) * tl.num_programs(0) + tile_i)
         first_tile = tl.load(ranges)
         end_tile = tl.load(ranges + 1)
@@ -564,7 +571,8 @@ def row_sweep_kernel(
                     z_j = tl.load(z + read_j[:, None] + f[None, :], mask=(f < width)[None, :], other=0.0)
                 weights = slope.to(z_j.dtype)
                 if SUM_WEIGHTS:
-                    # Of the rounded weights: the sum multiplies z_i as the product z_j, and a common part cancels.
+                    # Sum of the rounded weights, which the product with z_j has, too, so that a part common to z_i and
+                    # z_j cancels.
                     weight_sums += tl.sum(weights.to(tl.float32), 1)
                 gradient = _dot(weights, z_j, gradient, PRECISION)
 
@@ -582,11 +590,11 @@ def row_sweep_kernel(
 
 @triton.jit
 def _information(p, average, eps):
-    """h = log2((P + eps) / (average + eps)) and g = d(P h) / dP = h + P / ((P + eps) ln 2); finite at P = 0, so what is
-    no pair adds 0."""
-    shifted = tl.maximum(p + eps, 1.1754943508222875e-38)  # an eps may be less, and P be 0
+    """h = log2((P + eps) / (average + eps)) and g = d(P h) / dP = h + P / ((P + eps) ln 2). Both are finite at P = 0,
+    so entries that are no pairs add 0."""
+    shifted = tl.maximum(p + eps, 1.1754943508222875e-38)  # eps may be less, and P may be 0
     per_mean = 1.0 / (average + eps)
-    # Where P is near its average the digits of h are those of x, as in log1p; log(y) / (y - 1) varies slowly.
+    # Where P is near its average, h gets its digits from x, as in log1p; log(y) / (y - 1) varies slowly.
     x = (p - average) * per_mean
     y = tl.maximum(shifted * per_mean, 1.1754943508222875e-38)
     rounding = y - 1.0
@@ -609,8 +617,8 @@ def sequence_sums_kernel(
     HAS_BOUNDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of one sequence of one row: the sum of its partial sums, in fp64, relative to the largest maximum, which goes to
-    ``shift``; NaN where a norm is not finite. Always in the same order."""
+    """Kernel for the total of the partial sums of one sequence of one row, in fp64, relative to the largest maximum,
+    which goes to ``shift``; NaN if a norm is not finite. The order of additions is fixed."""
     sequence = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     if HAS_BOUNDS:
@@ -669,10 +677,10 @@ def project_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """The gradient through the row transform, in place of G and but for its scale.
+    """Kernel for the gradient through the row transform, without its scale, in place of G = u.
 
-    ``normalize``: u - x (x . u) / (r inverse), ``standardize``: the same of u less its mean, ``none``: w z - G with w
-    the token's sum of weights.
+    ``normalize``: u - x (x . u) / (r inverse); ``standardize``: the same for u - mean(u); ``none``: w z - G, with w
+    the sum of the token's weights.
     """
     row = tl.program_id(1)
     layer = row // batch
@@ -700,7 +708,7 @@ def project_kernel(
             u = tl.load(out + (start + f)[None, :], mask=inside, other=0.0)
             product += u * (x - mean_z[:, None])
             total += u
-        # x - mean sums to 0, so its product with u is that with u less its mean.
+        # x - mean sums to 0, so its product with u equals its product with u - mean(u).
         product_sum = tl.sum(product, 1) * inverse * inverse * ratio
         mean_u = tl.zeros((BLOCK_M,), tl.float32)
         if TRANSFORM == "standardize":

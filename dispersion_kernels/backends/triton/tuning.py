@@ -1,7 +1,8 @@
 """Opt-in tuning: ``DISPERSION_KERNELS_AUTOTUNE=1`` times the configurations near the table's on the user's own device.
 
 The fastest is kept in ``$XDG_CACHE_HOME/dispersion_kernels/tuning.json`` (``~/.cache`` by default) for each device,
-Triton, kernel, dtype, number of features and bucket of lengths, so that a length that changes tunes nothing anew.
+Triton version, kernel, dtype, number of features and bucket of lengths; buckets keep a new length from being tuned
+again.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ Config = TypeVar("Config", bound=Any)
 
 
 def enabled(device: torch.device) -> bool:
-    """Whether to tune for ``device``. Never while a CUDA graph is captured, which timing would break."""
+    """Whether to tune for ``device``; false while a CUDA graph is captured, because timing would break the capture."""
     wanted = os.environ.get("DISPERSION_KERNELS_AUTOTUNE") == "1"
     return wanted and device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
 def length_bucket(length: int) -> int:
-    """The power of two at or above ``length``, at least 256."""
+    """Least power of two that is at least ``length`` and at least 256."""
     return max(256, 1 << (length - 1).bit_length())
 
 
@@ -38,10 +39,10 @@ def best(
     launch: Callable[[Config], Any],
     time: Callable[[Callable[[], Any]], float] = triton.testing.do_bench,
 ) -> Config:
-    """The candidate that ``key`` was decided for, or else the one whose ``launch`` takes the least time.
+    """Candidate that an earlier decision for ``key`` chose, or else the one whose ``launch`` takes the least time.
 
-    ``launch`` returns the compiled kernel. A candidate that spills registers or does not fit the device is passed over;
-    the first one, which is the table's, is taken where nothing is left.
+    ``launch`` returns the compiled kernel. Candidates that spill registers or do not fit the device are skipped; if
+    none is left, the first one, the table's, is chosen.
     """
     decided = (str(_path()), key)
     if decided not in _DECIDED:
@@ -50,7 +51,7 @@ def best(
     return chosen
 
 
-# Of this process, so that a call reads no file.
+# Decisions of this process by file and key, so that a call reads no file.
 _DECIDED: dict[tuple[str, str], Any] = {}
 
 
@@ -91,7 +92,7 @@ def _read() -> dict[str, Any]:
 
 
 def _write(known: dict[str, Any]) -> None:
-    """Renamed into place, so that processes that tune at once read whole files."""
+    """Writes the file under a temporary name and renames it, so that processes that tune at once read whole files."""
     path = _path()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
