@@ -1,4 +1,4 @@
-"""What a run is built from: its device, tokens, model, optimiser and schedule."""
+"""Construction of a run's device, tokens, model, optimiser and learning-rate schedule from the options."""
 
 import argparse
 import math
@@ -23,7 +23,7 @@ def pick_device(options: argparse.Namespace) -> torch.device:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()  # a meta tensor holds no value
-    except (RuntimeError, AssertionError, ImportError) as error:  # of backends that this PyTorch was built without
+    except (RuntimeError, AssertionError, ImportError) as error:  # this PyTorch was built without the backend
         raise ValueError(f"--device {name}: PyTorch cannot use it here ({str(error).splitlines()[0]})") from error
     if options.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError("--dtype bfloat16: this GPU does not have it; use float16 or float32")
@@ -31,7 +31,7 @@ def pick_device(options: argparse.Namespace) -> torch.device:
 
 
 def load_tokens(options: argparse.Namespace) -> TokenData:
-    """One process a machine reads and tokenises the text, the others open what it wrote."""
+    """Tokens of the run. One process per machine reads and tokenises the text; the others open its files."""
     data = None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         data = load_data(
@@ -84,7 +84,7 @@ def build_optimizer(model: GPT2, options: argparse.Namespace, device: torch.devi
 
 
 def dispersion_layers(choice: str, layers: int) -> list[int]:
-    """The layers whose hidden states are dispersed, counted from 1; the embedding is not one of them."""
+    """Numbers of the layers whose hidden states are dispersed, counted from 1; the embedding is no layer."""
     try:
         return layer_numbers(choice if choice.isidentifier() else [int(k) for k in choice.split(",")], layers)
     except ValueError:
@@ -95,7 +95,7 @@ def dispersion_layers(choice: str, layers: int) -> list[int]:
 
 
 def learning_rate(step: int, options: argparse.Namespace) -> float:
-    """Linear warm-up, then a cosine down to a tenth."""
+    """Learning rate of ``step``: linear warm-up to ``options.lr``, then a cosine down to a tenth of ``options.lr``."""
     if step < options.warmup:
         share: float = (step + 1) / options.warmup
     else:

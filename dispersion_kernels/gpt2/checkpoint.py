@@ -1,8 +1,8 @@
-"""Checkpoints: what a run needs to go on, every byte of it checked before it is used.
+"""Checkpoints of a run, every byte of which is checked before use.
 
-A checkpoint may come from anywhere. PyTorch reads tensors and plain values from it and no code; each part has its
-checksum; and the command line in it, which names files to read and a folder to write to, is signed with a key that
-only its user can read, so that only a run of one's own goes on with its own paths.
+A checkpoint may come from anywhere. PyTorch reads tensors and plain values from it, never code, and each part has a
+checksum. The command line in it names files to read and a folder to write to; it is signed with a key that only its
+user can read, so that the paths in a checkpoint of another user are not used unconfirmed.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from .data import cache_folder
 from .files import replaced, tensor_sha256
 from .model import GPT2, GPT2Config
 
-# The parts, and what each has to be.
+# Parts of a checkpoint and their types.
 PARTS: dict[str, type] = {
     "model": dict,
     "optimizer": dict,
@@ -43,13 +43,13 @@ TENSORS = ("model", "optimizer")
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """Those there are in a run's folder, or in the two of a comparison."""
+    """Existing checkpoint files in a run's folder, or in the two folders of a comparison."""
     files = [out / folder / "checkpoint.pt" for folder in (".", "without", "with")]
     return [file for file in files if file.exists()]
 
 
 def write_checkpoint(file: Path, state: dict[str, Any]) -> None:
-    """`state` has every part but the signature."""
+    """Writes ``state``, which has every part but the signature, with its signature and checksums."""
     state = {**state, "signature": signature(state["arguments"])}
     checksums = {name: checksum(part) for name, part in state.items()}
     size = sum(value.nbytes for _, value in leaves(state) if isinstance(value, Tensor))
@@ -59,7 +59,8 @@ def write_checkpoint(file: Path, state: dict[str, Any]) -> None:
 
 
 def read_checkpoint(file: Path, tensors: bool = True) -> dict[str, Any]:
-    """A checkpoint's parts, checked one by one; without `tensors` the others alone, at no more cost than theirs."""
+    """Parts of a checkpoint, each checked. Without ``tensors`` the parts other than tensors are read, and only those
+    from the disk."""
     wanted = [name for name in PARTS if tensors or name not in TENSORS]
     with damage_named(file):
         if not file.is_file():
@@ -80,7 +81,7 @@ def read_checkpoint(file: Path, tensors: bool = True) -> dict[str, Any]:
 
 
 def check_model(saved: dict[str, Any], config: GPT2Config) -> None:
-    """The tensors have the shapes of `config`, which is known before there is memory for any of them."""
+    """Raises where the tensors do not have the shapes of ``config``; the check allocates no memory for the tensors."""
     if config.layers > len(saved):
         raise ValueError(f"its model has {len(saved)} tensors, too few for {config.layers} layers")
     with torch.device("meta"):
@@ -89,9 +90,9 @@ def check_model(saved: dict[str, Any], config: GPT2Config) -> None:
 
 
 def restore_optimizer(optimizer: torch.optim.AdamW, saved: dict[int, Any]) -> None:
-    """Moments and counts of steps; learning rate, decay and the like are the command line's."""
+    """Restores moments and step counts; learning rate, weight decay and the like come from the command line."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if saved:  # which is empty as long as the GradScaler has skipped every step
+    if saved:  # empty as long as the GradScaler has skipped every step
         compare("its optimizer", saved, dict.fromkeys(range(len(parameters))))
         for index, parameter in enumerate(parameters):
             moments = {"exp_avg": parameter, "exp_avg_sq": parameter}
@@ -100,7 +101,7 @@ def restore_optimizer(optimizer: torch.optim.AdamW, saved: dict[int, Any]) -> No
 
 
 def compare(which: str, saved: Mapping[Any, Any], expected: Mapping[Any, Tensor | None]) -> None:
-    """The same names in both, and tensors of the same shapes and dtypes where there are some."""
+    """Raises where the names differ, or the shapes or dtypes of the tensors in ``expected``."""
     if missing := expected.keys() - saved.keys():
         raise ValueError(f"{which} lacks {min(missing)}")
     if unknown := saved.keys() - expected.keys():
@@ -113,7 +114,7 @@ def compare(which: str, saved: Mapping[Any, Any], expected: Mapping[Any, Tensor 
 
 @contextlib.contextmanager
 def damage_named(file: Path) -> Iterator[None]:
-    """Whatever breaks on a file that may hold anything: the zip, the pickle, a tensor, a value."""
+    """Context that turns every exception from a file's content (zip, pickle, tensors, values) into a ValueError."""
     try:
         yield
     except Exception as error:
@@ -125,13 +126,13 @@ def damage_named(file: Path) -> Iterator[None]:
 
 
 def checksum(part: Any) -> str:
-    """SHA-256 of names, values and tensors, the tensors on as many threads as there are processors."""
+    """SHA-256 of names, values and tensors, hashed on as many threads as processors."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return hashlib.sha256(json.dumps(list(pool.map(leaf_checksum, leaves(part)))).encode()).hexdigest()
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The values and tensors in dicts and lists, with the path to each. A dict or list is one, too: of its type."""
+    """Values and tensors in nested dicts and lists, each with its path. A dict or list itself yields its type."""
     if isinstance(value, dict | list):
         yield name, type(value)
         items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -149,20 +150,20 @@ def leaf_checksum(leaf: tuple[str, Any]) -> list[str]:
 
 
 def signature(arguments: list[str]) -> str:
-    """HMAC of a command line under the user's key; empty where there is no key."""
+    """HMAC-SHA-256 of a command line under the user's key; empty without a key."""
     key = user_key()
     return hmac.new(key, json.dumps(arguments).encode(), "sha256").hexdigest() if key else ""
 
 
 def is_signed(state: dict[str, Any]) -> bool:
-    """Whether this user wrote the checkpoint, and so chose the paths in its command line."""
+    """Whether this user wrote the checkpoint and thus chose the paths in its command line."""
     expected = signature(state["arguments"])
     return bool(expected) and hmac.compare_digest(expected.encode(), state["signature"].encode())
 
 
 def user_key() -> bytes:
-    """32 random bytes in a file of the cache folder, made when they are first needed; none where none can be kept, or
-    where others can read or write them."""
+    """User's key: 32 random bytes in a file of the cache folder, made on first use. Empty where the file cannot be
+    kept, or where other users can read or write it."""
     try:
         file = cache_folder() / "key"
         if not file.exists():
@@ -177,6 +178,6 @@ def user_key() -> bytes:
         if os.name == "posix" and (status.st_uid != os.geteuid() or status.st_mode & 0o077):
             return b""
         key = file.read_bytes()
-    except (OSError, ValueError):  # the latter where the user has no home
+    except (OSError, ValueError):  # ValueError where the user has no home folder
         return b""
     return key if len(key) == 32 else b""

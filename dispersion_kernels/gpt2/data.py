@@ -1,7 +1,7 @@
-"""Text to tokens on disk, and from there to batches.
+"""Conversion of text to tokens on disk, and of tokens to batches.
 
 Documents are tokenised once into memory-mapped files in a cache folder, each followed by the end-of-text token. Some
-documents are kept for validation; a single one gives its last part.
+documents are kept for validation; of a single document, its last part.
 """
 
 import contextlib
@@ -26,13 +26,14 @@ from .text import Document, find_documents
 from .tokenizer import END_OF_TEXT, GPT2_FILES, blocks, encode, gpt2_bpe, train_bpe
 
 VALIDATION_SHARE = 0.05
-# Bumped whenever the same texts would give other tokens or files, so that an old cache is not taken for a new one.
+# Version of the cache; incremented when the same texts would give other tokens or files, to ignore old caches.
 CACHE_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class TokenData:
-    """Memory-mapped tokens: `train` and `validation` are 1-D, uint16 or uint32. `key` names text and tokeniser."""
+    """Memory-mapped tokens. ``train`` and ``validation`` are 1-D, uint16 or uint32; ``key`` identifies text and
+    tokeniser."""
 
     train: Tensor
     validation: Tensor
@@ -50,16 +51,16 @@ def load_data(
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> TokenData:
-    """Tokens of the texts in `sources`, from the cache when they were tokenised before.
+    """Tokens of the texts in ``sources``, from the cache where they were tokenised before.
 
     Args:
-        sources: text files (also .gz and .xz), folders of them, `/dev/stdin` or another open pipe, or
-            `hf:NAME[:CONFIG]`, a data set on Hugging Face's hub whose column `text` holds documents. Nothing: the
-            source text of the running Python's library.
-        tokenizer: `gpt2` (GPT-2's own), `bpe` (a byte-level BPE trained on these texts) or `bytes`.
-        vocab_size: of `bpe`, end-of-text token included.
-        cache: folder of the tokenised files; by default below $XDG_CACHE_HOME or ~/.cache.
-        progress: draw a bar while tokenising.
+        sources: text files (also .gz and .xz), folders of text files, ``/dev/stdin`` or another open pipe, or
+            ``hf:NAME[:CONFIG]``, a data set on Hugging Face's hub whose column ``text`` holds documents. Without
+            sources, the source text of the running Python's library.
+        tokenizer: ``gpt2`` (GPT-2's own), ``bpe`` (a byte-level BPE trained on the texts) or ``bytes``.
+        vocab_size: size of the ``bpe`` vocabulary, end-of-text token included.
+        cache: folder of the tokenised files; by default below ``$XDG_CACHE_HOME`` or ``~/.cache``.
+        progress: whether to draw a progress bar while tokenising.
     """
     if tokenizer not in ("gpt2", "bpe", "bytes"):
         raise ValueError(f"--tokenizer must be gpt2, bpe or bytes, got {tokenizer!r}")
@@ -100,9 +101,9 @@ def cache_folder(chosen: str | Path | None = None) -> Path:
 def split(documents: list[Document], hashes: list[str], sizes: list[int]) -> tuple[list[Document], list[Document]]:
     """Training and validation documents; validation gets about VALIDATION_SHARE of the bytes.
 
-    Whole documents, in the order of their hashes, so that copies of one land on the same side. Where they are too few
-    or too large for that, validation is the smallest one that leaves half of the text to train on, and where there is
-    no such one, the end of the largest.
+    Whole documents are taken in the order of their hashes, so that copies of a document land on the same side. Where
+    the documents are too few or too large for that, validation is the smallest document of at least that share which
+    leaves half of the text to train on; where there is none, the end of the largest document.
     """
     size_of = dict(zip(hashes, sizes, strict=True))
     wanted = VALIDATION_SHARE * sum(size_of.values())
@@ -135,7 +136,7 @@ def cut(text: str) -> tuple[str, str]:
 def tokenize_into(
     folder: Path, train: list[Document], validation: list[Document], tokenizer: str, vocab_size: int, progress: bool
 ) -> None:
-    """Writes the cache folder under a temporary name and renames it: it is there whole or not at all."""
+    """Writes the cache folder under a temporary name and renames it, so that it exists whole or not at all."""
     from tqdm import tqdm
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +154,7 @@ def tokenize_into(
             for part, documents in (("train", train), ("validation", validation)):
                 counts[part], checksum = 0, hashlib.sha256()
                 with open(temporary / f"{part}.bin", "wb") as file:
-                    # Enough at a time to keep the tokeniser's threads busy, few enough to bound the memory.
+                    # 64 blocks at a time keep the tokeniser's threads busy and bound the memory.
                     for batch in batched(blocks(documents), 64):
                         encoded = encode([text for text in batch if text is not None], bpe)
                         for text in batch:
@@ -181,8 +182,8 @@ def batched(items: Iterable[str | None], size: int) -> Iterator[list[str | None]
 
 @contextlib.contextmanager
 def temporary_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, removed at the end if it was not renamed. The lock beside it says that its process
-    lives: it ends with the process, however that ends."""
+    """Temporary folder beside ``folder``, removed at the end unless renamed. A lock file beside it shows that the
+    process is alive: the system releases the lock with the process, however the process ends."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     lock = FileLock(f"{temporary}.lock")
     with lock.acquire(timeout=0):
@@ -191,12 +192,12 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
             yield temporary
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            with contextlib.suppress(OSError):  # Windows keeps open files
+            with contextlib.suppress(OSError):  # Windows does not delete open files
                 Path(lock.lock_file).unlink()
 
 
 def remove_leftovers(cache: Path) -> None:
-    """Removes what processes left that were killed while they tokenised: nobody holds its lock."""
+    """Removes temporary folders of processes killed while tokenising, whose locks are free."""
     for file in cache.glob(".*.lock"):
         with contextlib.suppress(Timeout, OSError), FileLock(file).acquire(timeout=0):
             shutil.rmtree(file.with_suffix(""), ignore_errors=True)
@@ -204,7 +205,7 @@ def remove_leftovers(cache: Path) -> None:
 
 
 def open_tokens(folder: Path) -> TokenData:
-    """The tokens in a cache folder, every byte of which is compared with the checksum it was written with."""
+    """Tokens in a cache folder, every byte of which is checked against its checksum."""
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         if meta.pop("checksum", None) != checksum_of(meta):
@@ -228,9 +229,10 @@ def checksum_of(meta: dict[str, Any]) -> str:
 
 
 def training_windows(tokens: Tensor, context: int, count: int, *, seed: int, step: int) -> list[int]:
-    """Where the `count` windows of one optimiser step begin: a function of seed and step alone.
+    """First tokens of the ``count`` windows of one optimiser step, a function of seed and step alone.
 
-    So a resumed run, any number of ranks, and accumulated micro-batches draw what one large uninterrupted run would.
+    Resumed runs, any number of ranks, and accumulated micro-batches therefore draw the windows of one uninterrupted run
+    with large batches.
     """
     check_length(tokens, context, "training")
     generator = torch.Generator().manual_seed(mixed_seed(seed, step))
@@ -238,14 +240,14 @@ def training_windows(tokens: Tensor, context: int, count: int, *, seed: int, ste
 
 
 def validation_windows(tokens: Tensor, context: int, count: int) -> list[int]:
-    """At most `count` windows, evenly spread and without overlap: the same ones every time."""
+    """First tokens of at most ``count`` windows, evenly spread and without overlap, the same at every call."""
     check_length(tokens, context, "validation")
     count = min(count, (len(tokens) - 1) // context)
     return [i * (len(tokens) - context - 1) // max(count - 1, 1) for i in range(count)]
 
 
 def windows_at(tokens: Tensor, starts: Sequence[int], context: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, the inputs moved by one; int64, `[len(starts), context]` each."""
+    """Inputs, and targets, which are the inputs shifted by one token; each int64 ``[len(starts), context]``."""
     windows = torch.stack([tokens[start : start + context + 1].to(torch.int64) for start in starts])
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 

@@ -1,5 +1,4 @@
-"""Files that are there whole or not at all, that name themselves when they cannot be written, and that belong to one
-run at a time."""
+"""Atomic writes of files, errors that name the file that cannot be written, and locks of a run's folder."""
 
 import contextlib
 import errno
@@ -18,8 +17,8 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """A run's folder, made if it is not there, for this process alone. The lock ends with the process, however that
-    ends. Under torchrun the first rank takes it, which is the one that writes.
+    """Context with exclusive use of a run's folder, which is made where missing. The system releases the lock with the
+    process, however the process ends. Under torchrun the first rank, which writes, takes the lock.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -38,16 +37,16 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         lock.release()
         with contextlib.suppress(OSError):
-            if os.listdir(folder) == [".lock"]:  # refused, or failed before it wrote anything
+            if os.listdir(folder) == [".lock"]:  # the run was refused, or failed before writing
                 (folder / ".lock").unlink()
                 folder.rmdir()
 
 
 @contextlib.contextmanager
 def replaced(path: Path, size: int | None = None, remedy: str = "") -> Iterator[Any]:
-    """A file open for writing that takes the place of `path` when all of it is on the disk, and else never does.
+    """File open for writing that replaces ``path`` once all of it is on the disk, and not otherwise.
 
-    `size` in bytes, where it is known, and `remedy` are for the message of a disk that is full.
+    ``size`` in bytes, where known, and ``remedy`` are for the message of a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -63,18 +62,18 @@ def replaced(path: Path, size: int | None = None, remedy: str = "") -> Iterator[
             temporary.unlink(missing_ok=True)
 
 
-# The disk, the user's share of it, or a file that may be no larger.
+# Errors of a full disk, an exhausted quota, and a file at its size limit.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
 def named_failure(path: Path, needed: str | None = None, remedy: str = "") -> Iterator[None]:
-    """The system's errors while `path` is written, with its name; where it is full, with the space that there is and
-    the space `needed`."""
+    """Context that adds the name ``path`` to the system's errors while writing; for a full disk also the free space,
+    the space ``needed`` and ``remedy``."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # PyTorch raises an error of its own while it handles the file's, or a Ctrl-C.
+        # PyTorch raises its own error while it handles the file's error, or a Ctrl-C.
         reason = error if isinstance(error, OSError) else error.__context__
         if isinstance(reason, KeyboardInterrupt):
             raise reason from None
@@ -95,7 +94,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class Metrics:
-    """metrics.jsonl; what a resumed run will write again, and a line cut short, is taken out first."""
+    """File metrics.jsonl of a run. Lines after ``step``, which a resumed run writes again, and incomplete lines are
+    removed first."""
 
     def __init__(self, file: Path, step: int) -> None:
         self.file = file
@@ -113,6 +113,6 @@ class Metrics:
 
 
 def tensor_sha256(tensor: Tensor) -> str:
-    """The checksum of a tensor's elements in memory: about a second a GB, where the processor has SHA instructions."""
+    """SHA-256 of a tensor's elements in order; about a second per GB where the processor has SHA instructions."""
     content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return hashlib.sha256(content.numpy().data).hexdigest()

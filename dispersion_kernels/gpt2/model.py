@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al., 2019), its published shapes, and its weights in Hugging Face's naming.
 
-The parameters carry Hugging Face's names (`wte`, `h.0.attn.c_attn`, ...), so reading and writing weights is a matter
-of the `transformer.` prefix and of four transposed matrices a block.
+Parameters have Hugging Face's names (``wte``, ``h.0.attn.c_attn``, ...); reading and writing weights only handles the
+``transformer.`` prefix and four transposed matrices per block.
 """
 
 import json
@@ -21,7 +21,7 @@ from .files import replaced, write_json
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The shape of a GPT-2. `mlp_width=0` becomes four times the width, as published."""
+    """Shape of a GPT-2. ``mlp_width=0`` becomes four times the width, as published."""
 
     layers: int = 12
     width: int = 768
@@ -60,11 +60,11 @@ class GPT2Output(NamedTuple):
 
 
 class GPT2(nn.Module):
-    """Tokens `[B, L]` to next-token logits `[B, L, V]`.
+    """GPT-2 from tokens ``[B, L]`` to next-token logits ``[B, L, V]``.
 
-    With `targets` `[B, L]` the output's `loss` is their mean cross-entropy in nats. With `return_hidden` its `hidden`
-    holds the residual stream after every block, `[B, L, width]` each: the embedding is not in it, and the final
-    LayerNorm is not applied to the last one.
+    With ``targets`` ``[B, L]`` the output's ``loss`` is the mean cross-entropy in nats. With ``return_hidden`` its
+    ``hidden`` holds the residual stream ``[B, L, width]`` after every block, without the embedding, and without the
+    final LayerNorm on the last one.
     """
 
     def __init__(self, config: GPT2Config, *, checkpoint_activations: bool = False) -> None:
@@ -81,7 +81,7 @@ class GPT2(nn.Module):
     def reset_parameters(self) -> None:
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                # 2 * layers branches end in a c_proj; scaled so, their sum in the residual stream keeps its variance.
+                # 2 * layers branches end in a c_proj; the scale keeps the variance of their sum in the residual stream.
                 branches = 2 * self.config.layers if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(branches))
             elif name.endswith("bias"):
@@ -113,7 +113,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
-        # Hooks on the block are outside of what is checkpointed: the compiler takes none inside.
+        # Only ``residual`` is checkpointed, so that hooks on the block are outside: the compiler takes none inside.
         return checkpoint(self.residual, x, use_reentrant=False) if recompute else self.residual(x)
 
     def residual(self, x: Tensor) -> Tensor:
@@ -152,17 +152,17 @@ class MLP(nn.Module):
         return x
 
 
-# Hugging Face keeps these as Conv1D, [in, out]; nn.Linear is [out, in].
+# Matrices that Hugging Face stores as Conv1D, [in, out]; nn.Linear is [out, in].
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# Constants that older files carry along.
+# Constants in older files, which are not loaded.
 BUFFERS = (".attn.bias", ".attn.masked_bias")
 
 
 def load_weights(path: str | Path, *, dropout: float = 0.0, heads: int | None = None, **options: Any) -> GPT2:
-    """GPT-2 from a local safetensors file in Hugging Face's naming, or from the folder of its `model.safetensors`.
+    """GPT-2 from a local safetensors file in Hugging Face's naming, or from the folder of its ``model.safetensors``.
 
-    The names may carry the prefix `transformer.` or not. A `config.json` beside the file gives the number of heads;
-    without one it is known for the published shapes, else pass `heads`. Further options go to `GPT2`.
+    The names may have the prefix ``transformer.``. The number of heads is ``heads``, else that of a ``config.json``
+    beside the file, else that of the published shape. Further options go to :class:`GPT2`.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -206,7 +206,8 @@ def weights_file(path: Path) -> Path:
 
 
 def config_of(weights: dict[str, Tensor], file: Path, *, heads: int | None, dropout: float) -> GPT2Config:
-    """The shape is read from the tensors; config.json adds the heads, and must describe GPT-2's arithmetic."""
+    """Shape of the model from its tensors. ``config.json``, where present, gives the heads, and must describe GPT-2's
+    arithmetic."""
     shapes = {}
     for name in ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight"):
         if name not in weights:
@@ -242,7 +243,7 @@ def config_of(weights: dict[str, Tensor], file: Path, *, heads: int | None, drop
 
 
 def save_weights(model: GPT2, folder: str | Path) -> Path:
-    """Writes model.safetensors and config.json, which `transformers.GPT2LMHeadModel.from_pretrained` reads."""
+    """Writes ``model.safetensors`` and ``config.json`` for ``transformers.GPT2LMHeadModel.from_pretrained``."""
     from safetensors.torch import save
 
     folder = Path(folder)

@@ -1,4 +1,4 @@
-"""The options of `dispersion-gpt2`, and what a preset makes of those not given."""
+"""Options of ``dispersion-gpt2``, with the defaults of presets and of resumed runs."""
 
 import argparse
 import math
@@ -17,7 +17,7 @@ from .checkpoint import checkpoints, damage_named, is_signed, read_checkpoint
 from .model import PRESETS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What a preset is trained with unless told otherwise; the learning rates of the published shapes are GPT-3's.
+# Training options of each preset by default; the learning rates of the published shapes are GPT-3's.
 RECIPE = ("steps", "warmup", "batch_size", "accumulate", "lr", "dispersion_weight", "tokenizer")
 RECIPES = {
     "nano": (500, 50, 8, 1, 3e-3, 0.5, "bpe"),
@@ -28,8 +28,8 @@ RECIPES = {
     "from weights": (2_000, 100, 8, 8, 5e-5, 0.1, "gpt2"),
 }
 SHAPE = ("layers", "width", "heads", "mlp_width", "context")
-# What a run cannot change half-way: the saved state would not fit, or not mean the same. That the text is the same is
-# known from its tokens.
+# Options that a resumed run cannot change, because the saved state would not fit or would change its meaning. The text
+# is compared by the key of its tokens.
 FIXED = ("preset", *SHAPE, "dropout", "init_from", "tokenizer", "vocab_size", "seed", "compare")
 
 
@@ -38,7 +38,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
-    """What the command line says, with the run's folder chosen, which can be locked before anything in it is read."""
+    """Options on the command line with the run's folder chosen, so that it can be locked before anything is read."""
     given = build_parser().parse_args(argv)
     if given.resume and given.out is None:
         raise ValueError("--resume needs --out, the folder of the run to continue")
@@ -49,7 +49,7 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def settle(given: argparse.Namespace, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, with a preset's or, to resume, the saved run's in place of those not given."""
+    """Complete options: options not given are the preset's or, for ``--resume``, the saved run's."""
     if given.resume:
         return resumed(given, argv)
     if checkpoints(given.out):
@@ -70,7 +70,7 @@ def resumed(given: argparse.Namespace, argv: Sequence[str] | None) -> argparse.N
     options.out = given.out
     complete(options)
     if given.accumulate is None:
-        # A step keeps its windows under another --batch-size or number of ranks, where they can be divided so.
+        # A step keeps its number of windows under another --batch-size or number of ranks, where it can be divided.
         at_once = options.batch_size * int(os.environ.get("WORLD_SIZE", 1))
         options.accumulate = max(checkpoint["windows"] // at_once, 1)
     for name in FIXED:
@@ -83,7 +83,7 @@ def resumed(given: argparse.Namespace, argv: Sequence[str] | None) -> argparse.N
 
 
 def distrust(saved: argparse.Namespace, given: argparse.Namespace, file: Path) -> None:
-    """Of a checkpoint that another user or machine wrote: its paths are used where the command line has them, too."""
+    """Raises for paths in a checkpoint of another user or machine that the command line does not confirm."""
     saved.cache = None
     unconfirmed = {"data": saved.data, "init_from": [saved.init_from] if saved.init_from else []}
     unconfirmed = {name: paths for name, paths in unconfirmed.items() if paths and not getattr(given, name)}
@@ -96,7 +96,7 @@ def distrust(saved: argparse.Namespace, given: argparse.Namespace, file: Path) -
 
 
 def as_arguments(options: argparse.Namespace) -> list[str]:
-    """The command line that these options are the answer to; its paths are absolute."""
+    """Command line that gives these options, with absolute paths."""
     arguments = []
     for name, value in vars(options).items():
         flag = f"--{name.replace('_', '-')}"
@@ -112,13 +112,13 @@ def as_arguments(options: argparse.Namespace) -> list[str]:
 
 
 def complete(options: argparse.Namespace) -> argparse.Namespace:
-    """Puts the preset's shape and recipe in place of what was not given."""
+    """Fills options that were not given from the preset's shape and recipe."""
     defaults: dict[str, Any] = {}
     if options.init_from is None:
         options.preset = options.preset or "nano"
         preset = PRESETS[options.preset]
         defaults = {name: getattr(preset, name) for name in SHAPE}
-        # The MLP follows the width, which may be given.
+        # The MLP's default width follows the given width.
         defaults["mlp_width"] = 4 * (options.width or preset.width)
     else:
         for name in ("preset", "layers", "width", "mlp_width"):
@@ -139,7 +139,7 @@ def complete(options: argparse.Namespace) -> argparse.Namespace:
 
 
 def sampling_of(options: argparse.Namespace) -> Sampling | None:
-    """The argument ``sampling`` of the loss."""
+    """Argument ``sampling`` of the loss; None for all pairs."""
     if options.pairs != "all" and options.dispersion_tokens is not None:
         raise ValueError(
             f"--pairs {options.pairs} and --dispersion-tokens {options.dispersion_tokens} are two ways of sampling; "
@@ -151,7 +151,7 @@ def sampling_of(options: argparse.Namespace) -> Sampling | None:
 
 
 class SavedParser(argparse.ArgumentParser):
-    """A parser of a checkpoint's command line, in which there is nobody to help."""
+    """Parser of a checkpoint's command line: without help and abbreviations, and with exceptions for errors."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, add_help=False, allow_abbrev=False)

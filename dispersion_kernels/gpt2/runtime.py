@@ -1,4 +1,4 @@
-"""What a run needs of its machine: other processes, signals, a terminal, memory."""
+"""Interface of a run to its machine: processes, signals, the terminal, memory."""
 
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def process_group(options: argparse.Namespace) -> Iterator[None]:
-    """Under torchrun, the ranks joined to one group."""
+    """Context in which the ranks of torchrun form a process group; without torchrun it does nothing."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
@@ -50,8 +50,8 @@ def say(text: str) -> None:
 
 
 class PersistentStream(io.TextIOBase):
-    """A terminal or pipe for writing that may be closed at its other end, as by a hangup, or by a Ctrl-C that ended the
-    `tee` behind it, too. What is written from then on is lost, and the run is not."""
+    """Terminal or pipe for writing whose other end may close, as by a hangup, or by a Ctrl-C that also ends a ``tee``
+    behind it. Later output is lost, and the run continues."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -87,15 +87,14 @@ class PersistentStream(io.TextIOBase):
 
 
 class StopRequest:
-    """While it listens, SIGINT (Ctrl-C), SIGTERM or SIGHUP asks for the end after the current step; a second one acts
-    at once.
-
-    Not so under torchrun, which passes a Ctrl-C on to processes that may have it from the terminal already.
+    """Request to stop after the current step, by SIGINT (Ctrl-C), SIGTERM or SIGHUP while listening. A second signal
+    acts at once, except under torchrun, which passes a Ctrl-C on to processes that may already have it from the
+    terminal.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        """Of the signal, 0 without one."""
+        """Number of the signal; 0 without one."""
         self.previous: dict[int, Any] = {}
 
     def listen(self) -> None:
@@ -112,11 +111,11 @@ class StopRequest:
             self.restore()
             second = "; a second signal stops at once, without saving"
         if rank() == 0:
-            with contextlib.suppress(OSError):  # print might be interrupted by this, and does not allow it
+            with contextlib.suppress(OSError):  # a signal may interrupt print, which is not reentrant
                 os.write(2, f"\nstopping after this step, and saving{second}\n".encode())
 
     def agreed(self, device: torch.device) -> int:
-        """The signal that any rank had, the same on all, so that all stop after the same step; 0 without one."""
+        """Highest signal number of any rank, so that all ranks stop after the same step; 0 without a signal."""
         if world() == 1:
             return self.number
         number = torch.tensor(float(self.number), device=device)
@@ -134,20 +133,20 @@ class StopRequest:
         self.restore()
 
 
-# glibc's parameters of mallopt, from its malloc.h.
+# Parameters of glibc's mallopt, from its malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Leaves what a step frees with the process, for the next step. glibc gives large tensors' memory back to the
-    system at once, and what it gets again is cleared page by page: some 2% of a step of the nano GPT-2 on a CPU."""
+    """Keeps memory that a step frees in the process, for the next step. glibc returns the memory of large tensors to
+    the system at once, and new memory is cleared page by page: some 2% of a step of the nano GPT-2 on a CPU."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter, value in ((_M_TRIM_THRESHOLD, -1), (_M_MMAP_MAX, 0)):
             libc.mallopt(parameter, value)
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes: the GPU's high-water mark, or the process's; None where the system does not tell."""
+    """Peak memory in bytes, of the GPU or else of the process; None where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -159,7 +158,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What the allocator of a GPU, of the CPU or of Python said, if it was one of them."""
+    """Message of an allocation failure on a GPU, on the CPU or in Python; None for other errors."""
     said = (str(error) or "Python cannot allocate memory").splitlines()[0].split("DefaultCPUAllocator: ")[-1]
     of_cpu = isinstance(error, RuntimeError) and ("can't allocate memory" in said or "bad_alloc" in said)
     return said if of_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError) else None

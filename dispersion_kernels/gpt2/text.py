@@ -1,6 +1,6 @@
-"""Sources of text to documents: files, folders, open pipes, data sets on Hugging Face's hub.
+"""Documents from sources of text: files, folders, open pipes, data sets on Hugging Face's hub.
 
-A document is a file, or one of several in a file with a line between them that holds one NUL character.
+A document is a file, or a part of a file whose parts are separated by lines of one NUL character.
 """
 
 import gzip
@@ -21,9 +21,9 @@ DOCUMENT_BREAK = "\n\0\n"
 PROSE = {".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".json", ".jsonl", ".csv"}
 CODE = {".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts"}
 TEXT_SUFFIXES = frozenset(PROSE | CODE)
-# Parts of Python's library left out of the default text: its tests, tables, and packages that are not its own.
+# Folders of Python's library left out of the default text: tests, tables, and installed packages.
 NOT_DEFAULT_TEXT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"})
-# Names of the process's own open files; the shell's `<(command)` is one.
+# Names of the process's own open files, as the shell's ``<(command)``.
 DESCRIPTOR = re.compile(r"/dev/stdin|(?:/dev/fd|/proc/self/fd)/(\d+)")
 
 
@@ -34,7 +34,7 @@ class Document:
 
 
 def find_documents(sources: Sequence[str]) -> list[Document]:
-    """The documents of all `sources`; without one, those of the running Python's library."""
+    """Documents of all ``sources``; without sources, those of the running Python's library."""
     if not sources:
         library = Path(sysconfig.get_path("stdlib"))
         files = list(text_files(library, {".py"}, skip=NOT_DEFAULT_TEXT)) if library.is_dir() else []
@@ -73,7 +73,7 @@ def source_documents(source: str) -> list[Document]:
 def text_files(
     folder: Path, suffixes: Iterable[str] = TEXT_SUFFIXES, skip: frozenset[str] = frozenset()
 ) -> Iterator[Path]:
-    """The text files below a folder in a fixed order, hidden ones left out; what else is left out is said."""
+    """Text files below a folder in a fixed order, without hidden ones. Other files that are left out are reported."""
 
     def cannot_be_listed(error: OSError) -> None:
         raise ValueError(f"--data {error.filename}: cannot be read ({error.strerror})") from error
@@ -97,13 +97,13 @@ def text_files(
 
 
 def file_documents(path: Path) -> list[Document]:
-    """A file's documents: one, or more with DOCUMENT_BREAK between them, which then stay in memory."""
+    """Documents of a file: one, read on use, or several separated by DOCUMENT_BREAK, which stay in memory."""
     documents = in_memory(os.fspath(path), read_text(path))
     return documents if len(documents) > 1 else [Document(os.fspath(path), partial(read_text, path))]
 
 
 def stream_documents(source: str, descriptor: int) -> list[Document]:
-    """The documents of an open pipe or file, which is read once: they stay in memory."""
+    """Documents of an open pipe or file, which can be read only once, so that they stay in memory."""
     try:
         with open(descriptor, "rb", closefd=False) as stream:
             content = stream.read()
@@ -132,7 +132,7 @@ def read_text(path: Path) -> str:
 
 
 def decompress_xz(content: bytes) -> bytes:
-    """Every stream of an .xz file. `lzma.decompress` takes what follows the last one, if it is none, for padding."""
+    """Content of all streams of an .xz file. ``lzma.decompress`` would accept any trailing bytes as padding."""
     parts = []
     while content:
         decompressor = lzma.LZMADecompressor()
@@ -140,7 +140,7 @@ def decompress_xz(content: bytes) -> bytes:
         if not decompressor.eof:
             raise EOFError("the file ends before its end-of-stream marker")
         content = decompressor.unused_data.lstrip(b"\0")
-        if (len(decompressor.unused_data) - len(content)) % 4:  # the format's own padding
+        if (len(decompressor.unused_data) - len(content)) % 4:  # the format pads in multiples of four bytes
             raise EOFError("the file ends with padding that is no multiple of four bytes")
     return b"".join(parts)
 
@@ -161,7 +161,7 @@ def hub_documents(source: str) -> list[Document]:
         raise ModuleNotFoundError(f"--data {source} needs the package datasets: {remedy}", name="datasets") from error
     try:
         rows = datasets.load_dataset(name, config or None, split="train")
-    except Exception as error:  # its own classes for a name, a network, a file that is not there
+    except Exception as error:  # datasets has its own classes for a wrong name, network errors and missing files
         raise ValueError(
             f"--data {source}: {type(error).__name__}: {error} (wanted: hf:NAME or hf:NAME:CONFIG)"
         ) from error

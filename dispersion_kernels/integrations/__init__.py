@@ -1,1 +1,1 @@
-"""DispersionRegularizer in other people's training loops; each module needs the package that it is named after."""
+"""DispersionRegularizer in third-party training loops; each module needs the package of the same name."""

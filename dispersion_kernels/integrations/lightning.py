@@ -1,7 +1,9 @@
-"""The dispersion loss in Lightning's ``Trainer``::
+"""Callback that adds the dispersion loss in Lightning's ``Trainer``::
 
-trainer = Trainer(callbacks=[Dispersion(layers="all", weight=0.1)])
-trainer.fit(module)
+    trainer = Trainer(callbacks=[Dispersion(layers="all", weight=0.1)])
+    trainer.fit(module)
+
+Modules with manual optimisation are not supported.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from dispersion_kernels.regularizer import DispersionRegularizer
 
 
 class Dispersion(Callback):
-    """A callback that adds the dispersion loss to what ``training_step`` returns. Lightning divides and scales the sum
-    as it does any loss. Logged are ``dispersion``, the mean over the chosen layers without its weight, and
-    ``cross_entropy``, the loss of the module itself.
+    """Callback that adds the dispersion loss to the loss that ``training_step`` returns. Lightning divides and scales
+    the sum as any loss. It logs ``dispersion``, the mean over the chosen layers without the weight, and
+    ``cross_entropy``, the module's own loss.
 
     Args:
         layers, weight, options: as in :class:`~dispersion_kernels.DispersionRegularizer`.
@@ -41,7 +43,7 @@ class Dispersion(Callback):
         @functools.wraps(step)
         def training_step(*args: Any, **kwargs: Any) -> Any:
             result = step(*args, **kwargs)
-            if result is None:  # Lightning leaves this batch out
+            if result is None:  # Lightning skips this batch
                 return None
             own = result["loss"] if isinstance(result, Mapping) else result
             term = regularizer.loss()

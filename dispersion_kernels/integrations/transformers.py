@@ -1,14 +1,14 @@
-"""The dispersion loss in Hugging Face's ``Trainer`` and those made of it: TRL's and Sentence Transformers'::
+"""Dispersion loss in Hugging Face's ``Trainer`` and its subclasses, as TRL's and Sentence Transformers'::
 
     trainer = SFTTrainer(model, train_dataset=dataset)
     attach(trainer, layers="all", weight=0.1)
     trainer.train()
 
-or, for a class of one's own, ``class MyTrainer(DispersionMixin, SFTTrainer)`` with ``dispersion={"weight": 0.1}`` among
-its arguments.
+or, in a class, ``class MyTrainer(DispersionMixin, SFTTrainer)`` with ``dispersion={"weight": 0.1}`` among the arguments
+of its constructor.
 
-A step of N accumulated batches adds ``weight`` times the mean over them of their dispersion, on however many processes,
-whether the trainer divides the loss by N or the model's loss is divided by the step's number of tokens.
+A step of N accumulated batches adds ``weight`` times the mean of the batches' dispersion, on any number of processes,
+whether the trainer divides the loss by N or the model divides its loss by the step's number of tokens.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dispersion_kernels.regularizer import DispersionRegularizer
 
 
 def attach(trainer: Any, layers: Any = "all", weight: float = 0.1, **options: Any) -> DispersionRegularizer:
-    """Adds the dispersion loss to what ``trainer`` minimises, and to what it logs.
+    """Adds the dispersion loss to the loss and the logs of ``trainer``.
 
     Args:
-        trainer: a ``transformers.Trainer``, or an instance of a class made of it, before ``train()``.
+        trainer: ``transformers.Trainer``, or an instance of a subclass, before ``train()``.
         layers, weight, options: as in :class:`~dispersion_kernels.DispersionRegularizer`.
 
     Returns:
-        The regulariser, as ``trainer.dispersion``, too.
+        The regulariser, which is also ``trainer.dispersion``.
     """
     if isinstance(trainer, DispersionMixin):
         raise ValueError("trainer has a dispersion loss already: trainer.dispersion; change its weight there")
@@ -47,11 +47,11 @@ def attach(trainer: Any, layers: Any = "all", weight: float = 0.1, **options: An
 
 
 class DispersionMixin:
-    """A base class to put before a ``Trainer``; with the keyword argument ``dispersion``, the arguments of
-    :class:`~dispersion_kernels.DispersionRegularizer` after the model.
+    """Mixin to put before a ``Trainer`` among the base classes. The keyword argument ``dispersion`` of the constructor
+    maps to the arguments of :class:`~dispersion_kernels.DispersionRegularizer` after the model.
 
-    The logs of training have ``dispersion``, the mean over the chosen layers without its weight, and ``cross_entropy``,
-    the loss of the trainer itself; ``loss`` is the latter and ``weight`` times the former.
+    Training logs have ``dispersion``, the mean over the chosen layers without the weight, and ``cross_entropy``, the
+    trainer's own loss; ``loss`` is ``cross_entropy`` plus ``weight`` times ``dispersion``.
     """
 
     dispersion: DispersionRegularizer
@@ -76,7 +76,8 @@ class DispersionMixin:
         if not (model.training and torch.is_grad_enabled()):
             return result
         own, outputs = result if return_outputs else (result, None)
-        # Where the trainer does not divide the loss by the batches of a step, super's is a share of the step's already.
+        # Where the trainer does not divide the loss by the step's batches, the parent's loss is already a share of the
+        # step's loss.
         steps: int = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
         scaled = self._is_scaled(num_items_in_batch)
         term = self.dispersion.loss().to(own.device)
@@ -87,7 +88,8 @@ class DispersionMixin:
         return (loss, outputs) if return_outputs else loss
 
     def _is_scaled(self, num_items_in_batch: Any) -> bool:
-        """Whether ``training_step`` takes the loss as it is. The condition is its own."""
+        """Whether ``training_step`` takes the loss as it is, without division by the batches of a step. The condition
+        is that of ``training_step`` itself."""
         trainer: Any = self
         if getattr(trainer, "loss_is_scaled_for_ga", None) is not None:
             return bool(trainer.loss_is_scaled_for_ga)
