@@ -116,12 +116,12 @@ def fused_dispersion_loss(
             are. fp64, fp32, bf16 or fp16; any strides; F >= 2. Sums are fp32 (fp64 for fp64).
         potential: ``"angular_spread"``, ``"orthogonalization"``, ``"l2_repel"``, ``"decorrelation"``, ``"uniformity"``,
             ``"perplexity_entropy"``, ``"dispersive_l2"``, or a :class:`Potential`.
-        tau, clamp, eps: fields of the named potential; None is its default. ``tau`` (and ``sigma2``, ``t`` of a
+        tau, clamp, eps: fields of the named potential; None for its default. ``tau`` (and ``sigma2``, ``t`` of a
             :class:`Potential`) may be a one-element tensor: ``torch.compile`` compiles once for all values, a gradient
             takes one or two more sweeps in PyTorch, and reading the value on an accelerator synchronises.
         mask: boolean ``z.shape[:-1]``; False takes a token out of all pairs.
-        cu_seqlens: int32 ``[S + 1]`` bounds of packed sequences, as in flash-attention; checked here on a CPU, by a
-            device assertion on an accelerator.
+        cu_seqlens: int32 ``[S + 1]``, as in flash-attention; ``z[cu_seqlens[s] : cu_seqlens[s + 1]]`` is sequence s.
+            Checked here on a CPU, by an assertion on the device on an accelerator.
         document_ids: integers ``z.shape[:-1]``; tokens of equal id pair, a negative id takes a token out. A row keeps
             one loss, over the pairs that are left; ``cu_seqlens`` gives one loss per document.
         sampling: None for all pairs; a fraction or :class:`SampledPairs` for an unbiased estimate, for potentials of
@@ -131,7 +131,8 @@ def fused_dispersion_loss(
         reduction: ``"mean"`` or ``"sum"`` over the sequences that have a pair, or ``"none"``: ``[B]``, ``[S]`` or
             ``[]``, 0 for sequences without a pair.
         recompute: keep only the tokens for backward and sweep again there, 4 B L^2 F FLOPs in all.
-        impl: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"``, ``"torch"`` or ``"reference"``; see :func:`supported`.
+        impl: backend: ``"auto"``; ``"triton"`` or ``"cuda"``, on GPUs; ``"cpu"``, in C++; ``"torch"``, on any device;
+            ``"reference"``, which materialises the L x L matrix. See :func:`supported`.
 
     Returns:
         Loss in fp32 (fp64 for fp64), or a pair of loss and stats. 0 with zero gradient where no tokens pair, with one
@@ -142,8 +143,7 @@ def fused_dispersion_loss(
         ValueError, TypeError: a wrong shape or value; a wrong type or dtype. The message names the argument.
         RuntimeError: an ``impl`` that cannot run here; a second derivative (only ``impl="reference"`` has one).
 
-    Example: ``loss = cross_entropy + 0.1 * fused_dispersion_loss(hidden_states, mask=attention_mask.bool())``
-    """
+    Example: ``loss = cross_entropy + 0.1 * fused_dispersion_loss(hidden_states, mask=attention_mask.bool())``"""
     resolved = resolve_potential(potential, tau=tau, clamp=clamp, eps=eps)
     check_impl(impl)
     check_reduction(reduction)

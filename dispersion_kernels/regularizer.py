@@ -115,7 +115,7 @@ class DispersionRegularizer:
             begin = _Begin(self, _argument_names(module), is_model=module is model, is_owner=module is owner)
             self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
             self._handles.append(module.register_forward_hook(_Finish(self, is_model=module is model)))
-        # In a compiled model no backward of ours notices a forgotten loss().
+        # The hook on optimisers notices a forgotten loss() of a compiled model, where _WithTerm does not run.
         reference = weakref.ref(self)
         self._handles.append(register_optimizer_step_post_hook(lambda *_: _discard_spent(reference())))
 
@@ -215,14 +215,14 @@ class DispersionRegularizer:
 
 
 def _discard_spent(regularizer: DispersionRegularizer | None) -> None:
-    """After a step of an optimiser: the terms whose backward has run."""
+    """Drops, after a step of an optimiser, the forwards of pending terms whose backward has run."""
     if regularizer is not None:
         for forward in {term.forward for term in _chain(regularizer._pending) if _is_spent(term.value)}:
             regularizer._discard(forward)
 
 
 def _is_spent(value: Tensor) -> bool:
-    """Whether backward has run through the node that made ``value``, and freed what it had saved."""
+    """Whether backward has run through the node that made ``value`` and freed its saved tensors."""
     try:
         getattr(value.grad_fn, "saved_tensors", None)
     except RuntimeError as error:
