@@ -1,1 +1,1 @@
-"""Benchmarks of the dispersion loss: ``python -m benchmarks --suite loss`` (or memory)."""
+"""Benchmarks of the dispersion loss: ``python -m benchmarks --suite NAME``."""

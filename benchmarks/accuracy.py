@@ -1,9 +1,9 @@
-"""Relative error of loss and gradient by dtype and by how condensed the tokens are: our backends, and the naive version
-in the same dtype.
+"""Relative error of loss and gradient, by dtype and by the tokens' condensation, of all backends and of the naive
+version in the same dtype.
 
-The truth is the naive computation in float64 on exactly the numbers that the tokens hold. A half-precision loss is
-multiplied by 4,096 first, in both, as a GradScaler would: without it most of an fp16 gradient is below what the format
-holds, whoever computes it.
+The reference is the naive computation in float64 on exactly the numbers that the tokens hold. An fp16 loss is
+multiplied by 4,096 first, in all variants, as a ``GradScaler`` would: otherwise most of an fp16 gradient is below the
+range of fp16, whichever variant computes it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def tokens_at(cosine: float, shape: tuple[int, int, int]) -> Tensor:
-    """Gaussian tokens of norm about sqrt(F) around a direction of each sequence, so that two have this mean cosine."""
+    """Gaussian tokens of norm about sqrt(F) around one direction per sequence, whose mean pairwise cosine is
+    ``cosine``."""
     torch.manual_seed(0)
     batch, _, features = shape
     common = torch.nn.functional.normalize(torch.randn(batch, 1, features), dim=2) * math.sqrt(features)
@@ -95,7 +96,7 @@ def _case(z: Tensor, potential: str, cosine: float, names: list[str]) -> list[di
 
 
 def _evaluate(z: Tensor, potential: str, impl: str, scale: float) -> tuple[Tensor, Tensor]:
-    """Loss and gradient in float64, the gradient as it comes out of the dtype of ``z``."""
+    """Loss and gradient, computed in the dtype of ``z`` and widened to float64."""
     z = z.detach().requires_grad_()
     loss = fused_dispersion_loss(z, potential, impl=impl)
     (loss * scale).backward()

@@ -14,5 +14,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # What slows down those after it in the same process comes last.
+    # The variant that slows down later ones in the same process runs last.
     items.sort(key=lambda item: ALONE in item.nodeid)

@@ -1,8 +1,8 @@
-"""Whether training with sampled pairs ends where training with all of them does: the nano GPT-2 with no loss, with the
-loss on 256 random tokens, on a fraction of the pairs, and on all, from several seeds each.
+"""Final validation loss and cosines of training with sampled pairs and with all pairs: the nano GPT-2 without the loss,
+with the loss on 256 random tokens, on a fraction of the pairs, and on all pairs, from several seeds each.
 
-Windows of 1,024 tokens, of which 256 are a quarter. Each run is a process of one thread, as many at a time as there are
-processors, all from the same text.
+Windows have 1,024 tokens, of which 256 are a quarter. Each run is a process of one thread; as many run at a time as
+there are processors, all on the same text.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
     print(f"machine: {describe()}")
     print(f"dispersion-gpt2 {' '.join(recipe)}, {len(seeds)} seeds\n")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        # Seed by seed, so that an hour that is slower or is cut short meets all variants.
+        # Seed by seed, so that a slow hour, or an early end, affects all variants alike.
         cases = [(name, seed) for seed in seeds for name in VARIANTS]
         rows = list(pool.map(lambda case: _train(case[0], case[1], recipe, Path(folder)), cases))
     print("| | " + " | ".join(name.replace("_", " ") for name in MEASURED) + " |")

@@ -1,7 +1,7 @@
 """Time, memory and error of the loss: the naive version, its peers and our backends, as multiples of the limit.
 
-The limit is 3 B L^2 F FLOPs (similarities by symmetry 1, gradient 2) at the rate that ``torch.mm`` reaches on square
-matrices in the same rounds. A variant is timed only after its loss and gradient agreed with a float64 computation.
+The limit is 3 B L^2 F FLOPs (similarities, by symmetry, 1; gradient 2) at the rate that ``torch.mm`` reaches on square
+matrices in the same rounds. A variant is timed only if its loss and gradient agree with a float64 computation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks import variants
 from benchmarks.machine import describe, peak_memory, pick_device, synchronize
 from benchmarks.timing import SECONDS, interleaved, matrix_product, quartiles
 
-# FLOPs that a mode needs, in B L^2 F: the loss by symmetry 1, the gradient 2.
+# FLOPs of each mode, in units of B L^2 F: the loss, by symmetry, 1, the gradient 2.
 MODES = {"f+b": 3, "forward": 1, "loss": 1}
 CASES = {
     "cpu": [(4, 1024, 768), (1, 2048, 768), (1, 4096, 768), (1, 8192, 256), (2, 1024, 64), (1, 256, 768)],
@@ -32,8 +32,8 @@ CASES = {
         *[(8, 1024, 64), (1, 8192, 128), (1, 256, 768)],
     ],
 }
-# On a CPU the naive version in bf16 is a different computation, 3 to 17 percent off, and slow, and is not compared; on
-# a GPU it is what one would run, and its error stands beside its time.
+# Variants by device. On a CPU the naive version in bf16 is left out: it is a different computation, 3 to 17 percent
+# off, and slow. On a GPU it is the usual choice, and its error stands beside its time.
 VARIANTS = {
     "cpu": [
         *[(name, torch.float32) for name in ("naive eager", "naive compiled", "row-chunked", "KeOps", "torch", "cpu")],
@@ -46,9 +46,10 @@ VARIANTS = {
     ],
 }
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# With the OpenMP threads of KeOps in the process, PyTorch's own loops were seen to take up to twelve times as long.
+# Variant that runs in a separate process: with the OpenMP threads of KeOps in the process, PyTorch's own loops were
+# seen to take up to twelve times as long.
 ALONE = "KeOps"
-# A longer call is not repeated some dozens of times.
+# Seconds; a longer call is not timed, because timing repeats it some dozens of times.
 LONGEST_CALL = 10.0
 
 
@@ -61,7 +62,7 @@ def run(quick: bool, cases: list[tuple[int, int, int]] | None = None) -> list[di
     print("|---" * (2 + len(names)) + "|")
     rows = []
     for shape in cases or (CASES[device.type][-2:] if quick else CASES[device.type]):
-        torch._dynamo.reset()  # the limit on recompilation counts all shapes
+        torch._dynamo.reset()  # because the limit on recompilations counts all shapes
         of_case = _case(shape, names, device, quick)
         rows += of_case
         limits = [row["limit_ms"] for row in of_case if "limit_ms" in row]
@@ -80,7 +81,8 @@ def _cell(rows: list[dict[str, Any]], name: str, dtype: str) -> str:
 
 @dataclass
 class Measured:
-    """Of a variant in one case; ``peaks`` and ``times`` by mode, empty where it was not timed."""
+    """Figures of a variant in one case; ``peaks`` (bytes) and ``times`` (seconds) are by mode, and empty if the variant
+    was not timed."""
 
     status: str
     errors: dict[str, float] = field(default_factory=dict)
@@ -91,7 +93,7 @@ class Measured:
 def _case(
     shape: tuple[int, int, int], names: list[tuple[str, torch.dtype]], device: torch.device, quick: bool
 ) -> list[dict[str, Any]]:
-    """A row for every variant and mode of one shape, timed or with the reason why not."""
+    """Rows of one shape, one for every variant and mode, with times or with the reason why there are none."""
     batch, length, features = shape
     rates, measured = _measure(shape, [name for name in names if name[0] != ALONE], device, quick)
     rows = []
@@ -125,7 +127,7 @@ def _case(
 def _measure(
     shape: tuple[int, int, int], names: list[tuple[str, torch.dtype]], device: torch.device, quick: bool
 ) -> tuple[dict[torch.dtype, float], dict[tuple[str, torch.dtype], Measured]]:
-    """FLOP/s of ``torch.mm`` by dtype, and the variants, interleaved with it."""
+    """FLOP/s of ``torch.mm`` by dtype, and the figures of the variants; all are timed interleaved."""
     tokens = condensed_tokens(shape, device)
     calls: dict[tuple[str, str, torch.dtype], Callable[[], object]] = {}
     product_flops = {}
@@ -150,7 +152,7 @@ def _measure(
 
 
 def _measure_alone(shape: tuple[int, int, int], dtype: torch.dtype, quick: bool) -> Measured:
-    """ALONE, in a process of its own."""
+    """Figures of the variant ``ALONE``, measured in a separate process."""
     command = [sys.executable, "-m", "benchmarks.loss", ",".join(map(str, shape)), SHORT[dtype], str(quick)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     if child.returncode:
@@ -159,17 +161,17 @@ def _measure_alone(shape: tuple[int, int, int], dtype: torch.dtype, quick: bool)
 
 
 def _checked(name: str, z: Tensor, loss: variants.Loss, longest: float) -> Measured:
-    """The errors of a variant, and whether it is to be timed: ``"timed"``, or why not.
+    """Errors of a variant, and its status: ``"timed"`` if it is to be timed, or the reason why not.
 
-    Raises RuntimeError where its numbers are wrong.
+    Raises ``RuntimeError`` if its loss or gradient is wrong.
     """
     if reason := variants.why_not(name, z):
         return Measured(f"skipped: {reason}")
     try:
-        for length in (32, 48):  # compiles, where it compiles, for any length
+        for length in (32, 48):  # two lengths, so that what is compiled takes any length
             small = torch.randn(len(z), length, z.shape[2], device=z.device, dtype=z.dtype, requires_grad=True)
             forward_backward(small, loss)
-        for _ in range(2):  # of which the second counts
+        for _ in range(2):  # the second call counts
             synchronize(z.device)
             start = time.perf_counter()
             value, grad = forward_backward(z, loss)
@@ -188,18 +190,19 @@ def _checked(name: str, z: Tensor, loss: variants.Loss, longest: float) -> Measu
 
 
 def condensed_tokens(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Condensed as the hidden states of a trained model: mean cosine about 0.5. ``[B, L, F]`` fp32."""
+    """Tokens ``[B, L, F]`` fp32, condensed like the hidden states of a trained model: mean cosine about 0.5."""
     torch.manual_seed(0)
     return (torch.randn(shape) + torch.randn(shape[-1])).to(device)
 
 
 def rate_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype whose matrix products are a variant's limit: on a CPU fp32, to which 16 bits are widened."""
+    """Dtype whose matrix products set a variant's limit: on a CPU fp32, to which 16-bit tokens are widened."""
     return torch.float32 if device.type == "cpu" else dtype
 
 
 def modes(z: Tensor, loss: variants.Loss) -> dict[str, Callable[[], object]]:
-    """Forward and backward; forward with what backward will want; the loss alone, under ``no_grad``."""
+    """Calls by mode: ``f+b``, forward and backward; ``forward``, with the preparation for backward; ``loss``, under
+    ``no_grad``."""
     return {
         "f+b": partial(forward_backward, z, loss),
         "forward": partial(loss, z),
@@ -221,20 +224,20 @@ def _loss_alone(z: Tensor, loss: variants.Loss) -> Tensor:
 
 
 def float64(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and gradient in float64 on the numbers that ``z`` holds: by the oracle, and where its matrices would be too
-    large by the sweep, which the tests hold to the oracle."""
+    """Loss and gradient in float64 on the numbers that ``z`` holds: by the naive version, or, where its matrices would
+    be too large, by the torch backend, which the tests compare with the naive version."""
     loss = variants.naive if z.shape[1] <= 2048 else variants.build("torch")
     return forward_backward(z.detach().double().requires_grad_(), loss)
 
 
 def check(name: str, got: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """The errors of loss and gradient relative to float64; too large ones are not timed."""
+    """Errors of loss and gradient relative to float64. Raises ``RuntimeError`` for errors that are too large."""
     dtype = got[1].dtype
     loss_error = ((got[0].double() - exact[0]).abs() / exact[0].abs()).item()
     grad_error = ((got[1].double() - exact[1]).norm() / exact[1].norm()).item()
     bounds = (1e-5, 1e-5 if dtype == torch.float32 else 5e-3)
     if dtype != torch.float32 and name not in variants.OURS:
-        bounds = (0.5, 0.5)  # its sums are off by some tens of percent; more would be another computation
+        bounds = (0.5, 0.5)  # 16-bit sums are off by some tens of percent; more would be another computation
     if not (loss_error < bounds[0] and grad_error < bounds[1]):
         raise RuntimeError(
             f"{name} is wrong: relative error of the loss {loss_error:.1e}, of the gradient {grad_error:.1e}"
@@ -243,7 +246,7 @@ def check(name: str, got: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of the CPU allocator, which has no exception of its own."""
+    """Whether memory ran out, on a GPU or in the CPU allocator, whose error has no type of its own."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""Where a figure was measured, the file it is kept in, and the two clocks of it: time and memory."""
+"""Description of the machine, files of results, and measurement of memory."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from dispersion_kernels.backends import cpu, triton_version
 
 
 def pick_device() -> torch.device:
-    """A CUDA (or ROCm) device where there is one, else the CPU."""
+    """A CUDA (or ROCm) device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def processor() -> str:
-    """The processor's name, and its family and model, because those of a cloud have one name for several."""
+    """Name of the processor with its family and model, because clouds give several processors the same name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    # Of the first core.
+    # Reversed, so that the first core's fields are kept.
     found = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
     if "model name" not in found:
         return platform.processor() or platform.machine()
@@ -64,7 +64,7 @@ def _version(name: str) -> str:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """All rows with the machine beside them; written to a temporary name and renamed."""
+    """Writes all rows, each with the description of the machine, under a temporary name and renames the file."""
     machine = describe()
     names = list(dict.fromkeys(name for row in rows for name in row))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """To a temporary name, and renamed."""
+    """Writes a text under a temporary name and renames the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -90,9 +90,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that ``call`` takes at its highest beyond what is in use before it; None where the system does not tell.
+    """Peak memory of ``call`` in bytes, beyond the memory in use before it; None if the system does not tell.
 
-    On a GPU what PyTorch's allocator hands out, on Linux the growth of the resident set.
+    On a GPU it is the memory that PyTorch's allocator hands out, on Linux the growth of the resident set.
     """
     gc.collect()
     if device.type == "cuda":
@@ -107,21 +107,21 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
         call()
         return None
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # what the allocator keeps of earlier calls would be counted as in use before
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+        libc.malloc_trim(0)  # memory that the allocator keeps of earlier calls would count as in use before
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the memory that is resident now
     before = process_memory("VmRSS")
     call()
     return max(0, process_memory("VmHWM") - before)
 
 
 def process_memory(field: str) -> int:
-    """Bytes of this process: ``VmRSS`` resident, ``VmHWM`` at its highest, ``VmSize`` of addresses. Linux alone."""
+    """Memory of this process in bytes: ``VmRSS`` resident, ``VmHWM`` peak of that, ``VmSize`` addresses. Linux only."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that one process may still take."""
+    """Memory in bytes that a process may still allocate."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))

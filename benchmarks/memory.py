@@ -1,9 +1,8 @@
-"""Peak memory and time of forward + backward against the length of one sequence, each measurement in a process of its
-own.
+"""Peak memory and time of forward + backward against the length of one sequence, each measured in a separate process.
 
-What is counted is the growth over what is in use with the tokens in memory: gradient, workspace and whatever is kept in
-between. The process may take what memory the machine has free; the naive version ends there. Its numbers are checked
-first, on shorter sequences.
+Peak memory is the growth beyond the memory in use with the tokens: gradient, workspace and everything kept for
+backward. A process may take all memory that the machine has free; the naive version ends there. Each variant's numbers
+are checked first, on shorter sequences.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ LENGTHS = {
 }
 FEATURES = {"cpu": 64, "cuda": 768}
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
-# Seconds: a call expected to take longer is not waited for.
+# Seconds; a call that is expected to take longer is stopped.
 LONGEST = 120.0
 _NO_MEMORY = 3
 
@@ -78,8 +77,8 @@ def run(quick: bool, lengths: list[int] | None = None) -> list[dict[str, Any]]:
 
 
 def _in_a_process(name: str, length: int, device: torch.device, expected: float | None) -> dict[str, float] | str:
-    """Peak and time of one case, or why it has none. One expected to take so many seconds, too many, is given LONGEST
-    of them, in which it may yet run out of memory."""
+    """Peak and time of one case, or the reason why it has none. ``expected``: seconds that a call is expected to take,
+    if more than ``LONGEST``; the call is stopped after ``LONGEST`` seconds, in which it may run out of memory."""
     command = [sys.executable, "-m", "benchmarks.memory", name, str(length), str(free_memory(device))]
     try:
         child = subprocess.run(
@@ -90,7 +89,7 @@ def _in_a_process(name: str, length: int, device: torch.device, expected: float 
     if child.returncode == 0:
         result: dict[str, float] = json.loads(child.stdout.splitlines()[-1])
         return result
-    if child.returncode in (_NO_MEMORY, -9):  # the kernel's out-of-memory killer sends the latter
+    if child.returncode in (_NO_MEMORY, -9):  # -9: SIGKILL of the kernel's out-of-memory killer
         return "out of memory"
     raise RuntimeError(f"{' '.join(command)} failed:\n{child.stderr}")
 
@@ -101,7 +100,7 @@ def _measure(name: str, length: int, limit: int) -> dict[str, float]:
     rate = _product_rate(device, dtype)
     loss = variants.build(name)
     torch.manual_seed(0)
-    # Short, so that nothing of this length is kept; two lengths, so that what is compiled takes any.
+    # Short sequences, so that no memory of this length is kept; two lengths, so that what is compiled takes any length.
     for short in (256, 320):
         warm = torch.randn(1, short, features, device=device, dtype=dtype, requires_grad=True)
         check(name, forward_backward(warm, loss), float64(warm))
@@ -109,11 +108,12 @@ def _measure(name: str, length: int, limit: int) -> dict[str, float]:
     if device.type == "cpu":
         import resource
 
-        # An allocation beyond what is free fails, rather than wake the kernel's out-of-memory killer.
+        # With the limit, an allocation beyond the free memory fails, rather than wake the kernel's out-of-memory
+        # killer.
         resource.setrlimit(resource.RLIMIT_AS, (process_memory("VmSize") + limit, resource.RLIM_INFINITY))
     call = partial(forward_backward, z, loss)
     if name == "naive compiled":
-        call()  # which may compile once more; that is neither memory nor time of the loss
+        call()  # may compile once more, which is neither memory nor time of the loss
     start = time.perf_counter()
     peak = peak_memory(call, device)
     synchronize(device)
@@ -127,7 +127,7 @@ def _measure(name: str, length: int, limit: int) -> dict[str, float]:
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of ``torch.mm`` just before."""
+    """FLOP/s of ``torch.mm``, measured just before the variant."""
     product, flops = matrix_product(device, rate_dtype(device, dtype))
     times = interleaved({"mm": product}, rounds=3, seconds=0.2, device=device)["mm"]
     return flops / quartiles(times).median

@@ -36,7 +36,7 @@ from kernel_audit.shipped import Call, calls
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 9 * 60
-# Of the CUDA kernels' calls under compute-sanitizer: two tiles and a ragged third, few features and many.
+# Length and numbers of features of calls under compute-sanitizer: two tiles and a ragged third; few features and many.
 SANITIZED_LENGTH, SANITIZED_FEATURES = 261, {64: 36, 128: 100, 768: 200}
 
 
@@ -46,16 +46,16 @@ class Stage:
     what: str
     needs: str
     why_not: Callable[[], str | None]
-    """Why it cannot run here; None if it can."""
+    """Reason, in words, why the stage cannot run here; None if it can."""
     command: list[str]
     environment: dict[str, str] | None = None
     lines: int | None = None
-    """So many of its last lines are in the report; None: all."""
+    """Number of last lines of the output that are in the report; None for all."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage left, as its JSON file has it."""
+    """Outcome of a stage: the fields of its JSON file."""
 
     stage: str
     status: str
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(stage: Stage, out: Path) -> Outcome:
-    """The stage in a process of its own, whose output goes to ``out/NAME.log``."""
+    """Runs the stage in a separate process, whose output goes to ``out/NAME.log``."""
     command = [part.replace("{out}", str(out.resolve())) for part in stage.command]
     outcome = Outcome(stage.name, "skipped", stage.why_not() or "", 0.0, shlex.join(command), describe())
     log = out / f"{stage.name}.log"
@@ -125,14 +125,14 @@ def run(stage: Stage, out: Path) -> Outcome:
             code = child.wait(SECONDS)
             status, reason = ("failed", f"exit status {code}") if code else ("passed", "")
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)  # with the processes that it started
+            os.killpg(child.pid, signal.SIGKILL)  # the child and the processes that it started
             child.wait()
             status, reason = "stopped", f"not done after {SECONDS / 60:.0f} minutes"
     return replace(outcome, status=status, reason=reason, seconds=time.perf_counter() - began)
 
 
 def report(out: Path) -> str:
-    """The Markdown report of what the stages left in ``out``."""
+    """Report in Markdown on the outcomes and outputs of the stages in ``out``."""
     outcomes = {
         stage.name: Outcome(**json.loads(path.read_text(encoding="utf-8")))
         for stage in STAGES
@@ -162,7 +162,7 @@ def report(out: Path) -> str:
     return "\n".join([*lines, ""])
 
 
-# ---- what the stages need
+# ---- needs of the stages
 
 
 def no_gpu() -> str | None:
@@ -196,14 +196,15 @@ def no_sanitizer() -> str | None:
 
 
 def architecture() -> str:
-    """Of this machine's GPU, for ``TORCH_CUDA_ARCH_LIST``; the extension's own default elsewhere."""
+    """Architecture of this machine's GPU for ``TORCH_CUDA_ARCH_LIST``; empty, for the extension's default, without an
+    NVIDIA GPU."""
     if no_nvidia_gpu():
         return ""
     major, minor = torch.cuda.get_device_capability()
     return f"{major}.{minor}a" if major == 9 else f"{major}.{minor}"
 
 
-# ---- the stages that are functions of this module, each in a process of its own
+# ---- stages that are functions of this module, each run in a separate process
 
 
 @contextmanager
@@ -224,7 +225,7 @@ def _memory(out: Path, number: int) -> None:
 
 
 def _sanitized(out: Path, number: int) -> None:
-    """One call for each CUDA kernel, which nothing else than compute-sanitizer watches."""
+    """Runs one call for each CUDA kernel, for compute-sanitizer to watch; the results are not checked."""
     seen: set[str] = set()
     for call in calls(every=True):
         small = _small(call, "cpu")
@@ -241,7 +242,7 @@ def _sanitized(out: Path, number: int) -> None:
 
 
 def _small(call: Call, device: str) -> Call:
-    """The same on few and ragged tokens."""
+    """Copy of ``call`` on few tokens, of ragged number."""
     z, length = call.layers[0], SANITIZED_LENGTH
     features = SANITIZED_FEATURES.get(z.shape[2], z.shape[2])
     torch.manual_seed(0)
@@ -257,7 +258,7 @@ def _dispersion(call: Call) -> list[Tensor]:
     return found.gradients
 
 
-# Tests of tests/backends/test_triton.py, in parts that nine minutes should be enough for where all is compiled anew.
+# Parts of tests/backends/test_triton.py, each small enough for nine minutes with all kernels compiled anew.
 TESTS = {
     "shapes": "TestKernels and ragged",
     "masks": "TestKernels and (masks or packed)",
@@ -266,7 +267,7 @@ TESTS = {
     "device": "not TestKernels",
 }
 CHILDREN = {"loss": _loss, "memory": _memory, "sanitized": _sanitized}
-# In parts that nine minutes are enough for.
+# Parts of the loss and memory suites, each small enough for nine minutes.
 LOSS_CASES = [[case] for case in loss.CASES["cuda"]]
 MEMORY_LENGTHS = [[length, 2 * length] for length in memory.LENGTHS["cuda"][::2]]
 
@@ -295,7 +296,7 @@ def _stages() -> list[Stage]:
     ]
     for impl, why_not, needs in (("triton", no_triton, triton), ("cuda", no_cuda_kernels, both)):
         for part, chosen in TESTS.items():
-            # Of the class's fixture, whose value is the first part of a test's name; Triton's own tests have none.
+            # The value of the class's fixture is the first part of a test's name; Triton's own tests have no fixture.
             of_impl = "not [cuda" if impl == "triton" else "[cuda"
             command = _pytest("tests/backends/test_triton.py", "-k", f"({chosen}) and {of_impl}")
             what = f"pytest -m gpu, {impl}: {part}"

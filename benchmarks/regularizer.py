@@ -1,8 +1,8 @@
-"""What the loss costs in a training loop: peak memory and time of a step of a GPT-2 without the loss, by the recipe
-(hidden states out of the model, and the function on all of them), by the function with ``recompute=True``, and by
-DispersionRegularizer.
+"""Cost of the loss in a training loop: peak memory and time of a step of a GPT-2 without the loss, with the recipe
+(hidden states returned by the model, and the function on all of them), with the function and ``recompute=True``, and
+with ``DispersionRegularizer``.
 
-The variants share one model, and take a step in turn. Before that, all must give the gradients of the recipe.
+The variants share one model and take steps in turn. Before that, all must give the gradients of the recipe.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHAPE = {"layers": 8, "width": 128, "heads": 4, "context": 512, "vocab": 256}
 QUICK = {"layers": 2, "width": 32, "heads": 2, "context": 256, "vocab": 64}
 BATCH = 2
 ROUNDS = 5
-# Of the largest entry of a gradient: what fp32 rounds, and what a bf16 model does.
+# Largest error of a gradient, relative to its largest entry: for the rounding of fp32 and of a bf16 model.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -115,9 +115,9 @@ def _check(model: GPT2, steps: Mapping[str, Callable[[], None]], tolerance: floa
 
 
 def _peak(model: GPT2, step: Callable[[], None], device: torch.device) -> int | None:
-    """Of the tensors that a step allocates beyond what there is before it, the most bytes at a time. On a CPU by the
-    profiler: what the allocator keeps of freed tensors is as much as what is to be measured."""
-    model.zero_grad()  # which the profiler would not see given back
+    """Peak memory in bytes of the tensors that a step allocates. On a CPU it is measured by the profiler, because the
+    allocator keeps as much memory of freed tensors as is to be measured."""
+    model.zero_grad()  # before the profiler starts, which would not see this memory freed
     if device.type != "cpu":
         return peak_memory(step, device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -25,7 +25,7 @@ RESULTS = ROOT / "docs" / "results"
 
 Row = dict[str, str]
 
-# What README's table of times leaves to docs/benchmarks.md.
+# Variants that are in the table of docs/benchmarks.md, but not in README's.
 PEERS = ("row-chunked", "KeOps")
 
 HEAD = """\
@@ -103,12 +103,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def pages(root: Path) -> list[Path]:
-    """README.md and the pages of docs/."""
+    """Paths of README.md and the pages of docs/."""
     return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
 def read_results(folder: Path) -> dict[str, list[Row]]:
-    """The rows of each file, by its name: the suite, and the machine's kind."""
+    """Rows of each file, by the file's name: the suite and the kind of machine."""
     results = {}
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="", encoding="utf-8") as file:
@@ -117,7 +117,7 @@ def read_results(folder: Path) -> dict[str, list[Row]]:
 
 
 def page(results: dict[str, list[Row]]) -> str:
-    """docs/benchmarks.md."""
+    """Text of docs/benchmarks.md."""
     parts = [HEAD]
     for name, rows in results.items():
         suite = name.split("-")[0]
@@ -212,13 +212,13 @@ def loss_short(rows: list[Row]) -> str:
 def _milliseconds(row: Row) -> str:
     if not row["ratio"]:
         return _status(row)
-    # Three significant digits, and no exponent.
+    # Three significant digits and no exponent.
     time = float(row["ms"])
     return f"{time:,.{max(0, 2 - int(math.log10(max(time, 1))))}f} ({float(row['ratio']):.2f})"
 
 
 def _status(row: Row) -> str:
-    """In a word or two."""
+    """Status of a row in a word or two."""
     return re.sub(r"^not timed: a call takes ", "", row["status"]) if not row["status"].startswith("skipped") else "-"
 
 
@@ -337,7 +337,7 @@ def sampling_full(rows: list[Row]) -> str:
 
 
 def sampling_short(rows: list[Row]) -> str:
-    """The middle of what there is, at the larger tau."""
+    """Short table: a selection of the variants, at the larger tau."""
     tau = max(float(row["tau"]) for row in rows)
     variants = [
         "256 tokens, naive",
@@ -397,7 +397,7 @@ def _convergence(rows: list[Row], measured: list[str]) -> str:
 
 
 def _mean(values: list[float], of: int) -> str:
-    """With the standard deviation of a mean of so many."""
+    """Mean of the values and the standard error of a mean of ``of`` values."""
     deviation = statistics.stdev(values) / of**0.5 if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
 
@@ -508,7 +508,7 @@ def plot_scaling(rows: list[Row], path: Path) -> Path:
 
 
 def _figure() -> Any:
-    """Matplotlib's class, without pyplot: no display, no global state, no figure left open."""
+    """Matplotlib's figure class, used without pyplot: no display, no global state, no figure left open."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:

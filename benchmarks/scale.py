@@ -1,8 +1,8 @@
-"""One very long sequence on little memory: loss and gradient of 65,536 and 262,144 tokens under a ceiling that the
-process sets itself.
+"""Loss and gradient of one very long sequence, of up to 262,144 tokens, under a memory ceiling that the process sets
+itself.
 
-The ceiling grows with L as the tokens do; one L x L matrix is a multiple of it. The numbers are checked against the
-formula in float64, for the gradient of some tokens with all others; see :func:`check_rows`.
+The ceiling is linear in L, as the tokens are; one L x L matrix is a multiple of it. The results are checked against the
+formula in float64, the gradient for some tokens; see :func:`check_rows`.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ def run(quick: bool, lengths: list[int] | None = None) -> list[dict[str, Any]]:
 
 
 def ceiling(length: int, features: int) -> int:
-    """Bytes that loss and gradient may take beyond the fp32 tokens: linear in L."""
+    """Memory in bytes that loss and gradient may take beyond the fp32 tokens; linear in L."""
     return 8 * length * features * 4 + (32 << 20)
 
 
 def measure(length: int, impl: str = "auto", features: int = FEATURES) -> dict[str, Any]:
-    """Loss and gradient of one sequence under the ceiling, which this process is left with until the end; its numbers
-    are checked after that.
+    """Figures of loss and gradient of one sequence, computed under the ceiling; the check of the numbers follows
+    without a ceiling.
 
-    Raises RuntimeError where the ceiling is too low, or a number wrong.
+    Raises ``RuntimeError`` if the ceiling is too low, or the loss or the gradient wrong.
     """
     device = pick_device()
     torch.manual_seed(0)
-    # The libraries and threads that the first call brings are not the loss's memory.
+    # A first call, because the libraries and threads that it loads and starts are not memory of the loss.
     warm = torch.randn(1, 256, features, device=device, requires_grad=True)
     forward_backward(warm, lambda z: fused_dispersion_loss(z, POTENTIAL, impl=impl))
     z = torch.randn(1, length, features, device=device, requires_grad=True)
@@ -90,7 +90,7 @@ def measure(length: int, impl: str = "auto", features: int = FEATURES) -> dict[s
 
 
 def _set_ceiling(limit: int | None, device: torch.device) -> None:
-    """More than ``limit`` bytes beyond what is in use cannot be had; None: as before."""
+    """Limits the memory of this process to ``limit`` bytes beyond the memory in use; None ends the limit."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.empty_cache()
@@ -105,13 +105,13 @@ def _set_ceiling(limit: int | None, device: torch.device) -> None:
 
 
 def check_rows(z: Tensor, loss: Tensor, grad: Tensor, rows: int = 64) -> tuple[float, float]:
-    """The errors of the loss and of some rows of its gradient, against the formula in float64.
+    """Errors of the loss and of some rows of its gradient, against the formula in float64.
 
-    The sum P over all pairs is estimated from those of ``rows`` tokens with all others, which says the loss to some
-    standard errors. The gradient of these tokens is then exact, but for the factor 1 / P, taken from the loss:
+    The sum P over all pairs is estimated from the pairs of ``rows`` tokens with all others, which gives the loss within
+    some standard errors. The gradient of these tokens is exact up to the factor 1 / P, which is taken from the loss:
     dz = u / (r + eps) - z (z . u) / (r (r + eps)^2), u_i = 2 / P sum_j slope(c_ij) x_j.
 
-    Raises RuntimeError where one of them is too large.
+    Raises ``RuntimeError`` if one of the errors is too large.
     """
     length, count = z.shape[0], z.shape[0] * (z.shape[0] - 1)
     chosen = torch.linspace(0, length - 1, min(rows, length), device=z.device).long()

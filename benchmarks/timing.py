@@ -1,5 +1,5 @@
-"""Timing that holds on a machine whose speed drifts: variants interleaved, batches of at least a quarter second,
-medians with quartiles."""
+"""Timing on a machine whose speed drifts: variants interleaved, batches of at least a quarter second, medians with
+quartiles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.machine import synchronize
 
-# Short parallel regions after idling can take milliseconds, so a single call is never timed.
+# Least seconds of a batch. A single call is never timed, because a short parallel region after idling can take
+# milliseconds.
 SECONDS = 0.25
 
 
@@ -32,9 +33,9 @@ def interleaved(
     seconds: float = SECONDS,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
 ) -> dict[Name, list[float]]:
-    """Seconds a call of each variant, once a round, each figure the mean of a batch of at least ``seconds``.
+    """Seconds per call of each variant, one figure per round, each the mean of a batch of at least ``seconds``.
 
-    Each round is in another order, so that none is always the one after the heaviest.
+    The order differs from round to round, so that no variant always runs after the heaviest one.
     """
     counts = {}
     for name, call in variants.items():
@@ -49,10 +50,11 @@ def interleaved(
 
 
 def _batch(call: Callable[[], object], count: int, seconds: float, device: torch.device) -> float:
-    """Seconds a call, the mean over ``count`` calls, and on a CPU over at least ``seconds``."""
+    """Seconds per call, the mean over ``count`` calls, and on a CPU over at least ``seconds`` seconds."""
     synchronize(device)
     if device.type == "cuda":
-        # By the device's own clock: the host runs ahead of it, so what it costs to launch shows only where it is more.
+        # Timed by the device's clock. The host runs ahead of the device, so the cost of launches shows only where it
+        # exceeds the kernels'.
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         for _ in range(count):
@@ -69,7 +71,7 @@ def _batch(call: Callable[[], object], count: int, seconds: float, device: torch
 
 
 def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
-    """``torch.mm`` of two square matrices, and its FLOPs: the rate that limits are taken at."""
+    """Call of ``torch.mm`` on two square matrices, and its FLOPs; its rate is that of the limits."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)

@@ -1,11 +1,11 @@
-"""What the loss costs in training: tokens per second and peak memory of the GPT-2 trainer with no loss, with the naive
-one on 256 tokens and on all of them, and with ours on all, on a fraction of the pairs, and on none.
+"""Cost of the loss in training: tokens per second and peak memory of the GPT-2 trainer without the loss, with the naive
+loss on 256 tokens and on all tokens, and with ours on all tokens, on a fraction of the pairs, and on no pairs.
 
-The runs live in one process and take a step in turn, in an order drawn anew each turn, so that a machine that slows
-down slows all of them, and each step is compared with the one without the loss in the same turn. Each turn they pass
-their models on: where one lies in memory makes its steps 1 or 2% faster or slower, however often they are timed. Before
-that, the naive loss on all tokens and ours must give the same cross-entropy, dispersion and gradient norm in the first
-step.
+The runs share one process and take steps in turn, in a new random order each turn, so that a machine that slows down
+slows all of them; each step is compared with the step without the loss in the same turn. Each turn the runs pass their
+models on, because the place of a model in memory makes its steps 1 or 2% faster or slower, however often they are
+timed. Before that, the naive loss on all tokens and ours must give the same cross-entropy, dispersion and gradient norm
+in the first step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dispersion_kernels.gpt2.options import parse_options
 from dispersion_kernels.gpt2.runtime import keep_freed_memory
 from dispersion_kernels.gpt2.train import Run
 
-# Windows of 1,024 tokens on both: nano's own 256 would make 256 random tokens all of them.
+# Options by device. Windows have 1,024 tokens on both: with nano's own 256, 256 random tokens would be all tokens.
 RECIPE = {
     "cpu": ["--preset", "nano", "--context", "1024", "--batch-size", "2"],
     "cuda": [
@@ -49,7 +49,7 @@ VARIANTS: dict[str, list[str]] = {
 
 
 def run(quick: bool, options: list[str] | None = None) -> list[dict[str, Any]]:
-    """``options``: of the trainer, after those for this device."""
+    """Rows of the suite. ``options``: options of the trainer, after those for this device."""
     device = pick_device()
     recipe = [*RECIPE[device.type], *(QUICK if quick else []), *(options or [])]
     print(f"machine: {describe()}")
@@ -59,7 +59,7 @@ def run(quick: bool, options: list[str] | None = None) -> list[dict[str, Any]]:
         runs = {name: _run(Path(folder, str(n)), [*recipe, *VARIANTS[name]]) for n, name in enumerate(VARIANTS)}
         _check({name: one.train_step(True) for name, one in runs.items()})
         for one in runs.values():
-            if one.regularizer is not None:  # each model comes to have those of all runs, one after another
+            if one.regularizer is not None:  # because each model gets the regularizers of all runs, one after another
                 one.regularizer.remove()
         models = [(one.model, one.forward, one.optimizer) for one in runs.values()]
         steps = {
@@ -67,7 +67,7 @@ def run(quick: bool, options: list[str] | None = None) -> list[dict[str, Any]]:
             for n, (name, one) in enumerate(runs.items())
         }
         for step in steps.values():
-            step()  # the optimiser's state is there from now on
+            step()  # creates the optimiser's state
         peaks = {name: peak_memory(step, device) for name, step in steps.items()}
         times = interleaved(steps, rounds=2 if quick else ROUNDS, seconds=0.0, device=device)
     print("| | tokens per second | of the time without | peak memory of a step, MiB |")
@@ -89,10 +89,10 @@ def run(quick: bool, options: list[str] | None = None) -> list[dict[str, Any]]:
             "ms_q3": 1e3 * third,
             "tokens_per_second": one.step_tokens / middle,
             "of_time_without": ratio,
-            # Of the median, as if the ratios were normally distributed between their quartiles.
+            # Standard error of the median, for a normal distribution with the ratios' quartiles.
             "of_time_error": 1.2533 * (above - below) / 1.349 / len(ratios) ** 0.5,
             "peak_bytes": peaks[name],
-            # Of one layer's hidden states, in fp32, as the residual stream is under autocast, too.
+            # Bytes of one layer's hidden states in fp32, the residual stream's dtype under autocast, too.
             "activation_bytes": 4 * one.options.batch_size * one.context * one.model.config.width,
         }
         rows.append(row)
@@ -106,7 +106,7 @@ def _ratio(row: dict[str, Any]) -> str:
 
 
 def _run(out: Path, arguments: list[str]) -> Run:
-    # So many steps that the learning rate stays where the warm-up has brought it.
+    # A number of steps so large that the learning rate stays at its value after the warm-up.
     options = parse_options([*arguments, "--steps", "1000000", "--warmup", "0", "--out", str(out)])
     return Run(options, out, options.dispersion_weight)
 

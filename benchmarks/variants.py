@@ -1,5 +1,5 @@
-"""What is compared: our backends, the naive version, and its peers, each a function of the tokens ``[B, L, F]`` that
-gives the mean loss of ``angular_spread``."""
+"""The variants that are compared: our backends, the naive version and its peers, each a function from tokens
+``[B, L, F]`` to the mean loss of ``angular_spread``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Loss = Callable[[Tensor], Tensor]
 POTENTIAL = AngularSpread()
 OURS = ("torch", "cpu", "triton", "cuda")
 NAMES = ("naive eager", "naive compiled", "row-chunked", "KeOps", *OURS)
-# Of one chunk of rows of the similarity matrix; a dozen such tensors are alive at once.
+# Bytes of one chunk of rows of the similarity matrix; a dozen such tensors are alive at the same time.
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 
 def why_not(name: str, z: Tensor) -> str | None:
-    """Why a variant cannot run on such tokens, in words; None if it can."""
+    """Reason, in words, why a variant cannot run on such tokens; None if it can."""
     if name in OURS:
         return supported(name, z, POTENTIAL).reason
     if name == "KeOps":
@@ -36,7 +36,7 @@ def why_not(name: str, z: Tensor) -> str | None:
 
 
 def build(name: str) -> Loss:
-    """The variant as a function of the tokens."""
+    """Variant as a function of the tokens."""
     if name in OURS:
         return lambda z: fused_dispersion_loss(z, POTENTIAL, impl=name)
     if name == "naive compiled":
@@ -45,16 +45,17 @@ def build(name: str) -> Loss:
 
 
 def naive(z: Tensor) -> Tensor:
-    """The similarity matrix materialised, and the gradient left to autograd."""
+    """Loss by the materialised similarity matrix, with the gradient left to autograd."""
     return reference.dispersion_loss(z, POTENTIAL)[0].mean()
 
 
 def row_chunked(z: Tensor) -> Tensor:
-    """What one would write in plain PyTorch to bound the memory: some rows of the similarity matrix at a time, computed
-    again in backward (``torch.utils.checkpoint``). 8 B L^2 F FLOPs.
+    """Loss in plain PyTorch with bounded memory: some rows of the similarity matrix at a time, computed again in
+    backward (``torch.utils.checkpoint``). 8 B L^2 F FLOPs.
 
-    The tensors alive at once are bounded; what glibc's allocator keeps of them is not. With 16,384 tokens, F = 64, the
-    process grows by 2.8 GiB, and by 46 MiB where ``MALLOC_MMAP_THRESHOLD_=65536`` gives each tensor its own mapping.
+    The tensors alive at the same time are bounded; the memory that glibc's allocator keeps of freed tensors is not.
+    With 16,384 tokens and F = 64 the process grows by 2.8 GiB, and by 46 MiB if ``MALLOC_MMAP_THRESHOLD_=65536`` gives
+    each tensor its own mapping.
     """
     length = z.shape[1]
     rows = max(1, CHUNK_BYTES[z.device.type] // (length * z.element_size()))
@@ -70,7 +71,7 @@ def row_chunked(z: Tensor) -> Tensor:
 
 
 def _log_sum_of_rows(x: Tensor, first: int, end: int) -> Tensor:
-    """The logarithm of the sum of psi over the pairs of tokens ``first`` to ``end`` with all others."""
+    """Logarithm of the sum of psi over the pairs of the tokens ``first`` to ``end`` with all others."""
     c = x[first:end] @ x.T
     clipped = c + (c.clamp(POTENTIAL.clamp - 1, 1 - POTENTIAL.clamp) - c).detach()
     exponent = -torch.arccos(clipped) / (math.pi * POTENTIAL.tau)
@@ -83,8 +84,9 @@ def _loss(log_total: Tensor, length: int) -> Tensor:
 
 
 def keops(z: Tensor) -> Tensor:
-    """KeOps' best: one reduction for the loss and one for the gradient, whose straight-through slope its own automatic
-    differentiation does not know. 8 B L^2 F FLOPs or so, none of them a matrix product."""
+    """Loss by KeOps at its best: one reduction for the loss and one for the gradient, because its automatic
+    differentiation does not know the straight-through slope. About 8 B L^2 F FLOPs, none of them in a matrix
+    product."""
     import pykeops
 
     pykeops.set_verbose(False)

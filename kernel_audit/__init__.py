@@ -1,1 +1,1 @@
-"""The shipped GPU kernels examined without a GPU: compiled ahead of time, read as machine code, timed on paper."""
+"""Examination of the shipped GPU kernels without a GPU: ahead-of-time compilation, machine code, and a time model."""

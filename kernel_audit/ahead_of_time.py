@@ -1,7 +1,7 @@
-"""Every kernel that the launcher would launch, compiled without a GPU.
+"""Ahead-of-time compilation of the Triton kernels that the launcher launches, without a GPU.
 
-The launches are recorded from the launcher itself, on CPU tensors of which nothing is computed, and specialised as
-Triton does at a call: what is compiled here is what runs.
+Launches are recorded from the launcher itself, on CPU tensors and without running a kernel, and are specialised as
+Triton does at a call, so that the compiled kernels are those that would run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as it is launched."""
+    """Recorded launch of a kernel."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -43,12 +43,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class Specialization:
-    """What Triton compiles for a launch."""
+    """Specialisation of a kernel that Triton compiles for a launch."""
 
     signature: dict[str, Any]
     constexprs: dict[str, Any]
     divisible: tuple[tuple[int, ...], ...]
-    """Paths of the arguments that are divisible by 16."""
+    """Paths of the arguments that 16 divides."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,20 @@ class Variant:
     divisible: tuple[tuple[int, ...], ...]
     options: dict[str, int]
     tile: tuple[int, int]
-    """The tokens of a tile: its pairs are one pass over the epilogue."""
+    """Rows and columns of a tile, in tokens; the pairs of a tile are one pass over the epilogue."""
     features: int
     tensor_flops: float
-    """Of matrix products in the kernel, for one tile."""
+    """FLOPs per tile of matrix products in the kernel."""
     library_flops: float
-    """Of the library's products that belong to the tile."""
+    """FLOPs per tile of the library's products that belong to the tile."""
     trips: dict[int, float]
-    """How often the code at each depth of loops runs for a tile."""
+    """Executions per tile of the code at each depth of loops."""
     tensor_kind: str
-    """A pattern of the tensor-core instruction that the assembly must have; empty for none."""
+    """Pattern of the tensor-core instruction that the assembly must have; empty for none."""
 
 
 def compile_variant(variant: Variant) -> Any:
-    """The kernel, compiled by Triton for the architecture of ``variant``."""
+    """Kernel of ``variant``, compiled by Triton for its architecture."""
     return compile_for(
         variant.kernel,
         Specialization(variant.signature, variant.constexprs, variant.divisible),
@@ -99,8 +99,8 @@ def compile_for(kernel: Any, specialization: Specialization, arch: str, options:
 
 
 def specialize(kernel: Any, arguments: dict[str, Any]) -> Specialization:
-    """The types of the arguments, the integers that are 1, and what is divisible by 16, as Triton's launcher sees
-    them."""
+    """Specialisation of Triton's launcher for these arguments: their types, the integers that are 1, and the integers
+    and addresses that 16 divides."""
     signature: dict[str, Any] = {}
     constexprs: dict[str, Any] = {}
     divisible: list[tuple[int, ...]] = []
@@ -135,7 +135,7 @@ def record(
     arch: str,
     precision: str | None = None,
 ) -> list[Launch]:
-    """The launches of a call on ``arch``, none of which is run."""
+    """Launches of a call on ``arch``; none of them is run."""
     launches: list[Launch] = []
 
     def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]) -> None:
@@ -147,8 +147,8 @@ def record(
 
 
 def shipped(arch: str, every: bool = False) -> list[Variant]:
-    """The kernels of every potential in bf16, and of angular_spread in every dtype, for few and for many features, with
-    and without groups; with ``every``, those of every potential in every dtype, each once."""
+    """Kernels of every potential in bf16, and of angular_spread in every dtype, for few and for many features, with and
+    without groups; with ``every``, the kernels of every potential in every dtype, each once."""
     variants: dict[tuple[Any, ...], Variant] = {}
     for variant in _recorded(arch, every):
         constexprs = {name: str(value) for name, value in variant.constexprs.items()}
@@ -197,7 +197,7 @@ def _variant(recorded: Launch, potential: str, arch: str, z: Tensor) -> Variant:
             (block_m, block_n),
             (products + of_gradient, 0.0),
         )
-        # What is outside of the loop over tiles is shared by those of 1,024 tokens.
+        # The code outside of the loop over tiles is charged to the tiles of 1,024 tokens together.
         trips = {0: block_n / 1024, 1: 1.0, 2: features / arguments["BLOCK_K"]}
     else:
         transform = arguments.get("TRANSFORM", "")
@@ -222,7 +222,7 @@ def _variant(recorded: Launch, potential: str, arch: str, z: Tensor) -> Variant:
 
 
 def _tensor_kind(arch: str, rows: int) -> str:
-    """``rows``: of the tile, of which the wider instructions take 64."""
+    """Pattern of the tensor-core instruction for a tile of ``rows`` rows; the wider instructions take 64 rows."""
     if arch.startswith("gfx"):
         return "v_mfma"
     if arch == "sm_90" and rows >= 64:

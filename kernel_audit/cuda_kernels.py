@@ -1,4 +1,4 @@
-"""The kernels of the CUDA extension as the static report lists them: what the launcher launches, recorded from it."""
+"""The kernels of the CUDA extension for the static report, recorded from the launcher's launches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kernel_audit.shipped import Call, calls
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel at one number of features; the fields as those of Triton's variants, and what only these have."""
+    """One kernel at one number of features; fields as in :class:`kernel_audit.ahead_of_time.Variant`, and some more."""
 
     label: str
     arch: str
@@ -23,19 +23,19 @@ class Variant:
     shared: int
     """Bytes of dynamic shared memory."""
     precision: str
-    """Which of a device's rates its products run at; empty without products."""
+    """Key of the device's rate for the kernel's products; empty without products."""
     warps: int
-    """That multiply and have the epilogue; of wgmma's kernels others copy."""
+    """Warps that multiply and run the epilogue; the wgmma kernels have others, which copy."""
     tensor_flops: float = 0.0
     library_flops: float = 0.0
     trips: dict[int, float] = field(default_factory=lambda: dict.fromkeys(range(4), 1.0))
     other_trips: dict[int, float] = field(default_factory=dict)
-    """Where a loop has no tensor instruction and these other trips."""
+    """Trips, by depth, of loops without tensor instructions, where they differ from ``trips``."""
     tensor_kind: str = ""
 
 
 def shipped(arch: str, every: bool = False) -> list[Variant]:
-    """The kernels of :func:`kernel_audit.shipped.calls`, each once for a number of features."""
+    """Kernels of :func:`kernel_audit.shipped.calls`, each once per number of features."""
     variants = {variant.label: variant for call in calls(every) for variant in _launched(call, arch)}
     return list(variants.values())
 
@@ -71,7 +71,8 @@ def _variant(launched: cuda.Launch, arch: str, features: int) -> Variant:
             tile=tile,
             warps=warps,
             tensor_flops=flops * (features + of_gradient),
-            # What is outside of the loop over tiles is shared by those of 1,024 tokens; panels have 128 bytes.
+            # The code outside of the loop over tiles is charged to the tiles of 1,024 tokens together; the rows of
+            # panels have 128 bytes.
             trips={0: tile[1] / 1024, 1: 1.0, 2: features * size / 128},
             tensor_kind="HMMA",
         )
@@ -85,7 +86,7 @@ def _variant(launched: cuda.Launch, arch: str, features: int) -> Variant:
         tensor_flops=flops,
         library_flops=2 * flops * name.removesuffix("_wgmma").endswith("_write"),
         trips={0: 1.0, 1: features * size / (128 if wgmma or size == 4 else 64), 2: 1.0},
-        # The stores of slopes, 16 bytes each, four in a turn of their loop.
+        # The loop that stores slopes, 16 bytes at a time, is unrolled by four.
         other_trips={1: block * block * size / 16 / (32 * multiplying) / 4},
         tensor_kind="HGMMA" if wgmma else "HMMA",
     )

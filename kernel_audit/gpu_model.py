@@ -32,16 +32,16 @@ from kernel_audit.static_report import DEVICES, Device, Row, examine
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU: the static report's device, and what is around its SMs."""
+    """A GPU: the static report's device, its memory and its L2 cache."""
 
     device: Device
     arch: str
-    accumulation: float  # the share of the device's rate that tensor products have which are summed in fp32
-    memory: float  # bytes a second
-    l2: float  # bytes a second
+    accumulation: float  # share of the device's rate that tensor products with sums in fp32 reach
+    memory: float  # bytes per second
+    l2: float  # bytes per second
 
     def rate(self, precision: str) -> float:
-        """FLOP/s of matrix products: ``"16-bit"``, ``"tf32"`` or ``"fp32"``, the last without tensor cores."""
+        """Rate of matrix products in FLOP/s: ``"16-bit"``, ``"tf32"`` or ``"fp32"``, the last without tensor cores."""
         share = 1.0 if precision == "fp32" else self.accumulation
         return share * self.device.flops[precision] * self.device.sms * self.device.gigahertz * 1e9
 
@@ -55,16 +55,17 @@ CARDS = [
 ]
 LENGTHS = [256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 FEATURES = [768, 128]
-# Of a call: so many sequences as make this, or one that is longer.
+# Tokens of a call: as many sequences as make this number, or one sequence that is longer.
 TOKENS = 8192
 LAUNCH = 2.5e-6
 EFFICIENCY = 0.7
 LIBRARY_TILE = 128
-# Small operations around the launcher: the loss of the layers and its weight, in backward the factor of each token.
+# Number of small operations around the launcher: the loss of the layers and its weight, and in backward the factor of
+# each token.
 AROUND = 8
-# What the naive version holds at its highest, in L x L matrices: measured on a CPU (docs/results/memory-cpu.csv).
+# Peak memory of the naive version, in L x L matrices, measured on a CPU (docs/results/memory-cpu.csv).
 NAIVE_MATRICES = 8.3
-# Of a training step, and its FLOPs a token and parameter.
+# Share of the 16-bit rate that a training step reaches, and its FLOPs per token and parameter.
 UTILISATION, STEP_FLOPS = 0.4, 6
 
 HEAD = f"""\
@@ -109,7 +110,7 @@ PIPES = ("tensor", "fma", "xu", "alu", "lsu", "L2", "memory")
 
 
 class Operation(NamedTuple):
-    """One of PyTorch's."""
+    """Operation of PyTorch."""
 
     read: int  # bytes
     written: int  # bytes
@@ -117,7 +118,7 @@ class Operation(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a call asks of the GPU."""
+    """Launches and operations of a call on the GPU."""
 
     launches: list[Any]  # ahead_of_time.Launch
     operations: list[Operation]
@@ -125,7 +126,7 @@ class Work(NamedTuple):
 
 @dataclass
 class Time:
-    """Seconds, and those that each of PIPES is busy."""
+    """Predicted seconds, and busy seconds of each of ``PIPES``."""
 
     best: float = 0.0
     estimate: float = 0.0
@@ -162,7 +163,8 @@ def card_of_this_machine() -> Card:
 
 
 def measure(lengths: Iterable[int], features: Iterable[int]) -> dict[tuple[int, int], tuple[float, float | None]]:
-    """Seconds of forward and backward by F and L: of ours, and of the naive version, None where memory runs out."""
+    """Seconds of forward and backward by (F, L): of the Triton backend, and of the naive version, None if memory runs
+    out."""
     device, measured = torch.device("cuda"), {}
     for width in features:
         for length in lengths:
@@ -192,7 +194,7 @@ def render(
     features: list[int],
     measured: dict[str, dict[tuple[int, int], tuple[float, float | None]]],
 ) -> str:
-    """The page in Markdown. ``measured``: by the card's name, what ``measure`` gave."""
+    """Page in Markdown. ``measured``: results of ``measure`` by the name of the card."""
     parts = [HEAD]
     for card in cards:
         of_card = measured.get(card.device.name)
@@ -240,11 +242,11 @@ def _ms(seconds: float) -> str:
 
 
 def _training(cards: list[Card]) -> str:
-    """The share of a step of the trainer's preset gpt2 that the loss on all layers would take."""
+    """Section on training: the share of a step of the trainer's preset gpt2 that the loss on all layers takes."""
     config, batch = PRESETS["gpt2"], 8
     weights = 12 * config.layers * config.width**2 + (config.vocab + config.context) * config.width
     tokens = batch * config.context
-    # Of attention: two products over the earlier half of the tokens, and twice that in backward.
+    # FLOPs of attention per token: two products over, on average, half of the tokens, and twice that in backward.
     attention = 6 * config.layers * config.width * config.context
     flops = tokens * (STEP_FLOPS * weights + attention)
     lines = [
@@ -266,7 +268,7 @@ def _training(cards: list[Card]) -> str:
         step = flops / (UTILISATION * card.rate("16-bit"))
         cells = [card.device.name, _ms(step)]
         rounding = Time()
-        for _ in range(2 * config.layers):  # of the hidden states, and of the gradient back to fp32
+        for _ in range(2 * config.layers):  # rounding of the hidden states, and of the gradient back to fp32
             _add_moved(rounding, card, (4 + 2) * tokens * config.width)
         ways: list[tuple[torch.dtype, str | None, int, Time]] = [
             (torch.bfloat16, None, config.layers, rounding),
@@ -292,7 +294,8 @@ def time_of_ours(
     precision: str | None = None,
     layers: int = 1,
 ) -> Time:
-    """Of forward and backward of the Triton kernels. ``precision`` of fp32 products: ``"tf32"`` or ``"tf32x3"``."""
+    """Time of forward and backward of the Triton kernels. ``precision`` is of fp32 products, ``"tf32"`` or
+    ``"tf32x3"``."""
     work = record(card.arch, batch, length, features, dtype, precision, layers)
     library = {torch.bfloat16: "16-bit", torch.float32: "tf32" if precision == "tf32" else "fp32"}[dtype]
     time, size, tokens = Time(), dtype.itemsize, layers * batch * length * features
@@ -317,7 +320,7 @@ def time_of_ours(
 
 
 def _add_tiles(time: Time, card: Card, row: Row, launch: Any, size: int) -> None:
-    """A launch of the kernel that ``row`` is of."""
+    """Adds a launch of the kernel whose figures are in ``row``."""
     arguments, variant = launch.arguments, row.variant
     programs, tiles = math.prod(launch.grid), 1
     read = written = 0
@@ -327,7 +330,8 @@ def _add_tiles(time: Time, card: Card, row: Row, launch: Any, size: int) -> None
     else:
         tiles = -(-arguments["length"] // arguments["BLOCK_N"])
         read = arguments["BLOCK_N"] * arguments["width"] * size
-    # Where the opcode does not tell how often it multiplies, the three parts of a product are known.
+    # Tensor cycles with repeated products: from the opcodes, or, where these do not tell, from the three parts of a
+    # tf32x3 product.
     parts = 3.0 if "tf32x3" in variant.label else 1.0
     tensor = row.tensor * max(parts, row.tensor_busy / row.tensor) / card.accumulation
     hertz, sms = card.device.gigahertz * 1e9, card.device.sms
@@ -342,7 +346,7 @@ def _add_tiles(time: Time, card: Card, row: Row, launch: Any, size: int) -> None
 
 
 def _add_product(time: Time, card: Card, operation: Operation, rate: float, size: int) -> None:
-    """A product of the library's, of factors of ``size`` bytes a number with an fp32 result."""
+    """Adds a matrix product of the library, of factors of ``size`` bytes per number, with an fp32 result."""
     assert operation.product is not None
     batch, m, n, k = operation.product
     flops = 2.0 * batch * m * n * k
@@ -365,7 +369,7 @@ def _add_moved(time: Time, card: Card, moved: int) -> None:
 
 
 def time_of_naive(card: Card, batch: int, length: int, features: int, dtype: torch.dtype) -> tuple[float, int]:
-    """Seconds of forward and backward of the materialised version, and the bytes that it moves."""
+    """Seconds of forward and backward of the naive version, and the bytes that it moves."""
     seconds, moved = 0.0, 0
     rate = card.rate("16-bit" if dtype.itemsize == 2 else "fp32") * EFFICIENCY
     for operation in record_naive(length, features, dtype):
@@ -379,8 +383,8 @@ def time_of_naive(card: Card, batch: int, length: int, features: int, dtype: tor
 def record(
     arch: str, batch: int, length: int, features: int, dtype: torch.dtype, precision: str | None, layers: int
 ) -> Work:
-    """What the launcher asks of ``arch`` for loss and gradient, found on tensors without memory."""
-    # Not at the top: it needs Triton.
+    """Launches and operations of the launcher on ``arch`` for loss and gradient, recorded on tensors without memory."""
+    # Imported here, because it needs Triton.
     from kernel_audit.ahead_of_time import record as record_launches
 
     z = [torch.empty(batch, length, features, dtype=dtype, device="meta") for _ in range(layers)]
@@ -391,7 +395,7 @@ def record(
 
 @cache
 def record_naive(length: int, features: int, dtype: torch.dtype) -> list[Operation]:
-    """What the naive version asks for, forward and backward of one sequence."""
+    """Operations of the naive version in forward and backward of one sequence."""
     z = torch.empty(1, length, features, dtype=dtype, device="meta", requires_grad=True)
     with Recorder() as recorder:
         variants.naive(z).backward()
@@ -400,7 +404,7 @@ def record_naive(length: int, features: int, dtype: torch.dtype) -> list[Operati
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps what each operation reads and writes."""
+    """Mode that records the bytes that each operation reads and writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -411,7 +415,8 @@ class Recorder(TorchDispatchMode):
         name = func.name()
         inputs = [one for one in tree_leaves(args) if isinstance(one, Tensor)]
         outputs = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
-        # On a GPU the product takes 16-bit factors with an fp32 result; elsewhere the launcher widens them first.
+        # Widening of 16-bit factors is not recorded: on a GPU the product takes them with an fp32 result, elsewhere the
+        # launcher widens them first.
         widened = name == "aten::_to_copy" and inputs[0].dim() == 3 and inputs[0].element_size() == 2
         if not (func.is_view or name.startswith("aten::empty") or widened):
             product = None
@@ -428,7 +433,7 @@ def _bytes(tensors: list[Tensor]) -> int:
 
 @cache
 def examined(arch: str, kernel: str, features: int, precision: str) -> Row:
-    """The static report's figures of a shipped kernel of ``angular_spread`` that gives the gradient, too."""
+    """Figures of the static report for the shipped kernel of ``angular_spread`` with gradient."""
     from kernel_audit.ahead_of_time import compile_variant
 
     part = {"pair_tiles_kernel": "pair tiles, loss and weights", "row_sweep_kernel": "row sweep, gradient"}[kernel]

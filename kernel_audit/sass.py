@@ -1,7 +1,7 @@
-"""What a compiled GPU kernel is made of: registers, spills, and its instructions by pipe and loop depth.
+"""Reader of compiled GPU kernels: registers, spills, and the instructions by pipe and loop depth.
 
-NVIDIA's cubin is read with ``cuobjdump`` and ``nvdisasm``, which ship inside Triton's wheel; for AMD the assembly text
-that Triton keeps is enough. No GPU is needed.
+NVIDIA's cubins are read with ``cuobjdump`` and ``nvdisasm``, which ship inside Triton's wheel; for AMD the assembly
+text that Triton keeps is enough. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Instruction:
-    """One machine instruction of one warp, as far as throughput goes."""
+    """One machine instruction of one warp, with the properties that determine its throughput."""
 
     opcode: str
-    pipe: str  # the pipe that it is counted under; "other" takes an issue slot and nothing else
-    busy: dict[str, int]  # pipe -> passes of the whole warp through it, for every pipe that it keeps busy
-    flops: float = 0  # of a matrix product, the share of one warp; 0 where the opcode does not tell its shape
-    depth: int = 0  # how many loops it is inside of
-    loop: int | None = None  # the innermost of them
-    known: bool = True  # False for an opcode that no table below has
+    pipe: str  # pipe that the instruction is counted under; "other" takes an issue slot and nothing else
+    busy: dict[str, int]  # pipe -> passes of the whole warp through it, for every pipe that is kept busy
+    flops: float = 0  # FLOPs of a matrix product, one warp's share; 0 if the opcode does not tell the shape
+    depth: int = 0  # number of loops around the instruction
+    loop: int | None = None  # innermost loop
+    known: bool = True  # False for an opcode that is in no table below
 
 
 @dataclass(frozen=True)
 class Kernel:
     registers: int
-    spills: dict[str, int]  # what went where: bytes of stack or scratch memory, AMD's VGPRs and SGPRs; empty if none
-    shared: int  # bytes of shared memory fixed at compile time; what the launch adds is not here
+    spills: dict[str, int]  # kind -> count: bytes of stack or scratch memory, AMD's VGPRs and SGPRs; empty if none
+    shared: int  # bytes of shared memory fixed at compile time, without those that the launch adds
     instructions: list[Instruction]
 
 
@@ -47,12 +47,12 @@ def read_cubin(cubin: bytes) -> Kernel:
 
 
 def architectures(library: Path) -> list[str]:
-    """Which architectures a library of compiled CUDA code has machine code for."""
+    """Architectures for which a library of compiled CUDA code has machine code."""
     return sorted(set(re.findall(r"\.(sm_\w+)\.cubin", _run("cuobjdump", "-lelf", str(library)))))
 
 
 def read_library(library: Path, arch: str) -> dict[str, Callable[[], Kernel]]:
-    """Every kernel that a library of compiled CUDA code has for ``arch``, by name; read when it is asked for."""
+    """Readers, by name, of all kernels that a library of compiled CUDA code has for ``arch``; calling one reads it."""
     kernels: dict[str, Callable[[], Kernel]] = {}
     with tempfile.TemporaryDirectory() as directory:
         _run("cuobjdump", "-xelf", arch, str(library.resolve()), directory=directory)
@@ -70,7 +70,7 @@ def _kernel(usage: str, listing: str) -> Kernel:
     registers, stack, shared = (_number(rf"\b{name}:(\d+)", usage) for name in ("REG", "STACK", "SHARED"))
     instructions = read_sass(listing)
     local = sum(4 * one.busy["lsu"] for one in instructions if one.opcode.startswith(("LDL", "STL")))
-    # From sm_90 on the figure includes the 1 KiB that the system keeps of every CTA's shared memory.
+    # From sm_90 on the figure includes the 1 KiB of every CTA's shared memory that the system reserves.
     reserved = 1024 if shared >= 1024 and _number(r"(?:\.target\s+sm_|EF_CUDA_SM)(\d+)", listing) >= 90 else 0
     return Kernel(registers, _positive({"bytes": stack or local}), shared - reserved, instructions)
 
@@ -79,7 +79,7 @@ def read_amdgcn(assembly: str) -> Kernel:
     """Registers, spills and instructions of the assembly text of one kernel."""
     fields = ("vgpr_count", "group_segment_fixed_size", "private_segment_fixed_size")
     registers, shared, scratch = (_number(rf"^\s*(?:- )?\.{field}:\s*(\d+)", assembly) for field in fields)
-    # An SGPR is spilled to a lane of a VGPR: cheaper than memory, but not free.
+    # SGPRs are spilled to lanes of a VGPR, which is cheaper than memory, but not free.
     spills = {kind: _number(rf"^\s*(?:- )?\.{kind}_spill_count:\s*(\d+)", assembly) for kind in ("vgpr", "sgpr")}
     lines: list[_Line] = []
     labels: list[str] = []
@@ -100,7 +100,7 @@ def _positive(counts: dict[str, int]) -> dict[str, int]:
 
 
 def read_sass(listing: str) -> list[Instruction]:
-    """The reachable instructions of what ``nvdisasm -c`` prints."""
+    """Reachable instructions of a listing of ``nvdisasm -c``."""
     lines: list[_Line] = []
     labels: list[str] = []
     for text in listing.splitlines():
@@ -130,7 +130,7 @@ class _Line:
 
 
 def _with_loops(lines: list[_Line], classify: Callable[[str], Instruction]) -> list[Instruction]:
-    """The lines that can be reached from the first one, each with its place in the loops."""
+    """Instructions that can be reached from the first line, with their loops."""
     starts = [i for i, line in enumerate(lines) if i == 0 or line.labels or _leaves(lines[i - 1])]
     blocks = [range(start, end) for start, end in zip(starts, [*starts[1:], len(lines)], strict=True)]
     at = {label: i for i, block in enumerate(blocks) for label in lines[block[0]].labels}
@@ -161,10 +161,10 @@ def _waits(opcodes: list[str]) -> bool:
 
 
 def _loops(successors: list[list[int]]) -> tuple[set[int], list[set[int]]]:
-    """The blocks reachable from block 0, and the natural loops among them, each a set of blocks.
+    """Blocks reachable from block 0, and the natural loops among them, each a set of blocks.
 
-    A loop belongs to the edges that lead back to a block which dominates their origin. An interval between a label and
-    a backward branch would not do: compilers move cold paths behind the end, from where they branch back.
+    A natural loop belongs to the edges that lead back to a block which dominates their origin. The interval between a
+    label and a backward branch is not enough: compilers move cold paths behind the end, from where they branch back.
     """
     order = _reverse_postorder(successors)
     place = {block: i for i, block in enumerate(order)}
@@ -223,12 +223,12 @@ def _dominators(block: int, dominator: dict[int, int]) -> Iterator[int]:
         yield block
 
 
-# Which pipe executes what: the pipelines section of the Nsight Compute profiling guide. FMA executes FADD, FMUL, FFMA
+# Pipe of each opcode, from the pipelines section of the Nsight Compute profiling guide. FMA executes FADD, FMUL, FFMA
 # and, in its "heavy" half alone, integer multiply-add, which compilers also use to move registers (IMAD.MOV); ALU the
 # other integer, logic, comparison and selection instructions and the packing conversion of fp32 to 16 bits; XU the
-# special functions, the conversions between integer and floating point, and by the throughput table of the CUDA C++
-# Programming Guide (16 results a clock) bit counts. 16-bit arithmetic (HFMA2) is FMA from sm_86 on; sm_80 has a pipe
-# for it which the kernels here leave idle.
+# special functions, the conversions between integer and floating point, and, by the throughput table of the CUDA C++
+# Programming Guide (16 results per clock), bit counts. 16-bit arithmetic (HFMA2) is FMA from sm_86 on; sm_80 has a
+# separate pipe for it, which the kernels here leave idle.
 _NVIDIA_PIPES = {
     "tensor": "HMMA HGMMA IMMA IGMMA DMMA QMMA QGMMA UTCHMMA UTCQMMA UTCIMMA UTCOMMA",
     "fma": "FFMA FHFMA FMUL FADD FFMA32I FMUL32I FADD32I FFMA2 FMUL2 FADD2 HFMA2 HMUL2 HADD2 FSWZADD",
@@ -253,7 +253,8 @@ _NVIDIA_PIPE = {opcode: pipe for pipe, opcodes in _NVIDIA_PIPES.items() for opco
 
 def _nvidia(opcode: str) -> Instruction:
     base, *suffixes = opcode.split(".")
-    # The uniform datapath (U...) works once a warp and on the side; bulk copies and tensor memory are asynchronous.
+    # The uniform datapath (U...) works once per warp, beside the other pipes; bulk copies and tensor memory are
+    # asynchronous.
     pipe = _NVIDIA_PIPE.get(base, "other")
     known = base in _NVIDIA_PIPE or base.startswith("U")
     busy = {"issue": 1}
@@ -262,7 +263,7 @@ def _nvidia(opcode: str) -> Instruction:
     elif pipe == "fma":
         busy["fma"] = 2 if base in ("FFMA2", "FMUL2", "FADD2") else 1
     elif pipe == "lsu":
-        # A pass is 128 bytes: 4 of each lane.
+        # A pass is 128 bytes, 4 per lane.
         matrices = base in ("LDSM", "STSM") and suffixes[-1] in ("2", "4") and int(suffixes[-1])
         busy["lsu"] = matrices or (4 if "128" in suffixes else 2 if "64" in suffixes else 1)
     elif pipe not in ("tensor", "other"):
@@ -278,8 +279,8 @@ def _nvidia_flops(base: str, suffixes: list[str]) -> float:
     return 0
 
 
-# AMD's CDNA: the vector ALU takes 64 lanes a clock; special functions and 32-bit integer products go through it at a
-# quarter of that (CDNA3 instruction set architecture guide; rocprofiler-compute, pipeline descriptions).
+# Pipes of AMD's CDNA: the vector ALU takes 64 lanes per clock; special functions and 32-bit integer products go through
+# it at a quarter of that rate (CDNA3 instruction set architecture guide; rocprofiler-compute, pipeline descriptions).
 _AMD_SPECIAL = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
 _AMD_QUARTER = re.compile(r"v_(mul_lo_[ui]32|mul_hi_[ui]32|mad_[ui]64_[ui]32)")
 
@@ -301,7 +302,7 @@ def _amd(opcode: str) -> Instruction:
 
 
 def _amd_words(opcode: str) -> int:
-    """How many 32-bit words a lane moves: 4 for ds_read_b128, ds_read2st64_b64 and global_load_dwordx4."""
+    """Number of 32-bit words that a lane moves: 4 for ds_read_b128, ds_read2st64_b64 and global_load_dwordx4."""
     bits = re.search(r"_b(64|96|128)(?:_|$)", opcode)
     words = re.search(r"_dwordx(\d)", opcode)
     single = int(bits[1]) // 32 if bits else int(words[1]) if words else 1
@@ -322,7 +323,7 @@ def _run(tool: str, *arguments: str, directory: str | None = None) -> str:
 
 @cache
 def tool_path(tool: str) -> str:
-    """Where ``cuobjdump`` or ``nvdisasm`` is: in Triton's wheel, else on PATH."""
+    """Path of ``cuobjdump`` or ``nvdisasm``: in Triton's wheel, else on PATH."""
     spec = importlib.util.find_spec("triton")
     roots = spec.submodule_search_locations if spec is not None and spec.submodule_search_locations else []
     wheel = [Path(root) / "backends" / "nvidia" / "bin" / tool for root in roots]

@@ -1,4 +1,4 @@
-"""The calls whose kernels the ahead-of-time checks look at: potentials, dtypes, shapes, groups."""
+"""The calls whose kernels the ahead-of-time checks examine: potentials, dtypes, shapes, groups."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Call:
     cu_seqlens: Tensor | None
     with_grad: bool
     precision: str | None
-    """Of fp32's products: tf32, or None for the backend's most exact."""
+    """Precision of fp32 products: ``"tf32"``, or None for the backend's most accurate."""
 
 
 _DTYPES = [(torch.bfloat16, None), (torch.float16, None), (torch.float32, None), (torch.float32, "tf32")]
@@ -50,16 +50,19 @@ _POTENTIALS: list[tuple[str, Potential]] = [
 ]
 
 
-# Lengths, numbers of features and of layers. What no tile divides, and no number that Triton knows of.
+# Lengths, numbers of features and numbers of layers. Ragged ones are divided neither by a tile nor by the numbers that
+# Triton specialises on.
 _SHAPES = [(1024, 64, 1), (1024, 128, 1), (1024, 768, 1)]
 _RAGGED = [(1000, 100, 1), (1023, 776, 1), (1000, 768, 12), (1, 768, 1)]
 
 
 def calls(every: bool = False) -> Iterator[Call]:
-    """angular_spread in every dtype for few and for many features, in bf16 and fp32 at ragged shapes and for many
-    layers, and every potential in bf16 at F=768; with ``every``, every potential and dtype for few and for many
-    features, and angular_spread in every dtype at ragged shapes; with and without groups, gradient and packed
-    sequences."""
+    """Calls with and without groups, gradient and packed sequences.
+
+    angular_spread in every dtype for few and for many features, in bf16 and fp32 at ragged shapes and for many layers;
+    every potential in bf16 at F=768. With ``every``: every potential and dtype for few and for many features, and
+    angular_spread in every dtype at ragged shapes.
+    """
     for name, potential in _POTENTIALS:
         default = name == "angular_spread"
         for dtype, precision in _DTYPES if every or default else _DTYPES[:1]:

@@ -59,7 +59,7 @@ twice, with the masks of the diagonal and of the last tiles and without, and bot
 the warps copy: thread instructions are of the others, and of the registers that a block starts with those that copy
 keep 24 a thread and those that multiply get 232.
 """
-# What --every compiles beside all potentials and dtypes.
+# Text on the shapes of --every.
 SIZES = (
     "With F of 64, 128 and 768, with and without groups; angular_spread also at F=100 and 776, at lengths "
     "that 16 does not divide and for 12 layers."
@@ -99,30 +99,30 @@ SUMMARY_COLUMNS = (
     "report: kernels | number | most registers | spilling | most shared memory, KiB | of peak, ideal | worst case"
 )
 EVERY = "Every potential in every dtype"
-# What the epilogue of the kernel that matters most may take of any pipe, as a share of its tile's tensor cycles with
+# Limit of the epilogue's cycles on any pipe, for the kernels in TARGETS, as a share of the tile's tensor cycles with
 # the library's.
 EPILOGUE_SHARE = 0.2
 TARGETS = {(arch, "pair tiles, loss and weights, angular_spread, bf16, F=768") for arch in ("sm_80", "sm_90")}
-# What a product loop in 16 bits does not do.
+# Floating-point opcodes that a product loop in 16 bits does not have.
 ARITHMETIC = re.compile(r"FH?FMA|FMUL|FADD|v_(pk_)?(fma|fmac|mul|add|sub)_f32")
 
 
 @dataclass(frozen=True)
 class Device:
-    """One SM (or CU) of a device, and how many of them there are."""
+    """Rates and limits of one SM (or CU) of a device, and the number of SMs."""
 
     name: str
     sms: int
     gigahertz: float
-    flops: dict[str, int]  # dense, a clock and SM, fp32 accumulation
-    lanes: dict[str, int]  # a clock and SM
+    flops: dict[str, int]  # dense FLOPs per clock and SM, with fp32 accumulation
+    lanes: dict[str, int]  # lanes per clock and SM
     warps: int
     ctas: int
-    shared: int  # KiB of an SM
-    shared_cta: int  # KiB that one CTA may have
-    reserved: int = 1024  # bytes of a CTA's shared memory that the system keeps
+    shared: int  # KiB per SM
+    shared_cta: int  # most KiB per CTA
+    reserved: int = 1024  # bytes of a CTA's shared memory that the system reserves
     warp_size: int = 32
-    registers: int = 16384  # of each of the four partitions of an SM
+    registers: int = 16384  # registers of each of the four partitions of an SM
 
 
 def _nvidia_lanes(fp32: int, integer: int, fp64: int) -> dict[str, int]:
@@ -130,15 +130,15 @@ def _nvidia_lanes(fp32: int, integer: int, fp64: int) -> dict[str, int]:
 
 
 def device_of(arch: str) -> Device:
-    """sm_90a is the same device as sm_90."""
+    """Device of an architecture; sm_90a is the same device as sm_90."""
     return DEVICES[arch.removesuffix("a") if arch.startswith("sm_") else arch]
 
 
 # Lanes and limits: CUDA C++ Programming Guide, tables "Throughput of Native Arithmetic Instructions" and "Technical
 # Specifications per Compute Capability". Tensor rates: the devices' data sheets divided by SMs and boost clock (A100
 # 312, A40 150, L40S 362, H100 SXM 989, B200 2,250, RTX PRO 6000 504 dense bf16 TFLOP/s). GeForce cards of sm_86, sm_89
-# and sm_120 accumulate in fp32 at half the rate given here: there an epilogue weighs half as much. RTX Blackwell has
-# as many int32 as fp32 lanes, but shares them: the issue slots are the same bound on both together.
+# and sm_120 accumulate in fp32 at half the rate given here, so an epilogue weighs half as much there. RTX Blackwell has
+# as many int32 as fp32 lanes, but they are the same lanes; the issue slots give the same bound on both together.
 # AMD: CDNA2 and CDNA3 white papers (383 and 1,307 dense bf16 TFLOP/s); a wave is four passes of a 16-wide SIMD.
 DEVICES = {
     "sm_80": Device(
@@ -185,8 +185,8 @@ DEVICES |= {
 
 
 class Variant(Protocol):
-    """A kernel in one configuration, as far as the report says: ``triton.ahead_of_time.Variant``,
-    ``cuda_kernels.Variant``."""
+    """Kernel in one configuration, with the fields that the report reads: :class:`kernel_audit.ahead_of_time.Variant`
+    or :class:`kernel_audit.cuda_kernels.Variant`."""
 
     @property
     def label(self) -> str: ...
@@ -208,26 +208,26 @@ class Variant(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """A shipped kernel and what its machine code says."""
+    """Shipped kernel with the figures from its machine code."""
 
     variant: Variant
     registers: int
     spills: dict[str, int]
-    shared: int  # bytes, without what the system reserves
+    shared: int  # bytes of shared memory, without those that the system reserves
     ctas: int
     tensor_opcodes: Counter[str]
-    counted_flops: float  # per tile, 0 where the opcodes do not tell
+    counted_flops: float  # FLOPs per tile of the tensor instructions, 0 if the opcodes do not tell
     instructions: dict[str, float]  # pipe -> thread instructions per tile
     loop: dict[str, float]  # pipe -> cycles per tile in product loops
     epilogue: dict[str, float]  # pipe -> cycles per tile outside of them
     tensor: float  # cycles per tile
     library: float  # cycles per tile
-    unknown: set[str]  # opcodes that no table has
-    accesses: dict[str, int] | None = None  # of global memory in the PTX, by kind and bytes; None where there is none
+    unknown: set[str]  # opcodes that are in no table
+    accesses: dict[str, int] | None = None  # accesses of global memory in the PTX by kind and bytes; None without PTX
 
     @property
     def tensor_busy(self) -> float:
-        """Cycles of the tensor cores with what the code does beyond the products' FLOPs."""
+        """Cycles per tile of the tensor cores, with the FLOPs that the code does beyond ``tensor_flops``."""
         return self.tensor * max(1.0, self.counted_flops / (self.variant.tensor_flops or 1.0))
 
     @property
@@ -281,23 +281,23 @@ def _publish(text: str, out: Path | None) -> None:
 
 
 def examine_shipped(arches: list[str] | None, every: bool = False) -> list[Row]:
-    """The figures of every Triton kernel shipped for these architectures, compiled on all cores."""
+    """Figures of every Triton kernel shipped for these architectures, compiled on all cores."""
     arches = arches or list(DEVICES)
     workers = os.cpu_count() or 1
-    # Not forked: PyTorch's threads do not survive it.
+    # Spawned, not forked: PyTorch's threads do not survive a fork.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         shares = {
             arch: [pool.submit(_examine_share, arch, every, n, workers) for n in range(workers)] for arch in arches
         }
         rows = {arch: [share.result() for share in of_arch] for arch, of_arch in shares.items()}
-    # Dealt out one by one, and put back in order.
+    # Variants were dealt out to the workers in turn; their rows are put back in order.
     return [
         row for of_arch in rows.values() for turn in itertools.zip_longest(*of_arch) for row in turn if row is not None
     ]
 
 
 def _examine_share(arch: str, every: bool, share: int, shares: int) -> list[Row]:
-    # Not at the top: it needs Triton, which this module's users may lack.
+    # Imported here, because it needs Triton, which this module's users may lack.
     from kernel_audit.ahead_of_time import compile_variant, shipped
 
     rows = []
@@ -306,13 +306,13 @@ def _examine_share(arch: str, every: bool, share: int, shares: int) -> list[Row]
             row = examine(variant, compile_variant(variant))
         except Exception as error:
             raise RuntimeError(f"{arch}: {variant.label}") from error
-        # The functions themselves cannot be sent between processes.
+        # The kernel's functions are removed, because they cannot be sent between processes.
         rows.append(replace(row, variant=replace(variant, kernel=None, constexprs={})))
     return rows
 
 
 def examine_extension(arches: list[str] | None, every: bool = False) -> list[Row]:
-    """The figures of every CUDA kernel of the extension for these architectures."""
+    """Figures of every CUDA kernel of the extension for these architectures."""
     from dispersion_kernels.backends import cuda
     from kernel_audit import cuda_kernels
 
@@ -339,7 +339,7 @@ def examine_extension(arches: list[str] | None, every: bool = False) -> list[Row
 
 
 def examine(variant: Variant, compiled: Any) -> Row:
-    """The figures of one compiled kernel (``triton.compile``'s result)."""
+    """Figures of one compiled kernel, a result of ``triton.compile``."""
     amd = "amdgcn" in compiled.asm
     kernel = sass.read_amdgcn(compiled.asm["amdgcn"]) if amd else sass.read_cubin(compiled.asm["cubin"])
     precision = _precision(variant, compiled, any(one.pipe == "tensor" for one in kernel.instructions))
@@ -348,8 +348,8 @@ def examine(variant: Variant, compiled: Any) -> Row:
 
 
 def accesses(ptx: str) -> dict[str, int]:
-    """How many instructions load from global memory (``"ld"``), store to it (``"st"``) and copy from it to shared
-    memory (``"cp.async"``), by their bytes: ``"st 16"``."""
+    """Number of instructions that load from global memory (``"ld"``), store to it (``"st"``) and copy from it to
+    shared memory (``"cp.async"``), by kind and bytes, as ``"st 16"``."""
     counts: Counter[str] = Counter()
     for kind, vector, bits in re.findall(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)", ptx):
         counts[f"{kind} {int(vector or 1) * int(bits) // 8}"] += 1
@@ -366,8 +366,8 @@ def _row(
     precision: str,
     other_trips: dict[int, float],
 ) -> Row:
-    """``warps``: those that the code is counted for; ``other_trips``: of loops without tensor instructions, by depth,
-    where they are not ``variant.trips``."""
+    """Figures of a kernel. ``warps``: number of warps that the code is counted for; ``other_trips``: trips, by depth,
+    of loops without tensor instructions, where they differ from ``variant.trips``."""
     device = device_of(variant.arch)
     deepest = max(one.depth for one in kernel.instructions)
     if deepest > max(variant.trips):
@@ -411,8 +411,8 @@ def _row(
 
 
 def _precision(variant: Any, compiled: Any, tensor: bool) -> str:
-    """Which of a device's rates the kernel's matrix products run at, and with them the library's."""
-    # Not every opcode of the machine code tells: UTCHMMA is all kinds.
+    """Key of the device's rate for the kernel's matrix products and the library's."""
+    # Read from the PTX, because not every opcode of the machine code tells: UTCHMMA stands for all kinds.
     text = compiled.asm["amdgcn"] if "amdgcn" in compiled.asm else compiled.asm["ptx"]
     if re.search(r"mma\S*(\.tf32|kind::tf32|_xf32)", text):
         return "tf32"
@@ -423,10 +423,10 @@ def _precision(variant: Any, compiled: Any, tensor: bool) -> str:
 
 
 def ctas_per_sm(device: Device, registers: int, warps: int, shared: int) -> int:
-    """How many CTAs of so many warps are resident at once; 0 for a CTA that does not fit."""
+    """Number of CTAs of ``warps`` warps that are resident on an SM; 0 if a CTA does not fit."""
     if shared > 1024 * device.shared_cta:
         return 0
-    # Registers are handed out to a warp of one of the four partitions, eight of each lane at a time.
+    # Registers are allocated per warp, in one of the four partitions, in units of eight per lane.
     warp_registers = _round_up(max(registers, 1), 8) * device.warp_size
     by_registers = 4 * (device.registers // warp_registers) // warps
     taken = _round_up(shared + device.reserved, 128)
@@ -439,11 +439,12 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def faults(row: Row) -> list[str]:
-    """Why the kernel must not be shipped, in words."""
+    """Reasons, in words, why the kernel must not be shipped."""
     variant, limit = row.variant, device_of(row.variant.arch).shared_cta
     found = []
-    # AMD's scalar registers are spilled to lanes of a vector register, a move each and no memory: one register's worth
-    # (most are masks of the last tile, two scalar registers each) costs less than a smaller tile would.
+    # Spills of AMD's scalar registers to lanes of a vector register, a move each and no memory access, are no fault up
+    # to one register's worth: most are masks of the last tile, two scalar registers each, and a smaller tile costs
+    # more.
     if set(row.spills) - {"sgpr"} or row.spills.get("sgpr", 0) > device_of(variant.arch).warp_size:
         found.append(f"spills {_spills(row)}")
     if row.shared > 1024 * limit:
@@ -462,7 +463,7 @@ def faults(row: Row) -> list[str]:
 
 
 def _narrow(variant: Variant, accesses: dict[str, int]) -> list[str]:
-    """What of a kernel with products is not read, copied and stored 16 bytes at a time."""
+    """Reasons why a kernel with products does not read, copy and store 16 bytes at a time."""
     found = [f"{count} accesses {kind} bytes wide" for kind, count in accesses.items() if kind in ("ld 2", "st 2")]
     # A row sweep may keep its tokens in registers, whose loads are no copies.
     wide = {"cp.async 16"} if "pair tiles" in variant.label else {"cp.async 16", "ld 16"}
@@ -474,7 +475,7 @@ def _narrow(variant: Variant, accesses: dict[str, int]) -> list[str]:
 
 
 def render(rows: Iterable[Row], title: str, note: str = "") -> str:
-    """The full report in Markdown: a table for each architecture."""
+    """Full report in Markdown: a table for each architecture."""
     by_arch: dict[str, list[Row]] = {}
     for row in rows:
         by_arch.setdefault(row.variant.arch, []).append(row)
@@ -484,7 +485,7 @@ def render(rows: Iterable[Row], title: str, note: str = "") -> str:
 
 
 def render_every(rows: Iterable[Row]) -> str:
-    """What the kernels of every potential in every dtype come to."""
+    """Section with totals over the kernels of every potential in every dtype."""
     by_arch: dict[str, list[Row]] = {}
     for row in rows:
         by_arch.setdefault(row.variant.arch, []).append(row)
@@ -504,9 +505,9 @@ def render_every(rows: Iterable[Row]) -> str:
 
 
 def summarize(reports: dict[str, str]) -> str:
-    """The page that sums up full reports, given by the names of their files: a table for each architecture.
+    """Page that summarises full reports, given by the names of their files: a table for each architecture.
 
-    Raises ValueError for a text that is no full report.
+    Raises ``ValueError`` for a text that is no full report.
     """
     sources: list[str] = []
     tables: dict[str, list[str]] = {}
@@ -539,7 +540,7 @@ def summarize(reports: dict[str, str]) -> str:
 
 
 def _summary_lines(title: str, section: str) -> list[str]:
-    """A line for each kind of kernel in one architecture's table of a full report."""
+    """Lines of the summary for one architecture's table of a full report, one for each kind of kernel."""
     kinds: dict[str, list[dict[str, str]]] = {}
     columns = COLUMNS.split(" | ")
     for line in re.findall(r"^\| (.+) \|$", section, flags=re.MULTILINE):

@@ -165,7 +165,8 @@ struct Tile {
   float* norm;              // [padded]: |z| before the transform
   float* inverse;           // [padded]: 1 / (|z| + eps), so that x = z * inverse
   float* square;            // [padded]: a |x|^2
-  float* key;               // [padded]: hash of the bits of z, the same for equal tokens; only for distances
+  float* key;               // [padded]: hash of the bits of z, the same for equal tokens; 0 unless the potential is of
+                            // the distance
   float* row_sum;           // [padded]: sum of the token's weights, in units of exp(shift)
   double square_sum;        // sum of |z|^2 over the tile
   double c_sum;             // sum of the similarities of the visited ordered pairs; sampled calls alone

@@ -416,8 +416,8 @@ float largest_exponent(const P& potential, const Region& region, const float* we
 
 // Replaces the similarities of the region by the slopes and returns the sum of psi. Columns that are no partners of
 // their row get weight 0, up to the end of the tile. Sums of the weights are added to row_sum and column_sum.
-// Equal tokens of a distance, whose keys are equal and whose psi is that of distance 0, get weight 0: what they add to
-// each other's gradient is 0, and beside their psi of 1 fp32 would round away that of pairs far apart.
+// For distances equal tokens, known by equal keys and the psi of distance 0, get weight 0: they add 0 to each other's
+// gradient, and beside their psi of 1 fp32 would round away the psi of pairs far apart.
 template <class P, bool kGradient, bool kRowSums>
 double weigh(const P& potential, float shift, const Region& region, const Tile& tile, const Tile& other, float* weights,
              float* row_sum, float* column_sum) {

@@ -473,8 +473,8 @@ class _Pairs:
         return self.x.square().sum(-1)
 
     def leave_out_equal(self, tile: _Tile, weights: Tensor) -> Tensor:
-        """``weights`` with 0 for equal tokens: what they add to each other's gradient is 0, and beside their psi of 1
-        the working precision would round away that of pairs far apart."""
+        """``weights`` with 0 for equal tokens, in place: equal tokens add 0 to each other's gradient, and beside their
+        psi of 1 the working precision would round away the psi of pairs far apart."""
         if self.keys is not None:
             equal = [
                 of_tokens[tile.batch, tile.i].unsqueeze(2) == of_tokens[tile.batch, tile.j].unsqueeze(1)
@@ -485,7 +485,7 @@ class _Pairs:
 
     @functools.cached_property
     def keys(self) -> Tensor | None:
-        """``[B, L]``: hash of the bits of x; None where no two tokens of a row are known to be equal."""
+        """Hash of the bits of x, ``[B, L]``; None, on the CPU, if no two tokens of a row have the same hash."""
         bits = self.x.view(torch.int32 if self.x.dtype == torch.float32 else torch.int64)
         odd = torch.arange(1, 2 * bits.shape[2], 2, device=bits.device, dtype=torch.int64).mul_(0x1E3779B97F4A7C15)
         keys: Tensor = bits.mul((odd >> 16).to(bits.dtype) | 1).sum(2, dtype=bits.dtype)  # wraps around
@@ -580,7 +580,7 @@ def _exponential_sums(
     # the subtraction, because the difference may be small.
     largest = x.new_full(x.shape[:2], 0.0 if with_itself else torch.finfo(x.dtype).min)
     row_sum = torch.zeros_like(largest)
-    weight_sum = torch.zeros_like(largest)  # of unequal tokens
+    weight_sum = torch.zeros_like(largest)  # sum of each token's weights, without equal tokens
     grad = torch.empty_like(x) if with_grad else None
     for tile in pairs:
         slope = None
