@@ -106,7 +106,10 @@ DK_INLINE double square_sum(const float* row, int64_t padded_features) {
 // Hash of a padded row's bits, in [0, 2^24).
 DK_INLINE float row_key(const float* row, int64_t padded_features) {
   uvec lanes = {};
-  for (int64_t k = 0; k < padded_features; k += kLanes) lanes = (lanes ^ (uvec)as_bits(load(row + k))) * 0x9E3779B1u;
+  for (int64_t k = 0; k < padded_features; k += kLanes) {
+    lanes = (lanes ^ (uvec)as_bits(load(row + k))) * 0x9E3779B1u;
+    lanes ^= lanes >> 15;  // a product leaves a flipped sign in the highest bit, where two of them cancel
+  }
   uint32_t hash = 0;
   for (int n = 0; n < kLanes; ++n) hash = (hash ^ lanes[n]) * 0x85EBCA6Bu + (hash >> 15);
   return float(hash >> 8);

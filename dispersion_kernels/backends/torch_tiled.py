@@ -488,7 +488,9 @@ class _Pairs:
         """Hash of the bits of x, ``[B, L]``; None, on the CPU, if no two tokens of a row have the same hash."""
         bits = self.x.view(torch.int32 if self.x.dtype == torch.float32 else torch.int64)
         odd = torch.arange(1, 2 * bits.shape[2], 2, device=bits.device, dtype=torch.int64).mul_(0x1E3779B97F4A7C15)
-        keys: Tensor = bits.mul((odd >> 16).to(bits.dtype) | 1).sum(2, dtype=bits.dtype)  # wraps around
+        mixed = bits.mul((odd >> 16).to(bits.dtype) | 1)  # wraps around
+        # A product leaves a flipped sign in the highest bit, where two of them cancel: x and -x would have one hash.
+        keys: Tensor = mixed.bitwise_xor_(mixed >> 15).sum(2, dtype=bits.dtype)
         if keys.device.type == "cpu" and not (keys.sort(1).values.diff(dim=1) == 0).any():
             return None
         return keys

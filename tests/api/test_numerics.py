@@ -69,6 +69,18 @@ def test_many_equal_tokens(potential: Potential, scale: float, grouped: bool, im
     assert gradient <= 5e-5
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("potential", [Uniformity(t=1.0), L2Repel(norm_weight=0.0), DispersiveL2()], ids=str)
+def test_opposite_tokens_are_not_equal(potential: Potential, impl: str) -> None:
+    """Two centred tokens of a distance are always opposite."""
+    for features in (2, 8, 64):
+        z = torch.randn(3, 2, features)
+        exact = oracle(z, potential)
+        assert relative_errors(evaluate(z, potential, impl=impl), exact)[1] <= 2e-5
+        z = torch.cat([z, -z], 1)
+        assert relative_errors(evaluate(z, potential, impl=impl), oracle(z, potential))[1] <= 2e-5
+
+
 NORMALIZED = [AngularSpread(eps=0.0), AngularSpread(), Orthogonalization(eps=0.0), Decorrelation(), Uniformity()]
 
 
