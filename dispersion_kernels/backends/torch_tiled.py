@@ -463,7 +463,8 @@ class _Pairs:
         if tile.diagonal:
             squared.diagonal(dim1=1, dim2=2).fill_(math.inf)
         # Equal tokens are known by equal squared norms and a computed distance no larger than the products' rounding.
-        if squared.device.type != "cpu" or squared.amin() < self.resolution * 2 * self.squares.amax():
+        # (A comparison with the NaN of another row is False.)
+        if squared.device.type != "cpu" or not squared.amin() >= self.resolution * 2 * self.squares.amax():
             squared.masked_fill_((squares_i == squares_j) & (squared < of_both.mul_(self.resolution)), 0.0)
         return squared
 

@@ -170,7 +170,8 @@ def complaint(case: Case, impl: str) -> str | None:
                 f"gradient of sequence {n} off by {(grad - expected).abs().max():.1e} of {expected.abs().max():.1e}, "
                 f"{off.max():.1e} times what rounding allows"
             )
-        allowed_loss = (1e-11 if computed == torch.float64 else 2e-6) * max(1.0, abs(exact.loss)) + 4 * exact.loss_bound
+        # Five standard deviations, because one pair may be the whole loss: of 1,800 sequences one is beyond 4.6.
+        allowed_loss = (1e-11 if computed == torch.float64 else 2e-6) * max(1.0, abs(exact.loss)) + 5 * exact.loss_bound
         if not abs(loss[n].item() - exact.loss) <= allowed_loss:
             complaints.append(f"loss {n} is {loss[n].item():.9g}, not {exact.loss:.9g}; {allowed_loss:.1e} allowed")
     return "; ".join(complaints) or None

@@ -11,7 +11,7 @@ from conftest import POTENTIALS, assert_as_accurate_as_naive, evaluate, oracle, 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dispersion_kernels import Potential
+from dispersion_kernels import DispersiveL2, Potential
 from dispersion_kernels.backends import batches, torch_tiled
 from dispersion_kernels.segments import host_segments
 
@@ -124,3 +124,18 @@ def test_a_thousand_documents_take_no_more_operators_than_some(potential: str) -
             counts.append(operators.count)
     assert counts[2] <= 1.2 * counts[0]
     assert counts[3] <= 1.2 * counts[1]
+
+
+def test_a_sequence_that_is_not_finite_leaves_the_others_alone() -> None:
+    """Equal tokens far from zero, whose distance is the rounding of products, beside a sequence with a NaN."""
+    z = torch.randn(24, 64)
+    z[12] = 1e15 * torch.randn(64)
+    z[13:18] = z[18:23]
+    bounds_of_two = bounds([12, 12])
+    potential = DispersiveL2(tau=0.01, include_diagonal=False)
+    alone = evaluate(z, potential, impl="torch", cu_seqlens=bounds_of_two)
+    z[5, 7] = float("nan")
+    beside = evaluate(z, potential, impl="torch", cu_seqlens=bounds_of_two)
+    assert beside.loss[0].isnan()
+    assert beside.loss[1] == alone.loss[1]
+    assert torch.equal(beside.grad[12:], alone.grad[12:])
