@@ -81,8 +81,8 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a float or an integer of 64 bits, got {value}; give {float(value):g}")
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(
-            f"{name} must be a number, got a tensor that requires a gradient, which it has none of (tau, t and sigma2 "
-            f"have one); give float({name})"
+            f"{name} must be a number, got a tensor that requires a gradient (tau, t and sigma2 of the "
+            f"built-in potentials have one); give float({name})"
         )
 
 

@@ -48,7 +48,8 @@ class SamplingStats(NamedTuple):
 
     relative_error: Tensor
     """Expected relative error of the gradient (root mean square), ``[]``, or ``[layers]`` for a list. The residuals of
-    a few thousand pairs give it, within about a third; 0 where all pairs were visited."""
+    a few thousand pairs give it, within about a third where all tokens have a like part in the gradient, too low where
+    a few have most of it; infinite where the noise exceeds the gradient, 0 where all pairs were visited."""
 
 
 @overload
@@ -346,6 +347,9 @@ def _reference_loss(
     with without_autocast(z.device):
         temperature = temperature_of(potential)
         if temperature is not None:
+            known = type(temperature) is Tensor and not temperature.is_meta and not torch.compiler.is_compiling()
+            if known and not torch._C._are_functorch_transforms_active():
+                at_temperature(potential, float(temperature))  # an error for a value out of range
             potential = at_temperature(potential, temperature)
         losses, pairs = reference.dispersion_loss(z, for_backends(potential), groups, cu_seqlens)
     losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
@@ -365,6 +369,11 @@ def check_sampling(sampling: Sampling | float | None, potential: Potential) -> S
         raise ValueError(
             f"sampling={sampling!r} was given, but potential {potential.name()!r} is not a function of the cosine of a "
             f"pair alone; pairs are sampled for {names}, and your own: take sampling=None, or SampledTokens"
+        )
+    if isinstance(resolved, SampledPairs) and temperature_of(potential) is not None:
+        raise TypeError(
+            f"{temperature_field(potential)} must be a number with SampledPairs, got a tensor; give its float(), or "
+            "leave sampling out"
         )
     return resolved
 

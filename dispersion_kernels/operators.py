@@ -32,7 +32,6 @@ from dispersion_kernels.potentials import (
     carry,
     for_backends,
     is_built_in,
-    temperature_field,
     temperature_of,
 )
 from dispersion_kernels.sampling import SampledPairs, cpu_sampler
@@ -86,11 +85,6 @@ def sampled_loss(
     fraction of the pairs (:mod:`dispersion_kernels.sampling`); and ``[layers]``, the expected relative error of each
     layer's gradient."""
     _refuse_parameters(potential)
-    if temperature_of(potential) is not None:
-        raise TypeError(
-            f"{temperature_field(potential)} must be a number with SampledPairs, got a tensor; give its float(), "
-            "or leave sampling out"
-        )
     needed = any(_need_gradients(layers))
     wanted = [with_error or (needed and not recompute)] * len(layers)
     options = (potential, reduction, impl, float(sampling.fraction), sampling.control_variate)
@@ -175,8 +169,7 @@ def _differentiable(
     elif torch.compiler.is_compiling():
         raise RuntimeError(
             "torch.compile found fused_dispersion_loss inside of a transform of torch.func or of a dual level, and "
-            'traces it there with impl="reference" alone; leave out fullgraph=True, or transform outside of the '
-            "compiled function"
+            'traces it there with impl="reference" alone; transform outside of the compiled function'
         )
     else:
         loss, error, *_ = _Transformed.apply(call, len(data), *data, *layers)
@@ -431,6 +424,8 @@ def _forward(
     z = layers[0]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])
+    if temperature is not None and temperature.is_meta and not z.is_meta:
+        raise ValueError(f"tau is a tensor on meta, which holds no value, and z is on {z.device}; give tau a value")
     if temperature is not None and not temperature.is_meta:
         potential = at_temperature(potential, float(temperature))
     run = _SWEEPS[choose(impl, z, potential)]

@@ -54,8 +54,8 @@ class Potential:
     """Reduction of psi over the pairs of a sequence to its loss."""
     row_transform: ClassVar[Literal["normalize", "standardize", "none"]] = "normalize"
     """Transform of each token: ``normalize``, x = z / (|z| + norm_eps), 0 for a zero token; ``standardize``,
-    x = (z - mean(z)) / std(z) over the features (unbiased), 0 for a constant token; ``none``, x = z, for built-in
-    potentials of the distance."""
+    x = (z - mean(z)) / |z - mean(z)| over the features, 0 for a constant token, so that c is the correlation; ``none``,
+    x = z, for built-in potentials of the distance."""
     norm_eps: ClassVar[float] = 0.0
     """Summand of the norm in ``normalize``; a field or a property may override it."""
     loss_offset: ClassVar[float] = 0.0
@@ -562,6 +562,16 @@ def _check_eps(potential: AngularSpread | Orthogonalization | L2Repel) -> None:
 
 
 def _check_own(potential: Potential) -> None:
+    if potential.reduction not in ("mean", "log_mean"):
+        raise ValueError(
+            f"potential {type(potential).__name__} has reduction={potential.reduction!r}; it must be 'mean' or "
+            "'log_mean'"
+        )
+    if potential.row_transform not in ("normalize", "standardize", "none"):
+        raise ValueError(
+            f"potential {type(potential).__name__} has row_transform={potential.row_transform!r}; it must be "
+            "'normalize' or 'standardize'"
+        )
     if potential.row_transform == "none" and not is_built_in(potential):
         raise ValueError(
             f"potential {type(potential).__name__} has row_transform='none'; a potential of your own is a function of "

@@ -12,7 +12,7 @@ import inspect
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dispersion_kernels.loss import DispersionLoss, fused_dispersion_loss
-from dispersion_kernels.potentials import Potential, resolve_potential
+from dispersion_kernels.potentials import Potential, resolve_potential, temperature_of
 from dispersion_kernels.sampling import Sampling
 
 Layers = str | Sequence[int | nn.Module]
@@ -99,6 +99,12 @@ class DispersionRegularizer:
             "sampling": sampling,
             "impl": impl,
         }
+        temperature = temperature_of(self._options["potential"])
+        if temperature is not None and temperature.requires_grad:
+            raise TypeError(
+                "tau requires a gradient, which DispersionRegularizer does not give; give tau.detach(), or train it "
+                "with fused_dispersion_loss"
+            )
         DispersionLoss(
             self._options["potential"], **{k: v for k, v in self._options.items() if k != "potential"}
         )  # checks
@@ -519,6 +525,11 @@ def _choose(
 ) -> tuple[nn.Module, list[_Layer]]:
     """Module that owns the blocks, and a hook for each chosen block."""
     if not isinstance(layers, str):
+        if not isinstance(layers, Iterable):
+            raise TypeError(
+                "layers must be 'all', 'last', 'early_half', 'late_half', a list of numbers or of modules, got "
+                f"{layers!r}; for one layer give layers=[{layers!r}]"
+            )
         layers = list(layers)
         if not layers:
             raise ValueError("layers is an empty list; give at least one layer, or layers='all'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -13,9 +14,9 @@ class SampledPairs:
     """Value of ``sampling`` for a fraction of the pairs, spread evenly over all tokens.
 
     The tokens of each sequence (of each document in it) are cut into random blocks of ``fraction * L`` tokens, at least
-    16, and only pairs within blocks are visited: 3 ``fraction`` B L^2 F FLOPs for loss and gradient. A model h of the
-    slope, the control variate, stands for the other pairs. For a token i of N, and the m other tokens S_i of its block,
-    each of which is in S_i with probability p::
+    16 (L of packed sequences: their mean length), and only pairs within blocks are visited: 3 ``fraction`` B L^2 F
+    FLOPs for loss and gradient. A model h of the slope, the control variate, stands for the other pairs. For a token i
+    of N, and the m other tokens S_i of its block, each of which is in S_i with probability p::
 
         G_i = sum_{j != i} h_ij x_j + 1/p sum_{j in S_i} (slope(c_ij) - h_ij) x_j
         Var G_i = (N - 1)^2 / m (1 - m / (N - 1)) Var_j((slope(c_ij) - h_ij) x_j)
@@ -44,7 +45,7 @@ class SampledPairs:
     control_variate: ControlVariate = "low_rank"
 
     def __post_init__(self) -> None:
-        if isinstance(self.fraction, bool) or not isinstance(self.fraction, int | float):
+        if isinstance(self.fraction, bool) or not isinstance(self.fraction, numbers.Real):
             raise TypeError(
                 f"fraction must be a number from 0 to 1, got {self.fraction!r}; try 1/16, a sixteenth of the pairs"
             )
@@ -84,7 +85,7 @@ class SampledTokens:
     count: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 2:
+        if isinstance(self.count, bool) or not isinstance(self.count, numbers.Integral) or self.count < 2:
             raise ValueError(
                 f"count must be an integer of at least 2, because a pair needs two tokens, got {self.count!r}; for a "
                 "fraction of the pairs take SampledPairs"
@@ -98,9 +99,9 @@ def resolve_sampling(sampling: Sampling | float | None) -> Sampling | None:
     """``sampling`` with a number converted to :class:`SampledPairs`; None, for all pairs, stays None."""
     if sampling is None or isinstance(sampling, Sampling):
         return sampling
-    if isinstance(sampling, bool) or not isinstance(sampling, int | float):
+    if isinstance(sampling, bool) or not isinstance(sampling, numbers.Real):
         raise TypeError(
             "sampling must be None for all pairs, a fraction of them, SampledPairs(fraction) or SampledTokens(count), "
             f"got {sampling!r}; try sampling=1/16"
         )
-    return SampledPairs(sampling)
+    return SampledPairs(sampling if isinstance(sampling, int) else float(sampling))

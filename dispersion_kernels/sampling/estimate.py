@@ -170,5 +170,5 @@ def _relative_error(grad: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
     """Relative error ``[]`` of one layer's gradient, from its two factors and ``noise``, its expected squared error."""
     lengths = torch.linalg.vector_norm(grad.flatten(0, -2), dim=1) * scale.flatten()
     squares = sum_of_tokens(lengths.to(noise.dtype).square().unsqueeze(0)).squeeze(0)
-    error: Tensor = (noise / (squares - noise).clamp(min=torch.finfo(grad.dtype).tiny)).sqrt()
-    return error
+    error = (noise / (squares - noise).clamp(min=torch.finfo(grad.dtype).tiny)).sqrt()
+    return torch.where(noise < squares, error, torch.where(noise > 0, torch.inf, 0.0).to(error.dtype))

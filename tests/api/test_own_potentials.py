@@ -292,3 +292,17 @@ def test_what_an_operator_carries(potential: Potential) -> None:
     assert repr(vars(back)) == repr(vars(potential))
     assert carry(copy.copy(potential))[0] == key or isinstance(potential, Slotted)
     assert (key in ("angular_spread", "l2_repel")) == (type(potential) in (AngularSpread, L2Repel))
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("row_transform", "normalise"), ("reduction", "sum")])
+def test_attributes_that_are_misspelt(attribute: str, value: str) -> None:
+    class Misspelt(Potential):
+        def value(self, c: Tensor) -> Tensor:
+            return c * c
+
+        def slope(self, c: Tensor) -> Tensor:
+            return 2 * c
+
+    setattr(Misspelt, attribute, value)
+    with pytest.raises(ValueError, match=f"{attribute}='{value}'; it must be"):
+        fused_dispersion_loss(Z, Misspelt())

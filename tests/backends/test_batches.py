@@ -127,7 +127,7 @@ def test_a_thousand_documents_take_no_more_operators_than_some(potential: str) -
 
 
 def test_a_sequence_that_is_not_finite_leaves_the_others_alone() -> None:
-    """Equal tokens far from zero, whose distance is the rounding of products, beside a sequence whose squares overflow."""
+    """Equal tokens far from zero, whose distance is the rounding of products, beside squares that overflow."""
     z = torch.randn(24, 64)
     z[12] = 1e15 * torch.randn(64)
     z[13:18] = z[18:23]

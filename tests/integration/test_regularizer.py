@@ -565,3 +565,10 @@ def test_our_gpt2() -> None:
     total = call(model) + reg.loss()
     total.backward()
     assert_same(Step(total.detach(), gradients(model)), exact)
+
+
+def test_a_temperature_that_wants_a_gradient_and_a_lone_layer_are_refused() -> None:
+    with pytest.raises(TypeError, match="tau requires a gradient"):
+        DispersionRegularizer(Model(), tau=nn.Parameter(torch.tensor(0.5)))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"give layers=\[2\]"):
+        DispersionRegularizer(Model(), layers=2)  # type: ignore[arg-type]
