@@ -25,9 +25,9 @@ def make_groups(mask: Tensor | None, document_ids: Tensor | None) -> Tensor | No
 
 
 def sample_tokens(
-    z: Tensor, groups: Tensor | None, max_tokens: int, generator: torch.Generator | None
+    z: Tensor, groups: Tensor | None, count: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor | None]:
-    """``max_tokens`` tokens of each row of ``z``, ``[B, max_tokens, F]``, and their groups; drawn without replacement,
+    """``count`` tokens of each row of ``z``, ``[B, count, F]``, and their groups; drawn without replacement,
     independently per row.
 
     Tokens of a negative group are drawn only where a row has no others left.
@@ -35,15 +35,15 @@ def sample_tokens(
     keys = uniform(z.shape[0], z.shape[1], device=z.device, generator=generator)
     if groups is not None:
         keys = keys - (groups < 0).to(keys.dtype)
-    chosen = keys.topk(max_tokens, dim=1).indices.sort(dim=1).values
+    chosen = keys.topk(count, dim=1).indices.sort(dim=1).values
     sampled = z.gather(1, chosen.unsqueeze(-1).expand(-1, -1, z.shape[2]))
     return sampled, None if groups is None else groups.gather(1, chosen)
 
 
 def sample_packed_tokens(
-    groups: Tensor | None, cu_seqlens: Tensor, tokens: int, max_tokens: int, generator: torch.Generator | None
+    groups: Tensor | None, cu_seqlens: Tensor, tokens: int, count: int, generator: torch.Generator | None
 ) -> Tensor:
-    """``groups`` ``[1, T]`` in which at most ``max_tokens`` tokens of each packed sequence take part.
+    """``groups`` ``[1, T]`` in which at most ``count`` tokens of each packed sequence take part.
 
     Tokens left out keep their place and get a negative group, because the lengths stay on the device.
     """
@@ -56,7 +56,7 @@ def sample_packed_tokens(
     order = order_of(segment, keys)
     position = torch.empty_like(order)
     position[order] = torch.arange(tokens, device=device)
-    left_out = position - cu_seqlens.long()[segment] >= max_tokens
+    left_out = position - cu_seqlens.long()[segment] >= count
     groups = torch.zeros(1, tokens, dtype=torch.int64, device=device) if groups is None else groups
     return groups.masked_fill(left_out, -1)
 
