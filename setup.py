@@ -135,7 +135,7 @@ def find_ninja() -> str:
 def ninja_file(compiler: list[str], clang: bool, isas: dict[str, list[str]]) -> str:
     given = {name: shlex.split(os.environ.get(name, "")) for name in ("CPPFLAGS", "CFLAGS", "CXXFLAGS", "LDFLAGS")}
     defaults = ["-O3", "-Wall", "-Wextra"]
-    # What the kernel needs whatever the environment asks for. Contracting a * b + c is wanted; -ffast-math is not,
+    # Flags that the kernel needs whatever the environment says. Contracting a * b + c is wanted; -ffast-math is not,
     # because NaN must stay NaN.
     needed = ["-std=c++17", "-fvisibility=hidden", "-fno-fast-math", "-fno-math-errno", "-ffp-contract=fast"]
     if sys.platform != "win32":

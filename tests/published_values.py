@@ -45,7 +45,7 @@ def errors(case: dict[str, Any], impl: str, dtype: torch.dtype) -> tuple[float, 
 
 
 def errors_of(case: dict[str, Any], loss: float, grad: Tensor) -> tuple[float, float]:
-    """Of the loss, relative to the larger of it and 1; of the gradient, relative to its norm."""
+    """Errors of the loss, relative to max(1, loss), and of the gradient, relative to its norm."""
     # A published gradient below 1e-15 is zero or its rounding (softmaxes of one partner, or saturated).
     grad, norm = grad.double().flatten().cpu(), case["gradient_norm"] if case["gradient_norm"] > 1e-15 else 1.0
     error = abs(loss - case["loss"]) / max(1.0, abs(case["loss"]))

@@ -167,7 +167,7 @@ def test_one_token_with_any_strides(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", GPU_IMPLS or ["triton"])
 class TestKernels:
-    """Of the GPU kernels, on a GPU or of Triton in its interpreter."""
+    """GPU kernels on a GPU, or the Triton kernels in their interpreter."""
 
     pytestmark = [pytest.mark.gpu] if GPU else []
 

@@ -60,7 +60,7 @@ class Draw:
         return z, options
 
     def hostile(self) -> Any:
-        """What nobody should give, and what somebody does."""
+        """Hostile value for an argument, of a kind that somebody has given."""
         shapes = [(), (2,), (2, 7), (2, 7, 8), (2, 2, 7, 8), (0, 7, 8), (2, 0, 8), (2, 7, 0), (2, 7, 1)]
         dtypes = [torch.float32, torch.float16, torch.float64, torch.bool, torch.int32, torch.int64, torch.complex64]
         ones = torch.ones(self.dice.choice(shapes), dtype=self.dice.choice(dtypes))
@@ -81,7 +81,7 @@ class Draw:
 
 
 def wrong_answer(seed: int) -> str | None:
-    """What is wrong with a legal call; None if nothing is."""
+    """Fault of a legal call, in words; None if the call is right."""
     z, options = Draw(seed).legal()
     if options["potential"] == "decorrelation" and z.shape[-1] == 2:
         return None  # of which the gradient is rounding alone
@@ -108,7 +108,7 @@ def wrong_answer(seed: int) -> str | None:
 
 
 def surprise(seed: int) -> str | None:
-    """What a call with one or two hostile arguments ends in that is neither a result nor an error in words; None if
+    """Outcome of a call with one or two hostile arguments if it is neither a result nor an error in words; None if
     nothing."""
     draw = Draw(seed)
     dice = draw.dice

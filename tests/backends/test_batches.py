@@ -77,7 +77,7 @@ def test_lengths_that_differ(potential: Potential, few: int, monkeypatch: pytest
 
 @pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
 def test_bounds_on_the_cpu_of_tokens_elsewhere(potential: Potential) -> None:
-    """What the sweep does for packed tokens on an accelerator: neighbours of one length together."""
+    """Packed tokens on an accelerator, swept with their neighbours of the same length."""
     lengths = [4, 4, 4, 0, 0, 1, 30, 7, 7]
     z, packed = torch.randn(1, sum(lengths), 24), bounds(lengths)
     mask = (torch.rand(1, sum(lengths)) > 0.2).long() - 1

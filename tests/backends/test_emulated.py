@@ -418,7 +418,7 @@ def test_edges(edge: Edge, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["triton-sm_80", "cuda-sm_80"])
 @pytest.mark.parametrize("features", [16, 160], ids=["resident", "swept"])
 def test_equal_tokens(features: int, backend: str) -> None:
-    """Of 16 bits; that of the other pairs is 1e-8 of their psi, and what these have of the gradient is all of it."""
+    """Equal tokens in 16 bits; psi of the other pairs is 1e-8 of theirs, and makes the whole gradient."""
     z = tokens(1, 40, features)
     z[0, 4:8] = z[0, :1]
     loss, grad = relative_errors(evaluate(z, Uniformity(t=10.0), backend), oracle(z, Uniformity(t=10.0)))

@@ -81,7 +81,7 @@ def driver(compiler: str, flags: list[str], kernels: dict[str, list[str]], direc
 
 
 def drive(command: list[str], step: int, threads: int) -> str:
-    """What the driver says of its calls."""
+    """Output of the driver: a line per failed call, and the count."""
     result = subprocess.run([*command, str(step), str(threads)], capture_output=True, text=True)
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr

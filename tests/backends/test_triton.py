@@ -50,7 +50,7 @@ TRITON = importlib.util.find_spec("triton") is not None
 IMPLS = ["triton"] * TRITON + ["cuda"] * (GPU and cuda.unavailable_reason() is None)
 if not IMPLS:
     pytest.skip("neither Triton nor the CUDA kernels are installed", allow_module_level=True)
-# Of other files with tests of the kernels.
+# Names of the other files, in tests/api, with tests of the kernels.
 OTHER_FILES = ("test_numerics.py", "test_edge_cases.py", "test_published.py")
 needs_triton = pytest.mark.skipif(not TRITON, reason="Triton is not installed")
 
@@ -400,7 +400,7 @@ class TestKernelsOfTriton:
         assert supported("triton", z, potential)
         answer = evaluate(z, potential, impl="triton")
         assert_as_accurate_as_naive(z, potential, answer, oracle(z, potential))
-        # Of a class that is no dataclass, and of a subclass of a built-in.
+        # Potentials: a class that is no dataclass, and a subclass of a built-in one.
         for potential in (OfAttributes(0.7), OfABuiltIn(margin=0.7)):
             answer = evaluate(z, potential, impl="triton")
             torch.testing.assert_close(answer, evaluate(z, Quartic(strength=0.7), impl="triton"))

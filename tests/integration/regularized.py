@@ -1,4 +1,4 @@
-"""What the tests of DispersionRegularizer share: models, and the sum that it stands for, by hand in float64."""
+"""Models for the tests of DispersionRegularizer, and the loss that it stands for, added by hand in float64."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def tokens(batch: int = 2, length: int = 24, seed: int = 0, vocabulary: int = 32
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Those of the parameters that have one, under their names without wrappers'."""
+    """Gradients of the parameters that have one, under the parameters' names without those of wrappers."""
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

@@ -98,7 +98,7 @@ def arguments(folder: Path, batch_size: int, accumulate: int, kind: Any = None, 
 
 
 def exact_steps(model: nn.Module, groups: Sequence[Sequence[int]]) -> list[Step]:
-    """Of each step: the cross-entropy over all of its tokens, and the mean of the dispersion of its sequences."""
+    """Cross-entropy over all tokens of each step, and mean dispersion of its sequences."""
     return [by_hand(model, [_call(group)], _blocks, options=[{"mask": _padded(group)[1].bool()}]) for group in groups]
 
 
