@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from dispersion_kernels.sampling.estimate import visits_all
-from dispersion_kernels.sampling.partition import block_tokens
+from dispersion_kernels.sampling.partition import block_tokens, mean_length
 
 
 def register() -> None:
@@ -73,7 +73,8 @@ def _of_sampled_pairs(
     lengths = _lengths(layers[0], cu_seqlens)
     if visits_all(fraction, layers[0], cu_seqlens):
         fraction = 1.0
-    pairs = sum(length * min(length, block_tokens(fraction, length)) for length in lengths) if fraction else 0
+    size = block_tokens(fraction, mean_length(layers[0], cu_seqlens))
+    pairs = sum(length * min(length, size) for length in lengths) if fraction else 0
     return 2 * (3 if with_grad else 1) * len(layers) * pairs * layers[0].shape[2]
 
 

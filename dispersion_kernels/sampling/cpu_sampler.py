@@ -8,7 +8,7 @@ from dispersion_kernels.backends import cpu
 from dispersion_kernels.potentials import ExponentialPotential, Potential
 from dispersion_kernels.sampling.control_variate import DIRECTIONS
 from dispersion_kernels.sampling.estimate import Request
-from dispersion_kernels.sampling.partition import block_tokens, blocks_of_same_size
+from dispersion_kernels.sampling.partition import block_tokens, blocks_of_same_size, mean_length
 
 # Largest range of the exponent for which the kernel needs no running maximum.
 _FIXED_RANGE = 79.0
@@ -16,8 +16,7 @@ _FIXED_RANGE = 79.0
 
 def takes(potential: Potential, fraction: float, control_variate: str, z: Tensor, cu_seqlens: Tensor | None) -> bool:
     """Whether the kernel can sample the pairs of tokens ``[B, L, F]``; :mod:`torch_sampler` does otherwise."""
-    sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    length = z.shape[0] * z.shape[1] // max(1, sequences)
+    length = mean_length(z, cu_seqlens)
     blocks = 0 if cu_seqlens is not None else blocks_of_same_size(fraction, length)
     size = length // blocks if blocks else block_tokens(fraction, length)
     if isinstance(potential, ExponentialPotential):

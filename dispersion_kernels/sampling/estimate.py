@@ -16,7 +16,13 @@ from torch import Tensor
 from dispersion_kernels.numerics import accumulation_dtype, loss_weight, sum_of_tokens, wide_dtype
 from dispersion_kernels.potentials import Potential
 from dispersion_kernels.sampling.control_variate import FIT_GROUPS, FIT_TOKENS, fit, noise
-from dispersion_kernels.sampling.partition import Partition, block_tokens, blocks_of_same_size, partition_of
+from dispersion_kernels.sampling.partition import (
+    Partition,
+    block_tokens,
+    blocks_of_same_size,
+    mean_length,
+    partition_of,
+)
 from dispersion_kernels.sampling.torch_sampler import Sweep, sample
 from dispersion_kernels.segments import uniform
 
@@ -67,7 +73,7 @@ Sampler = Callable[[Request], tuple[Tensor, Tensor]]
 def visits_all(fraction: float, z: Tensor, cu_seqlens: Tensor | None) -> bool:
     """Whether the shape of tokens ``[B, L, F]`` implies visiting all pairs: the batch is empty, or a block would be a
     whole sequence."""
-    length = z.shape[1] if cu_seqlens is None else z.shape[1] // max(1, cu_seqlens.numel() - 1)
+    length = mean_length(z, cu_seqlens)
     return z.shape[0] == 0 or length <= block_tokens(fraction, length)
 
 

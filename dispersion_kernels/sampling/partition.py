@@ -90,9 +90,13 @@ def partition_of(
             return found
         return replace(found, order=(shuffle.flatten(0, 1) + found.populations[:-1].unsqueeze(1)).flatten())
     assert len(layers) == 1
-    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    size = block_tokens(fraction, batch * length // max(1, sequences))
+    size = block_tokens(fraction, mean_length(layers[0], cu_seqlens))
     return _populations_of_any_length(groups, cu_seqlens, shuffle[0], size)
+
+
+def mean_length(z: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Mean number of tokens of the sequences of ``z`` ``[B, L, F]``, from shapes alone; it sets the size of a block."""
+    return z.shape[1] if cu_seqlens is None else z.shape[1] // max(1, cu_seqlens.numel() - 1)
 
 
 def blocks_of_same_size(fraction: float, length: int) -> int:

@@ -54,6 +54,10 @@ def test_a_fraction_of_the_pairs() -> None:
     assert count(z, True, sampling=SampledPairs(1 / 16)) == 6 * 2 * 1024 * 64 * 16
     assert count(z, True, sampling=SampledPairs(0)) == 0
     assert count(z, True, sampling=SampledPairs(1.0)) == 6 * 2 * 1024 * 1024 * 16
+    # Blocks of packed sequences have the size of a sixteenth of the mean length, of a longer sequence, too.
+    packed = torch.randn(2048, 16, requires_grad=True)
+    bounds = torch.tensor([0, 1536, 2048], dtype=torch.int32)
+    assert count(packed, True, cu_seqlens=bounds, sampling=SampledPairs(1 / 16)) == 6 * 2048 * 64 * 16
 
 
 def test_compiled_and_checkpointed() -> None:
