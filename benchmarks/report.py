@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import write_text
-from dispersion_kernels.condensation import COLOURS, MARKERS
+from dispersion_kernels.condensation.plot import COLOURS, MARKERS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from dispersion_kernels.blocks import find_stack, hidden_states_of, layer_numbers
 from dispersion_kernels.loss import DispersionLoss, fused_dispersion_loss
 from dispersion_kernels.potentials import Potential, resolve_potential, temperature_of
 from dispersion_kernels.sampling import Sampling
@@ -383,7 +384,7 @@ class _Layer(_Hook):
         # backward: the hook must save the same tensors as the first time, and must not count a term.
         if regularizer._removed or not torch.is_grad_enabled() or (forward is None and not module.training):
             return None
-        z = _hidden_states(output, self.name)
+        z = hidden_states_of(output, self.name)
         if forward is None:
             selection = _ALL
         else:
@@ -487,21 +488,6 @@ def _narrowed(z: Tensor) -> Tensor:
     return z.to(_narrow_dtype(z))
 
 
-def _hidden_states(output: Any, name: str) -> Tensor:
-    """First of a block's outputs; ``name`` is the block's name, for the error."""
-    first = output
-    if isinstance(output, Mapping):
-        first = next(iter(output.values()), None)
-    elif isinstance(output, tuple | list):
-        first = output[0] if output else None
-    if not isinstance(first, Tensor):
-        raise TypeError(
-            f"{name} returned {type(output).__name__}; DispersionRegularizer takes the hidden states of a block that "
-            "returns a tensor, or a tuple, list or mapping that begins with one. Give layers= a list of modules that do"
-        )
-    return first
-
-
 def _replaced(output: Any, z: Tensor) -> Any:
     """Copy of ``output`` with ``z`` in place of its hidden states."""
     if isinstance(output, Tensor):
@@ -511,13 +497,6 @@ def _replaced(output: Any, z: Tensor) -> Any:
     if hasattr(output, "_fields"):
         return type(output)(z, *output[1:])
     return type(output)((z, *output[1:]))
-
-
-class _Stack(NamedTuple):
-    name: str
-    owner: nn.Module
-    """Module whose arguments select the tokens."""
-    blocks: list[nn.Module]
 
 
 def _choose(
@@ -541,72 +520,8 @@ def _choose(
             return model, [_Layer(regularizer, names[module], module) for module in modules]
         if modules:
             raise TypeError("layers mixes numbers and modules; give either")
-    found = _stack(model, stack)
+    found = find_stack(model, stack)
     chosen = layer_numbers(layers, len(found.blocks))
     return found.owner, [
         _Layer(regularizer, f"{found.name}.{number - 1}", found.blocks[number - 1]) for number in chosen
     ]
-
-
-def layer_numbers(layers: Any, count: int) -> list[int]:
-    """Numbers of the chosen among ``count`` layers, counted from 1, ascending."""
-    half = max(count // 2, 1)
-    named = {
-        "all": range(1, count + 1),
-        "last": range(count, count + 1),
-        "early_half": range(1, half + 1),
-        "late_half": range(count - half + 1, count + 1),
-    }
-    if isinstance(layers, str):
-        if layers in named:
-            return list(named[layers])
-    elif all(isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= count for k in layers):
-        return sorted(set(layers))
-    raise ValueError(
-        f"layers must be 'all', 'last', 'early_half', 'late_half', a list of numbers from 1 to {count}, or of modules, "
-        f"got {layers!r}"
-    )
-
-
-def _stack(model: nn.Module, name: str | None) -> _Stack:
-    stacks = list(_stacks(model, "", model))
-    pretrained = [stack for stack in stacks if _is_pretrained(stack.owner)]
-    stacks = pretrained or stacks
-    candidates = [f"{stack.name} ({len(stack.blocks)} x {type(stack.blocks[0]).__name__})" for stack in stacks]
-    if name is not None:
-        stacks = [stack for stack in stacks if f".{name}." in f".{stack.name}."]
-    if len(stacks) == 1:
-        return stacks[0]
-    type_name = type(model).__name__
-    if not candidates:
-        raise ValueError(
-            f"{type_name} has no stack of blocks, which is a ModuleList, or a ModuleDict whose keys are numbers; give "
-            "the blocks, as layers=[model.first, model.second]"
-        )
-    wanted = "several stacks of blocks" if name is None else f"{len(stacks) or 'no'} stacks of blocks named {name!r}"
-    raise ValueError(
-        f"{type_name} has {wanted}; give stack= the name of one of: {', '.join(candidates)}; or the blocks, as "
-        "layers=[model.first, model.second]"
-    )
-
-
-def _stacks(module: nn.Module, prefix: str, owner: nn.Module) -> Iterator[_Stack]:
-    """Stacks of blocks below ``module``, without stacks inside the blocks of another stack."""
-    for key, child in module.named_children():
-        name = f"{prefix}{key}"
-        is_list = isinstance(child, nn.ModuleList) or (
-            isinstance(child, nn.ModuleDict) and all(key.isdecimal() for key in child)
-        )
-        if is_list:
-            blocks = list(child.children())
-            if blocks:
-                yield _Stack(name, owner, blocks)
-        else:
-            yield from _stacks(
-                child, f"{name}.", child if _is_pretrained(child) or not _is_pretrained(owner) else owner
-            )
-
-
-def _is_pretrained(module: nn.Module) -> bool:
-    """Whether ``module`` is a ``PreTrainedModel`` of Hugging Face's transformers, found by name without the import."""
-    return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..regularizer import layer_numbers
+from ..blocks import layer_numbers
 from .data import TokenData, cache_folder, load_data, open_tokens
 from .model import GPT2, GPT2Config, load_weights
 from .options import SHAPE

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 
@@ -23,6 +22,8 @@ def locked(folder: Path) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
+    from filelock import FileLock, Timeout
+
     lock = FileLock(folder / ".lock")
     with named_failure(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dispersion_kernels import condensation
-from dispersion_kernels.condensation import condensation_by_layer, mean_pairwise_cosine, plot_condensation
+from dispersion_kernels.condensation import condensation_by_layer, cosine, mean_pairwise_cosine, plot_condensation
 
 
 def naive(z: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -47,7 +46,7 @@ def test_masked_tokens_take_no_part_whatever_they_hold():
 def test_a_long_sequence_is_measured_in_chunks(monkeypatch):
     z = torch.randn(2, 50, 6, dtype=torch.float64) + 1
     whole = mean_pairwise_cosine(z)
-    monkeypatch.setattr(condensation, "CHUNK", 7)
+    monkeypatch.setattr(cosine, "CHUNK", 7)
     assert mean_pairwise_cosine(z).item() == pytest.approx(whole.item(), abs=1e-14)
 
 

@@ -1,0 +1,23 @@
+"""Measurement and pictures of embedding condensation: the mean pairwise cosine of the tokens, layer by layer.
+
+In small language models the embeddings of a sequence's tokens gather in a narrow cone, the more so the deeper the
+layer. Liu et al., "Dispersion loss counteracts embedding condensation and improves generalization in small language
+models" (ICML 2026, arXiv 2602.00217) measure it by the cosine of every pair of tokens, layer by layer.
+"""
+
+from .cosine import condensation_by_layer, mean_pairwise_cosine
+from .plot import plot_condensation
+from .result import BINS, QUANTILES, Condensation, CosineStatistics, Layer, PublishedMeasurement, Trend
+
+__all__ = [
+    "BINS",
+    "QUANTILES",
+    "Condensation",
+    "CosineStatistics",
+    "Layer",
+    "PublishedMeasurement",
+    "Trend",
+    "condensation_by_layer",
+    "mean_pairwise_cosine",
+    "plot_condensation",
+]
