@@ -31,7 +31,7 @@ VARIANTS: dict[str, list[str]] = {
     "no pairs": ["--pairs", "0"],
     "all pairs": [],
 }
-SEEDS = 10
+SEEDS = 5
 MEASURED = ("validation_loss", "cosine_last", "cosine_mean")
 
 

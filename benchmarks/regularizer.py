@@ -25,7 +25,7 @@ WEIGHT = 0.1
 SHAPE = {"layers": 8, "width": 128, "heads": 4, "context": 512, "vocab": 256}
 QUICK = {"layers": 2, "width": 32, "heads": 2, "context": 256, "vocab": 64}
 BATCH = 2
-ROUNDS = 5
+ROUNDS = 15
 # Largest error of a gradient, relative to its largest entry: for the rounding of fp32 and of a bf16 model.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
