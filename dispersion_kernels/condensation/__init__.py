@@ -6,7 +6,8 @@ models" (ICML 2026, arXiv 2602.00217) measure it by the cosine of every pair of 
 """
 
 from .cosine import condensation_by_layer, mean_pairwise_cosine
-from .plot import plot_condensation
+from .plot import plot_condensation, plot_heat_map, plot_training
+from .records import Record, read_records, write_records
 from .result import BINS, QUANTILES, Condensation, CosineStatistics, Layer, PublishedMeasurement, Trend
 
 __all__ = [
@@ -16,8 +17,13 @@ __all__ = [
     "CosineStatistics",
     "Layer",
     "PublishedMeasurement",
+    "Record",
     "Trend",
     "condensation_by_layer",
     "mean_pairwise_cosine",
     "plot_condensation",
+    "plot_heat_map",
+    "plot_training",
+    "read_records",
+    "write_records",
 ]

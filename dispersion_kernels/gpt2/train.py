@@ -28,7 +28,7 @@ from ..potentials import resolve_potential
 from .build import build_model, build_optimizer, dispersion_layers, learning_rate, load_tokens, pick_device
 from .checkpoint import damage_named, read_checkpoint, restore_optimizer, write_checkpoint
 from .data import mixed_seed, training_windows, validation_windows, windows_at
-from .files import Metrics, locked, named_failure, write_json
+from .files import Metrics, locked, write_json
 from .model import save_weights
 from .options import DTYPES, as_arguments, parse_command, sampling_of, settle
 from .runtime import (
@@ -112,15 +112,10 @@ def compare(options: argparse.Namespace, stop: StopRequest) -> bool:
             "trained without the dispersion loss": results["without"]["cosine_after"],
             f"trained with it (weight {options.dispersion_weight:g})": results["with"]["cosine_after"],
         }
-        draw(curves, options.out)
+        plot_condensation(curves, options.out / "condensation.png", dashed=["before training"])
         say(table(results))
         say(f"picture   {options.out / 'condensation.png'}\nresults   {options.out / 'results.json'}")
     return True
-
-
-def draw(curves: dict[str, list[float]], out: Path) -> None:
-    with named_failure(out / "condensation.png"):
-        plot_condensation(curves, out / "condensation.png", dashed=["before training"])
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -431,7 +426,7 @@ class Run:
             write_json(self.out / "results.json", results)
             save_weights(self.model, self.out)
             curves = {"before training": self.before, "after training": cosine}
-            draw(curves, self.out)
+            plot_condensation(curves, self.out / "condensation.png", dashed=["before training"])
             say(
                 f"validation loss {loss:.4f}; mean pairwise cosine of the last layer {cosine[-1]:.3f}, before training "
                 f"{self.before[-1]:.3f}\n{self.out} holds condensation.png, metrics.jsonl, results.json, checkpoint.pt "

@@ -1,12 +1,9 @@
-"""The closed form of the mean pairwise cosine against the matrix of all cosines, and the picture."""
-
-import sys
-from pathlib import Path
+"""The closed form of the mean pairwise cosine against the matrix of all cosines."""
 
 import pytest
 import torch
 
-from dispersion_kernels.condensation import condensation_by_layer, cosine, mean_pairwise_cosine, plot_condensation
+from dispersion_kernels.condensation import condensation_by_layer, cosine, mean_pairwise_cosine
 
 
 def naive(z: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -87,38 +84,3 @@ def test_layers_are_measured_one_by_one():
 def test_wrong_arguments_are_named(z, mask, message):
     with pytest.raises(ValueError, match=message):
         mean_pairwise_cosine(z, mask=mask)
-
-
-def test_the_picture_is_a_png_and_nothing_else_is_left(tmp_path):
-    curves = {"before": [0.1, 0.2], "without": [0.3, 0.6], "with": [0.2, -0.1]}
-    path = plot_condensation(curves, tmp_path / "deep" / "picture.png", dashed=["before"])
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
-
-
-def test_a_picture_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    path = plot_condensation({"a": [0.5]}, tmp_path / "picture.png")
-    old = path.read_bytes()
-
-    def broken(self: Figure, target: Path, **options: object) -> None:
-        Path(target).write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(Figure, "savefig", broken)
-    with pytest.raises(OSError, match="no space"):
-        plot_condensation({"a": [0.9]}, path)
-    assert path.read_bytes() == old
-
-
-def test_wrong_curves_and_a_missing_matplotlib(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="at least one"):
-        plot_condensation({}, tmp_path / "a.png")
-    with pytest.raises(ValueError, match="at least one"):
-        plot_condensation({"a": []}, tmp_path / "a.png")
-    with pytest.raises(ValueError, match="dashed names"):
-        plot_condensation({"a": [1.0]}, tmp_path / "a.png", dashed=["b"])
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ModuleNotFoundError, match=r"dispersion-kernels\[gpt2\]"):
-        plot_condensation({"a": [1.0]}, tmp_path / "a.png")
