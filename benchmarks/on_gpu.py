@@ -246,15 +246,15 @@ def _small(call: Call, device: str) -> Call:
     z, length = call.layers[0], SANITIZED_LENGTH
     features = SANITIZED_FEATURES.get(z.shape[2], z.shape[2])
     torch.manual_seed(0)
-    groups = None if call.groups is None else (torch.arange(length) // 50 - 1)[None].to(device)
+    pair_ids = None if call.pair_ids is None else (torch.arange(length) // 50 - 1)[None].to(device)
     bounds = None if call.cu_seqlens is None else torch.tensor([0, 1, 100, 100, length], dtype=torch.int32).to(device)
     layers = [torch.randn(1, length, features).to(device, z.dtype) for _ in call.layers]
-    return replace(call, layers=layers, groups=groups, cu_seqlens=bounds)
+    return replace(call, layers=layers, pair_ids=pair_ids, cu_seqlens=bounds)
 
 
 def _dispersion(call: Call) -> list[Tensor]:
     kernels = cuda.CudaKernels(call.layers[0], call.precision or "tf32x3")
-    found = launch.dispersion(call.layers, call.potential, call.groups, call.cu_seqlens, call.with_grad, kernels)
+    found = launch.dispersion(call.layers, call.potential, call.pair_ids, call.cu_seqlens, call.with_grad, kernels)
     return found.gradients
 
 

@@ -37,7 +37,7 @@ def register() -> None:
 
 def _of_all_pairs(
     layers: Sequence[Tensor],
-    groups: Tensor | None,
+    pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     temperature: Tensor | None,
     potential: str,
@@ -55,7 +55,7 @@ def _of_all_pairs(
 
 def _of_sampled_pairs(
     layers: Sequence[Tensor],
-    groups: Tensor | None,
+    pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     shuffle: Tensor,
     fit: Tensor,

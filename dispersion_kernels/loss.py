@@ -36,7 +36,7 @@ from dispersion_kernels.potentials import (
 )
 from dispersion_kernels.sampling import SampledPairs, SampledTokens, Sampling, resolve_sampling
 from dispersion_kernels.sampling.estimate import draw, visits_all
-from dispersion_kernels.segments import make_groups, on_device, sample_packed_tokens, sample_tokens, warn_of_no_pair
+from dispersion_kernels.segments import make_pair_ids, on_device, sample_packed_tokens, sample_tokens, warn_of_no_pair
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -204,24 +204,24 @@ def fused_dispersion_loss(
         document_ids = None if document_ids is None else document_ids.unsqueeze(0)
     if cu_seqlens is None and layers[0].shape[1] < 2 and not torch.compiler.is_compiling():
         warn_of_no_pair()
-    groups = make_groups(mask, document_ids)
+    pair_ids = make_pair_ids(mask, document_ids)
     if isinstance(sampling, SampledTokens) and sampling.count < layers[0].shape[1]:
         if cu_seqlens is None:
-            layers[0], groups = sample_tokens(layers[0], groups, sampling.count, generator)
+            layers[0], pair_ids = sample_tokens(layers[0], pair_ids, sampling.count, generator)
         else:
-            groups = sample_packed_tokens(
-                groups, on_device(cu_seqlens, first.device), layers[0].shape[1], sampling.count, generator
+            pair_ids = sample_packed_tokens(
+                pair_ids, on_device(cu_seqlens, first.device), layers[0].shape[1], sampling.count, generator
             )
     error: Tensor | None = None
     if impl == "reference":
-        loss = _reference_loss(layers[0], groups, cu_seqlens, resolved, reduction)
+        loss = _reference_loss(layers[0], pair_ids, cu_seqlens, resolved, reduction)
     # Under a compiler the operator calls ``visits_all``: here it would be a guard, and a compilation, for each length.
     elif isinstance(sampling, SampledPairs) and (
         torch.compiler.is_compiling() or not visits_all(sampling.fraction, layers[0], cu_seqlens)
     ):
         loss, error = sampled_loss(
             layers,
-            groups,
+            pair_ids,
             cu_seqlens,
             resolved,
             reduction,
@@ -232,7 +232,7 @@ def fused_dispersion_loss(
             return_stats,
         )
     else:
-        loss = dispersion_loss(layers, groups, cu_seqlens, resolved, reduction, impl, recompute)
+        loss = dispersion_loss(layers, pair_ids, cu_seqlens, resolved, reduction, impl, recompute)
     if reduction == "none" and one_sequence and cu_seqlens is None:
         loss = loss.squeeze(0)
     if not return_stats:
@@ -336,9 +336,9 @@ class DispersionLoss(nn.Module):
 
 
 def _reference_loss(
-    z: Tensor, groups: Tensor | None, cu_seqlens: Tensor | None, potential: Potential, reduction: Reduction
+    z: Tensor, pair_ids: Tensor | None, cu_seqlens: Tensor | None, potential: Potential, reduction: Reduction
 ) -> Tensor:
-    for values in (groups, cu_seqlens):
+    for values in (pair_ids, cu_seqlens):
         if values is not None and (values.is_meta or type(values).__name__ == "FakeTensor"):
             raise ValueError(
                 "impl='reference' reads the values of mask, document_ids and cu_seqlens, and a meta or fake tensor "
@@ -351,7 +351,7 @@ def _reference_loss(
             if known and not torch._C._are_functorch_transforms_active():
                 at_temperature(potential, float(temperature))  # an error for a value out of range
             potential = at_temperature(potential, temperature)
-        losses, pairs = reference.dispersion_loss(z, for_backends(potential), groups, cu_seqlens)
+        losses, pairs = reference.dispersion_loss(z, for_backends(potential), pair_ids, cu_seqlens)
     losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
     if reduction == "none":
         return losses

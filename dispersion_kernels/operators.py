@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 def dispersion_loss(
     layers: Sequence[Tensor],
-    groups: Tensor | None,
+    pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     potential: Potential,
     reduction: str,
@@ -66,12 +66,12 @@ def dispersion_loss(
         [False] * len(layers) if recompute else needed,
         with_slope=slope_needed and not recompute,
     )
-    return _differentiable(call, (groups, cu_seqlens, temperature), layers, any(needed) or slope_needed)[0]
+    return _differentiable(call, (pair_ids, cu_seqlens, temperature), layers, any(needed) or slope_needed)[0]
 
 
 def sampled_loss(
     layers: Sequence[Tensor],
-    groups: Tensor | None,
+    pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     potential: Potential,
     reduction: str,
@@ -89,7 +89,7 @@ def sampled_loss(
     wanted = [with_error or (needed and not recompute)] * len(layers)
     options = (potential, reduction, impl, float(sampling.fraction), sampling.control_variate)
     call = _Call("sampled", options, wanted, with_error)
-    loss, error = _differentiable(call, (groups, cu_seqlens, *draws), layers, needed)
+    loss, error = _differentiable(call, (pair_ids, cu_seqlens, *draws), layers, needed)
     assert error is not None
     return loss, error
 
@@ -384,7 +384,7 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 _library = torch.library.Library("dispersion_kernels", "FRAGMENT")
 _library.define(
-    "forward(Tensor[] layers, Tensor? groups, Tensor? cu_seqlens, Tensor? temperature, str potential, float[] params,"
+    "forward(Tensor[] layers, Tensor? pair_ids, Tensor? cu_seqlens, Tensor? temperature, str potential, float[] params,"
     " str reduction, str impl, bool with_slope, bool[] with_grad)"
     " -> (Tensor loss, Tensor[] grads, Tensor scale, Tensor slope)",
     tags=torch.Tag.pt2_compliant_tag,
@@ -394,19 +394,19 @@ _library.define(
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
 def _forward_carried(
     layers: Sequence[Tensor],
-    groups: Tensor | None,
+    pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     temperature: Tensor | None,
     potential: str,
     params: list[float],
     *options: Any,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    return _forward(layers, groups, cu_seqlens, temperature, carried(potential, params), *options)
+    return _forward(layers, pair_ids, cu_seqlens, temperature, carried(potential, params), *options)
 
 
 def _forward(
     layers: Sequence[Tensor],
-    groups: Tensor | None,
+    pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     temperature: Tensor | None,
     potential: Potential,
@@ -430,12 +430,12 @@ def _forward(
         potential = at_temperature(potential, float(temperature))
     run = _SWEEPS[choose(impl, z, potential)]
     with without_autocast(z.device):
-        loss, grads, scale = run(layers, groups, cu_seqlens, for_backends(potential), reduction, with_grad)
+        loss, grads, scale = run(layers, pair_ids, cu_seqlens, for_backends(potential), reduction, with_grad)
         if not with_slope:
             return loss, grads, scale, loss.new_empty(0)
         slopes = []
         for z in layers:
-            slope, pairs = slope_of_temperature(z, potential, groups, cu_seqlens)
+            slope, pairs = slope_of_temperature(z, potential, pair_ids, cu_seqlens)
             weight = loss_weight(len(layers), reduction, (pairs > 0).sum())
             slopes.append((slope if reduction == "none" else slope.sum()) * weight)
         return loss, grads, scale, torch.stack(slopes).sum(0).to(loss.dtype)
@@ -452,7 +452,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 def _gpu_sweep(
     kernels_for: Callable[[Tensor], launch.Kernels],
     layers: Sequence[Tensor],
-    groups: Tensor | None,
+    pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     potential: Potential,
     reduction: str,
@@ -461,7 +461,7 @@ def _gpu_sweep(
     with torch.cuda.device_of(layers[0]):  # Triton launches on the current device
         kernels = kernels_for(layers[0])
         loss, pairs, gradients, scale = launch.dispersion(
-            layers, potential, groups, cu_seqlens, any(with_grad), kernels
+            layers, potential, pair_ids, cu_seqlens, any(with_grad), kernels
         )
     weight = loss_weight(len(layers), reduction, (pairs > 0).sum())
     total = (loss.sum(0) if reduction == "none" else loss.sum()) * weight
@@ -477,14 +477,14 @@ def _triton_kernels(z: Tensor) -> TritonKernels:
 
 def _native_sweep(
     layers: Sequence[Tensor],
-    groups: Tensor | None,
+    pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     potential: Potential,
     reduction: str,
     with_grad: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     batch, length, _ = layers[0].shape
-    runs = host_segments(batch, length, groups, None if cu_seqlens is None else cu_seqlens.cpu())
+    runs = host_segments(batch, length, pair_ids, None if cu_seqlens is None else cu_seqlens.cpu())
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     weight = float(loss_weight(len(layers), reduction, runs.sequences_with_pairs))
     losses: list[Tensor] = []
@@ -513,7 +513,7 @@ def _native_sweep(
 
 def _torch_sweep(
     layers: Sequence[Tensor],
-    groups: Tensor | None,
+    pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     potential: Potential,
     reduction: str,
@@ -523,7 +523,7 @@ def _torch_sweep(
     grads: list[Tensor] = []
     scales: list[Tensor] = []
     for z, need_grad in zip(layers, with_grad, strict=True):
-        loss, pairs, grad, scale = sweep(z, potential, groups, cu_seqlens, need_grad)
+        loss, pairs, grad, scale = sweep(z, potential, pair_ids, cu_seqlens, need_grad)
         weight = loss_weight(len(layers), reduction, (pairs > 0).sum())
         losses.append((loss if reduction == "none" else loss.sum()) * weight)
         grads.append(loss.new_empty(0) if grad is None else grad)
@@ -556,7 +556,7 @@ def _joined(grads: list[Tensor], scales: list[Tensor], with_grad: list[bool]) ->
 @torch.library.register_fake("dispersion_kernels::forward")
 def _forward_fake(
     layers: list[Tensor],
-    groups: Tensor | None,
+    pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     temperature: Tensor | None,
     potential: str,
@@ -577,7 +577,7 @@ def _forward_fake(
 
 
 _library.define(
-    "sampled(Tensor[] layers, Tensor? groups, Tensor? cu_seqlens, Tensor shuffle, Tensor fit, str potential,"
+    "sampled(Tensor[] layers, Tensor? pair_ids, Tensor? cu_seqlens, Tensor shuffle, Tensor fit, str potential,"
     " float[] params, str reduction, str impl, float fraction, str control_variate, bool with_grad, bool with_error)"
     " -> (Tensor loss, Tensor grad, Tensor scale, Tensor error)",
     tags=torch.Tag.pt2_compliant_tag,
@@ -587,7 +587,7 @@ _library.define(
 @torch.library.impl(_library, "sampled", "CompositeExplicitAutograd")
 def _sampled_carried(
     layers: Sequence[Tensor],
-    groups: Tensor | None,
+    pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     shuffle: Tensor,
     fit: Tensor,
@@ -595,12 +595,12 @@ def _sampled_carried(
     params: list[float],
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _sampled(layers, groups, cu_seqlens, shuffle, fit, carried(potential, params), *options)
+    return _sampled(layers, pair_ids, cu_seqlens, shuffle, fit, carried(potential, params), *options)
 
 
 def _sampled(
     layers: Sequence[Tensor],
-    groups: Tensor | None,
+    pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     shuffle: Tensor,
     fit: Tensor,
@@ -620,7 +620,7 @@ def _sampled(
     z = layers[0]
     if visits_all(fraction, z, cu_seqlens):  # the caller leaves this question to the operator under a compiler
         every = [with_grad] * len(layers)
-        loss, grads, scale, _ = _forward(layers, groups, cu_seqlens, None, potential, reduction, impl, False, every)
+        loss, grads, scale, _ = _forward(layers, pair_ids, cu_seqlens, None, potential, reduction, impl, False, every)
         return loss, torch.stack(grads) if with_grad else loss.new_empty(0), scale, loss.new_zeros(len(layers))
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])
@@ -628,15 +628,15 @@ def _sampled(
     run = _SWEEPS[chosen]
     formula = for_backends(potential)
 
-    def sweep_blocks(tokens: Tensor, groups: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        loss, grads, scale = run([tokens], groups, bounds, formula, "none", [with_grad])
+    def sweep_blocks(tokens: Tensor, pair_ids: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        loss, grads, scale = run([tokens], pair_ids, bounds, formula, "none", [with_grad])
         return loss, grads[0], scale
 
     own = chosen == "cpu" and cpu_sampler.takes(formula, fraction, control_variate, z, cu_seqlens)
     with without_autocast(z.device):
         found = estimate(
             layers,
-            groups,
+            pair_ids,
             cu_seqlens,
             formula,
             Draws(shuffle, fit),
@@ -658,7 +658,7 @@ def _sampled(
 @torch.library.register_fake("dispersion_kernels::sampled")
 def _sampled_fake(
     layers: list[Tensor],
-    groups: Tensor | None,
+    pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     shuffle: Tensor,
     fit: Tensor,
@@ -673,7 +673,7 @@ def _sampled_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     every = [with_grad] * len(layers)
     loss, _, scale, _ = _forward_fake(
-        layers, groups, cu_seqlens, None, potential, params, reduction, impl, False, every
+        layers, pair_ids, cu_seqlens, None, potential, params, reduction, impl, False, every
     )
     grad = loss.new_empty((len(layers), *layers[0].shape) if with_grad else 0)
     return loss, grad, scale, loss.new_empty(len(layers))

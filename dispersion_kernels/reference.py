@@ -27,14 +27,14 @@ from dispersion_kernels.segments import check_cu_seqlens
 
 
 def dispersion_loss(
-    z: Tensor, potential: Potential, groups: Tensor | None = None, cu_seqlens: Tensor | None = None
+    z: Tensor, potential: Potential, pair_ids: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Loss of each sequence, differentiable any number of times, and its number of ordered pairs.
 
     Args:
         z: ``[B, L, F]``; ``[1, T, F]`` with ``cu_seqlens``.
         potential: potential of the pairs.
-        groups: integers ``[B, L]``: tokens of a row pair where their groups are equal and not negative; None where all
+        pair_ids: integers ``[B, L]``: tokens of a row pair where their ids are equal and not negative; None where all
             tokens pair.
         cu_seqlens: bounds ``[S + 1]`` of the packed sequences.
 
@@ -43,12 +43,12 @@ def dispersion_loss(
         the same shape.
     """
     if cu_seqlens is None:
-        sequences = [(z[b], None if groups is None else groups[b]) for b in range(z.shape[0])]
+        sequences = [(z[b], None if pair_ids is None else pair_ids[b]) for b in range(z.shape[0])]
     else:
         check_cu_seqlens(cu_seqlens, z.shape[1])
         bounds = cu_seqlens.tolist()
         sequences = [
-            (z[0, begin:end], None if groups is None else groups[0, begin:end])
+            (z[0, begin:end], None if pair_ids is None else pair_ids[0, begin:end])
             for begin, end in itertools.pairwise(bounds)
         ]
     losses, counts = [], []
@@ -61,11 +61,11 @@ def dispersion_loss(
     return stacked + 0 * z[:0].sum(), torch.tensor(counts, dtype=torch.int64, device=z.device)
 
 
-def _sequence_loss(z: Tensor, potential: Potential, groups: Tensor | None) -> tuple[Tensor, int]:
+def _sequence_loss(z: Tensor, potential: Potential, pair_ids: Tensor | None) -> tuple[Tensor, int]:
     """Loss of one sequence ``[L, F]``, and its number of ordered pairs."""
-    if groups is not None:
-        has_partner = ((groups[:, None] == groups[None, :]).sum(1) > 1) & (groups >= 0)
-        z, groups = z[has_partner], groups[has_partner]
+    if pair_ids is not None:
+        has_partner = ((pair_ids[:, None] == pair_ids[None, :]).sum(1) > 1) & (pair_ids >= 0)
+        z, pair_ids = z[has_partner], pair_ids[has_partner]
     length = z.shape[0]
     if length < 2:
         return z.new_zeros(()), 0
@@ -74,8 +74,8 @@ def _sequence_loss(z: Tensor, potential: Potential, groups: Tensor | None) -> tu
     if not getattr(potential, "include_diagonal", False):
         left_out = torch.eye(length, dtype=torch.bool, device=z.device)
         count -= length
-    if groups is not None:
-        left_out = left_out | (groups[:, None] != groups[None, :])
+    if pair_ids is not None:
+        left_out = left_out | (pair_ids[:, None] != pair_ids[None, :])
         count = int((~left_out).sum())
     return _loss_over_pairs(z, potential, left_out, count), count
 

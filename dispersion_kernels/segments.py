@@ -1,7 +1,7 @@
 """Conversion of masks, documents, packed sequences and subsamples to the form in which the backends take them.
 
-Every backend takes ``z`` ``[B, L, F]``, optionally ``groups`` ``[B, L]`` (int64: tokens of a row pair where their
-groups are equal and not negative) and optionally ``cu_seqlens`` ``[S + 1]`` (with B = 1: tokens pair within segments
+Every backend takes ``z`` ``[B, L, F]``, optionally ``pair_ids`` ``[B, L]`` (int64: tokens of a row pair where their
+pair ids are equal and not negative) and optionally ``cu_seqlens`` ``[S + 1]`` (with B = 1: tokens pair within segments
 only). A *sequence* is a row, or a segment of ``cu_seqlens``, and has one loss.
 """
 
@@ -16,49 +16,49 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
-def make_groups(mask: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
-    """``groups`` ``[B, L]`` from a boolean mask (False: no pairs) and document ids (negative: no pairs), ``[B, L]``."""
+def make_pair_ids(mask: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
+    """``pair_ids`` ``[B, L]`` from a boolean mask (False: no pairs) and document ids (negative: no pairs)."""
     if document_ids is not None:
-        groups = document_ids.long()
-        return groups if mask is None else groups.masked_fill(~mask, -1)
+        pair_ids = document_ids.long()
+        return pair_ids if mask is None else pair_ids.masked_fill(~mask, -1)
     return None if mask is None else mask.long() - 1
 
 
 def sample_tokens(
-    z: Tensor, groups: Tensor | None, count: int, generator: torch.Generator | None
+    z: Tensor, pair_ids: Tensor | None, count: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor | None]:
-    """``count`` tokens of each row of ``z``, ``[B, count, F]``, and their groups; drawn without replacement,
+    """``count`` tokens of each row of ``z``, ``[B, count, F]``, and their pair ids; drawn without replacement,
     independently per row.
 
-    Tokens of a negative group are drawn only where a row has no others left.
+    Tokens of a negative pair id are drawn only where a row has no others left.
     """
     keys = uniform(z.shape[0], z.shape[1], device=z.device, generator=generator)
-    if groups is not None:
-        keys = keys - (groups < 0).to(keys.dtype)
+    if pair_ids is not None:
+        keys = keys - (pair_ids < 0).to(keys.dtype)
     chosen = keys.topk(count, dim=1).indices.sort(dim=1).values
     sampled = z.gather(1, chosen.unsqueeze(-1).expand(-1, -1, z.shape[2]))
-    return sampled, None if groups is None else groups.gather(1, chosen)
+    return sampled, None if pair_ids is None else pair_ids.gather(1, chosen)
 
 
 def sample_packed_tokens(
-    groups: Tensor | None, cu_seqlens: Tensor, tokens: int, count: int, generator: torch.Generator | None
+    pair_ids: Tensor | None, cu_seqlens: Tensor, tokens: int, count: int, generator: torch.Generator | None
 ) -> Tensor:
-    """``groups`` ``[1, T]`` in which at most ``count`` tokens of each packed sequence take part.
+    """``pair_ids`` ``[1, T]`` in which at most ``count`` tokens of each packed sequence take part.
 
-    Tokens left out keep their place and get a negative group, because the lengths stay on the device.
+    Tokens left out keep their place and get a negative pair id, because the lengths stay on the device.
     """
     device = cu_seqlens.device
     segment = segment_of_token(cu_seqlens, tokens)
     keys = uniform(tokens, device=device, generator=generator)
-    if groups is not None:
-        keys = keys + (groups[0] < 0).to(keys.dtype)
+    if pair_ids is not None:
+        keys = keys + (pair_ids[0] < 0).to(keys.dtype)
     # A token's position relative to the beginning of its segment is the rank of its key in the segment.
     order = order_of(segment, keys)
     position = torch.empty_like(order)
     position[order] = torch.arange(tokens, device=device)
     left_out = position - cu_seqlens.long()[segment] >= count
-    groups = torch.zeros(1, tokens, dtype=torch.int64, device=device) if groups is None else groups
-    return groups.masked_fill(left_out, -1)
+    pair_ids = torch.zeros(1, tokens, dtype=torch.int64, device=device) if pair_ids is None else pair_ids
+    return pair_ids.masked_fill(left_out, -1)
 
 
 def uniform(*shape: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
@@ -75,25 +75,25 @@ def segment_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True).clamp_(max=cu_seqlens.numel() - 2)
 
 
-def within_segments(groups: Tensor | None, cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """``groups`` ``[1, T]`` that differ between packed sequences, so that equal ids of two segments do not pair.
+def within_segments(pair_ids: Tensor | None, cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """``pair_ids`` ``[1, T]`` that differ between packed sequences, so that equal ids of two segments do not pair.
 
     Ids are made dense by sorting, because the user's ids may be as large as int64 allows.
     """
     segment = segment_of_token(cu_seqlens, tokens)
-    if groups is None:
+    if pair_ids is None:
         return segment[None]
-    order, begins = _runs(segment, groups[0])
+    order, begins = _runs(segment, pair_ids[0])
     dense = torch.empty_like(order)
     dense[order] = begins.cumsum(0)
-    return dense.masked_fill(groups[0] < 0, -1)[None]
+    return dense.masked_fill(pair_ids[0] < 0, -1)[None]
 
 
-def _runs(sequence: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Order ``[N]`` of the tokens by sequence and then by group; and ``[N]``, in that order, whether the token is the
-    first of its group."""
-    order = order_of(sequence, groups)
-    ids, places = groups[order], sequence[order]
+def _runs(sequence: Tensor, pair_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Order ``[N]`` of the tokens by sequence and then by pair id; and ``[N]``, in that order, whether the token is the
+    first of its id."""
+    order = order_of(sequence, pair_ids)
+    ids, places = pair_ids[order], sequence[order]
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[1:] = (ids[1:] != ids[:-1]) | (places[1:] != places[:-1])
     return order, begins
@@ -105,12 +105,12 @@ def order_of(first: Tensor, second: Tensor) -> Tensor:
     return by_second[first[by_second].argsort(stable=True)]
 
 
-def group_sizes(groups: Tensor) -> Tensor:
-    """Size ``[B, L]`` of each token's group in its row, the token included; 0 for a negative group."""
-    groups = groups.contiguous()  # avoids a warning of searchsorted, which copies otherwise
-    ordered = groups.sort(dim=1).values
-    sizes = torch.searchsorted(ordered, groups, right=True) - torch.searchsorted(ordered, groups)
-    return sizes.masked_fill(groups < 0, 0)
+def pair_id_counts(pair_ids: Tensor) -> Tensor:
+    """Number ``[B, L]`` of tokens of the row with each token's pair id, the token included; 0 for a negative id."""
+    pair_ids = pair_ids.contiguous()  # avoids a warning of searchsorted, which copies otherwise
+    ordered = pair_ids.sort(dim=1).values
+    counts = torch.searchsorted(ordered, pair_ids, right=True) - torch.searchsorted(ordered, pair_ids)
+    return counts.masked_fill(pair_ids < 0, 0)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
@@ -199,9 +199,9 @@ class HostSegments(NamedTuple):
     """Number of sequences that have a run of at least two tokens."""
 
 
-def host_segments(batch: int, length: int, groups: Tensor | None, cu_seqlens: Tensor | None) -> HostSegments:
-    """Runs of tokens that pair, from ``groups`` ``[B, L]`` and ``cu_seqlens`` ``[S + 1]`` on the CPU."""
-    if groups is None:
+def host_segments(batch: int, length: int, pair_ids: Tensor | None, cu_seqlens: Tensor | None) -> HostSegments:
+    """Runs of tokens that pair, from ``pair_ids`` ``[B, L]`` and ``cu_seqlens`` ``[S + 1]`` on the CPU."""
+    if pair_ids is None:
         if cu_seqlens is None:
             return _whole_rows(batch, length)
         bounds = cu_seqlens.long()
@@ -210,7 +210,7 @@ def host_segments(batch: int, length: int, groups: Tensor | None, cu_seqlens: Te
         sequence = torch.arange(batch, device="cpu").repeat_interleave(length)
     else:
         sequence = segment_of_token(cu_seqlens, length)
-    ids = groups.flatten()
+    ids = pair_ids.flatten()
     taking_part = (ids >= 0).nonzero().flatten()
     order, first = _runs(sequence[taking_part], ids[taking_part])
     rows = taking_part[order]

@@ -19,7 +19,7 @@ from dispersion_kernels.potentials import ExponentialPotential, L2Repel, Potenti
 
 
 def slope_of_temperature(
-    z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None
+    z: Tensor, potential: Potential, pair_ids: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Derivative ``[S]`` of each sequence's loss by the temperature, 0 for a sequence without a pair; and the number
     ``[S]`` of its pairs."""
@@ -29,7 +29,7 @@ def slope_of_temperature(
     if potential.row_transform == "none":
         if isinstance(potential, L2Repel):
             potential = dataclasses.replace(potential, norm_weight=0.0)
-        _, pairs, grad, scale = sweep(z, potential, groups, cu_seqlens, True)
+        _, pairs, grad, scale = sweep(z, potential, pair_ids, cu_seqlens, True)
         assert grad is not None
         assert scale is not None
         # Centring leaves distances unchanged and reduces the cancellation in the products with the gradient.
@@ -42,10 +42,10 @@ def slope_of_temperature(
         offsets = cu_seqlens.to(z.device).long()
         return -torch.segment_reduce(along[0], "sum", offsets=offsets, unsafe=True) / (2 * value), pairs
     assert isinstance(potential, ExponentialPotential)
-    loss, pairs, _, _ = sweep(z, potential, groups, cu_seqlens, False)
+    loss, pairs, _, _ = sweep(z, potential, pair_ids, cu_seqlens, False)
     log_mean = (loss - potential.loss_offset).masked_fill(pairs == 0, -math.inf)
     shift = log_mean.nan_to_num(-math.inf, -math.inf, -math.inf).max() if loss.numel() else loss.new_zeros(())
-    weighted = sweep(z, _Weighted(potential, shift), groups, cu_seqlens, False).loss
+    weighted = sweep(z, _Weighted(potential, shift), pair_ids, cu_seqlens, False).loss
     share = (log_mean - shift).exp()
     # A mean psi that underflows beside the largest sequence's leaves the derivative unknown: NaN, not 0.
     share = share.masked_fill(share < torch.finfo(accumulation_dtype(z.dtype)).tiny, math.nan)

@@ -129,7 +129,7 @@ def specialize(kernel: Any, arguments: dict[str, Any]) -> Specialization:
 def record(
     layers: list[Tensor],
     potential: Potential,
-    groups: Tensor | None,
+    pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     with_grad: bool,
     arch: str,
@@ -142,13 +142,13 @@ def record(
         launches.append(Launch(kernel, grid, arguments, options))
 
     kernels = TritonKernels(layers[0], arch, precision, run)
-    launch.dispersion(layers, potential, groups, cu_seqlens, with_grad, kernels)
+    launch.dispersion(layers, potential, pair_ids, cu_seqlens, with_grad, kernels)
     return launches
 
 
 def shipped(arch: str, every: bool = False) -> list[Variant]:
     """Kernels of every potential in bf16, and of angular_spread in every dtype, for few and for many features, with and
-    without groups; with ``every``, the kernels of every potential in every dtype, each once."""
+    without pair ids; with ``every``, the kernels of every potential in every dtype, each once."""
     variants: dict[tuple[Any, ...], Variant] = {}
     for variant in _recorded(arch, every):
         constexprs = {name: str(value) for name, value in variant.constexprs.items()}
@@ -162,7 +162,7 @@ def _recorded(arch: str, every: bool) -> Iterator[Variant]:
         if call.precision == "tf32" and arch.startswith("gfx"):
             continue
         for recorded in record(
-            call.layers, call.potential, call.groups, call.cu_seqlens, call.with_grad, arch, call.precision
+            call.layers, call.potential, call.pair_ids, call.cu_seqlens, call.with_grad, arch, call.precision
         ):
             yield _variant(recorded, call.name, arch, call.layers[0])
 
@@ -171,11 +171,11 @@ def _variant(recorded: Launch, potential: str, arch: str, z: Tensor) -> Variant:
     arguments, features = recorded.arguments, z.shape[2]
     specialization = specialize(recorded.kernel, arguments)
     name = recorded.kernel.__name__.removesuffix("_kernel").replace("_", " ")
-    has_groups = ", groups" if arguments.get("HAS_GROUPS") else ""
+    has_pair_ids = ", pair ids" if arguments.get("HAS_PAIR_IDS") else ""
     dtype = arguments["PRECISION"] if z.dtype == torch.float32 and "PRECISION" in arguments else _TYPES[z.dtype]
     layers = f", {arguments['LAYERS']} layers" if arguments.get("LAYERS", 1) > 1 else ""
     length = f", L={z.shape[1]}" if z.shape[1] % 16 else ""
-    what = f"{potential}, {dtype}, F={features}{length}{layers}{has_groups}"
+    what = f"{potential}, {dtype}, F={features}{length}{layers}{has_pair_ids}"
     if "pair tiles" in name:
         block, block_k = arguments["BLOCK"], arguments["BLOCK_K"]
         products = 2.0 * block * block * features

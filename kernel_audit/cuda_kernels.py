@@ -44,7 +44,7 @@ def _launched(call: Call, arch: str) -> Iterator[Variant]:
     launches: list[cuda.Launch] = []
     with cuda.watch_launches(launches.append, arch):
         kernels = cuda.CudaKernels(call.layers[0], call.precision or "tf32x3")
-        launch.dispersion(call.layers, call.potential, call.groups, call.cu_seqlens, call.with_grad, kernels)
+        launch.dispersion(call.layers, call.potential, call.pair_ids, call.cu_seqlens, call.with_grad, kernels)
     for launched in launches:
         yield _variant(launched, arch, call.layers[0].shape[2])
 

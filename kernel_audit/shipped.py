@@ -1,4 +1,4 @@
-"""The calls whose kernels the ahead-of-time checks examine: potentials, dtypes, shapes, groups."""
+"""The calls whose kernels the ahead-of-time checks examine: potentials, dtypes, shapes, pair ids."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Call:
     name: str
     potential: Potential
     layers: list[Tensor]
-    groups: Tensor | None
+    pair_ids: Tensor | None
     cu_seqlens: Tensor | None
     with_grad: bool
     precision: str | None
@@ -57,7 +57,7 @@ _RAGGED = [(1000, 100, 1), (1023, 776, 1), (1000, 768, 12), (1, 768, 1)]
 
 
 def calls(every: bool = False) -> Iterator[Call]:
-    """Calls with and without groups, gradient and packed sequences.
+    """Calls with and without pair ids, gradient and packed sequences.
 
     angular_spread in every dtype for few and for many features, in bf16 and fp32 at ragged shapes and for many layers;
     every potential in bf16 at F=768. With ``every``: every potential and dtype for few and for many features, and
@@ -72,6 +72,6 @@ def calls(every: bool = False) -> Iterator[Call]:
                 layers = [torch.zeros(1, length, features, dtype=dtype) for _ in range(count)]
                 cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
                 mask = torch.zeros(1, length, dtype=torch.int64)
-                for groups, bounds in ((None, None), (mask, None), (None, cu_seqlens)):
+                for pair_ids, bounds in ((None, None), (mask, None), (None, cu_seqlens)):
                     for with_grad in (True, False):
-                        yield Call(name, potential, layers, groups, bounds, with_grad, precision)
+                        yield Call(name, potential, layers, pair_ids, bounds, with_grad, precision)

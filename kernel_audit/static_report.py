@@ -61,7 +61,7 @@ keep 24 a thread and those that multiply get 232.
 """
 # Text on the shapes of --every.
 SIZES = (
-    "With F of 64, 128 and 768, with and without groups; angular_spread also at F=100 and 776, at lengths "
+    "With F of 64, 128 and 768, with and without pair ids; angular_spread also at F=100 and 776, at lengths "
     "that 16 does not divide and for 12 layers."
 )
 COLUMNS = (

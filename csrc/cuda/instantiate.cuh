@@ -4,28 +4,28 @@
 #include "pair_tiles_wgmma.cuh"
 #include "row_sweep.cuh"
 
-#define DK_PAIR_TILES_PARAMETERS                                                                                     \
-  const char *z, const __grid_constant__ dk::LayerOffsets layers, int64_t stride_b, int64_t stride_l,                \
-      const float *inverse, const float *weight_inverse, const float *extra, const float *shift, const int *groups,  \
-      const int *group_ranges, dk::DK_ELEMENT::Stored *weights, dk::DK_ELEMENT::Stored *mirror,                      \
-      int64_t weights_row_stride, int64_t weights_stride, float *sums, float *maxima, int64_t sums_stride,           \
-      int first_sum, int first_row, int batch, int length, int features, int first_i, int first_j, int tiles_i,      \
+#define DK_PAIR_TILES_PARAMETERS                                                                                       \
+  const char *z, const __grid_constant__ dk::LayerOffsets layers, int64_t stride_b, int64_t stride_l,                  \
+      const float *inverse, const float *weight_inverse, const float *extra, const float *shift, const int *pair_ids,  \
+      const int *pair_id_ranges, dk::DK_ELEMENT::Stored *weights, dk::DK_ELEMENT::Stored *mirror,                      \
+      int64_t weights_row_stride, int64_t weights_stride, float *sums, float *maxima, int64_t sums_stride,             \
+      int first_sum, int first_row, int batch, int length, int features, int first_i, int first_j, int tiles_i,        \
       int tiles_j, int triangle, float p0, float p1, float p2, float p3
-#define DK_PAIR_TILES_ARGUMENTS                                                                                       \
-  z, layers, stride_b, stride_l, inverse, weight_inverse, extra, shift, groups, group_ranges, weights, mirror,        \
-      weights_row_stride, weights_stride, sums, maxima, sums_stride, first_sum, first_row, batch, length, features,   \
+#define DK_PAIR_TILES_ARGUMENTS                                                                                        \
+  z, layers, stride_b, stride_l, inverse, weight_inverse, extra, shift, pair_ids, pair_id_ranges, weights, mirror,     \
+      weights_row_stride, weights_stride, sums, maxima, sums_stride, first_sum, first_row, batch, length, features,    \
       first_i, first_j, tiles_i, tiles_j, triangle, p0, p1, p2, p3
 
-#define DK_ROW_SWEEP_PARAMETERS                                                                                       \
-  const char *z, const __grid_constant__ dk::LayerOffsets layers, int64_t stride_b, int64_t stride_l,                 \
-      const float *inverse, const float *weight_inverse, const float *extra, const float *shift, const int *groups,   \
-      const int *tile_ranges, const float *largest, const float *total, const float *expected, const float *average,  \
-      float *sums, float *maxima, float *weight_sums, float *gradient,                                                \
-      const __grid_constant__ dk::LayerOffsets gradients, int batch, int length, int features, float p0, float p1,    \
+#define DK_ROW_SWEEP_PARAMETERS                                                                                        \
+  const char *z, const __grid_constant__ dk::LayerOffsets layers, int64_t stride_b, int64_t stride_l,                  \
+      const float *inverse, const float *weight_inverse, const float *extra, const float *shift, const int *pair_ids,  \
+      const int *tile_ranges, const float *largest, const float *total, const float *expected, const float *average,   \
+      float *sums, float *maxima, float *weight_sums, float *gradient,                                                 \
+      const __grid_constant__ dk::LayerOffsets gradients, int batch, int length, int features, float p0, float p1,     \
       float p2, float p3
-#define DK_ROW_SWEEP_ARGUMENTS                                                                                        \
-  z, layers, stride_b, stride_l, inverse, weight_inverse, extra, shift, groups, tile_ranges, largest, total, expected, \
-      average, sums, maxima, weight_sums, gradient, gradients, batch, length, features, p0, p1, p2, p3
+#define DK_ROW_SWEEP_ARGUMENTS                                                                                         \
+  z, layers, stride_b, stride_l, inverse, weight_inverse, extra, shift, pair_ids, tile_ranges, largest, total,         \
+      expected, average, sums, maxima, weight_sums, gradient, gradients, batch, length, features, p0, p1, p2, p3
 
 #define DK_JOIN_(a, b, c, d) a##_##b##_##c##_##d
 #define DK_JOIN(a, b, c, d) DK_JOIN_(a, b, c, d)

@@ -253,7 +253,7 @@ void row_statistics(std::string kernel, std::vector<Tensor> layers, Tensor norm,
 }
 
 void pair_tiles(std::string kernel, std::vector<Tensor> layers, Tensor inverse, Tensor weight_inverse, Tensor extra,
-                std::optional<Tensor> shift, std::optional<Tensor> groups, std::optional<Tensor> group_ranges,
+                std::optional<Tensor> shift, std::optional<Tensor> pair_ids, std::optional<Tensor> pair_id_ranges,
                 std::optional<Tensor> weights, std::optional<Tensor> mirror, Tensor sums, std::optional<Tensor> maxima,
                 int64_t rows, int64_t programs, int64_t tiles_i, int64_t tiles_j, bool triangle, int64_t first_row,
                 int64_t first_i, int64_t first_j, int64_t first_sum, double p0, double p1, double p2, double p3,
@@ -262,7 +262,7 @@ void pair_tiles(std::string kernel, std::vector<Tensor> layers, Tensor inverse, 
   const auto launch_pairs = [&](const std::string& name, const auto&... more) {
     launch(name, sums, stream, programs, rows, 1, tokens.z, tokens.layers, tokens.stride_b, tokens.stride_l,
            pointer<float>(inverse), pointer<float>(weight_inverse), pointer<float>(extra), pointer<float>(shift),
-           pointer<int>(groups), pointer<int>(group_ranges), output<void>(weights), output<void>(mirror),
+           pointer<int>(pair_ids), pointer<int>(pair_id_ranges), output<void>(weights), output<void>(mirror),
            weights ? weights->stride(0) : int64_t(0), weights ? weights->stride(1) : int64_t(0), output<float>(sums),
            output<float>(maxima), sums.stride(0), int(first_sum), int(first_row), tokens.batch, tokens.length,
            tokens.features, int(first_i), int(first_j), int(tiles_i), int(tiles_j), int(triangle), float(p0), float(p1),
@@ -275,7 +275,7 @@ void pair_tiles(std::string kernel, std::vector<Tensor> layers, Tensor inverse, 
 }
 
 void row_sweep(std::string kernel, std::vector<Tensor> layers, Tensor inverse, Tensor weight_inverse, Tensor extra,
-               std::optional<Tensor> shift, std::optional<Tensor> groups, std::optional<Tensor> tile_ranges,
+               std::optional<Tensor> shift, std::optional<Tensor> pair_ids, std::optional<Tensor> tile_ranges,
                std::optional<Tensor> largest, std::optional<Tensor> total, std::optional<Tensor> expected,
                std::optional<Tensor> average, std::optional<Tensor> sums, std::optional<Tensor> maxima,
                std::optional<Tensor> weight_sums, std::vector<Tensor> gradients, int64_t tile_rows, double p0, double p1,
@@ -288,7 +288,7 @@ void row_sweep(std::string kernel, std::vector<Tensor> layers, Tensor inverse, T
   const int64_t slices = chosen.slice == 0 ? 1 : blocks(tokens.features, chosen.slice);
   launch(kernel, inverse, stream, blocks(tokens.length, tile_rows), tokens.rows, slices, tokens.z, tokens.layers,
          tokens.stride_b, tokens.stride_l, pointer<float>(inverse), pointer<float>(weight_inverse),
-         pointer<float>(extra), pointer<float>(shift), pointer<int>(groups), pointer<int>(tile_ranges),
+         pointer<float>(extra), pointer<float>(shift), pointer<int>(pair_ids), pointer<int>(tile_ranges),
          pointer<float>(largest), pointer<float>(total), pointer<float>(expected), pointer<float>(average),
          output<float>(sums), output<float>(maxima), output<float>(weight_sums),
          gradients.empty() ? nullptr : output<float>(gradients[0]), offsets(gradients), tokens.batch, tokens.length,
@@ -330,12 +330,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dispersion_kernels, m) {
       "float eps, float q, int transform, int stream) -> ()");
   m.def(
       "cuda_pair_tiles(str kernel, Tensor[] layers, Tensor inverse, Tensor weight_inverse, Tensor extra, "
-      "Tensor? shift, Tensor? groups, Tensor? group_ranges, Tensor(a!)? weights, Tensor(b!)? mirror, Tensor(c!) sums, "
-      "Tensor(d!)? maxima, int rows, int programs, int tiles_i, int tiles_j, bool triangle, int first_row, "
-      "int first_i, int first_j, int first_sum, float p0, float p1, float p2, float p3, int stream) -> ()");
+      "Tensor? shift, Tensor? pair_ids, Tensor? pair_id_ranges, Tensor(a!)? weights, Tensor(b!)? mirror, "
+      "Tensor(c!) sums, Tensor(d!)? maxima, int rows, int programs, int tiles_i, int tiles_j, bool triangle, "
+      "int first_row, int first_i, int first_j, int first_sum, float p0, float p1, float p2, float p3, "
+      "int stream) -> ()");
   m.def(
       "cuda_row_sweep(str kernel, Tensor[] layers, Tensor inverse, Tensor weight_inverse, Tensor extra, "
-      "Tensor? shift, Tensor? groups, Tensor? tile_ranges, Tensor? largest, Tensor? total, Tensor? expected, "
+      "Tensor? shift, Tensor? pair_ids, Tensor? tile_ranges, Tensor? largest, Tensor? total, Tensor? expected, "
       "Tensor? average, Tensor(a!)? sums, Tensor(b!)? maxima, Tensor(c!)? weight_sums, Tensor(d!)[] gradients, "
       "int tile_rows, float p0, float p1, float p2, float p3, int stream) -> ()");
   m.def(

@@ -33,7 +33,7 @@ struct PairTilesShape {
 //
 // blockIdx.x numbers the pairs of tiles: of the upper triangle of tiles_i x tiles_i, folded to a rectangle, or, without
 // `triangle`, of tiles_i x tiles_j. Tile 0 begins at token first_i or first_j. blockIdx.y + first_row is the row.
-// `shift`, `groups`, `group_ranges` and `mirror` may be null.
+// `shift`, `pair_ids`, `pair_id_ranges` and `mirror` may be null.
 template <class T, class Potential, PairTiles kMode>
 DK_DEVICE void pair_tiles(const PairTilesCall<T>& call) {
   using Shape = PairTilesShape<T>;
@@ -43,7 +43,7 @@ DK_DEVICE void pair_tiles(const PairTilesCall<T>& call) {
   Scratch<Shape>& scratch = *reinterpret_cast<Scratch<Shape>*>(shared + Shape::kPanels);
 
   const PairOfBlock pair = pair_of_block<T, kBlock>(call);
-  if (!pair.paired || !groups_meet<T, kBlock>(call, pair)) return leave_nothing<T, Shape, kMode>(call, pair);
+  if (!pair.paired || !pair_ids_overlap<T, kBlock>(call, pair)) return leave_nothing<T, Shape, kMode>(call, pair);
   load_sides<T, Potential, kMode>(scratch, call, pair);
 
   const char* tokens = call.z + call.layers.of_layer[pair.layer] + pair.b * call.stride_b * int64_t(sizeof(Stored));

@@ -45,7 +45,7 @@ DK_DEVICE void pair_tiles_wgmma(const PairTilesCall<T>& call, const TensorMaps& 
   const bool multiplies = threadIdx.x < Shape::kThreads;
 
   const PairOfBlock pair = pair_of_block<T, Shape::kBlock>(call);
-  if (!pair.paired || !groups_meet<T, Shape::kBlock>(call, pair)) {
+  if (!pair.paired || !pair_ids_overlap<T, Shape::kBlock>(call, pair)) {
     if (multiplies) leave_nothing<T, Shape, kMode>(call, pair);
     return;
   }

@@ -20,7 +20,7 @@ struct PairTilesCall {
   const LayerOffsets& layers;
   int64_t stride_b, stride_l;
   const float *inverse, *weight_inverse, *extra, *shift;
-  const int *groups, *group_ranges;
+  const int *pair_ids, *pair_id_ranges;
   Stored *weights, *mirror;
   int64_t weights_row_stride, weights_stride;
   float *sums, *maxima;
@@ -41,7 +41,7 @@ struct PairOfBlock {
 template <int kBlock>
 struct Side {
   float inverse[kBlock], extra[kBlock], weight[kBlock];
-  int group[kBlock];
+  int pair_id[kBlock];
 };
 
 template <class Shape>
@@ -77,11 +77,11 @@ DK_DEVICE PairOfBlock pair_of_block(const PairTilesCall<T>& call) {
   return pair;
 }
 
-// Whether the two tiles may have tokens of the same group.
+// Whether the two tiles may have tokens of the same pair id.
 template <class T, int kBlock>
-DK_DEVICE bool groups_meet(const PairTilesCall<T>& call, const PairOfBlock& pair) {
-  if (call.group_ranges == nullptr) return true;
-  const int* ranges = call.group_ranges + int64_t(pair.b) * 2 * ((call.length + kBlock - 1) / kBlock);
+DK_DEVICE bool pair_ids_overlap(const PairTilesCall<T>& call, const PairOfBlock& pair) {
+  if (call.pair_id_ranges == nullptr) return true;
+  const int* ranges = call.pair_id_ranges + int64_t(pair.b) * 2 * ((call.length + kBlock - 1) / kBlock);
   const int* range_i = ranges + 2 * (pair.begin_i / kBlock);
   const int* range_j = ranges + 2 * (pair.begin_j / kBlock);
   return range_i[0] <= range_j[1] && range_j[0] <= range_i[1];
@@ -190,7 +190,7 @@ template <class T, class Potential, PairTiles kMode, class Shape>
 DK_DEVICE void load_sides(Scratch<Shape>& scratch, const PairTilesCall<T>& call, const PairOfBlock& pair) {
   constexpr int kBlock = Shape::kBlock;
   const int64_t statistics = int64_t(pair.row) * call.length;
-  const int* groups = call.groups == nullptr ? nullptr : call.groups + int64_t(pair.b) * call.length;
+  const int* pair_ids = call.pair_ids == nullptr ? nullptr : call.pair_ids + int64_t(pair.b) * call.length;
   static_assert(2 * kBlock % Shape::kThreads == 0, "every thread has as many tokens");
 #pragma unroll
   for (int turn = 0; turn < 2 * kBlock / Shape::kThreads; ++turn) {
@@ -202,8 +202,8 @@ DK_DEVICE void load_sides(Scratch<Shape>& scratch, const PairTilesCall<T>& call,
     side.inverse[at] = valid ? call.inverse[statistics + token] : 0.0f;
     if (Epilogue<Potential>::kUsesExtra) side.extra[at] = valid ? call.extra[statistics + token] : 0.0f;
     if (kMode == PairTiles::kWrite) side.weight[at] = valid ? call.weight_inverse[statistics + token] : 0.0f;
-    side.group[at] =
-        of_i ? group_of_row(groups, token, call.length) : group_of_column(groups, token, call.length);
+    side.pair_id[at] =
+        of_i ? row_pair_id(pair_ids, token, call.length) : column_pair_id(pair_ids, token, call.length);
   }
 }
 
@@ -222,7 +222,7 @@ DK_DEVICE void weigh_pairs(float (&c)[Shape::kM][Shape::kN][4], Scratch<Shape>& 
   const float offset = Epilogue<Potential>::offset(call.p0, call.p1, call.p2, call.p3);
   const float shift = (call.shift == nullptr ? 0.0f : call.shift[pair.row]) - offset;
   // J is never before I, so tile I reaches beyond the last token only if J does.
-  const bool masked = call.groups != nullptr || pair.diagonal || pair.begin_j + Shape::kBlock > call.length;
+  const bool masked = call.pair_ids != nullptr || pair.diagonal || pair.begin_j + Shape::kBlock > call.length;
   float total = 0.0f, largest = kNoExponent;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
@@ -230,7 +230,7 @@ DK_DEVICE void weigh_pairs(float (&c)[Shape::kM][Shape::kN][4], Scratch<Shape>& 
     for (int half = 0; half < 2; ++half) {
       const int i = row + Shape::kStepI * m + 8 * half + lane / 4;
       const float inverse_i = side_i.inverse[i], extra_i = Epilogue<Potential>::kUsesExtra ? side_i.extra[i] : 0.0f;
-      const int group_i = side_i.group[i];
+      const int pair_id_i = side_i.pair_id[i];
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
@@ -239,7 +239,7 @@ DK_DEVICE void weigh_pairs(float (&c)[Shape::kM][Shape::kN][4], Scratch<Shape>& 
           float& element = c[m][n][2 * half + e];
           const float extra_j = Epilogue<Potential>::kUsesExtra ? side_j.extra[j] : 0.0f;
           const float s = similarity<Potential>(element, inverse_i, side_j.inverse[j], extra_i, extra_j);
-          const bool pairs = !masked || (group_i == side_j.group[j] && pair.begin_i + i != pair.begin_j + j);
+          const bool pairs = !masked || (pair_id_i == side_j.pair_id[j] && pair.begin_i + i != pair.begin_j + j);
           if constexpr (kMode == PairTiles::kOnline) {
             const float exponent = potential.exponent(s, extra_i, extra_j, shift);
             element = pairs ? exponent : -INFINITY;

@@ -94,11 +94,11 @@ DK_DEVICE void multiply_weights(float (*g)[4], const float (&weights)[kColumns /
 // kEntropyGradient: G_i with the slopes P_ij (g_ij - expected_i) + P_ji (g_ji - expected_j).
 //
 // kResident: all features fit kSlice, so the tokens of I stay in shared memory, and those of J are read once for both
-// products. `shift`, one number per token, `groups`, `tile_ranges` and `weight_sums` may be null.
+// products. `shift`, one number per token, `pair_ids`, `tile_ranges` and `weight_sums` may be null.
 template <class T, class Potential, RowSweep kPass, bool kResident>
 DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stride_b, int64_t stride_l,
                          const float* inverse, const float* weight_inverse, const float* extra, const float* shift,
-                         const int* groups, const int* tile_ranges, const float* largest, const float* total,
+                         const int* pair_ids, const int* tile_ranges, const float* largest, const float* total,
                          const float* expected, const float* average, float* sums, float* maxima, float* weight_sums,
                          float* gradient, const LayerOffsets& gradients, int batch, int length, int features, float p0,
                          float p1, float p2, float p3) {
@@ -119,7 +119,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
   const int begin_i = blockIdx.x * kRows, row_i = int(threadIdx.x) / 32 * 16;
   const int first_byte = kGradient ? int(blockIdx.z) * kPanels * kRowBytes : 0;
   const int64_t statistics = int64_t(row) * length;
-  const int* groups_b = groups == nullptr ? nullptr : groups + int64_t(b) * length;
+  const int* pair_ids_b = pair_ids == nullptr ? nullptr : pair_ids + int64_t(b) * length;
   int first_tile = 0, end_tile = (length + kColumns - 1) / kColumns;
   if (tile_ranges != nullptr) {
     const int* ranges = tile_ranges + 2 * (int64_t(b) * gridDim.x + blockIdx.x);
@@ -131,7 +131,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
 
   // Statistics, for the epilogue, of the thread's two tokens of I.
   float inverse_i[2], extra_i[2], shift_i[2], largest_i[2], per_total_i[2], average_i[2], expected_i[2];
-  int group_i[2];
+  int pair_id_i[2];
   const Potential potential = Epilogue<Potential>::potential(p0, p1, kEntropies ? 0.0f : p2, p3);
   const float offset = Epilogue<Potential>::offset(p0, p1, p2, p3);
 #pragma unroll
@@ -142,7 +142,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
     inverse_i[half] = valid ? inverse[at] : 0.0f;
     extra_i[half] = valid && Epilogue<Potential>::kUsesExtra ? extra[at] : 0.0f;
     shift_i[half] = (valid && shift != nullptr ? shift[at] : 0.0f) - offset;
-    group_i[half] = group_of_row(groups_b, token, length);
+    pair_id_i[half] = row_pair_id(pair_ids_b, token, length);
     if constexpr (kEntropies) {
       largest_i[half] = valid ? largest[at] : 0.0f;
       per_total_i[half] = 1.0f / (valid ? total[at] : 1.0f);
@@ -252,7 +252,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
     const float* weight_j = inverse_j + 2 * kColumns;
     used_slot = used_slot + 1 == kStages ? 0 : used_slot + 1;
     const bool own = begin_j < begin_i + kRows && begin_i < begin_j + kColumns;
-    const bool masked = groups != nullptr || own || begin_j + kColumns > length;
+    const bool masked = pair_ids != nullptr || own || begin_j + kColumns > length;
     float now[2] = {maximum[0], maximum[1]};
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
@@ -260,7 +260,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
       for (int e = 0; e < 2; ++e) {
         const int j = 8 * n + lane % 4 * 2 + e;
         const float q_j = Epilogue<Potential>::kUsesExtra ? extra_j[j] : 0.0f;
-        const int group_j = masked ? group_of_column(groups_b, begin_j + j, length) : 0;
+        const int pair_id_j = masked ? column_pair_id(pair_ids_b, begin_j + j, length) : 0;
         float largest_j = 0.0f, per_total_j = 0.0f, average_j = 1.0f, expected_j = 0.0f;
         if constexpr (kPass == RowSweep::kEntropyGradient) {
           if (begin_j + j < length) {
@@ -276,7 +276,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
           float& element = c[0][n][2 * half + e];
           const float s = similarity<Potential>(element, inverse_i[half], inverse_j[j], extra_i[half], q_j);
           const bool pair =
-              !masked || (group_i[half] == group_j && begin_i + row_i + 8 * half + lane / 4 != begin_j + j);
+              !masked || (pair_id_i[half] == pair_id_j && begin_i + row_i + 8 * half + lane / 4 != begin_j + j);
           if constexpr (kPass == RowSweep::kOnline || kPass == RowSweep::kPartition) {
             const float exponent = potential.exponent(s, extra_i[half], q_j, shift_i[half]);
             element = pair ? exponent : -INFINITY;

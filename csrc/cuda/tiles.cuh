@@ -1,4 +1,4 @@
-// The common part of all kernels over pairs of tokens: potentials made from their four numbers, groups, and tiles of
+// The common part of all kernels over pairs of tokens: potentials made from their four numbers, pair ids, and tiles of
 // tokens on their way to the tensor cores.
 //
 // A *row* is one sequence of L tokens of one layer: row r is batch r % batch of layer r / batch. Similarities are
@@ -103,21 +103,21 @@ DK_DEVICE float similarity(float product, float inverse_i, float inverse_j, floa
   return product * inverse_i * inverse_j;
 }
 
-// ---- groups: tokens of equal groups pair; beyond the last token, and for a token without partners, the group differs
+// ---- pair ids: tokens of equal ids pair; beyond the last token, and for a token without partners, the id differs
 // between the row side (-2) and the column side (-1)
 
-DK_DEVICE int group_of_row(const int* groups, int token, int length) {
+DK_DEVICE int row_pair_id(const int* pair_ids, int token, int length) {
   if (token >= length) return -2;
-  if (groups == nullptr) return 0;
-  const int group = groups[token];
-  return group < 0 ? -2 : group;
+  if (pair_ids == nullptr) return 0;
+  const int pair_id = pair_ids[token];
+  return pair_id < 0 ? -2 : pair_id;
 }
 
-DK_DEVICE int group_of_column(const int* groups, int token, int length) {
+DK_DEVICE int column_pair_id(const int* pair_ids, int token, int length) {
   if (token >= length) return -1;
-  if (groups == nullptr) return 0;
-  const int group = groups[token];
-  return group < 0 ? -1 : group;
+  if (pair_ids == nullptr) return 0;
+  const int pair_id = pair_ids[token];
+  return pair_id < 0 ? -1 : pair_id;
 }
 
 // ---- tiles of tokens

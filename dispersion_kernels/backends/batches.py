@@ -45,12 +45,12 @@ class Batch(NamedTuple):
         out[self.tokens] = rows if self.places is None else rows[self.places]
 
     @property
-    def groups(self) -> Tensor | None:
-        """Groups ``[R, N]``: 0 for tokens and -1 for padding; None without padding."""
+    def pair_ids(self) -> Tensor | None:
+        """Pair ids ``[R, N]``: 0 for tokens and -1 for padding; None without padding."""
         if self.places is None:
             return None
-        groups = torch.full((self.shape[0] * self.shape[1],), -1, dtype=torch.int64, device="cpu")
-        return groups.index_fill_(0, self.places, 0).view(self.shape)
+        pair_ids = torch.full((self.shape[0] * self.shape[1],), -1, dtype=torch.int64, device="cpu")
+        return pair_ids.index_fill_(0, self.places, 0).view(self.shape)
 
 
 def batches(segments: HostSegments) -> Iterator[Batch]:

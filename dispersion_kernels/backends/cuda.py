@@ -85,7 +85,7 @@ class CudaKernels:
         # Kernels are queued on the current stream.
         self.stream = torch.cuda.current_stream(z.device).cuda_stream if z.is_cuda else 0
 
-    def tile_shape(self, groups: bool) -> TileShape:
+    def tile_shape(self, has_pair_ids: bool) -> TileShape:
         return TileShape(64 if self.wide else 128)
 
     def row_shape(self, features: int, perplexity: bool, gradient: bool) -> RowShape:
@@ -120,8 +120,8 @@ class CudaKernels:
         sums: Tensor,
         maxima: Tensor | None,
         shift: Tensor | None,
-        groups: Tensor | None,
-        group_ranges: Tensor | None,
+        pair_ids: Tensor | None,
+        pair_id_ranges: Tensor | None,
         weights: Tensor | None,
         mirror: Tensor | None,
     ) -> None:
@@ -133,8 +133,8 @@ class CudaKernels:
             statistics.weight_inverse,
             statistics.extra,
             shift,
-            groups,
-            group_ranges,
+            pair_ids,
+            pair_id_ranges,
             weights,
             mirror,
             sums,
@@ -163,7 +163,7 @@ class CudaKernels:
         sums: Tensor | None = None,
         maxima: Tensor | None = None,
         shift: Tensor | None = None,
-        groups: Tensor | None = None,
+        pair_ids: Tensor | None = None,
         tile_ranges: Tensor | None = None,
         entropy: Entropy | None = None,
         weight_sums: Tensor | None = None,
@@ -178,7 +178,7 @@ class CudaKernels:
             statistics.weight_inverse,
             statistics.extra,
             shift,
-            groups,
+            pair_ids,
             tile_ranges,
             None if entropy is None else entropy.largest,
             None if entropy is None else entropy.total,

@@ -37,7 +37,7 @@ from dispersion_kernels.potentials import (
     PerplexityEntropy,
     Potential,
 )
-from dispersion_kernels.segments import HostSegments, group_sizes, host_segments, segment_of_token, within_segments
+from dispersion_kernels.segments import HostSegments, host_segments, pair_id_counts, segment_of_token, within_segments
 
 # Bytes of one tile of similarities: on a CPU it should stay in the last-level cache, on a GPU it must fill the machine.
 _TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
@@ -62,33 +62,35 @@ class Result(NamedTuple):
     another factor, and one pass over the memory multiplies in both."""
 
 
-def sweep(z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool) -> Result:
+def sweep(
+    z: Tensor, potential: Potential, pair_ids: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool
+) -> Result:
     """Loss of each sequence and, if asked, its gradient. Arguments as in :mod:`dispersion_kernels.segments`.
 
     On the CPU the runs of tokens that pair with each other are swept, runs of similar length together. On an
     accelerator no value of a tensor is read, because reading would synchronise: the sweep visits all pairs of a row,
-    or of a packed sequence whose bounds are on the CPU, and masks the pairs of different groups.
+    or of a packed sequence whose bounds are on the CPU, and masks the pairs of different pair ids.
     """
-    if cu_seqlens is None and (groups is None or z.device.type != "cpu"):
-        return _sweep_rows(z, potential, groups, None, with_grad)
+    if cu_seqlens is None and (pair_ids is None or z.device.type != "cpu"):
+        return _sweep_rows(z, potential, pair_ids, None, with_grad)
     if z.device.type == "cpu":
         sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        runs = host_segments(z.shape[0], z.shape[1], groups, cu_seqlens)
+        runs = host_segments(z.shape[0], z.shape[1], pair_ids, cu_seqlens)
         return _sweep_runs(z, potential, runs, sequences, with_grad)
     assert cu_seqlens is not None
     if cu_seqlens.device.type == "cpu":
-        return _sweep_stretches(z, potential, groups, cu_seqlens, with_grad)
-    groups = within_segments(groups, cu_seqlens, z.shape[1])
-    return _sweep_rows(z, potential, groups, cu_seqlens, with_grad)
+        return _sweep_stretches(z, potential, pair_ids, cu_seqlens, with_grad)
+    pair_ids = within_segments(pair_ids, cu_seqlens, z.shape[1])
+    return _sweep_rows(z, potential, pair_ids, cu_seqlens, with_grad)
 
 
 def _sweep_rows(
-    z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool
+    z: Tensor, potential: Potential, pair_ids: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool
 ) -> Result:
     """Sweep over the rows of ``z``: each a sequence, or, with ``cu_seqlens``, one row that holds all sequences."""
     if z.shape[0] == 0 or z.shape[1] < 2:
         return _nothing(z, z.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1, with_grad)
-    sums, tokens = _sums_of_rows(z, potential, groups, cu_seqlens, with_grad)
+    sums, tokens = _sums_of_rows(z, potential, pair_ids, cu_seqlens, with_grad)
     losses = _losses(sums, potential, z)
     if tokens.grad is None:
         return Result(losses.loss, sums.pairs, None, None)
@@ -107,7 +109,7 @@ def _sweep_runs(z: Tensor, potential: Potential, runs: HostSegments, sequences: 
     flat = z.reshape(-1, z.shape[2])
     sums, tokens = [], []
     for part in parts:
-        added, swept = _sums_of_rows(part.gathered(flat), potential, part.groups, None, with_grad)
+        added, swept = _sums_of_rows(part.gathered(flat), potential, part.pair_ids, None, with_grad)
         if grad is not None and swept.grad is not None:
             part.scatter(swept.grad, grad.view(flat.shape))
         sums.append(added)
@@ -133,7 +135,7 @@ def _sweep_runs(z: Tensor, potential: Potential, runs: HostSegments, sequences: 
 
 
 def _sweep_stretches(
-    z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor, with_grad: bool
+    z: Tensor, potential: Potential, pair_ids: Tensor | None, cu_seqlens: Tensor, with_grad: bool
 ) -> Result:
     """Sweep over packed sequences whose bounds are on the CPU and whose tokens are not: neighbours of the same length
     are swept together."""
@@ -141,7 +143,7 @@ def _sweep_stretches(
     for length, alike in itertools.groupby(cu_seqlens.diff().tolist()):
         rows = len(list(alike))
         stretch = slice(begin, begin := begin + rows * length)
-        within = None if groups is None else groups[0, stretch].view(rows, length)
+        within = None if pair_ids is None else pair_ids[0, stretch].view(rows, length)
         parts.append(_sweep_rows(z[0, stretch].view(rows, length, z.shape[2]), potential, within, None, with_grad))
     if not parts:
         return _nothing(z, 0, with_grad)
@@ -197,12 +199,12 @@ class _Tokens(NamedTuple):
 
 
 def _sums_of_rows(
-    z: Tensor, potential: Potential, groups: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool
+    z: Tensor, potential: Potential, pair_ids: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool
 ) -> tuple[_Sums, _Tokens]:
     """Sums over the pairs of the rows of ``z``; with ``cu_seqlens`` the one row holds the sequences of all units."""
     batch, length, features = z.shape
     reduce = _Reduction(batch, length, cu_seqlens)
-    partners = None if groups is None else group_sizes(groups) - 1
+    partners = None if pair_ids is None else pair_id_counts(pair_ids) - 1
     alone = None if partners is None else partners <= 0
 
     norm = token_norms(z)
@@ -221,12 +223,12 @@ def _sums_of_rows(
     wide = wide_dtype(z.device)
     shift: Tensor | None = None
     if isinstance(potential, PerplexityEntropy):
-        entropy, grad = _perplexity_entropy(x, potential, groups, partners, with_grad)
+        entropy, grad = _perplexity_entropy(x, potential, pair_ids, partners, with_grad)
         total = reduce.sum((entropy if alone is None else entropy.masked_fill_(alone, 0.0)).to(wide))
     elif isinstance(potential, ExponentialPotential):
-        total, shift, grad = _exponential_sums(x, potential, groups, partners, reduce, with_grad)
+        total, shift, grad = _exponential_sums(x, potential, pair_ids, partners, reduce, with_grad)
     else:
-        total, grad = _sums(x, potential, groups, reduce, with_grad)
+        total, grad = _sums(x, potential, pair_ids, reduce, with_grad)
     if grad is not None:
         _project_(grad, x, rows, potential)
     zeros = torch.zeros_like(total)
@@ -397,10 +399,10 @@ class _Tile(NamedTuple):
 class _Pairs:
     """The tile pairs of every row of x, their common workspace, and the mask of entries that are pairs."""
 
-    def __init__(self, x: Tensor, groups: Tensor | None) -> None:
+    def __init__(self, x: Tensor, pair_ids: Tensor | None) -> None:
         batch, length, _ = x.shape
         budget = _TILE_BYTES.get(x.device.type, _TILE_BYTES["cuda"]) // x.element_size()
-        self.x, self.groups = x, groups
+        self.x, self.pair_ids = x, pair_ids
         self.size = math.ceil(length / math.ceil(length / math.isqrt(budget)))
         self.rows = min(max(1, budget // self.size**2), batch)
         # Allocated once: new memory for every tile would cost a page fault for every 1,024 pairs.
@@ -498,9 +500,9 @@ class _Pairs:
 
     def leave_out(self, tile: _Tile, values: Tensor, value: float) -> None:
         """Puts ``value`` at the entries that are no pairs, the diagonal among them."""
-        if self.groups is not None:
-            i, j = self.groups[tile.batch, tile.i].unsqueeze(2), self.groups[tile.batch, tile.j].unsqueeze(1)
-            # A token with a negative group has x = 0, but psi of it need not be 0.
+        if self.pair_ids is not None:
+            i, j = self.pair_ids[tile.batch, tile.i].unsqueeze(2), self.pair_ids[tile.batch, tile.j].unsqueeze(1)
+            # A token with a negative pair id has x = 0, but psi of it need not be 0.
             values.masked_fill_((i != j) | (i < 0), value)
         if tile.diagonal:
             values.diagonal(dim1=1, dim2=2).fill_(value)
@@ -515,12 +517,12 @@ class _Pairs:
 
 
 def _sums(
-    x: Tensor, potential: Potential, groups: Tensor | None, reduce: _Reduction, with_grad: bool
+    x: Tensor, potential: Potential, pair_ids: Tensor | None, reduce: _Reduction, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Sum of psi of each sequence, and G, for a potential that is a function of c and needs no shift."""
     total = _PairTotal(x, reduce)
     grad = torch.empty_like(x) if with_grad else None
-    pairs = _Pairs(x, groups)
+    pairs = _Pairs(x, pair_ids)
     for tile in pairs:
         c = pairs.similarities(tile)
         psi = potential.value(c)
@@ -558,7 +560,7 @@ class _PairTotal:
 def _exponential_sums(
     x: Tensor,
     potential: ExponentialPotential,
-    groups: Tensor | None,
+    pair_ids: Tensor | None,
     partners: Tensor | None,
     reduce: _Reduction,
     with_grad: bool,
@@ -575,10 +577,10 @@ def _exponential_sums(
         # tokens is exactly 1: another factor would round the multiples of x, and a rounded multiple is not along x.
         alone = rate is not None or (low >= -_SAFE_RANGE / 2 and high <= _SAFE_RANGE / 2)
         middle = 0.0 if alone else (low + high) / 2
-        return _bounded_exponential_sums(x, potential, rate, middle, groups, reduce, with_grad)
+        return _bounded_exponential_sums(x, potential, rate, middle, pair_ids, reduce, with_grad)
 
     with_itself = isinstance(potential, DistancePotential) and potential.include_diagonal
-    pairs = _Pairs(x, groups)
+    pairs = _Pairs(x, pair_ids)
     # Largest exponent of each token; for distances the largest -|x_i - x_j|^2, which is multiplied by the rate after
     # the subtraction, because the difference may be small.
     largest = x.new_full(x.shape[:2], 0.0 if with_itself else torch.finfo(x.dtype).min)
@@ -648,13 +650,13 @@ def _bounded_exponential_sums(
     potential: ExponentialPotential,
     rate: float | None,
     shift: float,
-    groups: Tensor | None,
+    pair_ids: Tensor | None,
     reduce: _Reduction,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     total = _PairTotal(x, reduce)
     grad = torch.empty_like(x) if with_grad else None
-    pairs = _Pairs(x, groups)
+    pairs = _Pairs(x, pair_ids)
     for tile in pairs:
         slope = pairs.scratch(tile) if with_grad and potential.varying_slope else None
         if rate is not None:
@@ -674,7 +676,7 @@ def _bounded_exponential_sums(
 
 
 def _perplexity_entropy(
-    x: Tensor, potential: PerplexityEntropy, groups: Tensor | None, partners: Tensor | None, with_grad: bool
+    x: Tensor, potential: PerplexityEntropy, pair_ids: Tensor | None, partners: Tensor | None, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Sum ``sum_j P_ij log2(P_ij + eps)`` of each token, ``[B, L]``, and the gradient of the sums' total over each row.
 
@@ -685,7 +687,7 @@ def _perplexity_entropy(
     g_ik), and dz_i = 2 / sigma2 * sum_j (A_ij + A_ji) (z_j - z_i). Three passes compute m and s (kept apart, because a
     rounded m + log s of some hundreds would cost P four digits); the entropy and sum_k P g; and A.
     """
-    pairs = _Pairs(x, groups)
+    pairs = _Pairs(x, pair_ids)
     info = torch.finfo(x.dtype)
     rate = min(1 / potential.sigma2, info.max)
 

@@ -125,7 +125,7 @@ def _permutations_fake(count: int, length: int) -> Tensor:
 
 def estimate(
     layers: Sequence[Tensor],
-    groups: Tensor | None,
+    pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     potential: Potential,
     draws: Draws,
@@ -139,19 +139,19 @@ def estimate(
 ) -> Estimate:
     """Loss and gradient of layers ``[B, L, F]``, alike in shape, dtype and device, from a ``fraction`` of their pairs.
 
-    ``groups`` and ``cu_seqlens`` are as in :mod:`dispersion_kernels.segments`, None where ``fraction`` is 0.
+    ``pair_ids`` and ``cu_seqlens`` are as in :mod:`dispersion_kernels.segments`, None where ``fraction`` is 0.
     """
     first, count, visited = layers[0], len(layers), fraction > 0
     dtype, wide = accumulation_dtype(first.dtype), wide_dtype(first.device)
     grad = first.new_empty(count, *first.shape, dtype=dtype) if with_grad else None
     scale = first.new_empty(count, *first.shape[:2], dtype=dtype) if with_grad else None
     # A backend's sampler takes layers of whole sequences as one larger batch; the error is computed layer by layer.
-    whole = groups is None and cu_seqlens is None and blocks_of_same_size(fraction, first.shape[1]) > 0
+    whole = pair_ids is None and cu_seqlens is None and blocks_of_same_size(fraction, first.shape[1]) > 0
     at_once = count if whole and sampler is not None and not with_error else 1
     losses, errors, weight = [], [], loss_weight(count, reduction, 0)
     for n in range(0, count, at_once):
         some = slice(n, n + at_once)
-        partition = partition_of(layers[some], draws.shuffle[some], groups, cu_seqlens, fraction)
+        partition = partition_of(layers[some], draws.shuffle[some], pair_ids, cu_seqlens, fraction)
         weight = loss_weight(count, reduction, partition.with_pairs // at_once)
         gradient = None if grad is None or scale is None else (grad[some], scale[some])
         model = None

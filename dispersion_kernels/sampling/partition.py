@@ -77,12 +77,12 @@ class Rows:
 
 
 def partition_of(
-    layers: Sequence[Tensor], shuffle: Tensor, groups: Tensor | None, cu_seqlens: Tensor | None, fraction: float
+    layers: Sequence[Tensor], shuffle: Tensor, pair_ids: Tensor | None, cu_seqlens: Tensor | None, fraction: float
 ) -> Partition:
     """Partition of the tokens ``[B, L, F]`` of ``layers`` by their random order ``shuffle`` ``[layers, B, L]``. Several
     layers are allowed only where all blocks have the same size; their rows then form one batch."""
     batch, length = layers[0].shape[:2]
-    if groups is None and cu_seqlens is None and (blocks := blocks_of_same_size(fraction, length)):
+    if pair_ids is None and cu_seqlens is None and (blocks := blocks_of_same_size(fraction, length)):
         # Cached only on a CPU, where no stream and no CUDA graph owns the memory.
         make = _kept_partition if layers[0].is_cpu else _whole_sequences
         found = make(len(layers) * batch, length, blocks, fraction > 0, layers[0].device)
@@ -91,7 +91,7 @@ def partition_of(
         return replace(found, order=(shuffle.flatten(0, 1) + found.populations[:-1].unsqueeze(1)).flatten())
     assert len(layers) == 1
     size = block_tokens(fraction, mean_length(layers[0], cu_seqlens))
-    return _populations_of_any_length(groups, cu_seqlens, shuffle[0], size)
+    return _populations_of_any_length(pair_ids, cu_seqlens, shuffle[0], size)
 
 
 def mean_length(z: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -131,7 +131,7 @@ _kept_partition = functools.lru_cache(maxsize=16)(_whole_sequences)
 
 
 def _populations_of_any_length(
-    groups: Tensor | None, cu_seqlens: Tensor | None, shuffle: Tensor, size: int
+    pair_ids: Tensor | None, cu_seqlens: Tensor | None, shuffle: Tensor, size: int
 ) -> Partition:
     """Partition of populations of any length, each into the fewest blocks of at most ``size`` tokens, whose sizes
     differ by at most one.
@@ -144,16 +144,16 @@ def _populations_of_any_length(
         sequences, sequence = batch, torch.arange(batch, device=device).repeat_interleave(length)
     else:
         sequences, sequence = cu_seqlens.numel() - 1, segment_of_token(on_device(cu_seqlens, device), count)
-    ids = torch.zeros_like(sequence) if groups is None else groups.flatten()
+    ids = torch.zeros_like(sequence) if pair_ids is None else pair_ids.flatten()
 
-    # Order by sequence, then by group, then at random; tokens that are left out come last.
+    # Order by sequence, then by pair id, then at random; tokens that are left out come last.
     order = (shuffle + torch.arange(batch, device=device).unsqueeze(1) * length).flatten()
     order = order[order_of(sequence.masked_fill(ids < 0, sequences)[order], ids[order])]
     ids, sequence = ids[order], sequence[order]
     left_out = ids < 0
     first = ~left_out
     first[1:] &= (sequence[1:] != sequence[:-1]) | (ids[1:] != ids[:-1])
-    number = max(1, int(first.sum())) if may_read(device) else sequences if groups is None else count
+    number = max(1, int(first.sum())) if may_read(device) else sequences if pair_ids is None else count
     population = (first.cumsum(0) - 1).masked_fill(left_out, count)
     populations = torch.searchsorted(population, torch.arange(number + 1, device=device))
     begins = populations[:-1]
@@ -161,7 +161,7 @@ def _populations_of_any_length(
     blocks = (populations.diff() + size - 1) // size
     total = max(1, int(blocks.sum())) if may_read(device) else number + count // size
     found = _cut(populations, sequence, sequences, blocks, total)
-    return replace(found, order=order, left_out=None if groups is None else left_out, size=size)
+    return replace(found, order=order, left_out=None if pair_ids is None else left_out, size=size)
 
 
 def _cut(populations: Tensor, sequence: Tensor, sequences: int, blocks: Tensor, total: int) -> Partition:

@@ -15,8 +15,9 @@ from dispersion_kernels.sampling.control_variate import Fit, Transformed, correc
 from dispersion_kernels.sampling.partition import Partition, Rows, rows_of, select, sum_of_runs
 from dispersion_kernels.segments import segment_of_token
 
-# A backend's sweep of tokens ``[R, L, F]``, whose rows are sequences, or of packed tokens ``[1, N, F]`` with groups and
-# bounds. It returns the loss of each sequence and the gradient's two factors, ``grads`` and ``scale`` in operators.py.
+# A backend's sweep of tokens ``[R, L, F]``, whose rows are sequences, or of packed tokens ``[1, N, F]`` with pair ids
+# and bounds. It returns the loss of each sequence and the gradient's two factors, ``grads`` and ``scale`` in
+# operators.py.
 Sweep = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -89,9 +90,9 @@ def _block_means(
         losses, grad, scale = sweep(tokens.view(-1, partition.size, tokens.shape[1]), None, None)
     else:
         # Tokens that are left out form one more sequence.
-        groups = None if partition.left_out is None else -partition.left_out.long().unsqueeze(0)
+        pair_ids = None if partition.left_out is None else -partition.left_out.long().unsqueeze(0)
         bounds = torch.nn.functional.pad(partition.bounds, (0, 1), value=tokens.shape[0])
-        losses, grad, scale = sweep(tokens.unsqueeze(0), groups, bounds)
+        losses, grad, scale = sweep(tokens.unsqueeze(0), pair_ids, bounds)
         losses = losses[:-1]
     means = losses.to(wide_dtype(losses.device))
     if potential.reduction == "log_mean":

@@ -414,9 +414,9 @@ def test_packed_sequences_without_reading_their_lengths(potential: Potential) ->
     z = torch.randn(1, sum(lengths), 24)
     z[0, 50:] *= 3  # sequences whose exponents differ by far must not share a shift
     mask = (torch.rand(1, sum(lengths)) > 0.2).long() - 1
-    for groups in (None, mask):
-        apart = sweep_module.sweep(z, potential, groups, cu_seqlens, True)
-        within = sweep_module.within_segments(groups, cu_seqlens, z.shape[1])
+    for pair_ids in (None, mask):
+        apart = sweep_module.sweep(z, potential, pair_ids, cu_seqlens, True)
+        within = sweep_module.within_segments(pair_ids, cu_seqlens, z.shape[1])
         together = sweep_module._sweep_rows(z, potential, within, cu_seqlens, True)
         assert torch.equal(apart.pairs, together.pairs)
         torch.testing.assert_close(apart.loss, together.loss)
@@ -573,9 +573,9 @@ def test_second_derivative_is_refused(impl: str) -> None:
 def test_no_synchronisation_on_an_accelerator(potential: Potential) -> None:
     """Meta tensors hold no numbers: an .item(), or whatever else reads one, fails here as it would stall a GPU."""
     z = torch.empty(2, 300, 64, device="meta", dtype=torch.bfloat16)
-    groups = torch.empty(2, 300, device="meta", dtype=torch.int64)
+    pair_ids = torch.empty(2, 300, device="meta", dtype=torch.int64)
     cu_seqlens = torch.empty(5, device="meta", dtype=torch.int32)
-    cases = ((z, None, None), (z, groups, None), (z[:1], None, cu_seqlens), (z[:1], groups[:1], cu_seqlens))
+    cases = ((z, None, None), (z, pair_ids, None), (z[:1], None, cu_seqlens), (z[:1], pair_ids[:1], cu_seqlens))
     for tokens, ids, bounds in cases:
         result = sweep_module.sweep(tokens, potential, ids, bounds, True)
         assert result.grad is not None

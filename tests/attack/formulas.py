@@ -37,17 +37,17 @@ class Exact(NamedTuple):
     """Whether no squared distance or exponent leaves the range of the dtype."""
 
 
-def sequence(z: Tensor, potential: Potential, groups: Tensor | None, dtype: torch.dtype) -> Exact:
+def sequence(z: Tensor, potential: Potential, pair_ids: Tensor | None, dtype: torch.dtype) -> Exact:
     """Loss and gradient of the tokens ``[L, F]``, float64, and the bounds of an implementation that rounds c and d^2,
     computed as inner products, and exponents and weights to ``dtype``."""
     taking_part = torch.ones(z.shape[0], dtype=torch.bool)
-    if groups is not None:
-        taking_part = (groups >= 0) & ((groups[:, None] == groups).sum(1) > 1)
+    if pair_ids is not None:
+        taking_part = (pair_ids >= 0) & ((pair_ids[:, None] == pair_ids).sum(1) > 1)
     grad, bound = torch.zeros_like(z), z.new_zeros(z.shape[0])
     tokens = z[taking_part]
     if len(tokens) < 2:
         return Exact(0.0, grad, 0.0, bound, True)
-    ids = torch.zeros(len(tokens)) if groups is None else groups[taking_part]
+    ids = torch.zeros(len(tokens)) if pair_ids is None else pair_ids[taking_part]
     pairs = (ids[:, None] == ids) & ~torch.eye(len(tokens), dtype=torch.bool)
     loss, of_tokens, weights_bound, in_range = _pairs(tokens, potential, pairs, dtype, None)
     loss_bound, grad_bound = 0.0, weights_bound

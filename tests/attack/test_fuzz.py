@@ -40,15 +40,17 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
     def sequences(self) -> list[tuple[Tensor, Tensor | None]]:
-        """The tokens and the groups of each."""
+        """The tokens and the pair ids of each."""
         mask, ids, bounds = (self.options.get(name) for name in ("mask", "document_ids", "cu_seqlens"))
-        groups = ids
+        pair_ids = ids
         if mask is not None:
-            groups = (torch.zeros_like(mask, dtype=torch.int64) if groups is None else groups).masked_fill(~mask, -1)
+            pair_ids = (torch.zeros_like(mask, dtype=torch.int64) if pair_ids is None else pair_ids).masked_fill(
+                ~mask, -1
+            )
         if bounds is None:
-            return [(z, None if groups is None else groups[n]) for n, z in enumerate(self.z)]
+            return [(z, None if pair_ids is None else pair_ids[n]) for n, z in enumerate(self.z)]
         cuts = list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
-        return [(self.z[a:b], None if groups is None else groups[a:b]) for a, b in cuts]
+        return [(self.z[a:b], None if pair_ids is None else pair_ids[a:b]) for a, b in cuts]
 
 
 class Dice:
@@ -140,8 +142,8 @@ def complaint(case: Case, impl: str) -> str | None:
     computed = torch.float64 if z.dtype == torch.float64 else torch.float32
     largest = torch.finfo(torch.float32).max
     begin, complaints = 0, []
-    for n, (tokens, groups) in enumerate(case.sequences()):
-        exact = sequence(tokens.double(), case.potential, groups, computed)
+    for n, (tokens, pair_ids) in enumerate(case.sequences()):
+        exact = sequence(tokens.double(), case.potential, pair_ids, computed)
         end = begin + len(tokens)
         grad = (z.grad[begin:end] if "cu_seqlens" in case.options else z.grad[n]).double()
         begin = end

@@ -33,13 +33,13 @@ def test_every_run_of_two_is_in_one_batch(documents: bool, few: int, monkeypatch
     for part in batches.batches(runs):
         gathered = part.gathered(z)
         rows, size = part.shape
-        there = torch.ones(rows, size, dtype=torch.bool) if part.groups is None else part.groups == 0
+        there = torch.ones(rows, size, dtype=torch.bool) if part.pair_ids is None else part.pair_ids == 0
         for row, of_row in zip(gathered, there, strict=True):
             seen[int(of_row.sum())] += 1
             if documents:
                 (id_of_row,) = {int(ids[(z == token).all(1)]) for token in row[of_row]}
                 assert torch.equal(row[of_row], z[ids == id_of_row])
-        assert part.groups is None or rows * size**2 <= few
+        assert part.pair_ids is None or rows * size**2 <= few
         part.scatter(gathered, out)
     assert seen == Counter(length for length in LENGTHS if length > 1)
     left_out = (out == 0).all(1)
@@ -81,9 +81,9 @@ def test_bounds_on_the_cpu_of_tokens_elsewhere(potential: Potential) -> None:
     lengths = [4, 4, 4, 0, 0, 1, 30, 7, 7]
     z, packed = torch.randn(1, sum(lengths), 24), bounds(lengths)
     mask = (torch.rand(1, sum(lengths)) > 0.2).long() - 1
-    for groups in (None, mask):
-        together = torch_tiled.sweep(z, potential, groups, packed, True)
-        stretches = torch_tiled._sweep_stretches(z, potential, groups, packed, True)
+    for pair_ids in (None, mask):
+        together = torch_tiled.sweep(z, potential, pair_ids, packed, True)
+        stretches = torch_tiled._sweep_stretches(z, potential, pair_ids, packed, True)
         assert torch.equal(together.pairs, stretches.pairs)
         torch.testing.assert_close(together.loss, stretches.loss)
         grads = []
@@ -92,7 +92,7 @@ def test_bounds_on_the_cpu_of_tokens_elsewhere(potential: Potential) -> None:
             assert result.scale is not None
             grads.append(result.grad * result.scale.unsqueeze(-1))
         torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
-        assert torch_tiled._sweep_stretches(z, potential, groups, packed, False).grad is None
+        assert torch_tiled._sweep_stretches(z, potential, pair_ids, packed, False).grad is None
     meta = torch_tiled.sweep(z.to("meta"), potential, mask.to("meta"), packed, True)
     assert meta.grad is not None
     assert (meta.loss.shape, meta.grad.shape) == ((len(lengths),), z.shape)
@@ -118,9 +118,9 @@ def test_a_thousand_documents_take_no_more_operators_than_some(potential: str) -
     for documents in (16, 1024):
         ids = torch.arange(documents).repeat_interleave(16)
         z = torch.randn(1, 16 * documents, 8)
-        for groups, packed in ((ids[None], None), (None, bounds([16] * documents))):
+        for pair_ids, packed in ((ids[None], None), (None, bounds([16] * documents))):
             with _Operators() as operators:
-                torch_tiled.sweep(z, POTENTIALS[potential], groups, packed, True)
+                torch_tiled.sweep(z, POTENTIALS[potential], pair_ids, packed, True)
             counts.append(operators.count)
     assert counts[2] <= 1.2 * counts[0]
     assert counts[3] <= 1.2 * counts[1]

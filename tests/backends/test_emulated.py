@@ -274,19 +274,19 @@ def dispersion(
     layers: list[Tensor],
     potential: Potential,
     backend: str,
-    groups: Tensor | None = None,
+    pair_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     with_grad: bool = True,
 ) -> launch.Losses:
     name, arch = backend.split("-")
     with KERNELS[name](layers[0], arch) as kernels:
-        return launch.dispersion(layers, potential, groups, cu_seqlens, with_grad, kernels)
+        return launch.dispersion(layers, potential, pair_ids, cu_seqlens, with_grad, kernels)
 
 
 def evaluate(
-    z: Tensor, potential: Potential, backend: str, groups: Tensor | None = None, cu_seqlens: Tensor | None = None
+    z: Tensor, potential: Potential, backend: str, pair_ids: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Answer:
-    losses = dispersion([z], potential, backend, groups, cu_seqlens)
+    losses = dispersion([z], potential, backend, pair_ids, cu_seqlens)
     assert losses.scale is not None
     gradient = losses.gradients[0] * losses.scale[0].unsqueeze(-1)
     return Answer(losses.loss[0].float(), gradient.to(z.dtype).reshape(z.shape))
@@ -371,9 +371,11 @@ def test_fp32_with_sums_that_are_cut_off(tau: float, features: int, backend: str
 @pytest.mark.parametrize("name", ["angular_spread", "l2_repel_diagonal_out", "perplexity_entropy", "decorrelation"])
 def test_masks_and_packed_sequences(name: str, features: int, backend: str) -> None:
     potential, z = POTENTIALS[name], tokens(1, 133, features)
-    groups = (torch.arange(133) // 50 - (torch.rand(133) > 0.8).long() * 9).clamp(min=-1)[None]
-    answer = evaluate(z, potential, backend, groups=groups)
-    assert_as_accurate_as_naive(z, potential, answer, oracle(z, potential, document_ids=groups), document_ids=groups)
+    pair_ids = (torch.arange(133) // 50 - (torch.rand(133) > 0.8).long() * 9).clamp(min=-1)[None]
+    answer = evaluate(z, potential, backend, pair_ids=pair_ids)
+    assert_as_accurate_as_naive(
+        z, potential, answer, oracle(z, potential, document_ids=pair_ids), document_ids=pair_ids
+    )
     bounds = torch.tensor([0, 1, 70, 70, 133], dtype=torch.int32)
     packed = z[0]
     exact = oracle(packed, potential, cu_seqlens=bounds)
@@ -482,20 +484,20 @@ def test_slices_of_the_gradient(backend: str) -> None:
 def test_sampled_pairs(backend: str) -> None:
     """Two blocks of 66 tokens, as rows of their own and, without some tokens, as packed sequences."""
 
-    def emulated(x: Tensor, groups: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        losses = dispersion([x], AngularSpread(), backend, groups=groups, cu_seqlens=bounds)
+    def emulated(x: Tensor, pair_ids: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        losses = dispersion([x], AngularSpread(), backend, pair_ids=pair_ids, cu_seqlens=bounds)
         assert losses.scale is not None
         return losses.loss[0], losses.gradients[0], losses.scale[0]
 
-    def in_float64(x: Tensor, groups: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        result = sweep(x, AngularSpread(), groups, bounds, True)
+    def in_float64(x: Tensor, pair_ids: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        result = sweep(x, AngularSpread(), pair_ids, bounds, True)
         assert result.grad is not None
         assert result.scale is not None
         return result.loss, result.grad, result.scale
 
     mask = (torch.arange(132) % 9 > 0).long()[None] - 1
-    for z, groups in ((tokens(1, 132, 200), None), (tokens(1, 132, 36), mask)):
-        options = (groups, None, AngularSpread(), draw([z], 0.5, None), 0.5, "low_rank", "none", True, False)
+    for z, pair_ids in ((tokens(1, 132, 200), None), (tokens(1, 132, 36), mask)):
+        options = (pair_ids, None, AngularSpread(), draw([z], 0.5, None), 0.5, "low_rank", "none", True, False)
         found = estimate([z], *options, emulated)
         exact = estimate([z.double()], *options, in_float64)
         torch.testing.assert_close(found.loss, exact.loss, rtol=1e-3, atol=1e-3)

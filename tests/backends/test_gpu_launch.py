@@ -82,17 +82,17 @@ def test_fp16_products_accumulate_in_fp32_whatever_the_process_allows(allowed: b
 
 @pytest.mark.parametrize("kind", ["packed", "masked", "unsorted"])
 def test_ranges_of_tiles(kind: str) -> None:
-    """Every pair of tiles that share a group is in them, and where groups are sorted nothing else."""
-    groups = torch.randint(0, 40, (2, 1000), dtype=torch.int32).sort(1).values
+    """Every pair of tiles that share a pair id is in them, and where the ids are sorted nothing else."""
+    pair_ids = torch.randint(0, 40, (2, 1000), dtype=torch.int32).sort(1).values
     if kind == "masked":
-        groups[torch.rand(groups.shape) > 0.7] = -1
-        groups[1, 300:500] = -1  # whole tiles
+        pair_ids[torch.rand(pair_ids.shape) > 0.7] = -1
+        pair_ids[1, 300:500] = -1  # whole tiles
     elif kind == "unsorted":
-        groups = groups[:, torch.randperm(1000)]
-    got = launch._tile_ranges(groups, 64, 32)
+        pair_ids = pair_ids[:, torch.randperm(1000)]
+    got = launch._tile_ranges(pair_ids, 64, 32)
     for b in range(2):
-        of_j = [set(tile[tile >= 0].tolist()) for tile in groups[b].split(32)]
-        for tile, (first, end) in zip(groups[b].split(64), got[b].tolist(), strict=True):
+        of_j = [set(tile[tile >= 0].tolist()) for tile in pair_ids[b].split(32)]
+        for tile, (first, end) in zip(pair_ids[b].split(64), got[b].tolist(), strict=True):
             own = set(tile[tile >= 0].tolist())
             meets = [j for j, other in enumerate(of_j) if own & other]
             assert set(meets) <= set(range(first, end))
@@ -103,10 +103,10 @@ def test_ranges_of_tiles(kind: str) -> None:
 
 
 def test_ranges_of_tiles_take_memory_linear_in_the_tokens() -> None:
-    groups = torch.arange(1 << 17, dtype=torch.int32)[None] // 999
+    pair_ids = torch.arange(1 << 17, dtype=torch.int32)[None] // 999
     with LargestTensor() as largest:
-        launch._tile_ranges(groups, 64, 32)
-    assert largest.elements <= groups.numel()
+        launch._tile_ranges(pair_ids, 64, 32)
+    assert largest.elements <= pair_ids.numel()
 
 
 class LargestTensor(TorchDispatchMode):

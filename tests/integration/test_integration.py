@@ -28,13 +28,13 @@ def test_opcheck(potential: Potential, impl: str) -> None:
     ids = torch.randint(-1, 3, (2, 20))
     cu_seqlens = torch.tensor([0, 4, 20], dtype=torch.int32)
     name, params = potential.name(), potential.params()
-    for layers, groups, bounds, reduction in (
+    for layers, pair_ids, bounds, reduction in (
         ([z, z + 1], None, None, "mean"),
         ([z.bfloat16()], ids, None, "none"),
         ([z[:1]], None, cu_seqlens, "sum"),
     ):
         for with_grad in ([True] * len(layers), [False] * len(layers)):
-            args = (layers, groups, bounds, None, name, params, reduction, impl, False, with_grad)
+            args = (layers, pair_ids, bounds, None, name, params, reduction, impl, False, with_grad)
             torch.library.opcheck(torch.ops.dispersion_kernels.forward.default, args)
     differentiable = [z.clone().requires_grad_(), z + 1]
     for with_grad in ([True, False], [False, False]):  # kept, or swept again in backward

@@ -293,7 +293,7 @@ def test_lengths_that_are_not_read(case: str, monkeypatch: pytest.MonkeyPatch) -
 def test_no_synchronisation_on_an_accelerator(potential: Potential, control_variate: ControlVariate) -> None:
     """Meta tensors hold no numbers: whatever reads one fails here as it would stall a GPU."""
     z = torch.empty(2, 300, 64, device="meta", dtype=torch.bfloat16)
-    groups = torch.empty(2, 300, device="meta", dtype=torch.int64)
+    pair_ids = torch.empty(2, 300, device="meta", dtype=torch.int64)
     cu_seqlens = torch.empty(5, device="meta", dtype=torch.int32)
 
     def on_meta(x: Tensor, ids: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,7 +304,7 @@ def test_no_synchronisation_on_an_accelerator(potential: Potential, control_vari
 
     prime = torch.empty(2, 331, 64, device="meta", dtype=torch.bfloat16)
     whole: list[Any] = [([z, z], None, None), ([prime], None, None)]
-    others: list[Any] = [([z, z], groups, None), ([z[:1]], groups[:1], cu_seqlens)]
+    others: list[Any] = [([z, z], pair_ids, None), ([z[:1]], pair_ids[:1], cu_seqlens)]
     for layers, ids, bounds in whole + (others if control_variate == "low_rank" else []):
         draws = draw(layers, 0.1, None)
         found = estimate(layers, ids, bounds, potential, draws, 0.1, control_variate, "none", True, True, on_meta)
@@ -388,9 +388,9 @@ def test_operator_and_compiler(fraction: float, control_variate: Any) -> None:
     z = [tokens(2, 300, 20), tokens(2, 300, 20).transpose(0, 1).contiguous().transpose(0, 1)]
     draws = draw(z, fraction, seeded(0))
     ids = torch.randint(-1, 2, (2, 300)) if fraction and control_variate != "full_rank" else None
-    for groups, with_grad in ((None, True), (ids, True), (None, False)):
+    for pair_ids, with_grad in ((None, True), (ids, True), (None, False)):
         options = ("angular_spread", [1.0, 0.25, 0.01], "mean", "auto", fraction, control_variate)
-        args = (z, groups, None, *draws, *options, with_grad, with_grad)
+        args = (z, pair_ids, None, *draws, *options, with_grad, with_grad)
         torch.library.opcheck(torch.ops.dispersion_kernels.sampled.default, args)
         differentiable = ([x.clone().requires_grad_() for x in z], *args[1:])
         torch.library.opcheck(torch.ops.dispersion_kernels.sampled.default, differentiable)

@@ -27,7 +27,7 @@ from torch import Tensor
 from dispersion_kernels.backends.gpu.epilogues import Epilogue, epilogue_of
 from dispersion_kernels.numerics import log_mean_loss, mean_loss
 from dispersion_kernels.potentials import L2Repel, PerplexityEntropy, Potential
-from dispersion_kernels.segments import group_sizes, on_device, segment_of_token, within_segments
+from dispersion_kernels.segments import on_device, pair_id_counts, segment_of_token, within_segments
 
 # Size of the workspace of slopes: small enough for the last-level cache, large enough to fill the machine.
 WORKSPACE_BYTES = 32 << 20
@@ -37,7 +37,7 @@ _RESIDENT_FEATURES = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64
 # CUDA's gridDim.y limit.
 MAX_ROWS = 65_535
 _LN2 = math.log(2)
-_NO_GROUP = 2**31 - 1
+_NO_PAIR_ID = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Kernels(Protocol):
     def alignment(self) -> int:
         """Common divisor, in elements, that the width and the strides of the tokens must have."""
 
-    def tile_shape(self, groups: bool) -> TileShape: ...
+    def tile_shape(self, has_pair_ids: bool) -> TileShape: ...
     def row_shape(self, features: int, perplexity: bool, gradient: bool) -> RowShape: ...
 
     def tuned(self, strategy: str, what: tuple[Any, ...], shape: Any, launch: Callable[[Any], Any]) -> Any:
@@ -150,8 +150,8 @@ class Kernels(Protocol):
         sums: Tensor,
         maxima: Tensor | None,
         shift: Tensor | None,
-        groups: Tensor | None,
-        group_ranges: Tensor | None,
+        pair_ids: Tensor | None,
+        pair_id_ranges: Tensor | None,
         weights: Tensor | None,
         mirror: Tensor | None,
     ) -> Any:
@@ -170,7 +170,7 @@ class Kernels(Protocol):
         sums: Tensor | None = None,
         maxima: Tensor | None = None,
         shift: Tensor | None = None,
-        groups: Tensor | None = None,
+        pair_ids: Tensor | None = None,
         tile_ranges: Tensor | None = None,
         entropy: Entropy | None = None,
         weight_sums: Tensor | None = None,
@@ -242,7 +242,7 @@ def fp32_precision() -> str:
 def dispersion(
     layers: Sequence[Tensor],
     potential: Potential,
-    groups: Tensor | None,
+    pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     with_grad: bool,
     kernels: Kernels,
@@ -251,7 +251,7 @@ def dispersion(
 
     Args:
         layers: hidden states ``[B, L, F]``, all alike.
-        potential, groups, cu_seqlens: as in :mod:`dispersion_kernels.segments`.
+        potential, pair_ids, cu_seqlens: as in :mod:`dispersion_kernels.segments`.
         with_grad: whether to compute the gradient.
         kernels: the kernels of the backend.
     """
@@ -260,7 +260,9 @@ def dispersion(
         return _nothing(layers, cu_seqlens, with_grad)
     if len(layers) > kernels.max_layers:
         halves = layers[: len(layers) // 2], layers[len(layers) // 2 :]
-        return _of_all_layers([dispersion(half, potential, groups, cu_seqlens, with_grad, kernels) for half in halves])
+        return _of_all_layers(
+            [dispersion(half, potential, pair_ids, cu_seqlens, with_grad, kernels) for half in halves]
+        )
     if batch > 1 and len(layers) * batch > MAX_ROWS:
         parts = [slice(0, batch // 2), slice(batch // 2, batch)]
         return _of_all_batches(
@@ -268,7 +270,7 @@ def dispersion(
                 dispersion(
                     [z[part] for z in layers],
                     potential,
-                    None if groups is None else groups[part],
+                    None if pair_ids is None else pair_ids[part],
                     None,
                     with_grad,
                     kernels,
@@ -278,8 +280,8 @@ def dispersion(
         )
     if cu_seqlens is not None:
         cu_seqlens = on_device(cu_seqlens, layers[0].device).to(torch.int32)  # the dtype that compiled kernels read
-        groups = within_segments(groups, cu_seqlens, length)
-    call = _Call(layers, potential, groups, cu_seqlens, kernels)
+        pair_ids = within_segments(pair_ids, cu_seqlens, length)
+    call = _Call(layers, potential, pair_ids, cu_seqlens, kernels)
     call.row_statistics()
     if isinstance(potential, PerplexityEntropy):
         loss, scale = call.perplexity_entropy(potential, with_grad)
@@ -353,7 +355,7 @@ class _Call:
         self,
         layers: Sequence[Tensor],
         potential: Potential,
-        groups: Tensor | None,
+        pair_ids: Tensor | None,
         cu_seqlens: Tensor | None,
         kernels: Kernels,
     ) -> None:
@@ -365,11 +367,11 @@ class _Call:
         self.device, self.dtype = z.device, z.dtype
         self.epilogue: Epilogue = epilogue_of(potential, self.features, narrow_range=z.dtype == torch.float16)
         self.partners: Tensor | None = None
-        self.groups: Tensor | None = None
-        self._group_ranges: dict[int, Tensor] = {}
-        if groups is not None:
-            self.partners = group_sizes(groups) - 1
-            self.groups = _dense(groups)
+        self.pair_ids: Tensor | None = None
+        self._pair_id_ranges: dict[int, Tensor] = {}
+        if pair_ids is not None:
+            self.partners = pair_id_counts(pair_ids) - 1
+            self.pair_ids = _dense(pair_ids)
         self.segment = None if cu_seqlens is None else segment_of_token(cu_seqlens, self.length)
         # Sequences per row, S in shapes: 1, or the number of segments of cu_seqlens.
         self.sequences = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -658,19 +660,19 @@ class _Call:
             sums,
             maxima,
             shift,
-            self.groups,
-            self._ranges_of_groups(shape.block),
+            self.pair_ids,
+            self._cached_pair_id_ranges(shape.block),
             weights,
             mirror,
         )
 
-    def _ranges_of_groups(self, block: int) -> Tensor | None:
-        """Group ranges of tiles of ``block`` tokens; cached, because a row in blocks takes many launches."""
-        if self.groups is None:
+    def _cached_pair_id_ranges(self, block: int) -> Tensor | None:
+        """Ranges of the pair ids of tiles of ``block`` tokens; cached, because a row in blocks takes many launches."""
+        if self.pair_ids is None:
             return None
-        if block not in self._group_ranges:
-            self._group_ranges[block] = _group_ranges(self.groups, block)
-        return self._group_ranges[block]
+        if block not in self._pair_id_ranges:
+            self._pair_id_ranges[block] = _pair_id_ranges(self.pair_ids, block)
+        return self._pair_id_ranges[block]
 
     def _triangle(self, shape: TileShape, rows: int, first_row: int = 0) -> Region:
         """Region of all pairs of tiles of ``rows`` rows."""
@@ -689,15 +691,15 @@ class _Call:
             sums, _ = self._partial_sums(region.programs)
             return self._pair_tiles(candidate, region, sums, None, weights=workspace, mirror=workspace)
 
-        shape = self.kernels.tile_shape(self.groups is not None)
+        shape = self.kernels.tile_shape(self.pair_ids is not None)
         if tokens == 0:
             return shape
         tuned: TileShape = self.kernels.tuned("swept", self._tuned_for(), shape, launch)
         return tuned
 
     def _tuned_for(self) -> tuple[Any, ...]:
-        groups = "groups" if self.groups is not None else "whole"
-        return self.potential.name(), self.dtype, self.features, self.length, groups
+        pairs = "pair_ids" if self.pair_ids is not None else "whole"
+        return self.potential.name(), self.dtype, self.features, self.length, pairs
 
     def _row_shape(self, gradient: bool) -> RowShape:
         return self.kernels.row_shape(self.features, isinstance(self.potential, PerplexityEntropy), gradient)
@@ -722,8 +724,8 @@ class _Call:
             sums=sums,
             maxima=maxima,
             shift=shift,
-            groups=self.groups,
-            tile_ranges=None if self.groups is None else _tile_ranges(self.groups, shape.block_m, shape.block_n),
+            pair_ids=self.pair_ids,
+            tile_ranges=None if self.pair_ids is None else _tile_ranges(self.pair_ids, shape.block_m, shape.block_n),
             entropy=entropy,
             weight_sums=self.weight_sums if with_grad else None,
             gradients=self.gradients if with_grad else (),
@@ -784,27 +786,27 @@ def _runs_of_layers(begin: int, end: int, batch: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cuts))
 
 
-def _dense(groups: Tensor) -> Tensor:
-    """``groups`` as int32, in the same order: equal groups stay equal, negative ones negative."""
-    ordered = groups.sort(dim=1).values
-    return torch.searchsorted(ordered, groups.contiguous()).int().masked_fill_(groups < 0, -1)
+def _dense(pair_ids: Tensor) -> Tensor:
+    """``pair_ids`` as int32, in the same order: equal ids stay equal, negative ones negative."""
+    ordered = pair_ids.sort(dim=1).values
+    return torch.searchsorted(ordered, pair_ids.contiguous()).int().masked_fill_(pair_ids < 0, -1)
 
 
-def _group_ranges(groups: Tensor, block: int) -> Tensor:
-    """Least and largest group of each tile of tokens, ``[B, tiles, 2]``."""
-    padded = torch.nn.functional.pad(groups, (0, -groups.shape[1] % block), value=-1).unflatten(1, (-1, block))
-    least = padded.masked_fill(padded < 0, _NO_GROUP).amin(2)
+def _pair_id_ranges(pair_ids: Tensor, block: int) -> Tensor:
+    """Least and largest pair id of each tile of tokens, ``[B, tiles, 2]``."""
+    padded = torch.nn.functional.pad(pair_ids, (0, -pair_ids.shape[1] % block), value=-1).unflatten(1, (-1, block))
+    least = padded.masked_fill(padded < 0, _NO_PAIR_ID).amin(2)
     return torch.stack([least, padded.amax(2)], 2)
 
 
-def _tile_ranges(groups: Tensor, block_m: int, block_n: int) -> Tensor:
+def _tile_ranges(pair_ids: Tensor, block_m: int, block_n: int) -> Tensor:
     """Range of the tiles of ``block_n`` tokens that each tile of ``block_m`` tokens may pair with, ``[B, tiles, 2]``:
-    the first, and one past the last. It is exact if groups are sorted, as in packed sequences, and never too small.
+    the first, and one past the last. It is exact if the ids are sorted, as in packed sequences, and never too small.
 
-    Computed by bisection, in the running maximum of groups up to a tile and the running minimum from a tile on, with
+    Computed by bisection, in the running maximum of the ids up to a tile and the running minimum from a tile on, with
     memory linear in the number of tiles.
     """
-    of_i, of_j = _group_ranges(groups, block_m), _group_ranges(groups, block_n)
+    of_i, of_j = _pair_id_ranges(pair_ids, block_m), _pair_id_ranges(pair_ids, block_n)
     largest_until = of_j[..., 1].cummax(1).values
     least_from = of_j[..., 0].flip(1).cummin(1).values.flip(1)
     first = torch.searchsorted(largest_until, of_i[..., 0].contiguous())

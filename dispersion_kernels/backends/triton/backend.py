@@ -51,8 +51,8 @@ class TritonKernels:
         self.precision = _precision(z.dtype, self.arch) if precision is None else precision
         self.run = run
 
-    def tile_shape(self, groups: bool) -> TileConfig:
-        return tile_config(self.arch, self.dtype, self.precision, groups)
+    def tile_shape(self, has_pair_ids: bool) -> TileConfig:
+        return tile_config(self.arch, self.dtype, self.precision, has_pair_ids)
 
     def row_shape(self, features: int, perplexity: bool, gradient: bool) -> RowConfig:
         return row_config(self.arch, self.dtype, self.precision, features, perplexity, gradient)
@@ -60,7 +60,7 @@ class TritonKernels:
     def tuned(self, strategy: str, what: tuple[Any, ...], shape: Any, launch: Callable[[Any], Any]) -> Any:
         if not tuning.enabled(self.device):
             return shape
-        potential, dtype, features, length, groups = what
+        potential, dtype, features, length, pairs = what
         device = torch.cuda.get_device_name(self.device)
         bucket = tuning.length_bucket(length)
         key = (
@@ -72,7 +72,7 @@ class TritonKernels:
             self.precision,
             features,
             bucket,
-            groups,
+            pairs,
         )
         candidates: list[Any] = tile_candidates(shape) if isinstance(shape, TileConfig) else row_candidates(shape)
         return tuning.best("; ".join(map(str, key)), candidates, launch)
@@ -99,8 +99,8 @@ class TritonKernels:
         sums: Tensor,
         maxima: Tensor | None,
         shift: Tensor | None,
-        groups: Tensor | None,
-        group_ranges: Tensor | None,
+        pair_ids: Tensor | None,
+        pair_id_ranges: Tensor | None,
         weights: Tensor | None,
         mirror: Tensor | None,
     ) -> Any:
@@ -114,8 +114,8 @@ class TritonKernels:
             weight_inverse_ptr=statistics.weight_inverse,
             extra_ptr=statistics.extra,
             shift_ptr=unused if shift is None else shift,
-            groups_ptr=unused if groups is None else groups,
-            group_range_ptr=unused if group_ranges is None else group_ranges,
+            pair_ids_ptr=unused if pair_ids is None else pair_ids,
+            pair_id_range_ptr=unused if pair_id_ranges is None else pair_id_ranges,
             weights_ptr=unused if weights is None else weights,
             mirror_ptr=unused if mirror is None else mirror,
             weights_row_stride=0 if weights is None else weights.stride(0),
@@ -131,7 +131,7 @@ class TritonKernels:
             tiles_j=region.tiles_j,
             ONLINE=maxima is not None,
             HAS_SHIFT=shift is not None,
-            HAS_GROUPS=groups is not None,
+            HAS_PAIR_IDS=pair_ids is not None,
             WRITE=weights is not None,
             TRIANGLE=region.triangle,
             BLOCK=shape.block,
@@ -153,7 +153,7 @@ class TritonKernels:
         sums: Tensor | None = None,
         maxima: Tensor | None = None,
         shift: Tensor | None = None,
-        groups: Tensor | None = None,
+        pair_ids: Tensor | None = None,
         tile_ranges: Tensor | None = None,
         entropy: Entropy | None = None,
         weight_sums: Tensor | None = None,
@@ -173,7 +173,7 @@ class TritonKernels:
             weight_inverse_ptr=statistics.weight_inverse,
             extra_ptr=statistics.extra,
             shift_ptr=unused if shift is None else shift,
-            groups_ptr=unused if groups is None else groups,
+            pair_ids_ptr=unused if pair_ids is None else pair_ids,
             tile_range_ptr=unused if tile_ranges is None else tile_ranges,
             largest_ptr=unused if entropy is None else entropy.largest,
             total_ptr=unused if entropy is None else entropy.total,
@@ -186,7 +186,7 @@ class TritonKernels:
             gradients=tuple(gradients) if gradients else (unused,) * len(tokens.layers),
             PASS=which,
             HAS_SHIFT=shift is not None,
-            HAS_GROUPS=groups is not None,
+            HAS_PAIR_IDS=pair_ids is not None,
             SUM_WEIGHTS=weight_sums is not None,
             WEIGHTED=epilogue.transform != "none" or statistics.weight_scale is not None,
             BLOCK_M=shape.block_m,

@@ -57,11 +57,11 @@ def tokens_of_a_program(arch: str) -> int:
     return 128 if arch == _INTERPRETER else 4
 
 
-def tile_config(arch: str, dtype: torch.dtype, precision: str, groups: bool) -> TileConfig:
+def tile_config(arch: str, dtype: torch.dtype, precision: str, has_pair_ids: bool) -> TileConfig:
     """Configuration for similarities over the upper triangle of tiles."""
     if arch == _INTERPRETER:
         return TileConfig(32, 32, 1, 1)
-    if groups or (arch == "gfx90a" and dtype != torch.float32):
+    if has_pair_ids or (arch == "gfx90a" and dtype != torch.float32):
         # Smaller tiles: the mask of a 128 x 128 tile takes all remaining registers (on gfx90a, the scalar ones).
         if precision == "tf32x3":
             return TileConfig(64, 32, 8, 2)

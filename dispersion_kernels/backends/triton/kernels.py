@@ -174,8 +174,8 @@ def _weigh(
     extra_j,
     i,
     j,
-    groups_i,
-    groups_j,
+    pair_ids_i,
+    pair_ids_j,
     masked,
     diagonal,
     shift,
@@ -189,8 +189,8 @@ def _weigh(
     TRANSFORM: tl.constexpr,
 ):
     """Result ``(u, v)`` of the epilogue function for a tile of products; an exponent has ``shift`` subtracted. psi and
-    slope are 0 for tokens of different groups, if the tile is ``masked``, and for a token with itself, if it is on the
-    ``diagonal``."""
+    slope are 0 for tokens of different pair ids, if the tile is ``masked``, and for a token with itself, if it is on
+    the ``diagonal``."""
     # The two conditions are applied one after the other: combined they would hold a register of lanes per element.
     if TRANSFORM == "standardize":
         c -= extra_i[:, None] * extra_j[None, :]
@@ -202,9 +202,9 @@ def _weigh(
         u, v = FUNCTION(c, extra_i[:, None], extra_j[None, :], shift, p0, p1, p2, p3)
     nothing = float("-inf") if EXPONENTIAL else 0.0
     if masked:
-        u = tl.where(groups_i[:, None] == groups_j[None, :], u, nothing)
+        u = tl.where(pair_ids_i[:, None] == pair_ids_j[None, :], u, nothing)
         if not EXPONENTIAL:
-            v = tl.where(groups_i[:, None] == groups_j[None, :], v, 0.0)
+            v = tl.where(pair_ids_i[:, None] == pair_ids_j[None, :], v, 0.0)
     if diagonal:
         u = tl.where(i[:, None] != j[None, :], u, nothing)
         if not EXPONENTIAL:
@@ -223,8 +223,8 @@ def pair_tiles_kernel(
     weight_inverse_ptr,
     extra_ptr,
     shift_ptr,
-    groups_ptr,
-    group_range_ptr,
+    pair_ids_ptr,
+    pair_id_range_ptr,
     weights_ptr,
     mirror_ptr,
     weights_row_stride,
@@ -251,7 +251,7 @@ def pair_tiles_kernel(
     TRANSFORM: tl.constexpr,
     ONLINE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
-    HAS_GROUPS: tl.constexpr,
+    HAS_PAIR_IDS: tl.constexpr,
     WRITE: tl.constexpr,
     TRIANGLE: tl.constexpr,
     LAYERS: tl.constexpr,
@@ -302,8 +302,8 @@ def pair_tiles_kernel(
     valid_i = i < length
     valid_j = j < length
 
-    if HAS_GROUPS:
-        ranges = group_range_ptr + (row % batch).to(tl.int64) * 2 * tl.cdiv(length, BLOCK)
+    if HAS_PAIR_IDS:
+        ranges = pair_id_range_ptr + (row % batch).to(tl.int64) * 2 * tl.cdiv(length, BLOCK)
         range_i = ranges + 2 * (first_i // BLOCK + tile_i)
         range_j = ranges + 2 * (first_j // BLOCK + tile_j)
         meets = (tl.load(range_i) <= tl.load(range_j + 1)) & (tl.load(range_j) <= tl.load(range_i + 1))
@@ -320,16 +320,16 @@ def pair_tiles_kernel(
     read_i = tl.minimum(i, length - 1).to(tl.int64) * stride_l
     read_j = tl.minimum(j, length - 1).to(tl.int64) * stride_l
     c = _products(z, read_i, read_j, width, BLOCK, BLOCK, BLOCK_K, EVEN_K, PRECISION)
-    if HAS_GROUPS:
-        groups_ptr += (row % batch).to(tl.int64) * length
-        groups_i = tl.load(groups_ptr + i, mask=valid_i, other=-1)
-        # Tokens of a negative group pair with no token, not even with one of the same group.
-        groups_i = tl.where(groups_i < 0, -2, groups_i)
-        groups_j = tl.load(groups_ptr + j, mask=valid_j, other=-1)
+    if HAS_PAIR_IDS:
+        pair_ids_ptr += (row % batch).to(tl.int64) * length
+        pair_ids_i = tl.load(pair_ids_ptr + i, mask=valid_i, other=-1)
+        # Tokens of a negative id pair with no token, not even with one of the same id.
+        pair_ids_i = tl.where(pair_ids_i < 0, -2, pair_ids_i)
+        pair_ids_j = tl.load(pair_ids_ptr + j, mask=valid_j, other=-1)
         masked = True
     else:
-        groups_i = tl.where(valid_i, 0, -2)
-        groups_j = tl.where(valid_j, 0, -1)
+        pair_ids_i = tl.where(valid_i, 0, -2)
+        pair_ids_j = tl.where(valid_j, 0, -1)
         # J is never before I, so tile I reaches beyond the last token only if J does.
         masked = first_j + tile_j * BLOCK + BLOCK > length
     inverse_i = tl.load(inverse_ptr + statistics + i, mask=valid_i, other=0.0)
@@ -347,8 +347,8 @@ def pair_tiles_kernel(
         extra_j,
         i,
         j,
-        groups_i,
-        groups_j,
+        pair_ids_i,
+        pair_ids_j,
         masked,
         diagonal,
         shift,
@@ -392,7 +392,7 @@ def row_sweep_kernel(
     weight_inverse_ptr,
     extra_ptr,
     shift_ptr,
-    groups_ptr,
+    pair_ids_ptr,
     tile_range_ptr,
     largest_ptr,
     total_ptr,
@@ -416,7 +416,7 @@ def row_sweep_kernel(
     TRANSFORM: tl.constexpr,
     PASS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
-    HAS_GROUPS: tl.constexpr,
+    HAS_PAIR_IDS: tl.constexpr,
     SUM_WEIGHTS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     LAYERS: tl.constexpr,
@@ -458,15 +458,15 @@ def row_sweep_kernel(
     f = first_feature + tl.arange(0, BLOCK_F)
     inverse_i = tl.load(inverse_ptr + statistics + i, mask=valid_i, other=0.0)
     extra_i = tl.load(extra_ptr + statistics + i, mask=valid_i, other=0.0)
-    if HAS_GROUPS:
-        groups_ptr += (row % batch).to(tl.int64) * length
-        groups_i = tl.load(groups_ptr + i, mask=valid_i, other=-1)
-        groups_i = tl.where(groups_i < 0, -2, groups_i)  # pairs with no token, not even with one of the same group
+    if HAS_PAIR_IDS:
+        pair_ids_ptr += (row % batch).to(tl.int64) * length
+        pair_ids_i = tl.load(pair_ids_ptr + i, mask=valid_i, other=-1)
+        pair_ids_i = tl.where(pair_ids_i < 0, -2, pair_ids_i)  # pairs with no token, not even of the same id
         ranges = tile_range_ptr + 2 * ((row % batch).to(tl.int64) * tl.num_programs(0) + tile_i)
         first_tile = tl.load(ranges)
         end_tile = tl.load(ranges + 1)
     else:
-        groups_i = tl.where(valid_i, 0, -2)
+        pair_ids_i = tl.where(valid_i, 0, -2)
         first_tile = 0
         end_tile = tl.cdiv(length, BLOCK_N)
     if (PASS == "loss") or (PASS == "online"):
@@ -500,11 +500,11 @@ def row_sweep_kernel(
             c = _products(z, read_i, read_j, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
         inverse_j = tl.load(inverse_ptr + statistics + j, mask=valid_j, other=0.0)
         extra_j = tl.load(extra_ptr + statistics + j, mask=valid_j, other=0.0)
-        if HAS_GROUPS:
-            groups_j = tl.load(groups_ptr + j, mask=valid_j, other=-1)
+        if HAS_PAIR_IDS:
+            pair_ids_j = tl.load(pair_ids_ptr + j, mask=valid_j, other=-1)
             masked = True
         else:
-            groups_j = tl.where(valid_j, 0, -1)
+            pair_ids_j = tl.where(valid_j, 0, -1)
             masked = tile_j * BLOCK_N + BLOCK_N > length
         diagonal = (tile_j * BLOCK_N < tile_i * BLOCK_M + BLOCK_M) & (tile_i * BLOCK_M < tile_j * BLOCK_N + BLOCK_N)
         u, v = _weigh(
@@ -515,8 +515,8 @@ def row_sweep_kernel(
             extra_j,
             i,
             j,
-            groups_i,
-            groups_j,
+            pair_ids_i,
+            pair_ids_j,
             masked,
             diagonal,
             shift,
