@@ -6,6 +6,8 @@ models" (ICML 2026, arXiv 2602.00217) measure it by the cosine of every pair of 
 """
 
 from .cosine import condensation_by_layer, mean_pairwise_cosine
+from .measure import measure_condensation
+from .models import load_model
 from .plot import plot_condensation, plot_heat_map, plot_training
 from .records import Record, read_records, write_records
 from .result import BINS, QUANTILES, Condensation, CosineStatistics, Layer, PublishedMeasurement, Trend
@@ -20,7 +22,9 @@ __all__ = [
     "Record",
     "Trend",
     "condensation_by_layer",
+    "load_model",
     "mean_pairwise_cosine",
+    "measure_condensation",
     "plot_condensation",
     "plot_heat_map",
     "plot_training",

@@ -1,15 +1,17 @@
-"""Cosines of pairs of tokens: the mean in closed form."""
+"""Cosines of pairs of tokens: the mean in closed form, and the sums of a layer's pairs and tokens over texts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dispersion_kernels.checks import beside, check_tensor, layers_of
-from dispersion_kernels.numerics import token_norms
+from dispersion_kernels.condensation.result import BINS, QUANTILES, CosineStatistics
+from dispersion_kernels.numerics import accumulation_dtype, token_norms, wide_dtype
 
 # Tokens normalised at a time; bounds the extra memory for sequences of any length.
 CHUNK = 4096
@@ -81,3 +83,201 @@ def condensation_by_layer(hidden: Sequence[Tensor], *, mask: Tensor | None = Non
     layers = layers_of(hidden, "hidden")
     first = layers[0]
     return torch.stack([mean_pairwise_cosine(z, mask=beside(mask, z, first)).to(first.device) for z in layers])
+
+
+class Texts(NamedTuple):
+    """Tokens of the texts in hidden states ``[rows, F]``. A text's tokens stand together, those that are no content
+    first: the pairs i < j of content tokens are then those with i from ``splits`` on. All tensors are int64 on the CPU.
+    """
+
+    order: Tensor
+    """``[tokens]``: row of each token."""
+    begins: Tensor
+    """``[texts]``: place of a text's first token in ``order``."""
+    splits: Tensor
+    """``[texts]``: place of its first content token."""
+    ends: Tensor
+    """``[texts]``: place after its last token."""
+
+
+def select_texts(mask: Tensor, content: Tensor) -> tuple[Texts, list[int]]:
+    """:class:`Texts` from ``mask`` and ``content``, boolean ``[B, L]`` on the CPU, and the rows that have at least two
+    tokens, which are the texts."""
+    orders, bounds, chosen = [], [], []
+    end = 0
+    for row, (attended, is_content) in enumerate(zip(mask, content, strict=True)):
+        tokens = attended.nonzero().flatten()
+        if tokens.numel() < 2:
+            continue
+        of_content = is_content[tokens]
+        orders.append(row * mask.shape[1] + torch.cat([tokens[~of_content], tokens[of_content]]))
+        begin, end = end, end + tokens.numel()
+        bounds.append((begin, end - int(of_content.sum()), end))
+        chosen.append(row)
+    order = torch.cat(orders) if orders else torch.empty(0, dtype=torch.int64, device="cpu")
+    begins, splits, ends = torch.tensor(bounds, dtype=torch.int64, device="cpu").view(-1, 3).unbind(1)
+    return Texts(order, begins.contiguous(), splits.contiguous(), ends.contiguous()), chosen
+
+
+class PairSums(NamedTuple):
+    """Sums over the pairs i < j of each text's tokens, on the CPU. Of the two parts, part 1 has the pairs of content
+    tokens, and part 0 all other pairs."""
+
+    counts: Tensor
+    """``[texts, 2, BINS]`` int64: histogram of the cosines over [-1, 1]."""
+    sums: Tensor
+    """``[texts, 2, 2]`` float64: sum of the cosines and of their squares; NaN where a token is not finite."""
+
+
+def pair_sums(z: Tensor, texts: Texts) -> PairSums:
+    """:class:`PairSums` of hidden states ``z`` ``[rows, F]``, of any floating dtype, in tiles of the pairs.
+
+    A cosine beyond 1 by rounding counts as 1; a token of norm zero has cosine 0 with every other token.
+    """
+    return _tiled_pair_sums(z, texts)
+
+
+# Tokens of a tile of the PyTorch version: its 2^18 cosines and their bins take 5 MiB.
+TILE = 512
+
+
+def _tiled_pair_sums(z: Tensor, texts: Texts) -> PairSums:
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    number = len(texts.begins)
+    counts = torch.zeros(number, 2, BINS, dtype=torch.int64, device=z.device)
+    sums = torch.zeros(number, 2, 2, dtype=wide_dtype(z.device), device=z.device)
+    order = texts.order.to(z.device)
+    bounds = torch.stack(texts[1:], 1).tolist()
+    for text, (begin, split, end) in enumerate(bounds):
+        x = z[order[begin:end]].to(dtype)
+        norm = token_norms(x)
+        x = x / norm.masked_fill(norm == 0, math.inf)
+        tiles = [
+            (part, first, min(first + TILE, last))
+            for part, (start, last) in enumerate(((0, split - begin), (split - begin, end - begin)))
+            for first in range(start, last, TILE)
+        ]
+        for part, first, last in tiles:
+            for column in range(first, end - begin, TILE):
+                cosine = (x[first:last] @ x[column : column + TILE].T).clamp(-1, 1)
+                if column == first:
+                    above = torch.ones_like(cosine, dtype=torch.bool).triu(1)
+                    cosine = cosine[above]
+                bins = (cosine * (BINS // 2) + BINS // 2).nan_to_num(0).to(torch.int64).clamp_(max=BINS - 1)
+                counts[text, part] += torch.bincount(bins.flatten(), minlength=BINS)
+                wide = cosine.to(sums.dtype)
+                sums[text, part] += torch.stack([wide.sum(), wide.square().sum()])
+    return PairSums(counts.cpu(), sums.to("cpu", torch.float64))
+
+
+class LayerSums:
+    """Sums of one layer over texts, from which its statistics follow. The memory is that of a histogram, of a mean for
+    each text, and of half a matrix F x F in float64."""
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(2, BINS, dtype=torch.int64, device="cpu")
+        self.sums = torch.zeros(2, 2, dtype=torch.float64, device="cpu")
+        self.text_means: list[tuple[float, float]] = []
+        """Means of each text's pairs, of all tokens and of content tokens; NaN without a pair."""
+        self._moments: _Moments | None = None
+
+    def add(self, z: Tensor, texts: Texts) -> int | None:
+        """Adds hidden states ``[rows, F]``. Returns the number of the first text with a token that is not finite, of
+        which there must be none, or None."""
+        counts, sums = pair_sums(z, texts)
+        if not (finite := sums.isfinite().all(-1).all(-1)).all():
+            return int(finite.long().argmin())
+        self.counts += counts.sum(0)
+        self.sums += sums.sum(0)
+        pairs = counts.sum(-1)
+        totals = torch.stack([sums[:, :, 0].sum(1), sums[:, 1, 0]], 1)
+        means = totals / torch.stack([pairs.sum(1), pairs[:, 1]], 1)
+        self.text_means += [(of_all, of_content) for of_all, of_content in means.tolist()]
+        content = [torch.arange(split, end, device="cpu") for split, end in zip(*texts[2:], strict=True)]
+        tokens = z[texts.order[torch.cat(content)].to(z.device)]
+        if self._moments is None and len(tokens):
+            self._moments = _Moments(tokens)
+        if self._moments is not None:
+            self._moments.add(tokens)
+        return None
+
+    def cosines(self, content: bool, interval: tuple[float, float]) -> CosineStatistics | None:
+        """Statistics of all pairs or of those of content tokens; None without a pair."""
+        counts, sums = (self.counts[1], self.sums[1]) if content else (self.counts.sum(0), self.sums.sum(0))
+        pairs = int(counts.sum())
+        if pairs == 0:
+            return None
+        text_means = tuple(means[content] for means in self.text_means)
+        present = [mean for mean in text_means if not math.isnan(mean)]
+        mean, square = (sums / pairs).tolist()
+        return CosineStatistics(
+            pairs=pairs,
+            mean=math.fsum(present) / len(present),
+            interval=interval,
+            standard_deviation=math.sqrt(max(square - mean * mean, 0.0)),
+            quantiles=_quantiles(counts.tolist()),
+            histogram=tuple(counts.tolist()),
+            text_means=text_means,
+        )
+
+    def geometry(self) -> tuple[float, float, float]:
+        """Effective rank, share of the first direction, and mean norm of the content tokens; NaN without any."""
+        if self._moments is None:
+            return math.nan, math.nan, math.nan
+        shares = self._moments.shares()
+        entropy = -torch.special.xlogy(shares, shares).sum()
+        return float(entropy.exp()), float(shares.max()), self._moments.norms / self._moments.tokens
+
+
+class _Moments:
+    """First and second moments of tokens ``[tokens, F]``, about the mean of the first tokens: about zero, the mean of
+    condensed tokens would cancel most digits of the covariance. Only blocks on and above the diagonal are kept."""
+
+    BLOCK = 128
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.dtype = accumulation_dtype(tokens.dtype)
+        self.wide = wide_dtype(tokens.device)
+        features = tokens.shape[1]
+        self.shift = tokens.to(self.dtype).mean(0)
+        self.total = torch.zeros(features, dtype=self.wide, device=tokens.device)
+        self.blocks = [
+            torch.zeros(min(self.BLOCK, features - k), features - k, dtype=self.wide, device=tokens.device)
+            for k in range(0, features, self.BLOCK)
+        ]
+        self.norms, self.tokens = 0.0, 0
+
+    def add(self, tokens: Tensor) -> None:
+        self.norms += float(token_norms(tokens).sum(dtype=self.wide))
+        self.tokens += len(tokens)
+        x = tokens.to(self.dtype) - self.shift
+        self.total += x.sum(0, dtype=self.wide)
+        for number, block in enumerate(self.blocks):
+            k = number * self.BLOCK
+            block += x[:, k : k + self.BLOCK].T @ x[:, k:]
+
+    def shares(self) -> Tensor:
+        """Eigenvalues' shares of the trace of the covariance, ``[F]``; NaN where all tokens are equal."""
+        features = len(self.total)
+        moment = torch.zeros(features, features, dtype=torch.float64, device="cpu")
+        for number, block in enumerate(self.blocks):
+            k = number * self.BLOCK
+            moment[k : k + len(block), k:] = block
+        moment = moment.triu() + moment.triu(1).T
+        offset = self.total.to("cpu", torch.float64) / self.tokens
+        values = torch.linalg.eigvalsh(moment / self.tokens - offset.outer(offset)).clamp(min=0)
+        shares: Tensor = values / values.sum()
+        return shares
+
+
+def _quantiles(counts: list[int]) -> tuple[float, ...]:
+    """Quantiles at :data:`QUANTILES`, with the pairs of a bin spread evenly over it."""
+    width, pairs, values = 2 / BINS, sum(counts), []
+    for probability in QUANTILES:
+        below = 0
+        for number, count in enumerate(counts):
+            if below + count >= probability * pairs and count:
+                values.append(-1 + width * (number + (probability * pairs - below) / count))
+                break
+            below += count
+    return tuple(values)

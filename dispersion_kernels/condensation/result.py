@@ -46,7 +46,8 @@ class CosineStatistics:
 
 @dataclass(frozen=True)
 class Layer:
-    """Measurement of one layer. Moments are over all tokens of all texts."""
+    """Measurement of one layer. Rank, direction and norm are of the content tokens of all texts, because one attention
+    sink may be a thousand times as long as other tokens; NaN without content tokens."""
 
     name: str
     """``"embedding"``, ``"block 1"`` and so on, before the final norm; ``"final norm"`` behind it; ``"layer 1"`` and so
@@ -56,11 +57,11 @@ class Layer:
     """The same without position 0 and special tokens; None where no text has two such tokens."""
     effective_rank: float
     """Exponential of the entropy of the eigenvalues' shares of the trace of the tokens' F x F covariance (Roy and
-    Vetterli, 2007): 1 for tokens on a line, F for isotropic ones."""
+    Vetterli, 2007): 1 for tokens on a line, F for isotropic ones, NaN for equal ones."""
     first_direction: float
     """Share of the covariance's trace that its largest eigenvalue has."""
     mean_norm: float
-    """Mean Euclidean norm of a token."""
+    """Mean Euclidean norm of a content token."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def _condensation(values: Mapping[str, Any]) -> Condensation:
         histograms = _list("published", published["histogram_of_averaged_matrix"])
         published = PublishedMeasurement(
             tuple(_numbers("a published histogram", row, PUBLISHED_BINS) for row in histograms),
-            _numbers("published means", published["mean_by_layer"], len(layers)),
+            _numbers("published means", published["mean_by_layer"], len(histograms)),
             _number("published spearman", published["spearman"]),
             _number("published kendall", published["kendall"]),
         )

@@ -1,0 +1,147 @@
+"""Sums over the pairs of tokens, against matrices of all cosines in float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from exact_cosines import assert_are, cosines, parts
+
+from dispersion_kernels.condensation import BINS, QUANTILES, cosine
+from dispersion_kernels.condensation.cosine import LayerSums, Texts, pair_sums, select_texts
+
+
+def ragged_texts(rows: int, lengths: list[int], seed: int = 0) -> Texts:
+    """Texts of these lengths in a random order of the rows, each with some tokens that are no content."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(rows, generator=generator)[: sum(lengths)]
+    ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
+    begins = ends - torch.tensor(lengths)
+    splits = begins + torch.tensor([(n * 3 + 1) % (length + 1) for n, length in enumerate(lengths)])
+    return Texts(order, begins, splits, ends)
+
+
+def condensed(rows: int, features: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(rows, features, generator=generator) + 0.8 * torch.randn(features, generator=generator)
+    return z * torch.rand(rows, 1, generator=generator).exp()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [[2], [3, 2, 40], [70, 31, 64, 65, 7]])
+def test_every_pair_is_counted(lengths: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cosine, "TILE", 16)
+    z = condensed(300, 33).to(dtype)
+    texts = ragged_texts(300, lengths)
+    assert_are(pair_sums(z, texts), parts(z, texts), 1e-12 if dtype == torch.float64 else 1e-6)
+
+
+def test_norms_of_all_sizes_and_zero_tokens() -> None:
+    z = condensed(60, 24)
+    z[3:20] *= 1e20
+    z[20:40] *= 1e-25
+    z[50:53] = 0
+    texts = ragged_texts(60, [60])
+    assert_are(pair_sums(z, texts), parts(z, texts), 1e-6)
+
+
+@pytest.mark.parametrize("features", [1, 3, 64, 576])
+def test_equal_and_opposite_tokens_are_in_the_outer_bins(features: int) -> None:
+    z = condensed(1, features).repeat(40, 1) * torch.rand(40, 1).exp()
+    z[20:] *= -1
+    counts, sums = pair_sums(z, Texts(torch.arange(40), *map(torch.tensor, ([0], [0], [40]))))
+    assert counts[0, 1, -1] == 20 * 19
+    assert counts[0, 1, :2].sum() == 20 * 20  # -1 by rounding may fall on either side of the first edge
+    assert counts.sum() == 40 * 39 // 2
+    assert sums[0, 1, 1].item() == pytest.approx(40 * 39 // 2, rel=1e-6)
+    assert sums[0, 1, 1].item() <= 40 * 39 // 2
+
+
+def test_a_token_that_is_not_finite_makes_its_text_nan_alone() -> None:
+    for bad in (math.nan, math.inf):
+        z = condensed(90, 8)
+        z[40, 3] = bad
+        texts = Texts(torch.arange(90), *map(torch.tensor, ([0, 30, 60], [1, 31, 60], [30, 60, 90])))
+        sums = pair_sums(z, texts).sums
+        assert sums.isfinite().all(-1).all(-1).tolist() == [True, False, True]
+
+
+def test_the_numbers_repeat() -> None:
+    z, texts = condensed(1100, 40), ragged_texts(1100, [1050, 3])
+    first = pair_sums(z, texts)
+    for _ in range(3):
+        again = pair_sums(z, texts)
+        assert torch.equal(first.counts, again.counts)
+        assert torch.equal(first.sums, again.sums)
+
+
+def test_texts_are_chosen_by_mask_and_content() -> None:
+    mask = torch.tensor([[1, 1, 1, 1, 0], [0, 0, 0, 1, 0], [0, 1, 1, 0, 1]]).bool()
+    content = torch.tensor([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [0, 0, 1, 0, 1]]).bool()
+    texts, rows = select_texts(mask, content)
+    assert rows == [0, 2]
+    assert texts.order.tolist() == [0, 2, 1, 3, 11, 12, 14]
+    assert [bound.tolist() for bound in texts[1:]] == [[0, 4], [2, 5], [4, 7]]
+
+
+def test_statistics_of_a_layer_over_several_calls() -> None:
+    """Mean, deviation, quantiles and geometry of two batches against all pairs at once."""
+    z = condensed(200, 150).double()
+    layer = LayerSums()
+    chosen = [
+        Texts(torch.arange(100), *map(torch.tensor, ([0, 50], [1, 50], [50, 100]))),
+        Texts(torch.arange(100, 200), *map(torch.tensor, ([0], [3], [100]))),
+    ]
+    values = []
+    for texts in chosen:
+        assert layer.add(z, texts) is None
+        values += parts(z, texts)
+    found = layer.cosines(False, (0.0, 1.0))
+    content = layer.cosines(True, (0.0, 1.0))
+    assert found is not None
+    assert content is not None
+    everything = np.concatenate([np.concatenate(pair) for pair in values])
+    assert found.pairs == len(everything)
+    assert found.text_means == pytest.approx([np.concatenate(pair).mean() for pair in values], abs=1e-12)
+    assert found.mean == pytest.approx(np.mean(found.text_means), abs=1e-12)
+    assert found.standard_deviation == pytest.approx(everything.std(), abs=1e-12)
+    assert found.quantiles == pytest.approx(np.quantile(everything, QUANTILES), abs=2 / BINS)
+    assert content.text_means == pytest.approx([of_content.mean() for _, of_content in values], abs=1e-12)
+    assert sum(content.histogram) == content.pairs == sum(len(of_content) for _, of_content in values)
+
+    tokens = z[torch.cat([torch.arange(1, 100), torch.arange(103, 200)])].numpy()
+    eigenvalues = np.linalg.eigvalsh(np.cov(tokens.T, bias=True))
+    shares = eigenvalues / eigenvalues.sum()
+    rank, first, norm = layer.geometry()
+    assert rank == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-9)
+    assert first == pytest.approx(shares.max(), rel=1e-9)
+    assert norm == pytest.approx(np.linalg.norm(tokens, axis=1).mean(), rel=1e-12)
+
+
+def test_the_covariance_of_condensed_tokens_keeps_its_digits() -> None:
+    """fp32 tokens a thousand times as far from zero as from each other."""
+    z = torch.randn(400, 20, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 1, 20) + 1000
+    layer = LayerSums()
+    layer.add(z, Texts(torch.arange(400), *map(torch.tensor, ([0, 200], [0, 200], [200, 400]))))
+    eigenvalues = np.linalg.eigvalsh(np.cov(z.double().numpy().T, bias=True))
+    assert layer.geometry()[1] == pytest.approx(eigenvalues.max() / eigenvalues.sum(), rel=1e-5)
+
+
+def test_geometry_of_simple_tokens() -> None:
+    one_text = [torch.tensor([0]), torch.tensor([0]), torch.tensor([8])]
+    line = LayerSums()
+    line.add(torch.arange(8.0)[:, None] * torch.tensor([1.0, 2.0, 2.0]) + 1, Texts(torch.arange(8), *one_text))
+    assert line.geometry()[:2] == pytest.approx((1, 1), abs=1e-5)
+    cross = LayerSums()
+    cross.add(torch.cat([torch.eye(4), -torch.eye(4)]), Texts(torch.arange(8), *one_text))
+    assert cross.geometry() == pytest.approx((4, 0.25, 1), abs=1e-6)
+    equal = LayerSums()
+    equal.add(torch.ones(8, 3), Texts(torch.arange(8), *one_text))
+    assert math.isnan(equal.geometry()[0])
+
+
+def test_the_oracle_is_the_formula() -> None:
+    z = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    assert cosines(z) == pytest.approx(np.array([[1, 0.5**0.5, 0], [0.5**0.5, 1, 0], [0, 0, 0]]))
