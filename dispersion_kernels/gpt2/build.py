@@ -76,6 +76,23 @@ def build_model(options: argparse.Namespace, data: TokenData, checkpoint: dict[s
     return model
 
 
+def load_teacher(options: argparse.Namespace, model: GPT2, context: int) -> GPT2 | None:
+    """Model whose predictions the ``model`` learns, without gradients; None without ``--teacher``."""
+    if options.teacher is None:
+        return None
+    try:
+        teacher = load_weights(options.teacher)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--teacher: {error}") from error
+    if teacher.config.vocab != model.config.vocab or teacher.config.context < context:
+        raise ValueError(
+            f"--teacher {options.teacher} predicts {teacher.config.vocab} tokens in a context of "
+            f"{teacher.config.context}, wanted {model.config.vocab} tokens in {context} or more; take a teacher "
+            "trained on the same text with the same --tokenizer, and no smaller --context"
+        )
+    return teacher.eval().requires_grad_(False)
+
+
 def build_optimizer(model: GPT2, options: argparse.Namespace, device: torch.device) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]

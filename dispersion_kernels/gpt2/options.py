@@ -27,10 +27,12 @@ RECIPES = {
     "gpt2-xl": (20_000, 500, 4, 16, 2e-4, 0.1, "gpt2"),
     "from weights": (2_000, 100, 8, 8, 5e-5, 0.1, "gpt2"),
 }
+# Options that name weights: a safetensors file in Hugging Face's naming, or its folder.
+WEIGHTS = ("init_from", "teacher")
 SHAPE = ("layers", "width", "heads", "mlp_width", "context")
 # Options that a resumed run cannot change, because the saved state would not fit or would change its meaning. The text
 # is compared by the key of its tokens.
-FIXED = ("preset", *SHAPE, "dropout", "init_from", "tokenizer", "vocab_size", "seed", "compare")
+FIXED = ("preset", *SHAPE, "dropout", "init_from", "tokenizer", "vocab_size", "seed", "compare", "teacher")
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -85,7 +87,8 @@ def resumed(given: argparse.Namespace, argv: Sequence[str] | None) -> argparse.N
 def distrust(saved: argparse.Namespace, given: argparse.Namespace, file: Path) -> None:
     """Raises for paths in a checkpoint of another user or machine that the command line does not confirm."""
     saved.cache = None
-    unconfirmed = {"data": saved.data, "init_from": [saved.init_from] if saved.init_from else []}
+    weights = {name: [getattr(saved, name)] for name in WEIGHTS if getattr(saved, name)}
+    unconfirmed = {"data": saved.data, **weights}
     unconfirmed = {name: paths for name, paths in unconfirmed.items() if paths and not getattr(given, name)}
     if unconfirmed:
         named = " ".join(f"--{name.replace('_', '-')} {shlex.join(paths)}" for name, paths in unconfirmed.items())
@@ -125,7 +128,6 @@ def complete(options: argparse.Namespace) -> argparse.Namespace:
             if getattr(options, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag} cannot be given with --init-from, whose weights have a shape; leave it out")
-        options.init_from = os.path.abspath(options.init_from)
     defaults.update(zip(RECIPE, RECIPES[options.preset or "from weights"], strict=True))
     for name, value in defaults.items():
         if getattr(options, name) is None:
@@ -133,8 +135,9 @@ def complete(options: argparse.Namespace) -> argparse.Namespace:
     if options.compare and options.dispersion_weight == 0:
         raise ValueError("--compare needs a --dispersion-weight other than 0: that of its second run")
     options.data = [text if text.startswith("hf:") else os.path.abspath(text) for text in options.data]
-    if options.cache is not None:
-        options.cache = os.path.abspath(options.cache)
+    for name in ("cache", *WEIGHTS):
+        if getattr(options, name) is not None:
+            setattr(options, name, os.path.abspath(getattr(options, name)))
     return options
 
 
@@ -222,6 +225,20 @@ def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) 
         metavar="PATH",
         help="GPT-2 weights to go on from: safetensors in Hugging Face's naming",
     )
+    add(
+        "--teacher",
+        type=not_empty,
+        metavar="PATH",
+        help="distillation: GPT-2 weights, of the same tokeniser, whose predictions are learnt, too",
+    )
+    add(
+        "--teacher-weight",
+        type=fraction,
+        default=0.5,
+        metavar="X",
+        help="share of the divergence from the teacher in the loss, the text's cross-entropy has the rest "
+        "(default: %(default)s)",
+    )
     add("--checkpoint-activations", action="store_true", help="less memory, a forward pass more")
 
     add = parser.add_argument_group("dispersion").add_argument
@@ -290,14 +307,21 @@ def number(low: float, below: float = math.inf) -> Any:
     return convert
 
 
+def fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"wanted a fraction from 0 to 1, got {text!r}")
+    return value
+
+
 def fraction_or_all(text: str) -> str | float:
     try:
-        fraction = math.nan if text == "all" else float(text)
-    except ValueError:
-        fraction = math.nan
-    if text != "all" and not 0 <= fraction <= 1:
-        raise argparse.ArgumentTypeError(f"wanted all, or a fraction of the pairs from 0 to 1, got {text!r}")
-    return text if text == "all" else fraction
+        return text if text == "all" else fraction(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"wanted all, or a fraction of the pairs from 0 to 1, got {text!r}") from None
 
 
 def tokens_or_all(text: str) -> int | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .files import replaced, write_json
 from .text import Document
 
 END_OF_TEXT = "<|endoftext|>"
@@ -84,6 +85,25 @@ def gpt2_bpe() -> Any:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     return bpe
+
+
+def save_tokenizer(cached: Path, folder: Path, context: int) -> None:
+    """Writes the tokeniser of the cache folder ``cached`` for ``transformers.AutoTokenizer.from_pretrained(folder)``.
+
+    ``--tokenizer bytes`` has none. Like GPT-2's, it marks no beginning and no end of a text by itself.
+    """
+    if not (cached / "tokenizer.json").exists():
+        return
+    with replaced(folder / "tokenizer.json") as file:
+        file.write((cached / "tokenizer.json").read_bytes())
+    description = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", description)
 
 
 def blocks(documents: Iterable[Document]) -> Iterator[str | None]:

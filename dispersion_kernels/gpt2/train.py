@@ -25,7 +25,15 @@ from dispersion_kernels import DispersionRegularizer, fused_dispersion_loss
 
 from ..condensation import condensation_by_layer, plot_condensation
 from ..potentials import resolve_potential
-from .build import build_model, build_optimizer, dispersion_layers, learning_rate, load_tokens, pick_device
+from .build import (
+    build_model,
+    build_optimizer,
+    dispersion_layers,
+    learning_rate,
+    load_teacher,
+    load_tokens,
+    pick_device,
+)
 from .checkpoint import damage_named, read_checkpoint, restore_optimizer, write_checkpoint
 from .data import mixed_seed, training_windows, validation_windows, windows_at
 from .files import Metrics, locked, write_json
@@ -43,6 +51,7 @@ from .runtime import (
     say,
     world,
 )
+from .tokenizer import save_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,6 +164,8 @@ class Run:
             raise ValueError(
                 f"--context {self.context} is more than the weights' {config.context} positions; take fewer"
             )
+        teacher = load_teacher(options, self.model, self.context)
+        self.teacher = teacher and teacher.to(self.device)
         self.layers = dispersion_layers(options.dispersion_layers, config.layers)
         self.potential = resolve_potential(options.potential, tau=options.tau)
         self.loss_options = {"sampling": sampling_of(options), "impl": options.impl}
@@ -302,14 +313,20 @@ class Run:
         cosine = torch.zeros(self.model.config.layers, device=self.device)
         for micro in range(options.accumulate):
             first = (micro * world() + rank()) * size
-            tokens, targets = windows_at(self.data.train, starts[first : first + size], self.context)
+            windows = windows_at(self.data.train, starts[first : first + size], self.context)
+            tokens, targets = (window.to(self.device) for window in windows)
             # Dropout and token sampling, like the windows, depend on the seed and the step alone: nothing has to be
             # saved, and resuming is exact.
             torch.manual_seed(mixed_seed(options.seed, self.step, micro, rank()))
             with self.gradients_synchronised(micro + 1 == options.accumulate):
                 with self.autocast():
-                    output = self.forward(tokens.to(self.device), targets.to(self.device), measure)
+                    output = self.forward(tokens, targets, measure)
                     loss = output.loss
+                    if self.teacher is not None:
+                        share = options.teacher_weight
+                        loss = (1 - share) * loss + share * divergence(
+                            self.teacher, output.logits, tokens.to(self.device)
+                        )
                     if self.regularizer is not None:
                         loss = loss + self.regularizer.loss()
                 if measure:
@@ -425,14 +442,24 @@ class Run:
         if rank() == 0:
             write_json(self.out / "results.json", results)
             save_weights(self.model, self.out)
+            save_tokenizer(self.data.folder, self.out, self.context)
             curves = {"before training": self.before, "after training": cosine}
             plot_condensation(curves, self.out / "condensation.png", dashed=["before training"])
             say(
                 f"validation loss {loss:.4f}; mean pairwise cosine of the last layer {cosine[-1]:.3f}, before training "
                 f"{self.before[-1]:.3f}\n{self.out} holds condensation.png, metrics.jsonl, results.json, checkpoint.pt "
-                "and the weights in Hugging Face's naming, model.safetensors and config.json\n"
+                "and, as Hugging Face names them, the weights, their config.json and the tokeniser\n"
             )
         return results
+
+
+def divergence(teacher: nn.Module, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler divergence from the teacher's predictions of those that ``logits [B, L, V]`` give, in nats, mean
+    over the tokens ``[B, L]``, at temperature 1 (Hinton et al., 2015)."""
+    with torch.no_grad():
+        wanted = teacher(tokens).logits.float().log_softmax(-1)
+    predicted = logits.float().log_softmax(-1)
+    return nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True).sum(-1).mean()
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def crafted(out: Path, name: str, path: Path) -> None:
     store(out, state, sealed=True)
 
 
-@pytest.mark.parametrize("name", ["data", "cache", "init-from"])
+@pytest.mark.parametrize("name", ["data", "cache", "init-from", "teacher"])
 def test_paths_of_a_crafted_checkpoint_are_not_used(out, refused, finished, tmp_path, monkeypatch, name):
     monkeypatch.setattr(train, "load_tokens", lambda options: pytest.fail("the paths were used"))
     hostile = tmp_path / "hostile"
@@ -194,8 +194,8 @@ def test_paths_of_a_crafted_checkpoint_are_not_used(out, refused, finished, tmp_
     said = refused()
     assert "was not written by you on this machine" in said
     assert f"--data {hostile if name == 'data' else finished / 'texts'}" in said
-    if name == "init-from":
-        assert f"--init-from {hostile}" in said
+    if name in ("init-from", "teacher"):
+        assert f"--{name} {hostile}" in said
     assert not hostile.exists()
 
 

@@ -314,6 +314,54 @@ def test_training_goes_on_from_gpt2_weights(refused, arguments, tmp_path):
     assert "--layers cannot be given with --init-from" in refused(*start)
 
 
+def test_a_teacher_is_learnt_from(run, refused, tmp_path):
+    """The divergence is the mean over the tokens of sum(p log(p / q)). It is all of the loss at weight 1, and falls
+    further than at weight 0, at which the run is that without a teacher."""
+    torch.manual_seed(0)
+    teacher = GPT2(GPT2Config(layers=1, width=16, heads=2, context=16, vocab=257)).requires_grad_(False)
+    teacher.wte.weight *= 20
+    save_weights(teacher, tmp_path / "teacher")
+    tokens = torch.randint(0, 257, (2, 16))
+    logits = torch.randn(2, 16, 257, requires_grad=True)
+    p, q = (x.double().softmax(-1) for x in (teacher(tokens).logits, logits.detach()))
+    value = train.divergence(teacher, logits, tokens)
+    torch.testing.assert_close(value.detach().double(), (p * (p / q).log()).sum(-1).mean(), rtol=1e-5, atol=0)
+    value.backward()
+    torch.testing.assert_close(logits.grad, ((q - p) / 32).float(), rtol=1e-4, atol=1e-7)
+
+    plain = ["--dispersion-weight", "0", "--steps", "40"]
+    run(tmp_path / "none", *plain)
+    found = {}
+    for weight in ("0", "1"):
+        run(tmp_path / weight, *plain, "--teacher", str(tmp_path / "teacher"), "--teacher-weight", weight)
+        student = load_weights(tmp_path / weight).eval()
+        found[weight] = train.divergence(teacher, student(tokens).logits, tokens).item()
+    assert_same_weights(tmp_path / "none", tmp_path / "0")
+    assert found["1"] < 0.8 * found["0"]
+
+    save_weights(GPT2(GPT2Config(layers=1, width=16, heads=2, context=8, vocab=257)), tmp_path / "teacher")
+    said = refused("--teacher", str(tmp_path / "teacher"))
+    assert "predicts 257 tokens in a context of 8, wanted 257 tokens in 16 or more; take a teacher" in said
+    assert "--teacher: no GPT-2 weights at" in refused("--teacher", str(tmp_path / "nowhere"))
+    assert "--teacher-weight: wanted a fraction from 0 to 1, got '2'" in refused("--teacher-weight", "2")
+
+
+def test_a_folder_has_the_tokeniser_of_its_text(run, tmp_path):
+    """As Hugging Face reads it: the tokens are those that the run was trained on."""
+    run(tmp_path / "out", "--tokenizer", "bpe", "--vocab-size", "300")
+    tokenizers = pytest.importorskip("tokenizers")
+    bpe = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    text = (tmp_path / "texts" / "3.txt").read_text()
+    kept = next((tmp_path / "cache").glob("bpe-*"))
+    ids = bpe.encode(text).ids
+    assert ids == tokenizers.Tokenizer.from_file(str(kept / "tokenizer.json")).encode(text).ids
+    assert bpe.decode(ids) == text
+    described = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (described["eos_token"], described["model_max_length"]) == ("<|endoftext|>", 16)
+    run(tmp_path / "bytes")
+    assert not (tmp_path / "bytes" / "tokenizer.json").exists()
+
+
 def test_weights_that_cannot_be_gone_on_from(arguments, tmp_path, capsys):
     texts = arguments(tmp_path / "out")[:6]
     torch.manual_seed(0)
