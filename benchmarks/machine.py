@@ -18,24 +18,12 @@ from typing import Any
 import torch
 
 from dispersion_kernels.backends import cpu, triton_version
+from dispersion_kernels.env_report import processor
 
 
 def pick_device() -> torch.device:
     """A CUDA (or ROCm) device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def processor() -> str:
-    """Name of the processor with its family and model, because clouds give several processors the same name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    # Reversed, so that the first core's fields are kept.
-    found = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
-    if "model name" not in found:
-        return platform.processor() or platform.machine()
-    if "cpu family" not in found:
-        return found["model name"]
-    return f"{found['model name']} (family {found['cpu family']}, model {found['model']})"
 
 
 def describe() -> dict[str, str]:

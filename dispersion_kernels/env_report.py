@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from pathlib import Path
 
 import torch
 
@@ -30,7 +31,7 @@ def report() -> str:
         f"dispersion-kernels: {__version__}",
         f"python: {sys.version.split()[0]} on {platform.platform()}",
         f"torch: {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        f"processor: {platform.processor() or platform.machine()}, {os.cpu_count()} logical cores",
+        f"processor: {processor()}, {os.cpu_count()} logical cores",
         f"CPU kernel: {built}",
         f"CUDA kernels: {cuda_built}",
         f"CUDA: {torch.version.cuda}, ROCm: {torch.version.hip}, {device}",
@@ -40,6 +41,19 @@ def report() -> str:
         support = supported(impl, z.cuda() if impl in ("triton", "cuda") and torch.cuda.is_available() else z)
         lines.append(f'impl="{impl}": ' + ("yes" if support else f"no: {support.reason}"))
     return "\n".join(lines)
+
+
+def processor() -> str:
+    """Name of the processor with its family and model, because clouds give several processors the same name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    # Reversed, so that the first core's fields are kept.
+    found = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    if "cpu family" not in found:
+        return found["model name"]
+    return f"{found['model name']} (family {found['cpu family']}, model {found['model']})"
 
 
 if __name__ == "__main__":
