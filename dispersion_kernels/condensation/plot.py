@@ -68,7 +68,7 @@ def plot_heat_map(
     Source: Liu et al., ICML 2026, arXiv 2602.00217.
     """
     measured = _measured(condensations)
-    picture = _Picture(path)
+    picture = Picture(path)
     densities = [np.array([_density(cosines) for cosines in _cosines(one, tokens)]) for one in measured]
     columns = min(PANELS, len(measured))
     rows = math.ceil(len(measured) / columns)
@@ -147,7 +147,7 @@ def plot_condensation(
         raise TypeError(f"dashed must be a list of labels, got {dashed!r}; give [{dashed!r}]")
     if unknown := set(dashed) - {line.label for line in lines}:
         raise ValueError(f"dashed names {sorted(unknown)}, curves has {[line.label for line in lines]}")
-    picture = _Picture(path)
+    picture = Picture(path)
     figure = picture.figure(7, 4.2)
     from matplotlib.ticker import MaxNLocator
 
@@ -199,7 +199,7 @@ def plot_training(records: Iterable[Record], path: str | Path, *, title: str = "
         ModuleNotFoundError: matplotlib is missing.
     """
     steps, names, means = _series(records)
-    picture = _Picture(path)
+    picture = Picture(path)
     figure = picture.figure(7, 1.6 + min(max(0.2 * len(names), 1.6), 6.0))
     axes = figure.add_subplot()
     # Each measurement is drawn around its step, up to half the way to its neighbours.
@@ -217,7 +217,7 @@ def plot_training(records: Iterable[Record], path: str | Path, *, title: str = "
     return picture.save(figure)
 
 
-class _Picture:
+class Picture:
     """File of a picture: its name and format, checked before the drawing, and the way it is written."""
 
     def __init__(self, path: str | Path) -> None:
