@@ -89,7 +89,7 @@ struct AngularSpread {
     return madd(arccos(clip(s, low, high)), -inverse_pi_tau, -shift);
   }
   template <class V>
-  DK_FUNCTION Weights<V> weigh(V s, V q_i, V q_j, float shift) const {
+  DK_FUNCTION Weights<V> evaluate(V s, V q_i, V q_j, float shift) const {
     const V c = clip(s, low, high);
     const V psi = exponential(exponent(s, q_i, q_j, shift));
     return {psi, psi * rsqrt(maximum(madd(c * -1.0f, c, 1.0f), kLeastSquare))};
@@ -107,7 +107,7 @@ struct AngularSpreadNarrow {
     return madd(arcsine_narrow(clip(s, low, high)), inverse_pi_tau, -shift);
   }
   template <class V>
-  DK_FUNCTION Weights<V> weigh(V s, V q_i, V q_j, float shift) const {
+  DK_FUNCTION Weights<V> evaluate(V s, V q_i, V q_j, float shift) const {
     const V c = clip(s, low, high);
     const V psi = exponential(exponent(s, q_i, q_j, shift));
     return {psi, psi * rsqrt(madd(c * -1.0f, c, 1.0f))};
@@ -124,7 +124,7 @@ struct AngularSpreadFit {
   Polynomial odd;   // sinh(a / (pi tau)) / sin a
 
   template <class V>
-  DK_FUNCTION Weights<V> weigh(V s, V, V, float) const {
+  DK_FUNCTION Weights<V> evaluate(V s, V, V, float) const {
     const V c = clip(s, low, high);
     const V square = madd(c * -1.0f, c, 1.0f);
     const V inverse = rsqrt(square);
@@ -141,7 +141,7 @@ struct Orthogonalization {
   float low, high, margin;
 
   template <class V>
-  DK_FUNCTION Weights<V> weigh(V s, V, V, float) const {
+  DK_FUNCTION Weights<V> evaluate(V s, V, V, float) const {
     const V c = clip(s, low, high);
     const V excess = maximum(madd(arccos(c), -kInversePi, margin), 0.0f);
     return {excess * excess, excess * rsqrt(maximum(madd(c * -1.0f, c, 1.0f), kLeastSquare))};
@@ -154,7 +154,7 @@ struct OrthogonalizationNarrow {
   float low, high, margin;
 
   template <class V>
-  DK_FUNCTION Weights<V> weigh(V s, V, V, float) const {
+  DK_FUNCTION Weights<V> evaluate(V s, V, V, float) const {
     const V c = clip(s, low, high);
     const V excess = maximum(madd(arcsine_narrow(c), kInversePi, margin - 0.5f), 0.0f);
     return {excess * excess, excess * rsqrt(madd(c * -1.0f, c, 1.0f))};
@@ -168,7 +168,7 @@ struct OrthogonalizationFit {
   Polynomial turns;  // a / (pi sin a)
 
   template <class V>
-  DK_FUNCTION Weights<V> weigh(V s, V, V, float) const {
+  DK_FUNCTION Weights<V> evaluate(V s, V, V, float) const {
     const V c = clip(s, low, high);
     const V square = madd(c * -1.0f, c, 1.0f);
     const V inverse = rsqrt(square);
@@ -177,13 +177,13 @@ struct OrthogonalizationFit {
   }
 };
 
-// decorrelation: psi = s^2 for standardised rows of unit length, whose product s is their correlation; slope s, kappa
+// decorrelation: psi = s^2 for standardized rows of unit length, whose product s is their correlation; slope s, kappa
 // 2.
 struct Decorrelation {
   static constexpr bool kExponential = false;
 
   template <class V>
-  DK_FUNCTION Weights<V> weigh(V s, V, V, float) const {
+  DK_FUNCTION Weights<V> evaluate(V s, V, V, float) const {
     return {s * s, s};
   }
 };
@@ -198,13 +198,13 @@ struct Gaussian {
 
   template <class V>
   DK_FUNCTION V exponent(V s, V q_i, V q_j, float shift) const {
-    const V of_both = q_i + q_j;
-    const V e = minimum(madd(s, twice_a, of_both * -1.0f), 0.0f);
-    const V apart = maximum(absolute(q_i - q_j), madd(of_both, -resolution, e * -1.0f));
+    const V q_sum = q_i + q_j;
+    const V e = minimum(madd(s, twice_a, q_sum * -1.0f), 0.0f);
+    const V apart = maximum(absolute(q_i - q_j), madd(q_sum, -resolution, e * -1.0f));
     return select_less(apart, 1e-37f, maximum(e, 0.0f), e) - shift;
   }
   template <class V>
-  DK_FUNCTION Weights<V> weigh(V s, V q_i, V q_j, float shift) const {
+  DK_FUNCTION Weights<V> evaluate(V s, V q_i, V q_j, float shift) const {
     const V psi = exponential(exponent(s, q_i, q_j, shift));
     return {psi, psi};
   }

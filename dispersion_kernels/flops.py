@@ -3,7 +3,7 @@
 Counted are the matrix products over pairs, by the mode's rules for the naive loss: 2 FLOPs per multiply-add, L^2 pairs
 per sequence, one product for the loss and three for loss and gradient: 2 B L^2 F and 6 B L^2 F. (The kernels do half of
 that, because c is symmetric.) Packed sequences count their own pairs where ``cu_seqlens`` has values; masks and
-documents do not change the count. Sampled pairs count the visited pairs.
+documents do not change the count. Sampled pairs count the evaluated pairs.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def register() -> None:
     if counter is None:
         return
     operators = torch.ops.dispersion_kernels
-    formulas = {operators.forward: _of_all_pairs, operators.sampled: _of_sampled_pairs}
+    formulas = {operators.forward: _all_pairs_flops, operators.sampled: _sampled_pairs_flops}
     modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, counter._FlopCounterMode)]
     for known in (counter.flop_registry, *(mode.counter.flop_registry for mode in modes)):
         for operator, formula in formulas.items():
             known.setdefault(operator, formula)
 
 
-def _of_all_pairs(
+def _all_pairs_flops(
     layers: Sequence[Tensor],
     pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -53,7 +53,7 @@ def _of_all_pairs(
     return sum(2 * (3 if need else 1) * pairs * z.shape[2] for z, need in zip(layers, with_grad, strict=True))
 
 
-def _of_sampled_pairs(
+def _sampled_pairs_flops(
     layers: Sequence[Tensor],
     pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,

@@ -113,7 +113,8 @@ bool holds(const Fit& fitted, double floor, const std::function<double(double)>&
   for (int i = 0; i < kChecks; ++i) {
     const float s = fitted.low + (fitted.high - fitted.low) * float(i) / float(kChecks - 1);
     const double expected = psi(s);
-    if (!(fabs(fitted.weigh(s, 0.0f, 0.0f, 0.0f).psi - expected) <= kEvaluation * (fabs(expected) + floor))) return false;
+    const double error = fabs(fitted.evaluate(s, 0.0f, 0.0f, 0.0f).psi - expected);
+    if (!(error <= kEvaluation * (fabs(expected) + floor))) return false;
   }
   return true;
 }
@@ -190,7 +191,7 @@ bool describe(int32_t potential, const double* params, int64_t features, Job& jo
     case DK_ANGULAR_SPREAD: {
       const double tau = params[0], clamp = params[1];
       if (!(tau > 0.0 && clamp >= 0.0 && clamp < 1.0 && params[2] >= 0.0)) return false;
-      job.transform = Transform::kNormalise;
+      job.transform = Transform::kNormalize;
       job.eps = reduction.offset = params[2];
       reduction.kappa = 1.0 / (pi * tau);
       const float low = float(clamp - 1.0), high = float(1.0 - clamp);
@@ -206,7 +207,7 @@ bool describe(int32_t potential, const double* params, int64_t features, Job& jo
     case DK_ORTHOGONALIZATION: {
       const double margin = params[0], clamp = params[1];
       if (!(clamp >= 0.0 && clamp < 1.0 && params[2] >= 0.0)) return false;
-      job.transform = Transform::kNormalise;
+      job.transform = Transform::kNormalize;
       job.eps = params[2];
       reduction.logarithm = false;
       reduction.kappa = 2.0 / pi;
@@ -217,7 +218,7 @@ bool describe(int32_t potential, const double* params, int64_t features, Job& jo
       return true;
     }
     case DK_DECORRELATION:
-      job.transform = Transform::kCentredNormalise;
+      job.transform = Transform::kCentredNormalize;
       reduction.logarithm = false;
       reduction.kappa = 2.0;
       p.kind = Potential::Kind::kDecorrelation;
@@ -228,7 +229,7 @@ bool describe(int32_t potential, const double* params, int64_t features, Job& jo
       if (!(params[0] > 0.0)) return false;
       double a = params[0];
       if (potential == DK_UNIFORMITY) {
-        job.transform = Transform::kNormalise;
+        job.transform = Transform::kNormalize;
         // |x_i - x_j|^2 lies in [0, 4], and exp(-2 kSafeExponent) is normal, too. There is no shift, so that psi of
         // equal tokens is exactly 1: another factor would round the multiples of x, and a rounded multiple is not
         // along x.

@@ -1,7 +1,7 @@
 // The exact CPU kernel: dispersion loss and gradient by a symmetric sweep over the pairs of tiles.
 //
 // Tokens are cut into tiles. A pair of tiles I < J computes its similarities once and adds both to the gradient of I
-// and to that of J; the normaliser is applied at the end. The tile pairs of a segment are ordered as in a round-robin
+// and to that of J; the normalizer is applied at the end. The tile pairs of a segment are ordered as in a round-robin
 // tournament, in which the pairs of one round share no tile. Workers take the pairs in this order and wait until both
 // tiles have finished their earlier pairs, so the order of additions, and with it every bit of the result, is the same
 // for any number of threads.
@@ -37,7 +37,7 @@ struct Group {
   std::vector<Sequence> sequences;
   std::vector<Tile> tiles;
   std::vector<int64_t> first_token;  // [tiles]: each tile's offset into rows and partner_end
-  std::vector<int32_t> unit_first_tile;
+  std::vector<int32_t> population_first_tile;
   std::vector<int64_t> rows;
   std::vector<int32_t> partner_end;
   int64_t padded_tokens = 0;
@@ -112,10 +112,10 @@ class Planner {
     return int32_t(round_up(length, panel_));
   }
 
-  static void open_tile(Group& group, bool new_unit) {
-    if (new_unit) group.unit_first_tile.push_back(int32_t(group.tiles.size()));
+  static void open_tile(Group& group, bool new_population) {
+    if (new_population) group.population_first_tile.push_back(int32_t(group.tiles.size()));
     Tile tile = {};
-    tile.unit = int32_t(group.unit_first_tile.size()) - 1;
+    tile.population = int32_t(group.population_first_tile.size()) - 1;
     group.tiles.push_back(tile);
     group.first_token.push_back(int64_t(group.rows.size()));
   }
@@ -148,9 +148,9 @@ std::vector<Step> sweep_order(const Group& group) {
     int32_t first, tiles, seats;
   };
   std::vector<Tournament> active;
-  for (size_t u = 0; u < group.unit_first_tile.size(); ++u) {
-    const int32_t first = group.unit_first_tile[u];
-    const int32_t last = u + 1 < group.unit_first_tile.size() ? group.unit_first_tile[u + 1] : tiles;
+  for (size_t u = 0; u < group.population_first_tile.size(); ++u) {
+    const int32_t first = group.population_first_tile[u];
+    const int32_t last = u + 1 < group.population_first_tile.size() ? group.population_first_tile[u + 1] : tiles;
     if (last - first > 1) active.push_back({first, last - first, (last - first + 1) / 2 * 2});
   }
   // Circle method: from round to round one seat stays and the others turn. An odd number of tiles leaves a seat empty.
@@ -252,7 +252,7 @@ class Call {
     Arena arena(workspace.data());
     place(group, scratch, arena);
 
-    if (job_.transform == Transform::kCentre) average_units(group, scratch);
+    if (job_.transform == Transform::kCentre) average_populations(group, scratch);
 
     // One parallel region for sweep and finish: if other programs keep a thread of the pool waiting, each region costs
     // a time slice.
@@ -302,8 +302,8 @@ class Call {
     if (job_.transform == Transform::kCentre) {
       const size_t features = size_t(job_.padded_features);
       tile_sums_ = arena.take<float>(group.tiles.size() * features);
-      unit_means_ = arena.take<float>(group.unit_first_tile.size() * features);
-      job_.unit_means = unit_means_;
+      population_means_ = arena.take<float>(group.population_first_tile.size() * features);
+      job_.population_means = population_means_;
     }
     for (size_t t = 0; t < group.tiles.size(); ++t) {
       Tile& tile = group.tiles[t];
@@ -320,8 +320,9 @@ class Call {
     }
   }
 
-  // Computes each unit's mean, which is subtracted: distances stay the same, and fp32 keeps more of their digits.
-  void average_units(Group& group, std::vector<Scratch>& scratch) {
+  // Computes the mean of each population, which is subtracted: distances stay the same, and fp32 keeps more of their
+  // digits.
+  void average_populations(Group& group, std::vector<Scratch>& scratch) {
     const int64_t features = job_.padded_features, tiles = int64_t(group.tiles.size());
     std::atomic<int64_t> next_tile{0};
     threads_.run(int64_t(scratch.size()), [&](int64_t worker) {
@@ -329,16 +330,16 @@ class Call {
         kernels_.add_rows(job_, group.tiles[t], scratch[worker], tile_sums_ + t * features);
     });
     std::vector<double> total(features);
-    for (size_t u = 0; u < group.unit_first_tile.size(); ++u) {
-      const int64_t first = group.unit_first_tile[u];
-      const int64_t last = u + 1 < group.unit_first_tile.size() ? group.unit_first_tile[u + 1] : tiles;
+    for (size_t u = 0; u < group.population_first_tile.size(); ++u) {
+      const int64_t first = group.population_first_tile[u];
+      const int64_t last = u + 1 < group.population_first_tile.size() ? group.population_first_tile[u + 1] : tiles;
       std::fill(total.begin(), total.end(), 0.0);
       double tokens = 0.0;
       for (int64_t t = first; t < last; ++t) {
         tokens += group.tiles[t].tokens;
         for (int64_t k = 0; k < features; ++k) total[k] += tile_sums_[t * features + k];
       }
-      for (int64_t k = 0; k < features; ++k) unit_means_[u * features + k] = float(total[k] / tokens);
+      for (int64_t k = 0; k < features; ++k) population_means_[u * features + k] = float(total[k] / tokens);
     }
   }
 
@@ -385,7 +386,7 @@ class Call {
   Reduction reduction_ = {};
   std::vector<double> losses_;
   float* tile_sums_ = nullptr;
-  float* unit_means_ = nullptr;
+  float* population_means_ = nullptr;
 };
 
 bool valid(const dk_args& args) {

@@ -78,12 +78,12 @@ typedef struct {
                                // and are of one layer; ascending
   int64_t population_count;
   const int64_t* blocks;  // [block_count + 1]: bounds of the blocks, at most kLargestTile tokens each, whose pairs are
-                          // visited; ascending through all populations
-  int64_t block_count;    // 0: no pair is visited, and blocks is NULL
-  const double* inverse_probability;  // [population_count]: 1 / probability that a pair is visited
+                          // evaluated; ascending through all populations
+  int64_t block_count;    // 0: no pair is evaluated, and blocks is NULL
+  const double* inverse_probability;  // [population_count]: 1 / probability that a pair is evaluated
   const int64_t* sequence;            // [population_count]: sequence whose loss the pairs belong to; every layer has as
                                       // many sequences
-  const int64_t* pairs;               // [sequence_count]: ordered pairs, visited or not
+  const int64_t* pairs;               // [sequence_count]: ordered pairs, evaluated or not
   int64_t sequence_count;
   const double* params;
   int32_t potential;  // dk_potential
@@ -146,9 +146,9 @@ static_assert(kFitSize <= kLargestTile, "a fit's tokens are packed as a tile");
 static_assert(kFitSize % kRank == 0, "every so many-th token of a fit begins a direction");
 
 enum class Transform {
-  kNormalise,         // x = z / (|z| + eps)
-  kCentredNormalise,  // x = (z - mean over features) / |z - mean|
-  kCentre,            // x = z - mean over the tokens of the unit
+  kNormalize,         // x = z / (|z| + eps)
+  kCentredNormalize,  // x = (z - mean over features) / |z - mean|
+  kCentre,            // x = z - mean over the tokens of the population
 };
 
 // Up to kLargestTile tokens that are packed together. A tile is part of one long segment, or holds several whole short
@@ -156,7 +156,8 @@ enum class Transform {
 struct Tile {
   int32_t tokens, padded;  // padded to whole panels
   int32_t sequence;        // number of the sequence within its group
-  int32_t unit;            // number of the unit, the tokens centred together: a long segment, or a tile of short ones
+  int32_t population;      // number of the population, the tokens centred together: a long segment, or a tile of
+                           // short ones
   const int64_t* rows;     // [tokens]: rows of z
   const int32_t* partner_end;
 
@@ -169,7 +170,7 @@ struct Tile {
                             // the distance
   float* row_sum;           // [padded]: sum of the token's weights, in units of exp(shift)
   double square_sum;        // sum of |z|^2 over the tile
-  double c_sum;             // sum of the similarities of the visited ordered pairs; sampled calls alone
+  double c_sum;             // sum of the similarities of the evaluated ordered pairs; sampled calls alone
   double psi_sum;           // sum of psi over ordered pairs, in units of exp(psi_shift)
   double psi_shift, shift;  // shift: log scale of this tile's rows of the gradient and of row_sum
   const float* own;         // [padded]: coefficient with which x_i itself is in its sum; or NULL
@@ -199,12 +200,12 @@ struct Potential {
 struct Job {
   const dk_args* args;
   Transform transform;
-  double eps;           // eps of the normalising transform
+  double eps;           // eps of the normalizing transform
   float square_factor;  // factor a of Tile::square
   Potential potential;
   bool gradient;
   int64_t padded_features;
-  const float* unit_means;  // [units][padded_features], only for kCentre
+  const float* population_means;  // [populations][padded_features], only for kCentre
 };
 
 // Model of the slope of one layer's pairs, h_ij = sum_k b_k phi_ik phi_jk, in units of the kernel's slopes; or no
@@ -257,8 +258,8 @@ struct TileKernels {
   // Features of a tile that is not packed, to phi [rows][kModelFeatures], and their sums over the tile, of phi_k x, to
   // sums [panel of features][kModelFeatures][panel].
   void (*model_sums)(const Job&, const Model&, Tile&, Scratch&, float* phi, float* sums);
-  // Sums over the pairs within the segments of a packed tile, and, of these and the model's share of all pairs, the
-  // gradient without its scale.
+  // Sums over the pairs within the segments of a packed tile, and the gradient, without its scale, of these pairs and
+  // of the model, over all pairs.
   void (*sample)(const Job&, const Model&, Tile&, Scratch&, const float* phi, const float* sums,
                  float inverse_probability);
   // Gradient, without its scale, from the model alone, for a tile that is not packed.

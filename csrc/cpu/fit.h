@@ -15,14 +15,14 @@ DK_INLINE int first_of_group(int i) { return i / kFitTokens * kFitTokens; }
 
 // psi and slope of the pairs within groups, in units of exp(shift); whole panels, so some pairs beside them, too.
 template <class P>
-void weigh_groups(const Job& job, const P& potential, const Tile& tile, const FitScratch& scratch) {
+void evaluate_groups(const Job& job, const P& potential, const Tile& tile, const FitScratch& scratch) {
   for (int i = 0; i < kFitSize; ++i) {
     const Pack q_i = splat_pack(tile.square[i]);
     const int first = first_of_group(i);
     for (int j = first / kPanel * kPanel; j < first + kFitTokens; j += kPanel) {
       const int64_t at = i * kWeightStride + j;
       const Weights<Pack> w =
-          potential.weigh(load_pack(scratch.products + at), q_i, load_pack(tile.square + j), job.potential.shift);
+          potential.evaluate(load_pack(scratch.products + at), q_i, load_pack(tile.square + j), job.potential.shift);
       store_pack(scratch.psi + at, w.psi);
       store_pack(scratch.slope + at, w.slope);
     }
@@ -62,7 +62,7 @@ void find_directions(const Job& job, const Tile& tile, const FitScratch& scratch
       micro_kernel<true>(kFitSize, {coefficients[r], kFitSize, 1},
                          {tile.token_major + column * tile.padded, kPanel}, rows + r, column, 1.0f, 0.0f, [](int) {});
 
-  // Orthonormalisation by the Cholesky factor L of the regularised Gram matrix: the inverse of L times the span.
+  // Orthonormalization by the Cholesky factor L of the regularised Gram matrix: the inverse of L times the span.
   double* span[kRank];
   double factor[kRank][kRank];
   for (int r = 0; r < kRank; ++r) {
@@ -140,7 +140,7 @@ void fit(const Job& job, Tile& tile, Scratch& scratch, const FitScratch& matrice
     tile.square[t] = tile.inverse[t] = 0.0f;
   }
   similarities(job, tile, tile, false, matrices.products);
-  with_potential(job.potential, [&](const auto& potential) { weigh_groups(job, potential, tile, matrices); });
+  with_potential(job.potential, [&](const auto& potential) { evaluate_groups(job, potential, tile, matrices); });
 
   // Mask of the pairs, 1 or 0: a token that was drawn twice does not pair with itself.
   GroupMatrix there;

@@ -3,9 +3,9 @@
 //
 // Tokens are read twice, in place. The first pass reads them in chunks for the model's sums over each population, sum_j
 // phi_jk x_j; a population that has all rows between its first and last is read in the order of the rows. The second
-// pass computes the gradient, block by block: one matrix product of the visited pairs' residual slopes with the block's
-// tokens, and one of the model's features, kept from the first pass, with the sums. Chunks and tiles depend on the
-// arguments alone and are summed in their order, so every bit is the same for any number of threads.
+// pass computes the gradient, block by block: one matrix product of the evaluated pairs' residual slopes with the
+// block's tokens, and one of the model's features, kept from the first pass, with the sums. Chunks and tiles depend on
+// the arguments alone and are summed in their order, so every bit is the same for any number of threads.
 
 #include "dispersion.h"
 
@@ -24,8 +24,8 @@
 namespace dk {
 namespace {
 
-// Tokens of one population that a worker takes at a time, in the first pass and in a second pass that visits no pair.
-// A second pass with visited pairs takes whole blocks.
+// Tokens of one population that a worker takes at a time, in the first pass and in a second pass that evaluates no
+// pair. A second pass with evaluated pairs takes whole blocks.
 constexpr int64_t kChunkTokens = 256, kExpandedTokens = 64;
 static_assert(kChunkTokens <= kLargestTile && kExpandedTokens <= kLargestTile, "tokens taken at once are a tile");
 
@@ -83,7 +83,7 @@ class SampledCall {
     bool finite = true;
   };
 
-  bool visited() const { return args_.block_count > 0; }
+  bool evaluates_pairs() const { return args_.block_count > 0; }
   bool models() const { return args_.draws; }
 
   // Computes the row of each token within its layer, and the runs of both passes; false if the bounds do not fit
@@ -119,7 +119,7 @@ class SampledCall {
     const int64_t* rows = rows_.data() + first;
     const int64_t* in_any_order = most - least == end - first - 1 ? ascending_.data() + least : rows;
     bool whole = false;
-    if (visited()) {
+    if (evaluates_pairs()) {
       const size_t begins = tiles_.size();
       for (; block < args_.block_count && args_.blocks[block + 1] <= end; ++block) {
         const int64_t begin = args_.blocks[block], tokens = args_.blocks[block + 1] - begin;
@@ -157,7 +157,7 @@ class SampledCall {
     int64_t longest = kChunkTokens, packed = models() ? kFitSize : 0;
     for (const Run& tile : tiles_) {
       longest = std::max<int64_t>(longest, tile.tokens);
-      if (visited()) packed = std::max<int64_t>(packed, tile.tokens);
+      if (evaluates_pairs()) packed = std::max<int64_t>(packed, tile.tokens);
     }
     longest = round_up(longest, kernels_.panel);
     packed = round_up(packed, kernels_.panel);
@@ -321,7 +321,7 @@ class SampledCall {
   }
 
   void finish_tile(Worker& worker, int64_t n) {
-    if (!args_.grad && !visited()) return;
+    if (!args_.grad && !evaluates_pairs()) return;
     const Run& run = tiles_[size_t(n)];
     const Job& job = jobs_[size_t(run.layer)];
     const bool modelled = args_.grad && modelled_[size_t(run.population)];
@@ -330,7 +330,7 @@ class SampledCall {
     const float* phi = features_of(run.layer);
     Tile& tile = worker.tile;
     outline(tile, run.rows, run.tokens);
-    if (visited()) {
+    if (evaluates_pairs()) {
       tile.partner_end = partner_end_.data() + run.first;
       kernels_.pack(job, tile, worker.scratch);
       kernels_.sample(job, model, tile, worker.scratch, phi, sums, float(args_.inverse_probability[run.population]));
@@ -346,13 +346,14 @@ class SampledCall {
   // Computes the loss of each sequence from estimates of the sums over all pairs, and the factors of its gradient.
   void reduce() {
     struct Estimate {
-      double psi = 0.0, missed_c = 0.0;  // missed_c: sum of c over all pairs minus its estimate from the visited pairs
+      double psi = 0.0;
+      double missed_c = 0.0;  // sum of c over all pairs minus its estimate from the evaluated pairs
     };
     constexpr double nan = std::numeric_limits<double>::quiet_NaN();
     std::vector<Estimate> population_sums(size_t(args_.population_count)), sequence_sums(size_t(args_.sequence_count));
     for (size_t n = 0; n < tiles_.size(); ++n) {
       Estimate& sums = population_sums[size_t(tiles_[n].population)];
-      const double stands_for = visited() ? args_.inverse_probability[tiles_[n].population] : 0.0;
+      const double stands_for = evaluates_pairs() ? args_.inverse_probability[tiles_[n].population] : 0.0;
       sums.psi += tile_sums_[n].finite ? stands_for * tile_sums_[n].psi : nan;
       sums.missed_c -= stands_for * tile_sums_[n].c;
     }
@@ -380,7 +381,7 @@ class SampledCall {
       if (models()) {
         const Fit& fit = fits_[s / layer_sequences];
         double missed = sequence_sums[s].missed_c / pairs;
-        if (!visited()) {
+        if (!evaluates_pairs()) {
           mean += fit.mean_psi * psi_scale_;
           missed -= fit.mean_c;
         }
@@ -412,7 +413,7 @@ class SampledCall {
   std::vector<int32_t> partner_end_;
   std::vector<Run> chunks_, tiles_;
   std::vector<int64_t> first_chunk_, first_tile_;  // [populations + 1]
-  std::vector<bool> modelled_;                     // [populations]: whether a model adds pairs that are not visited
+  std::vector<bool> modelled_;                     // [populations]: whether a model adds pairs that are not evaluated
   std::vector<dk_args> layer_args_;
   std::vector<Job> jobs_;
   std::vector<Model> models_;

@@ -148,7 +148,7 @@ DK_INLINE ScaledRow transform_row(const Job& job, Tile& tile, int t, float* out)
   tile.key[t] = job.square_factor ? row_key(z, padded_features) : 0.0f;
   if (job.transform == Transform::kCentre) {
     const double raw = square_sum(z, padded_features);
-    const float* mean = job.unit_means + tile.unit * padded_features;
+    const float* mean = job.population_means + tile.population * padded_features;
     for (int64_t k = 0; k < padded_features; k += kLanes) store(out + k, load(z + k) - load(mean + k));
     const double centred = square_sum(out, padded_features);
     tile.square_sum += raw;
@@ -157,7 +157,7 @@ DK_INLINE ScaledRow transform_row(const Job& job, Tile& tile, int t, float* out)
     tile.finite = tile.finite && isfinite(raw) && centred < 1e37 && isfinite(tile.square[t]);
     return {out, 1.0f};
   }
-  if (job.transform == Transform::kCentredNormalise) {
+  if (job.transform == Transform::kCentredNormalize) {
     centre_row(z, out, features, padded_features);
     z = out;
   }
@@ -422,8 +422,8 @@ float largest_exponent(const P& potential, const Region& region, const float* we
 // For distances equal tokens, known by equal keys and the psi of distance 0, get weight 0: they add 0 to each other's
 // gradient, and beside their psi of 1 fp32 would round away the psi of pairs far apart.
 template <class P, bool kGradient, bool kRowSums>
-double weigh(const P& potential, float shift, const Region& region, const Tile& tile, const Tile& other, float* weights,
-             float* row_sum, float* column_sum) {
+double apply_potential(const P& potential, float shift, const Region& region, const Tile& tile, const Tile& other,
+                       float* weights, float* row_sum, float* column_sum) {
   const float *q_row = tile.square, *q_column = other.square;
   const vec largest = exponential(splat_pack(-shift)).v[0];
   double total = 0.0;
@@ -435,7 +435,7 @@ double weigh(const P& potential, float shift, const Region& region, const Tile& 
     Pack row_total = splat_pack(0.0f);
     int j = begin / kPanel * kPanel;
     for (; j < end; j += kPanel) {
-      Weights<Pack> w = potential.weigh(load_pack(row + j), q_i, load_pack(q_column + j), shift);
+      Weights<Pack> w = potential.evaluate(load_pack(row + j), q_i, load_pack(q_column + j), shift);
       if constexpr (kGradient && std::is_same_v<P, Gaussian>) {
         DK_FOR_VECTORS {
           const auto equal = (load(other.key + j + n * kLanes) == tile.key[i]) & (w.psi.v[n] == largest);
@@ -470,7 +470,7 @@ struct TileSum {
 };
 
 template <class P>
-TileSum weigh_region(const Job& job, const P& potential, const Region& region, Scratch& scratch, const Tile& tile,
+TileSum apply_to_region(const Job& job, const P& potential, const Region& region, Scratch& scratch, const Tile& tile,
                      const Tile& other, float* row_sum) {
   float shift = job.potential.shift;
   bool empty = false;
@@ -483,12 +483,12 @@ TileSum weigh_region(const Job& job, const P& potential, const Region& region, S
   }
   double psi;
   if (!job.gradient)
-    psi =
-        weigh<P, false, false>(potential, shift, region, tile, other, scratch.weights, nullptr, nullptr);
+    psi = apply_potential<P, false, false>(potential, shift, region, tile, other, scratch.weights, nullptr, nullptr);
   else if (!job.potential.row_sums)
-    psi = weigh<P, true, false>(potential, shift, region, tile, other, scratch.weights, nullptr, nullptr);
+    psi = apply_potential<P, true, false>(potential, shift, region, tile, other, scratch.weights, nullptr, nullptr);
   else
-    psi = weigh<P, true, true>(potential, shift, region, tile, other, scratch.weights, row_sum, scratch.column_sum);
+    psi = apply_potential<P, true, true>(potential, shift, region, tile, other, scratch.weights, row_sum,
+                                         scratch.column_sum);
   return {psi, empty ? -INFINITY : double(shift)};
 }
 
@@ -506,10 +506,10 @@ DK_INLINE auto with_potential(const Potential& p, const Work& work) {
   return work(p.gaussian);
 }
 
-TileSum weigh_tile(const Job& job, const Region& region, Scratch& scratch, const Tile& tile, const Tile& other,
+TileSum apply_to_tile(const Job& job, const Region& region, Scratch& scratch, const Tile& tile, const Tile& other,
                    float* row_sum) {
   return with_potential(job.potential, [&](const auto& potential) {
-    return weigh_region(job, potential, region, scratch, tile, other, row_sum);
+    return apply_to_region(job, potential, region, scratch, tile, other, row_sum);
   });
 }
 
@@ -539,7 +539,7 @@ void within(const Job& job, Tile& tile, Scratch& scratch) {
   float* weights = scratch.weights;
   similarities(job, tile, tile, true, weights);
   if (job.potential.row_sums) memset(scratch.column_sum, 0, sizeof(float) * size_t(tile.padded));
-  const TileSum sum = weigh_tile(job, region, scratch, tile, tile, tile.row_sum);
+  const TileSum sum = apply_to_tile(job, region, scratch, tile, tile, tile.row_sum);
   tile.psi_sum = 2.0 * sum.psi;
   tile.psi_shift = tile.shift = sum.shift;
   if (!job.gradient) return;
@@ -558,7 +558,7 @@ void between(const Job& job, Tile& tile, Tile& other, Scratch& scratch) {
     memset(row_sum, 0, sizeof row_sum);
     memset(scratch.column_sum, 0, sizeof(float) * size_t(other.padded));
   }
-  const TileSum sum = weigh_tile(job, region, scratch, tile, other, row_sum);
+  const TileSum sum = apply_to_tile(job, region, scratch, tile, other, row_sum);
 
   const Rescaling psi = rescale(tile.psi_shift, sum.shift);
   tile.psi_sum = tile.psi_sum * psi.kept + 2.0 * sum.psi * psi.added;
@@ -602,7 +602,7 @@ DK_INLINE void project_row(const Job& job, const Tile& tile, int t, const float*
     own = squares > 0.0f ? -sum(sum_vectors(dot)) * length / squares : 0.0f;
     // Correction for the term h x that u contains: its projection is h x - x (x . h x) / |x|.
     if (tile.own) own -= tile.own[t] * (1.0f - length);
-    if (job.transform == Transform::kCentredNormalise) mean = sum(sum_vectors(total)) / float(features);
+    if (job.transform == Transform::kCentredNormalize) mean = sum(sum_vectors(total)) / float(features);
   }
   own *= factor;
   float* grad = job.args->grad + tile.rows[t] * features;
@@ -689,10 +689,10 @@ void model_features(const Job& job, const Model& model, const float* x, int64_t 
     }
   }
   for (int t = 0; t < count; ++t) {
-    float* of_token = phi + t * kModelFeatures;
-    float* y = of_token + kModelGroup;
+    float* token_phi = phi + t * kModelFeatures;
+    float* y = token_phi + kModelGroup;
     for (int r = 0; r < kRank; ++r) y[r] *= factor[t];
-    float* product = of_token;
+    float* product = token_phi;
     *product++ = 1.0f;
     for (int a = 0; a < kSquared; ++a)
       for (int b = a; b < kSquared; ++b) *product++ = y[a] * y[b];
@@ -708,9 +708,9 @@ void model_sums(const Job& job, const Model& model, Tile& tile, Scratch& scratch
     float features[kPanel * kModelFeatures];
     model_features(job, model, x.at, x.stride, kPanel, int(round_up(count, kRows)), x.factor, features);
     for (int t = 0; t < count; ++t) {
-      float* of_token = features + t * kModelFeatures;
-      memcpy(phi + tile.rows[first + t] * kModelFeatures, of_token, sizeof(float) * kModelFeatures);
-      for (int k = 0; k < kModelFeatures; ++k) of_token[k] *= x.factor[t];
+      float* token_phi = features + t * kModelFeatures;
+      memcpy(phi + tile.rows[first + t] * kModelFeatures, token_phi, sizeof(float) * kModelFeatures);
+      for (int k = 0; k < kModelFeatures; ++k) token_phi[k] *= x.factor[t];
     }
     for (int64_t column = 0; column < job.padded_features; column += kPanel) {
       static_assert(kModelFeatures % kRows == 0, "the features are whole products");
@@ -724,20 +724,20 @@ void model_sums(const Job& job, const Model& model, Tile& tile, Scratch& scratch
 }
 
 // Weighted features b_k phi_ik of a tile, 0 up to whole groups of kRows tokens, to `weighted`, and h_ii to column_sum.
-void weigh_features(const Model& model, const Tile& tile, const float* phi, Scratch& scratch) {
+void weight_features(const Model& model, const Tile& tile, const float* phi, Scratch& scratch) {
   for (int t = 0; t < int(round_up(tile.tokens, kRows)); ++t) {
     float* weighted = scratch.weighted + t * kModelFeatures;
     if (t >= tile.tokens) {
       memset(weighted, 0, sizeof(float) * kModelFeatures);
       continue;
     }
-    const float* of_token = phi + tile.rows[t] * kModelFeatures;
+    const float* token_phi = phi + tile.rows[t] * kModelFeatures;
     static_assert(sizeof(octet) == kModelGroup * sizeof(float) && kModelFeatures % kModelGroup == 0);
     octet own = {};
     for (int k = 0; k < kModelFeatures; k += kModelGroup) {
       octet b, phi_k;
       memcpy(&b, model.b + k, sizeof b);
-      memcpy(&phi_k, of_token + k, sizeof phi_k);
+      memcpy(&phi_k, token_phi + k, sizeof phi_k);
       b *= phi_k;
       own += b * phi_k;
       memcpy(weighted + k, &b, sizeof b);
@@ -749,7 +749,7 @@ void weigh_features(const Model& model, const Tile& tile, const float* phi, Scra
 // Replaces the similarities above the diagonal by inverse_probability (slope - h), 0 between segments, and sums psi and
 // c.
 template <class P>
-void weigh_residuals(const Job& job, const P& potential, const Model& model, Tile& tile, Scratch& scratch,
+void evaluate_residuals(const Job& job, const P& potential, const Model& model, Tile& tile, Scratch& scratch,
                      float inverse_probability) {
   double psi = 0.0, c = 0.0;
   for (int i = 0; i < tile.tokens; ++i) {
@@ -757,11 +757,11 @@ void weigh_residuals(const Job& job, const P& potential, const Model& model, Til
     float* row = scratch.weights + i * kWeightStride;
     const float* weighted = scratch.weighted + i * kModelFeatures;
     const Pack q_i = splat_pack(tile.square[i]);
-    Pack psi_of_row = splat_pack(0.0f), c_of_row = splat_pack(0.0f);
+    Pack row_psi = splat_pack(0.0f), row_c = splat_pack(0.0f);
     int j = begin / kPanel * kPanel;
     for (; j < end; j += kPanel) {
       Pack s = load_pack(row + j);
-      Weights<Pack> w = potential.weigh(s, q_i, load_pack(tile.square + j), job.potential.shift);
+      Weights<Pack> w = potential.evaluate(s, q_i, load_pack(tile.square + j), job.potential.shift);
       for (int k = 0; k < model.features; ++k)
         w.slope = madd(load_pack(scratch.phi + k * kWeightStride + j), -weighted[k], w.slope);
       w.slope = w.slope * inverse_probability;
@@ -770,13 +770,13 @@ void weigh_residuals(const Job& job, const P& potential, const Model& model, Til
         w.psi = keep_columns(w.psi, j, begin, end, 0.0f);
         w.slope = keep_columns(w.slope, j, begin, end, 0.0f);
       }
-      psi_of_row = psi_of_row + w.psi;
-      c_of_row = c_of_row + s;
+      row_psi = row_psi + w.psi;
+      row_c = row_c + s;
       store_pack(row + j, w.slope);
     }
     for (; j < tile.padded; j += kPanel) store_pack(row + j, splat_pack(0.0f));
-    psi += double(sum(sum_vectors(psi_of_row)));
-    c += double(sum(sum_vectors(c_of_row)));
+    psi += double(sum(sum_vectors(row_psi)));
+    c += double(sum(sum_vectors(row_c)));
   }
   tile.psi_sum = 2.0 * psi;
   tile.c_sum = 2.0 * c;
@@ -803,16 +803,16 @@ void add_up(const Job& job, const Model& model, const Tile& tile, const Scratch&
 void sample(const Job& job, const Model& model, Tile& tile, Scratch& scratch, const float* phi, const float* sums,
             float inverse_probability) {
   if (model.features) {
-    weigh_features(model, tile, phi, scratch);
+    weight_features(model, tile, phi, scratch);
     tile.own = scratch.column_sum;
   }
   for (int t = 0; t < tile.padded; ++t) {
-    const float* of_token = t < tile.tokens ? phi + tile.rows[t] * kModelFeatures : nullptr;
-    for (int k = 0; k < model.features; ++k) scratch.phi[k * kWeightStride + t] = of_token ? of_token[k] : 0.0f;
+    const float* token_phi = t < tile.tokens ? phi + tile.rows[t] * kModelFeatures : nullptr;
+    for (int k = 0; k < model.features; ++k) scratch.phi[k * kWeightStride + t] = token_phi ? token_phi[k] : 0.0f;
   }
   similarities(job, tile, tile, true, scratch.weights);
   with_potential(job.potential, [&](const auto& potential) {
-    weigh_residuals(job, potential, model, tile, scratch, inverse_probability);
+    evaluate_residuals(job, potential, model, tile, scratch, inverse_probability);
   });
   if (!job.args->grad) return;
   mirror(tile, scratch.weights);
@@ -829,7 +829,7 @@ void sample(const Job& job, const Model& model, Tile& tile, Scratch& scratch, co
 }
 
 void expand(const Job& job, const Model& model, Tile& tile, Scratch& scratch, const float* phi, const float* sums) {
-  weigh_features(model, tile, phi, scratch);
+  weight_features(model, tile, phi, scratch);
   tile.own = scratch.column_sum;
   float *u = scratch.rows, *x = u + kRows * job.padded_features;
   for (int i = 0; i < tile.tokens; i += kRows) {

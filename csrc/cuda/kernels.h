@@ -9,7 +9,7 @@ constexpr int kMaxLayers = 64;
 
 // Offset of each layer from the first, in bytes.
 struct LayerOffsets {
-  int64_t of_layer[kMaxLayers];
+  int64_t offset[kMaxLayers];
 };
 
 // Tokens per block of the kernels that read each token by itself; each token has one warp.
@@ -23,7 +23,7 @@ struct alignas(128) TensorMap {
   uint64_t opaque[16];
 };
 struct TensorMaps {
-  TensorMap of_layer[kMaxLayers];
+  TensorMap map[kMaxLayers];
 };
 
 struct Kernel {

@@ -115,7 +115,7 @@ LayerOffsets offsets(const std::vector<Tensor>& layers) {
   STD_TORCH_CHECK(layers.size() <= kMaxLayers, "at most ", kMaxLayers, " layers in a launch, got ", layers.size());
   LayerOffsets result = {};
   for (size_t n = 0; n < layers.size(); ++n)
-    result.of_layer[n] = intptr_t(layers[n].data_ptr()) - intptr_t(layers[0].data_ptr());
+    result.offset[n] = intptr_t(layers[n].data_ptr()) - intptr_t(layers[0].data_ptr());
   return result;
 }
 
@@ -226,7 +226,7 @@ std::optional<TensorMaps> tensor_maps(const std::vector<Tensor>& layers, bool bf
                                     {uint64_t(stride_l), uint64_t(stride_b)},
                                     {kHopperRowBytes / kBytes, kHopperTokens, 1},
                                     kHopperRowBytes};
-    TensorMap& map = maps.of_layer[n];
+    TensorMap& map = maps.map[n];
     if (watched) {
       std::memcpy(&map, &source, sizeof source);
       continue;

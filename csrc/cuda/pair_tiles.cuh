@@ -46,7 +46,7 @@ DK_DEVICE void pair_tiles(const PairTilesCall<T>& call) {
   if (!pair.paired || !pair_ids_overlap<T, kBlock>(call, pair)) return leave_nothing<T, Shape, kMode>(call, pair);
   load_sides<T, Potential, kMode>(scratch, call, pair);
 
-  const char* tokens = call.z + call.layers.of_layer[pair.layer] + pair.b * call.stride_b * int64_t(sizeof(Stored));
+  const char* tokens = call.z + call.layers.offset[pair.layer] + pair.b * call.stride_b * int64_t(sizeof(Stored));
   const int64_t stride_bytes = call.stride_l * int64_t(sizeof(Stored));
   const int feature_bytes = call.features * int(sizeof(Stored));
   const int steps = (feature_bytes + kRowBytes - 1) / kRowBytes;
@@ -75,7 +75,7 @@ DK_DEVICE void pair_tiles(const PairTilesCall<T>& call) {
   }
   c.flush();
   wait_for_copies<0>();
-  weigh_pairs<T, Potential, kMode>(c.sums, scratch, shared, call, pair);
+  apply_potential<T, Potential, kMode>(c.sums, scratch, shared, call, pair);
 }
 
 }  // namespace dk

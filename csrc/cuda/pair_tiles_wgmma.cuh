@@ -63,7 +63,7 @@ DK_DEVICE void pair_tiles_wgmma(const PairTilesCall<T>& call, const TensorMaps& 
   if (!multiplies) {
     release_registers<Shape::kRegistersToCopy>();
     if (threadIdx.x != Shape::kThreads) return;
-    const TensorMap* map = &maps.of_layer[pair.layer];
+    const TensorMap* map = &maps.map[pair.layer];
     for (int step = 0; step < steps; ++step) {
       const int stage = step % kStages, round = step / kStages;
       const uint32_t panel = panels + stage * 2 * Shape::kPanel, arrives = full + stage * 8;
@@ -97,7 +97,7 @@ DK_DEVICE void pair_tiles_wgmma(const PairTilesCall<T>& call, const TensorMaps& 
   wait_for_products<0>();
   settle(c);
   Shape::sync();
-  weigh_pairs<T, Potential, kMode>(c, scratch, memory, call, pair);
+  apply_potential<T, Potential, kMode>(c, scratch, memory, call, pair);
 }
 
 }  // namespace dk

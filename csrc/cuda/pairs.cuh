@@ -47,7 +47,7 @@ struct Side {
 template <class Shape>
 struct Scratch {
   Side<Shape::kBlock> i, j;
-  float of_warps[Shape::kThreads / 32];
+  float per_warp[Shape::kThreads / 32];
 };
 
 template <class T, int kBlock>
@@ -195,15 +195,15 @@ DK_DEVICE void load_sides(Scratch<Shape>& scratch, const PairTilesCall<T>& call,
 #pragma unroll
   for (int turn = 0; turn < 2 * kBlock / Shape::kThreads; ++turn) {
     const int n = turn * Shape::kThreads + int(threadIdx.x);
-    const bool of_i = n < kBlock;
-    const int at = of_i ? n : n - kBlock, token = (of_i ? pair.begin_i : pair.begin_j) + at;
+    const bool is_i = n < kBlock;
+    const int at = is_i ? n : n - kBlock, token = (is_i ? pair.begin_i : pair.begin_j) + at;
     const bool valid = token < call.length;
-    Side<kBlock>& side = of_i ? scratch.i : scratch.j;
+    Side<kBlock>& side = is_i ? scratch.i : scratch.j;
     side.inverse[at] = valid ? call.inverse[statistics + token] : 0.0f;
     if (Epilogue<Potential>::kUsesExtra) side.extra[at] = valid ? call.extra[statistics + token] : 0.0f;
     if (kMode == PairTiles::kWrite) side.weight[at] = valid ? call.weight_inverse[statistics + token] : 0.0f;
     side.pair_id[at] =
-        of_i ? row_pair_id(pair_ids, token, call.length) : column_pair_id(pair_ids, token, call.length);
+        is_i ? row_pair_id(pair_ids, token, call.length) : column_pair_id(pair_ids, token, call.length);
   }
 }
 
@@ -211,7 +211,7 @@ DK_DEVICE void load_sides(Scratch<Shape>& scratch, const PairTilesCall<T>& call,
 // by way of `staging`; nothing else uses that memory once all threads are here. A sync() must come between load_sides
 // and this.
 template <class T, class Potential, PairTiles kMode, class Shape>
-DK_DEVICE void weigh_pairs(float (&c)[Shape::kM][Shape::kN][4], Scratch<Shape>& scratch, char* staging,
+DK_DEVICE void apply_potential(float (&c)[Shape::kM][Shape::kN][4], Scratch<Shape>& scratch, char* staging,
                            const PairTilesCall<T>& call, const PairOfBlock& pair) {
   constexpr int kM = Shape::kM, kN = Shape::kN, kWarps = Shape::kThreads / 32;
   static_assert(Shape::kThreads % 32 == 0 && kM * kN * 4 * Shape::kThreads == Shape::kBlock * Shape::kBlock,
@@ -245,9 +245,9 @@ DK_DEVICE void weigh_pairs(float (&c)[Shape::kM][Shape::kN][4], Scratch<Shape>& 
             element = pairs ? exponent : -INFINITY;
             largest = fmaxf(largest, element);
           } else {
-            const Weights<float> of_pair = potential.weigh(s, extra_i, extra_j, shift);
-            element = pairs ? of_pair.slope : 0.0f;
-            total += pairs ? of_pair.psi : 0.0f;
+            const Weights<float> evaluated = potential.evaluate(s, extra_i, extra_j, shift);
+            element = pairs ? evaluated.slope : 0.0f;
+            total += pairs ? evaluated.psi : 0.0f;
           }
         }
       }
@@ -255,10 +255,10 @@ DK_DEVICE void weigh_pairs(float (&c)[Shape::kM][Shape::kN][4], Scratch<Shape>& 
   }
   if constexpr (kMode == PairTiles::kOnline) {
     largest = largest_of_warp(largest);
-    if (lane == 0) scratch.of_warps[warp] = largest;
+    if (lane == 0) scratch.per_warp[warp] = largest;
     Shape::sync();
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, scratch.of_warps[w]);
+    for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, scratch.per_warp[w]);
     Shape::sync();
 #pragma unroll
     for (int m = 0; m < kM; ++m)
@@ -268,12 +268,12 @@ DK_DEVICE void weigh_pairs(float (&c)[Shape::kM][Shape::kN][4], Scratch<Shape>& 
         for (int e = 0; e < 4; ++e) total += exponential(c[m][n][e] - largest);
   }
   total = sum_of_warp(total);
-  if (lane == 0) scratch.of_warps[warp] = total;
+  if (lane == 0) scratch.per_warp[warp] = total;
   Shape::sync();
   if (threadIdx.x == 0) {
-    total = scratch.of_warps[0];
+    total = scratch.per_warp[0];
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) total += scratch.of_warps[w];
+    for (int w = 1; w < kWarps; ++w) total += scratch.per_warp[w];
     call.sums[pair.sum_at] = pair.diagonal ? total : 2.0f * total;
     if (kMode == PairTiles::kOnline) call.maxima[pair.sum_at] = largest;
   }

@@ -108,7 +108,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
   constexpr int kStages = Shape::kStages, kRowBytes = Shape::kRowBytes, kPanels = Shape::kPanels;
   constexpr int kStepsOfFlush = kFeaturesOfFlush * 4 / kRowBytes;
   constexpr bool kGradient = Shape::kGradient;
-  // Sums of the weights are needed where tokens are not normalised.
+  // Sums of the weights are needed where tokens are not normalized.
   constexpr bool kSumsWeights = Epilogue<Potential>::kUsesExtra && !Epilogue<Potential>::kCentred;
   constexpr bool kEntropies = kPass == RowSweep::kEntropy || kPass == RowSweep::kEntropyGradient;
   static_assert(kRows % kColumns == 0, "kLoss begins with the columns of its own rows");
@@ -153,16 +153,16 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
 
   // Steps of copies for one tile J: one (resident), or one for each panel of features and then one for each panel of
   // the gradient. Copies run kStages - 1 steps ahead of the products.
-  const char* tokens = z + layers.of_layer[layer] + b * stride_b * int64_t(sizeof(Stored));
+  const char* tokens = z + layers.offset[layer] + b * stride_b * int64_t(sizeof(Stored));
   const int64_t stride_bytes = stride_l * int64_t(sizeof(Stored));
   const int feature_bytes = features * int(sizeof(Stored));
   const int products = kResident ? 1 : (feature_bytes + kRowBytes - 1) / kRowBytes;
-  const int of_gradient =
+  const int gradient_panels =
       !kGradient ? 0 : min(kPanels, (feature_bytes - first_byte + kRowBytes - 1) / kRowBytes);
-  const int steps = products + (kResident ? 0 : of_gradient);
+  const int steps = products + (kResident ? 0 : gradient_panels);
   const uint32_t memory = shared_address(shared);
   const uint32_t stages = memory + (kResident ? kPanels * Shape::kPanelI : 0);
-  float* const of_columns = reinterpret_cast<float*>(shared + Shape::kStatistics);
+  float* const column_statistics = reinterpret_cast<float*>(shared + Shape::kStatistics);
   int copied_tile = first_tile, copied_step = 0, copied_stage = 0, slot = 0;
   const auto copy_step = [&] {
     if (copied_tile < end_tile) {
@@ -171,7 +171,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
       if constexpr (kResident) {
 #pragma unroll
         for (int p = 0; p < kPanels; ++p)
-          if (p < of_gradient)
+          if (p < gradient_panels)
             copy_panel<kColumns, kRowBytes, kThreads>(stage + p * Shape::kPanelJ, tokens, stride_bytes, begin_j,
                                                       length, p * kRowBytes, feature_bytes);
       } else {
@@ -183,7 +183,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
                                                   feature_bytes);
       }
       if (copied_step == 0) {
-        const uint32_t to = shared_address(of_columns) + slot * 3 * kColumns * 4;
+        const uint32_t to = shared_address(column_statistics) + slot * 3 * kColumns * 4;
         static_assert(kColumns <= kThreads, "a thread has at most one column");
         if (const int n = threadIdx.x; n < kColumns) {
           const int token = begin_j + n, bytes = token < length ? 4 : 0;
@@ -216,7 +216,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
   if constexpr (kResident) {
 #pragma unroll
     for (int p = 0; p < kPanels; ++p)
-      if (p < of_gradient)
+      if (p < gradient_panels)
         copy_panel<kRows, kRowBytes, kThreads>(memory + p * Shape::kPanelI, tokens, stride_bytes, begin_i, length,
                                                p * kRowBytes, feature_bytes);
   }
@@ -228,26 +228,26 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
   int used_slot = 0;
   for (int tile_j = first_tile; tile_j < end_tile; ++tile_j) {
     const int begin_j = tile_j * kColumns;
-    Products<T, 1, kColumns / 8> of_tile;
+    Products<T, 1, kColumns / 8> tile_products;
     uint32_t stage = 0;
     if constexpr (kResident) {
       stage = next_stage();
 #pragma unroll
       for (int p = 0; p < kPanels; ++p)
-        if (p < of_gradient)
-          multiply_panels<T, kRowBytes, 1, kColumns / 8>(of_tile, memory + p * Shape::kPanelI, row_i,
+        if (p < gradient_panels)
+          multiply_panels<T, kRowBytes, 1, kColumns / 8>(tile_products, memory + p * Shape::kPanelI, row_i,
                                                           stage + p * Shape::kPanelJ, 0);
     } else {
       for (int step = 0; step < products; ++step) {
         stage = next_stage();
-        multiply_panels<T, kRowBytes, 1, kColumns / 8>(of_tile, stage, row_i, stage + Shape::kPanelI, 0);
-        if (step % kStepsOfFlush == kStepsOfFlush - 1) of_tile.flush();
+        multiply_panels<T, kRowBytes, 1, kColumns / 8>(tile_products, stage, row_i, stage + Shape::kPanelI, 0);
+        if (step % kStepsOfFlush == kStepsOfFlush - 1) tile_products.flush();
       }
     }
-    of_tile.flush();
-    float(&c)[1][kColumns / 8][4] = of_tile.sums;
+    tile_products.flush();
+    float(&c)[1][kColumns / 8][4] = tile_products.sums;
 
-    const float* inverse_j = of_columns + used_slot * 3 * kColumns;
+    const float* inverse_j = column_statistics + used_slot * 3 * kColumns;
     const float* extra_j = inverse_j + kColumns;
     const float* weight_j = inverse_j + 2 * kColumns;
     used_slot = used_slot + 1 == kStages ? 0 : used_slot + 1;
@@ -284,20 +284,20 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
           } else if constexpr (kEntropies) {
             const float exponent = potential.exponent(s, extra_i[half], q_j, shift_i[half]);
             const float p = pair ? exponential(exponent - largest_i[half]) * per_total_i[half] : 0.0f;
-            const Information<float> of_i = information(p, average_i[half], p2);
+            const Information<float> information_i = information(p, average_i[half], p2);
             if constexpr (kPass == RowSweep::kEntropy) {
-              sum[half] = fmaf(p, of_i.h, sum[half]);
-              g_sum[half] = fmaf(p, of_i.g, g_sum[half]);
+              sum[half] = fmaf(p, information_i.h, sum[half]);
+              g_sum[half] = fmaf(p, information_i.g, g_sum[half]);
             } else {
               const float mirrored = pair ? exponential(exponent - largest_j) * per_total_j : 0.0f;
-              const Information<float> of_j = information(mirrored, average_j, p2);
-              element = p * (of_i.g - expected_i[half]) + mirrored * (of_j.g - expected_j);
+              const Information<float> information_j = information(mirrored, average_j, p2);
+              element = p * (information_i.g - expected_i[half]) + mirrored * (information_j.g - expected_j);
             }
           } else {
-            const Weights<float> of_pair = potential.weigh(s, extra_i[half], q_j, shift_i[half]);
-            const float psi = pair ? of_pair.psi : 0.0f;
+            const Weights<float> evaluated = potential.evaluate(s, extra_i[half], q_j, shift_i[half]);
+            const float psi = pair ? evaluated.psi : 0.0f;
             sum[half] += kPass == RowSweep::kGradient || own ? psi : 2.0f * psi;
-            element = pair ? of_pair.slope : 0.0f;
+            element = pair ? evaluated.slope : 0.0f;
           }
         }
       }
@@ -338,7 +338,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
       }
 #pragma unroll
       for (int p = 0; p < kPanels; ++p)
-        if (p < of_gradient) {
+        if (p < gradient_panels) {
           const uint32_t panel = kResident ? stage + p * Shape::kPanelJ : next_stage() + Shape::kPanelI;
           multiply_weights<T, kColumns>(g + p * (Shape::kPanelFeatures / 8), c[0], panel);
         }
@@ -373,7 +373,7 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
       weight_sum[half] += __shfl_xor_sync(0xffffffffu, weight_sum[half], 1);
       weight_sum[half] += __shfl_xor_sync(0xffffffffu, weight_sum[half], 2);
       if (kSumsWeights && writes && weight_sums != nullptr) weight_sums[statistics + token] = weight_sum[half];
-      float* to = gradient + gradients.of_layer[layer] / int64_t(sizeof(float)) +
+      float* to = gradient + gradients.offset[layer] / int64_t(sizeof(float)) +
                   (int64_t(b) * length + token) * features;
 #pragma unroll
       for (int n = 0; n < kPanels * Shape::kPanelFeatures / 8; ++n) {

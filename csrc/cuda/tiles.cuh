@@ -28,16 +28,16 @@ struct DistinctGaussian {
   static constexpr bool kExponential = true;
   float twice_a, common, resolution;
 
-  // The exponent without the shift; 0 for equal tokens alone, which weigh() recognises by it: a predicate per pair
+  // The exponent without the shift; 0 for equal tokens alone, which evaluate() recognises by it: a predicate per pair
   // would take registers.
   DK_DEVICE float unshifted(float s, float q_i, float q_j) const {
-    const float of_both = (q_i + common) + q_j, e = fmaf(s, twice_a, -of_both);
-    return q_i == q_j && e >= -resolution * of_both ? 0.0f : fminf(e, -1e-37f);
+    const float q_sum = (q_i + common) + q_j, e = fmaf(s, twice_a, -q_sum);
+    return q_i == q_j && e >= -resolution * q_sum ? 0.0f : fminf(e, -1e-37f);
   }
   DK_DEVICE float exponent(float s, float q_i, float q_j, float shift) const {
     return unshifted(s, q_i, q_j) - shift;
   }
-  DK_DEVICE Weights<float> weigh(float s, float q_i, float q_j, float shift) const {
+  DK_DEVICE Weights<float> evaluate(float s, float q_i, float q_j, float shift) const {
     const float e = unshifted(s, q_i, q_j), psi = exponential(e - shift);
     return {psi, e == 0.0f ? 0.0f : psi};
   }

@@ -15,8 +15,8 @@ struct Token {
 template <class T>
 DK_DEVICE Token<T> token_at(const char* z, const LayerOffsets& layers, int64_t stride_b, int64_t stride_l, int row,
                             int batch, int token, int features) {
-  const char* of_layer = z + layers.of_layer[row / batch];
-  return {reinterpret_cast<const typename T::Stored*>(of_layer) + row % batch * stride_b + token * stride_l, features};
+  const char* layer = z + layers.offset[row / batch];
+  return {reinterpret_cast<const typename T::Stored*>(layer) + row % batch * stride_b + token * stride_l, features};
 }
 
 // Least norm whose squares and products fp32 holds.
@@ -97,7 +97,7 @@ DK_DEVICE void project(const char* z, const LayerOffsets& layers, int64_t stride
   const int token = blockIdx.x * kTokensOfProgram + int(threadIdx.x) / 32;
   if (token >= length) return;
   const Token<T> x = token_at<T>(z, layers, stride_b, stride_l, row, batch, token, features);
-  float* u = gradient + gradients.of_layer[row / batch] / int64_t(sizeof(float)) +
+  float* u = gradient + gradients.offset[row / batch] / int64_t(sizeof(float)) +
              (int64_t(row % batch) * length + token) * features;
   const int64_t at = int64_t(row) * length + token;
   if (Transform(transform) == Transform::kNone) {
@@ -141,7 +141,7 @@ DK_DEVICE double sum_of_threads(double x, double* shared) {
 extern "C" __global__ void __launch_bounds__(dk::kSumThreads)
     dk_sequence_sums(const float* norms, const float* sums, const float* maxima, const int* bounds, double* totals,
                      float* shifts, int length, int64_t sums_stride) {
-  __shared__ double of_threads[dk::kSumThreads];
+  __shared__ double thread_sums[dk::kSumThreads];
   const int64_t row = blockIdx.y;
   const int begin = bounds == nullptr ? 0 : bounds[blockIdx.x];
   const int end_token = bounds == nullptr ? length : bounds[blockIdx.x + 1];
@@ -150,20 +150,20 @@ extern "C" __global__ void __launch_bounds__(dk::kSumThreads)
   for (int n = begin + int(threadIdx.x); n < end_token; n += dk::kSumThreads)
     poison += norms[row * length + n] * 0.0f;
   if (maxima != nullptr) {
-    __shared__ float of_warps[dk::kSumThreads / 32];
+    __shared__ float warp_maxima[dk::kSumThreads / 32];
     for (int n = begin + int(threadIdx.x); n < end; n += dk::kSumThreads)
       largest = fmaxf(largest, maxima[row * sums_stride + n]);
     largest = dk::largest_of_warp(largest);
-    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = largest;
+    if (threadIdx.x % 32 == 0) warp_maxima[threadIdx.x / 32] = largest;
     __syncthreads();
-    for (int w = 0; w < dk::kSumThreads / 32; ++w) largest = fmaxf(largest, of_warps[w]);
+    for (int w = 0; w < dk::kSumThreads / 32; ++w) largest = fmaxf(largest, warp_maxima[w]);
   }
   double total = poison;
   for (int n = begin + int(threadIdx.x); n < end; n += dk::kSumThreads) {
     const float scale = maxima == nullptr ? 1.0f : dk::exponential(maxima[row * sums_stride + n] - largest);
     total += double(sums[row * sums_stride + n] * scale);
   }
-  total = dk::sum_of_threads(total, of_threads);
+  total = dk::sum_of_threads(total, thread_sums);
   if (threadIdx.x != 0) return;
   totals[row * gridDim.x + blockIdx.x] = total;
   if (maxima != nullptr) shifts[row * gridDim.x + blockIdx.x] = largest;

@@ -57,9 +57,9 @@ def batches(segments: HostSegments) -> Iterator[Batch]:
     """Batches of all runs of at least two tokens, the longest first."""
     lengths = segments.ends - segments.begins
     order = lengths.argsort(descending=True, stable=True)
-    of_length, counts = lengths[order].unique_consecutive(return_counts=True)
+    lengths_of_runs, counts = lengths[order].unique_consecutive(return_counts=True)
     first = number = size = 0
-    for length, count in zip(of_length.tolist(), counts.tolist(), strict=True):
+    for length, count in zip(lengths_of_runs.tolist(), counts.tolist(), strict=True):
         if length < 2:
             break
         if number and (number + count) * size**2 > _FEW_PAIRS:

@@ -230,11 +230,11 @@ def sampled(
         populations: bounds of the populations, ``[populations + 1]`` int64, ascending; the tokens of a population
             are of one layer and pair with each other.
         blocks: bounds of the blocks, ``[blocks + 1]`` int64, ascending through all populations; a block has at most
-            :data:`LARGEST_BLOCK` tokens, and all its pairs are visited. None: no pair is visited.
-        inverse_probability: 1 / the probability that a pair is visited, ``[populations]`` float64.
+            :data:`LARGEST_BLOCK` tokens, and all its pairs are evaluated. None: no pair is evaluated.
+        inverse_probability: 1 / the probability that a pair is evaluated, ``[populations]`` float64.
         sequence: sequence whose loss a population's pairs belong to, ``[populations]`` int64; every layer has the
             same number of sequences.
-        pairs: number of ordered pairs, visited or not, ``[sequences]`` int64.
+        pairs: number of ordered pairs, evaluated or not, ``[sequences]`` int64.
         draws: random numbers in [0, 1), ``[layers, groups, 1 + tokens]`` float32: for each group a population and
             tokens of it, to whose pairs the model is fitted; None: no model.
         gradient: outputs for the two factors of the gradient of every sequence's own loss, contiguous float32

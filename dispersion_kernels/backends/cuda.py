@@ -79,17 +79,17 @@ class CudaKernels:
         if reason is not None:
             raise RuntimeError(f"the CUDA kernels are unavailable: {reason}")
         self.dtype = z.dtype
-        self.wide = z.dtype == torch.float32
-        self.element = (precision or fp32_precision()) if self.wide else _ELEMENTS[z.dtype]
+        self.is_fp32 = z.dtype == torch.float32
+        self.element = (precision or fp32_precision()) if self.is_fp32 else _ELEMENTS[z.dtype]
         self.alignment = 16 // z.dtype.itemsize  # elements per copy, which is of 16 bytes
         # Kernels are queued on the current stream.
         self.stream = torch.cuda.current_stream(z.device).cuda_stream if z.is_cuda else 0
 
     def tile_shape(self, has_pair_ids: bool) -> TileShape:
-        return TileShape(64 if self.wide else 128)
+        return TileShape(64 if self.is_fp32 else 128)
 
     def row_shape(self, features: int, perplexity: bool, gradient: bool) -> RowShape:
-        if self.wide:
+        if self.is_fp32:
             return RowShape(64, 32, features <= 64)
         return RowShape(64, 64, features <= 128)
 
@@ -230,7 +230,7 @@ class CudaKernels:
 
     @property
     def _storage(self) -> str:
-        return "fp32" if self.wide else self.element
+        return "fp32" if self.is_fp32 else self.element
 
 
 def _layers(tokens: Tokens) -> list[Tensor]:

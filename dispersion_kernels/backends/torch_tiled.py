@@ -41,7 +41,7 @@ from dispersion_kernels.segments import HostSegments, host_segments, pair_id_cou
 
 # Bytes of one tile of similarities: on a CPU it should stay in the last-level cache, on a GPU it must fill the machine.
 _TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
-# Largest |x|^2 of a potential of the distance, as a share of the dtype's largest number: sums of four stay finite.
+# Largest |x|^2 of a potential of the distance, as a fraction of the dtype's largest number: sums of four stay finite.
 LARGEST_SQUARE = 0.03
 # Largest range of the exponent that fp32 holds around its middle, sums over 2^31 tokens included.
 _SAFE_RANGE = 80.0
@@ -68,7 +68,7 @@ def sweep(
     """Loss of each sequence and, if asked, its gradient. Arguments as in :mod:`dispersion_kernels.segments`.
 
     On the CPU the runs of tokens that pair with each other are swept, runs of similar length together. On an
-    accelerator no value of a tensor is read, because reading would synchronise: the sweep visits all pairs of a row,
+    accelerator no value of a tensor is read, because reading would synchronise: the sweep evaluates all pairs of a row,
     or of a packed sequence whose bounds are on the CPU, and masks the pairs of different pair ids.
     """
     if cu_seqlens is None and (pair_ids is None or z.device.type != "cpu"):
@@ -109,29 +109,29 @@ def _sweep_runs(z: Tensor, potential: Potential, runs: HostSegments, sequences: 
     flat = z.reshape(-1, z.shape[2])
     sums, tokens = [], []
     for part in parts:
-        added, swept = _sums_of_rows(part.gathered(flat), potential, part.pair_ids, None, with_grad)
-        if grad is not None and swept.grad is not None:
-            part.scatter(swept.grad, grad.view(flat.shape))
+        added, part_tokens = _sums_of_rows(part.gathered(flat), potential, part.pair_ids, None, with_grad)
+        if grad is not None and part_tokens.grad is not None:
+            part.scatter(part_tokens.grad, grad.view(flat.shape))
         sums.append(added)
-        tokens.append(swept._replace(grad=None))
-    of_runs = _Sums(*map(torch.cat, zip(*sums, strict=True)))
+        tokens.append(part_tokens._replace(grad=None))
+    run_sums = _Sums(*map(torch.cat, zip(*sums, strict=True)))
     sequence = torch.cat([part.sequence for part in parts])
-    of_sequences = _of_sequences(of_runs, potential, sequence, sequences)
-    losses = _losses(of_sequences, potential, z)
+    sequence_sums = _sum_runs(run_sums, potential, sequence, sequences)
+    losses = _losses(sequence_sums, potential, z)
     if grad is None or scale is None:
-        return Result(losses.loss, of_sequences.pairs, None, None)
+        return Result(losses.loss, sequence_sums.pairs, None, None)
     penalty = torch.zeros_like(scale)
     # A run's gradient is in units of its own exp(shift).
-    factor = losses.scale[sequence] * (of_runs.shift - of_sequences.shift[sequence]).exp()
+    factor = losses.scale[sequence] * (run_sums.shift - sequence_sums.shift[sequence]).exp()
     first = 0
-    for part, swept in zip(parts, tokens, strict=True):
-        units = slice(first, first := first + part.shape[0])
-        part.scatter(swept.scale(factor[units]), scale.view(-1))
+    for part, part_tokens in zip(parts, tokens, strict=True):
+        chosen = slice(first, first := first + part.shape[0])
+        part.scatter(part_tokens.scale(factor[chosen]), scale.view(-1))
         if losses.penalty is not None:
-            part.scatter(swept.spread(losses.penalty[sequence[units]]), penalty.view(-1))
+            part.scatter(part_tokens.spread(losses.penalty[sequence[chosen]]), penalty.view(-1))
     if losses.penalty is not None:
         _add_penalty_(grad, scale, penalty, z)
-    return Result(losses.loss, of_sequences.pairs, grad, scale)
+    return Result(losses.loss, sequence_sums.pairs, grad, scale)
 
 
 def _sweep_stretches(
@@ -156,7 +156,7 @@ def _sweep_stretches(
 
 
 class _Sums(NamedTuple):
-    """Sums over the pairs of each unit, ``[U]``: a unit is a row, or, with ``cu_seqlens``, a sequence of a row."""
+    """Sums over the pairs of each population, ``[P]``: a row, or, with ``cu_seqlens``, a sequence of a row."""
 
     pairs: Tensor
     """Number of ordered pairs, int64."""
@@ -177,7 +177,8 @@ class _Tokens(NamedTuple):
     """Sums over the pairs of each token."""
 
     grad: Tensor | None
-    """Gradient without the factor of its unit and without ``inverse``, ``[R, N, F]``; None if it was not asked for."""
+    """Gradient without the factor of its population and without ``inverse``, ``[R, N, F]``; None if it was not asked
+    for."""
     inverse: Tensor | None
     """Inverse norm of each token, ``[R, N]``; None for 1."""
     alone: Tensor | None
@@ -186,14 +187,15 @@ class _Tokens(NamedTuple):
     """Dtype of ``grad``."""
     reduce: _Reduction
 
-    def scale(self, of_units: Tensor) -> Tensor:
-        """Factor of each token's ``grad``, ``[R, N]``, from the factors of units ``[U]``."""
-        scale = self.spread(of_units)
+    def scale(self, values: Tensor) -> Tensor:
+        """Factor of each token's ``grad``, ``[R, N]``, from the factors of populations ``[P]``."""
+        scale = self.spread(values)
         return scale if self.inverse is None else scale.mul_(self.inverse)
 
-    def spread(self, of_units: Tensor) -> Tensor:
-        """Values of tokens, ``[R, N]`` in new memory, from values of units ``[U]``; 0 for tokens without a partner."""
-        spread = self.reduce.spread(of_units).to(self.dtype).expand(self.reduce.shape)
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of tokens, ``[R, N]`` in new memory, from values of populations ``[P]``; 0 for tokens without a
+        partner."""
+        spread = self.reduce.spread(values).to(self.dtype).expand(self.reduce.shape)
         # Masked before any other use: without a pair the value may be infinite.
         return spread.clone() if self.alone is None else spread.masked_fill(self.alone, 0.0)
 
@@ -201,7 +203,7 @@ class _Tokens(NamedTuple):
 def _sums_of_rows(
     z: Tensor, potential: Potential, pair_ids: Tensor | None, cu_seqlens: Tensor | None, with_grad: bool
 ) -> tuple[_Sums, _Tokens]:
-    """Sums over the pairs of the rows of ``z``; with ``cu_seqlens`` the one row holds the sequences of all units."""
+    """Sums over the pairs of the rows of ``z``; with ``cu_seqlens`` the one row holds all sequences."""
     batch, length, features = z.shape
     reduce = _Reduction(batch, length, cu_seqlens)
     partners = None if pair_ids is None else pair_id_counts(pair_ids) - 1
@@ -220,11 +222,11 @@ def _sums_of_rows(
         # A distance is lost where its square leaves the dtype's range.
         nonfinite = nonfinite | (x.square().sum(-1) > LARGEST_SQUARE * torch.finfo(x.dtype).max)
 
-    wide = wide_dtype(z.device)
+    stats_dtype = wide_dtype(z.device)
     shift: Tensor | None = None
     if isinstance(potential, PerplexityEntropy):
         entropy, grad = _perplexity_entropy(x, potential, pair_ids, partners, with_grad)
-        total = reduce.sum((entropy if alone is None else entropy.masked_fill_(alone, 0.0)).to(wide))
+        total = reduce.sum((entropy if alone is None else entropy.masked_fill_(alone, 0.0)).to(stats_dtype))
     elif isinstance(potential, ExponentialPotential):
         total, shift, grad = _exponential_sums(x, potential, pair_ids, partners, reduce, with_grad)
     else:
@@ -234,35 +236,35 @@ def _sums_of_rows(
     zeros = torch.zeros_like(total)
     sums = _Sums(
         pairs=_count_pairs(potential, partners, reduce, z),
-        tokens=torch.full_like(total, length) if alone is None else reduce.sum((~alone).to(wide)),
+        tokens=torch.full_like(total, length) if alone is None else reduce.sum((~alone).to(stats_dtype)),
         total=total,
         shift=zeros if shift is None else shift,
-        squares=reduce.sum(_squares(z.to(x.dtype), alone).to(wide)) if _has_penalty(potential) else zeros,
+        squares=reduce.sum(_squares(z.to(x.dtype), alone).to(stats_dtype)) if _has_penalty(potential) else zeros,
         nonfinite=reduce.any(nonfinite),
     )
     return sums, _Tokens(grad, None if rows is None else rows.inverse.squeeze(-1), alone, x.dtype, reduce)
 
 
-def _of_sequences(of_runs: _Sums, potential: Potential, sequence: Tensor, sequences: int) -> _Sums:
-    """Sums over the pairs of sequences, ``[S]``, from the sums of runs, ``[U]``, on the CPU; ``sequence`` ``[U]`` is
+def _sum_runs(run_sums: _Sums, potential: Potential, sequence: Tensor, sequences: int) -> _Sums:
+    """Sums over the pairs of sequences, ``[S]``, from the sums of runs, ``[P]``, on the CPU; ``sequence`` ``[P]`` is
     the sequence of each run."""
 
     def added(values: Tensor) -> Tensor:
         return values.new_zeros(sequences).index_add_(0, sequence, values)
 
-    least = torch.full((sequences,), -math.inf, dtype=of_runs.shift.dtype, device="cpu")
-    shift = least.scatter_reduce_(0, sequence, of_runs.shift, "amax")
+    least = torch.full((sequences,), -math.inf, dtype=run_sums.shift.dtype, device="cpu")
+    shift = least.scatter_reduce_(0, sequence, run_sums.shift, "amax")
     if isinstance(potential, ExponentialPotential):
-        total = added((of_runs.total - shift[sequence]).exp()).log() + shift
+        total = added((run_sums.total - shift[sequence]).exp()).log() + shift
     else:
-        total = added(of_runs.total)
+        total = added(run_sums.total)
     return _Sums(
-        pairs=added(of_runs.pairs),
-        tokens=added(of_runs.tokens),
+        pairs=added(run_sums.pairs),
+        tokens=added(run_sums.tokens),
         total=total,
         shift=shift,
-        squares=added(of_runs.squares),
-        nonfinite=added(of_runs.nonfinite.to(total.dtype)) > 0,
+        squares=added(run_sums.squares),
+        nonfinite=added(run_sums.nonfinite.to(total.dtype)) > 0,
     )
 
 
@@ -308,8 +310,8 @@ def _squares(z: Tensor, alone: Tensor | None) -> Tensor:
 
 def _add_penalty_(grad: Tensor, scale: Tensor, penalty: Tensor, z: Tensor) -> None:
     """Multiplies ``grad`` by its scale and adds ``penalty`` ``[B, L]`` times z; the scale becomes 1."""
-    of_z = z.to(grad.dtype).masked_fill((penalty == 0).unsqueeze(-1), 0.0)  # masked, because 0 times infinity is NaN
-    grad.mul_(scale.unsqueeze(-1)).add_(of_z.mul_(penalty.unsqueeze(-1)))
+    z_term = z.to(grad.dtype).masked_fill((penalty == 0).unsqueeze(-1), 0.0)  # masked, because 0 times infinity is NaN
+    grad.mul_(scale.unsqueeze(-1)).add_(z_term.mul_(penalty.unsqueeze(-1)))
     scale.fill_(1.0)
 
 
@@ -369,11 +371,11 @@ def _project_(grad: Tensor, x: Tensor, rows: Rows | None, potential: Potential) 
     if rows is None:
         return
     length = torch.where(rows.ratio > 0, 1 / rows.ratio, torch.zeros_like(rows.ratio))
-    for u, xs, of_rows in in_blocks(grad, x, length):
+    for u, xs, lengths in in_blocks(grad, x, length):
         if potential.row_transform == "standardize":
             u.sub_(u.mean(-1, keepdim=True))
         squares = xs.square().sum(-1, keepdim=True)
-        along = (xs * u).sum(-1, keepdim=True).mul_(of_rows).div_(torch.where(squares > 0, squares, 1.0))
+        along = (xs * u).sum(-1, keepdim=True).mul_(lengths).div_(torch.where(squares > 0, squares, 1.0))
         u.addcmul_(xs, along, value=-1)
 
 
@@ -455,19 +457,19 @@ class _Pairs:
     def squared_distances(self, tile: _Tile) -> Tensor:
         """Squared distances |x_i - x_j|^2 from the inner products and the squared norms, in the first workspace; 0 for
         equal tokens, and infinite for a token with itself."""
-        c, of_both = self.similarities(tile), self.scratch(tile)
+        c, squares = self.similarities(tile), self.scratch(tile)
         squares_i, squares_j = (
             self.squares[tile.batch, tile.i].unsqueeze(2),
             self.squares[tile.batch, tile.j].unsqueeze(1),
         )
-        torch.add(squares_i, squares_j, out=of_both)
-        squared = torch.sub(of_both, c, alpha=2, out=c).clamp_(min=0)
+        torch.add(squares_i, squares_j, out=squares)
+        squared = torch.sub(squares, c, alpha=2, out=c).clamp_(min=0)
         if tile.diagonal:
             squared.diagonal(dim1=1, dim2=2).fill_(math.inf)
         # Equal tokens are known by equal squared norms and a computed distance no larger than the products' rounding.
         # (A comparison with the NaN of another row is False.)
         if squared.device.type != "cpu" or not squared.amin() >= self.resolution * 2 * self.squares.amax():
-            squared.masked_fill_((squares_i == squares_j) & (squared < of_both.mul_(self.resolution)), 0.0)
+            squared.masked_fill_((squares_i == squares_j) & (squared < squares.mul_(self.resolution)), 0.0)
         return squared
 
     @functools.cached_property
@@ -480,8 +482,8 @@ class _Pairs:
         psi of 1 the working precision would round away the psi of pairs far apart."""
         if self.keys is not None:
             equal = [
-                of_tokens[tile.batch, tile.i].unsqueeze(2) == of_tokens[tile.batch, tile.j].unsqueeze(1)
-                for of_tokens in (self.keys, self.squares)
+                statistic[tile.batch, tile.i].unsqueeze(2) == statistic[tile.batch, tile.j].unsqueeze(1)
+                for statistic in (self.keys, self.squares)
             ]
             weights.masked_fill_(equal[0] & equal[1], 0.0)
         return weights
@@ -532,7 +534,7 @@ def _sums(
             slope = potential.slope(c)
             pairs.leave_out(tile, slope, 0.0)
             pairs.accumulate(grad, tile, slope)
-    return total.of_sequences(), grad
+    return total.sequence_sums(), grad
 
 
 class _PairTotal:
@@ -553,7 +555,7 @@ class _PairTotal:
         if not tile.diagonal:
             self.value[tile.batch, tile.j] += psi.sum(1)
 
-    def of_sequences(self) -> Tensor:
+    def sequence_sums(self) -> Tensor:
         return self.value if self.reduce.offsets is None else self.reduce.sum(self.value)
 
 
@@ -671,7 +673,7 @@ def _bounded_exponential_sums(
         if grad is not None:
             weights = psi if slope is None else psi.mul_(slope)
             pairs.accumulate(grad, tile, weights if rate is None else pairs.leave_out_equal(tile, weights))
-    sums = total.of_sequences()
+    sums = total.sequence_sums()
     return sums.log() + shift, torch.full_like(sums, shift), grad
 
 

@@ -13,7 +13,7 @@ from dispersion_kernels.checks import beside, check_tensor, layers_of
 from dispersion_kernels.condensation.result import BINS, QUANTILES, CosineStatistics
 from dispersion_kernels.numerics import accumulation_dtype, token_norms, wide_dtype
 
-# Tokens normalised at a time; bounds the extra memory for sequences of any length.
+# Tokens normalized at a time; bounds the extra memory for sequences of any length.
 CHUNK = 4096
 
 

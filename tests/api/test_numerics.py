@@ -172,7 +172,7 @@ class TestKernels:
     pytestmark = [pytest.mark.gpu] if GPU else []
 
     @pytest.mark.parametrize("edge", edges().values(), ids=edges().keys())
-    def test_edges_swept_and_packed(self, edge: Edge, impl: str) -> None:
+    def test_edges_of_workspace_and_packed(self, edge: Edge, impl: str) -> None:
         few = edge.z.to(torch.get_default_device())
         if not isinstance(edge.potential, PerplexityEntropy):  # of which these are the same kernels
             bounds = torch.tensor([0, few.shape[1]], dtype=torch.int32)

@@ -305,8 +305,8 @@ BACKENDS = ["triton-sm_80", "triton-sm_90", "cuda-sm_80", "cuda-sm_90a"]
 STRATEGIES = [
     pytest.param(backend, features, id=f"{name}-{backend}")
     for backend in BACKENDS
-    for features, name in ((36, "resident"), (200, "swept"))
-    if (backend, name) != ("cuda-sm_90a", "resident")
+    for features, name in ((36, "fused"), (200, "workspace"))
+    if (backend, name) != ("cuda-sm_90a", "fused")
 ]
 
 
@@ -322,7 +322,7 @@ def test_every_potential(potential: Potential, features: int, backend: str) -> N
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("features", [36, 200], ids=["resident", "swept"])
+@pytest.mark.parametrize("features", [36, 200], ids=["fused", "workspace"])
 @pytest.mark.parametrize(
     ("dtype", "precision"),
     [(torch.float16, "highest"), (torch.float32, "highest"), (torch.float32, "high")],
@@ -359,7 +359,7 @@ def _cut_off() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_cut_off")
 @pytest.mark.parametrize("backend", ["triton-sm_80", "cuda-sm_80"])
-@pytest.mark.parametrize("features", [36, 768], ids=["resident", "swept"])
+@pytest.mark.parametrize("features", [36, 768], ids=["fused", "workspace"])
 @pytest.mark.parametrize("tau", [1.0, 0.05])
 def test_fp32_with_sums_that_are_cut_off(tau: float, features: int, backend: str) -> None:
     """The bounds are those of fp32 everywhere."""
@@ -418,7 +418,7 @@ def test_edges(edge: Edge, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton-sm_80", "cuda-sm_80"])
-@pytest.mark.parametrize("features", [16, 160], ids=["resident", "swept"])
+@pytest.mark.parametrize("features", [16, 160], ids=["fused", "workspace"])
 def test_equal_tokens(features: int, backend: str) -> None:
     """Equal tokens in 16 bits; psi of the other pairs is 1e-8 of theirs, and makes the whole gradient."""
     z = tokens(1, 40, features)
@@ -454,7 +454,7 @@ def test_published_value(variant: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("features", [36, 200], ids=["resident", "swept"])
+@pytest.mark.parametrize("features", [36, 200], ids=["fused", "workspace"])
 def test_layers_and_batches_in_one_launch(features: int, backend: str) -> None:
     layers = [tokens(2, 67, features) for _ in range(2)]
     losses = dispersion(layers, AngularSpread(), backend)

@@ -122,10 +122,10 @@ def epilogue_of(potential: Potential, features: int, narrow_range: bool) -> Epil
         )
     if isinstance(potential, DistancePotential):
         # With the diagonal the maximum of the exponent is known: 0, the exponent on the diagonal.
-        return _of_distance(potential.distance_scale(features), features, online=not potential.include_diagonal)
+        return _distance_epilogue(potential.distance_scale(features), features, online=not potential.include_diagonal)
     if isinstance(potential, PerplexityEntropy):
         # P_ij (g_ij - expected_i) and its mirror: P g and expected are below log2(L) + 1 / ln 2, L below 2^24.
-        return replace(_of_distance(potential.sigma2, features, online=True), largest_slope=4 * (24 + _LOG2_E))
+        return replace(_distance_epilogue(potential.sigma2, features, online=True), largest_slope=4 * (24 + _LOG2_E))
     p0, p1, p2, p3 = (*potential.params(), 0.0, 0.0, 0.0, 0.0)[:4]
     return Epilogue(
         function="",
@@ -152,7 +152,7 @@ def _largest_slope(potential: Potential) -> float:
     return 2 * max(largest, 2.0**-10)
 
 
-def _of_distance(scale: float, features: int, online: bool) -> Epilogue:
+def _distance_epilogue(scale: float, features: int, online: bool) -> Epilogue:
     """Epilogue of psi = exp(-|z_i - z_j|^2 / scale)."""
     return Epilogue(
         function="gaussian",

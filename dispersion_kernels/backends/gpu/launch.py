@@ -1,7 +1,7 @@
 """The launcher of the GPU backends: the strategy, the schedule and the order of the kernels.
 
-*Swept*: the similarities of the upper triangle of tiles, whose slopes go to a workspace of bounded size, and library
-matrix products of the workspace with the tokens; 3 L^2 F FLOPs per row. *Resident*: one kernel that keeps a tile's
+*Workspace*: the similarities of the upper triangle of tiles, whose slopes go to a workspace of bounded size, and
+library matrix products of the workspace with the tokens; 3 L^2 F FLOPs per row. *Fused*: one kernel that keeps a tile's
 gradient in registers and stores no slope, for few features and for packed sequences; 2 (1 + n) L^2 F FLOPs per row,
 where n is the number of slices of the features. The launcher reads no value back from the device, and every launch
 depends on shapes alone, so a CUDA graph can capture a call.
@@ -31,9 +31,9 @@ from dispersion_kernels.segments import on_device, pair_id_counts, segment_of_to
 
 # Size of the workspace of slopes: small enough for the last-level cache, large enough to fill the machine.
 WORKSPACE_BYTES = 32 << 20
-# Most features for which the resident kernel, with 4 L^2 F FLOPs, should cost less than the swept one, with 3 L^2 F and
-# the traffic of slopes.
-_RESIDENT_FEATURES = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
+# Most features for which the fused kernel, with 4 L^2 F FLOPs, should cost less than the workspace, with 3 L^2 F
+# and the traffic of slopes.
+_FUSED_FEATURES = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
 # CUDA's gridDim.y limit.
 MAX_ROWS = 65_535
 _LN2 = math.log(2)
@@ -260,12 +260,10 @@ def dispersion(
         return _nothing(layers, cu_seqlens, with_grad)
     if len(layers) > kernels.max_layers:
         halves = layers[: len(layers) // 2], layers[len(layers) // 2 :]
-        return _of_all_layers(
-            [dispersion(half, potential, pair_ids, cu_seqlens, with_grad, kernels) for half in halves]
-        )
+        return _join_layers([dispersion(half, potential, pair_ids, cu_seqlens, with_grad, kernels) for half in halves])
     if batch > 1 and len(layers) * batch > MAX_ROWS:
         parts = [slice(0, batch // 2), slice(batch // 2, batch)]
-        return _of_all_batches(
+        return _join_batches(
             [
                 dispersion(
                     [z[part] for z in layers],
@@ -328,7 +326,7 @@ def _nothing(layers: Sequence[Tensor], cu_seqlens: Tensor | None, with_grad: boo
     )
 
 
-def _of_all_layers(parts: list[Losses]) -> Losses:
+def _join_layers(parts: list[Losses]) -> Losses:
     scales = [part.scale for part in parts if part.scale is not None]
     return Losses(
         torch.cat([part.loss for part in parts]),
@@ -338,12 +336,12 @@ def _of_all_layers(parts: list[Losses]) -> Losses:
     )
 
 
-def _of_all_batches(parts: list[Losses]) -> Losses:
+def _join_batches(parts: list[Losses]) -> Losses:
     scales = [part.scale for part in parts if part.scale is not None]
     return Losses(
         torch.cat([part.loss for part in parts], 1),
         torch.cat([part.pairs for part in parts]),
-        [torch.cat(of_layer) for of_layer in zip(*(part.gradients for part in parts), strict=True)],
+        [torch.cat(pieces) for pieces in zip(*(part.gradients for part in parts), strict=True)],
         torch.cat(scales, 1) if scales else None,
     )
 
@@ -405,7 +403,7 @@ class _Call:
         self.statistics = Statistics(norm, inverse, extra, weight_inverse, weight_scale)
 
     def _row_statistics(self) -> tuple[Tensor, Tensor, Tensor]:
-        norm, inverse, extra = (self._of_tokens() for _ in range(3))
+        norm, inverse, extra = (self._empty_statistic() for _ in range(3))
         self.kernels.row_statistics(Tokens(self.layers, self.features), self.epilogue, norm, inverse, extra)
         return norm, inverse, extra
 
@@ -420,8 +418,8 @@ class _Call:
         if epilogue.online or not with_grad:
             total, maximum = self._loss_of_rows() if packed else self._loss_of_tiles()
         if with_grad:
-            resident = packed or self.features <= _RESIDENT_FEATURES[self.dtype]
-            sums = self._resident(maximum) if resident else self._swept(maximum)
+            fused = packed or self.features <= _FUSED_FEATURES[self.dtype]
+            sums = self._gradient_fused(maximum) if fused else self._gradient_by_workspace(maximum)
             total = sums if total is None else total
         assert total is not None
         count = self._pairs.clamp(min=1).double()
@@ -446,12 +444,12 @@ class _Call:
         self._row_sweep(self._row_shape(False), "online" if self.epilogue.online else "loss", sums=sums, maxima=maxima)
         return self._sequence_sums(sums, maxima)
 
-    def _resident(self, maximum: Tensor | None) -> Tensor:
-        sums = self._of_tokens()
-        self.weight_sums = self._of_tokens() if self.epilogue.transform == "none" else None
+    def _gradient_fused(self, maximum: Tensor | None) -> Tensor:
+        sums = self._empty_statistic()
+        self.weight_sums = self._empty_statistic() if self.epilogue.transform == "none" else None
         self.gradients = [self._empty_gradient() for _ in self.layers]
         shape = self.kernels.tuned(
-            "resident",
+            "fused",
             self._tuned_for(),
             self._row_shape(True),
             lambda candidate: self._row_sweep(candidate, "gradient", sums=sums),
@@ -460,18 +458,18 @@ class _Call:
         self._row_sweep(shape, "gradient", sums=sums, shift=shift)
         return self._sequence_sums(sums, None)[0]
 
-    def _swept(self, maximum: Tensor | None) -> Tensor:
+    def _gradient_by_workspace(self, maximum: Tensor | None) -> Tensor:
         shape = self._tile_shape()
         self.weight_sums = torch.zeros_like(self.statistics.norm) if self.epilogue.transform == "none" else None
         self.gradients = [self._empty_gradient() for _ in self.layers]
         padded = shape.block * _blocks(self.length, shape.block)  # whole tiles: stores have 16 bytes and no mask
         matrix = padded**2 * self.dtype.itemsize
         if matrix <= WORKSPACE_BYTES:
-            return self._swept_rows(shape, maximum, padded, WORKSPACE_BYTES // matrix)
-        return self._swept_blocks(shape, maximum)
+            return self._rows_by_workspace(shape, maximum, padded, WORKSPACE_BYTES // matrix)
+        return self._blocks_by_workspace(shape, maximum)
 
-    def _swept_rows(self, shape: TileShape, maximum: Tensor | None, padded: int, together: int) -> Tensor:
-        """Swept strategy with several rows at a time; the workspace holds all slopes of a row."""
+    def _rows_by_workspace(self, shape: TileShape, maximum: Tensor | None, padded: int, together: int) -> Tensor:
+        """Workspace strategy with several rows at a time; the workspace holds all slopes of a row."""
         sums, _ = self._partial_sums(self._triangle(shape, 1).programs)
         workspace = torch.empty(min(together, self.rows), padded, padded, dtype=self.dtype, device=self.device)
         for first in range(0, self.rows, together):
@@ -481,15 +479,15 @@ class _Call:
             for begin, end in _runs_of_layers(first, first + rows, self.batch):
                 weights = workspace[begin - first : end - first, : self.length, : self.length]
                 layer, b = divmod(begin, self.batch)
-                of_batch = slice(b, b + end - begin)
-                z = self.layers[layer][of_batch, :, : self.features]
-                _product_(self.gradients[layer][of_batch], weights, z, add=False)
+                batches = slice(b, b + end - begin)
+                z = self.layers[layer][batches, :, : self.features]
+                _product_(self.gradients[layer][batches], weights, z, add=False)
                 if self.weight_sums is not None:
                     torch.sum(weights, 2, dtype=torch.float32, out=self.weight_sums[begin:end])
         return self._sequence_sums(sums, None)[0]
 
-    def _swept_blocks(self, shape: TileShape, maximum: Tensor | None) -> Tensor:
-        """Swept strategy with one row at a time, in pairs of blocks whose slopes fill the workspace."""
+    def _blocks_by_workspace(self, shape: TileShape, maximum: Tensor | None) -> Tensor:
+        """Workspace strategy with one row at a time, in pairs of blocks whose slopes fill the workspace."""
         size = math.isqrt(WORKSPACE_BYTES // (2 * self.dtype.itemsize)) // shape.block * shape.block
         size = max(size, shape.block)
         bounds = [(begin, min(begin + size, self.length)) for begin in range(0, self.length, size)]
@@ -521,13 +519,15 @@ class _Call:
                 self._pair_tiles(shape, region, sums, None, maximum, weights=workspace[:1], mirror=mirror)
                 first_sum += count
                 for number, (side, other) in enumerate([(i, j), (j, i)] if i != j else [(i, i)]):
-                    of_side, of_other = slice(*bounds[side]), slice(*bounds[other])
+                    side_tokens, other_tokens = slice(*bounds[side]), slice(*bounds[other])
                     weights = workspace[
-                        number : number + 1, : of_side.stop - of_side.start, : of_other.stop - of_other.start
+                        number : number + 1,
+                        : side_tokens.stop - side_tokens.start,
+                        : other_tokens.stop - other_tokens.start,
                     ]
-                    _product_(gradient[:, of_side], weights, z[:, of_other], add=other > 0)
+                    _product_(gradient[:, side_tokens], weights, z[:, other_tokens], add=other > 0)
                     if self.weight_sums is not None:
-                        self.weight_sums[row, of_side] += weights[0].sum(1, dtype=torch.float32)
+                        self.weight_sums[row, side_tokens] += weights[0].sum(1, dtype=torch.float32)
         return self._sequence_sums(sums, None)[0]
 
     # ---- perplexity_entropy
@@ -536,7 +536,7 @@ class _Call:
         """Loss and scale as in :meth:`pair_sums`, in three passes; the last two read each token's largest exponent and
         sum, which the first computes."""
         shape = self._row_shape(True)
-        total, largest, entropy, expected = (self._of_tokens() for _ in range(4))
+        total, largest, entropy, expected = (self._empty_statistic() for _ in range(4))
         self._row_sweep(shape, "partition", sums=total, maxima=largest)
         total.masked_fill_(total == 0, 1.0)  # a token without a partner has no P
         if self.partners is None:
@@ -550,7 +550,7 @@ class _Call:
         if self.partners is not None:
             entropy.view(-1, self.batch, self.length).masked_fill_(self.partners <= 0, 0.0)
         if with_grad:
-            self.weight_sums = self._of_tokens()
+            self.weight_sums = self._empty_statistic()
             self.gradients = [self._empty_gradient() for _ in self.layers]
             self._row_sweep(shape, "entropy_gradient", entropy=replace(known, expected=expected))
         return self._sequence_sums(entropy, None)[0] / anchors, 1 / anchors
@@ -573,23 +573,25 @@ class _Call:
         if not with_grad:
             return Losses(loss, pairs, [], None)
         self._project()
-        of_tokens = self._of_paired_tokens(scale)
+        factors = self._paired_token_values(scale)
         if self.epilogue.transform != "none":
-            of_tokens *= self.statistics.inverse.view(of_tokens.shape)
+            factors *= self.statistics.inverse.view(factors.shape)
         if self.statistics.weight_scale is not None:
-            of_tokens /= self.statistics.weight_scale.view(len(self.layers), self.batch, 1)
+            factors /= self.statistics.weight_scale.view(len(self.layers), self.batch, 1)
         if penalty is not None:
-            of_squares = self._of_paired_tokens(2 * penalty)
-            for gradient, z, factor, of_square in zip(self.gradients, self.tokens, of_tokens, of_squares, strict=True):
-                gradient.mul_(factor.unsqueeze(2)).addcmul_(z[:, :, : self.features], of_square.unsqueeze(2))
-            of_tokens = torch.ones_like(of_tokens)
-        return Losses(loss, pairs, self.gradients, of_tokens)
+            square_scales = self._paired_token_values(2 * penalty)
+            for gradient, z, factor, square_scale in zip(
+                self.gradients, self.tokens, factors, square_scales, strict=True
+            ):
+                gradient.mul_(factor.unsqueeze(2)).addcmul_(z[:, :, : self.features], square_scale.unsqueeze(2))
+            factors = torch.ones_like(factors)
+        return Losses(loss, pairs, self.gradients, factors)
 
-    def _of_paired_tokens(self, of_sequences: Tensor) -> Tensor:
+    def _paired_token_values(self, sequence_values: Tensor) -> Tensor:
         """Values of tokens, ``[layers, batch, L]`` fp32, from values of sequences, ``[rows, S]``; 0 for tokens without
         a partner."""
-        of_tokens = self._spread(of_sequences).float().reshape(len(self.layers), self.batch, self.length)
-        return of_tokens if self.partners is None else of_tokens.masked_fill(self.partners <= 0, 0.0)
+        token_values = self._spread(sequence_values).float().reshape(len(self.layers), self.batch, self.length)
+        return token_values if self.partners is None else token_values.masked_fill(self.partners <= 0, 0.0)
 
     def _project(self) -> None:
         self.kernels.project(
@@ -614,20 +616,20 @@ class _Call:
             return torch.full((self.rows, 1), float(self.length), dtype=torch.float64, device=self.device)
         return self._over_sequences((self.partners > 0).long()).double()
 
-    def _over_sequences(self, of_token: Tensor) -> Tensor:
+    def _over_sequences(self, token_values: Tensor) -> Tensor:
         """Sums over sequences, ``[rows, S]``, of integers ``[batch, L]``."""
         if self.segment is None:
-            sums = of_token.sum(1, keepdim=True)
+            sums = token_values.sum(1, keepdim=True)
         else:
             sums = torch.zeros(1, self.sequences, dtype=torch.int64, device=self.device)
-            sums.index_add_(1, self.segment, of_token)
+            sums.index_add_(1, self.segment, token_values)
         return sums.repeat(len(self.layers), 1)
 
-    def _spread(self, of_sequences: Tensor) -> Tensor:
+    def _spread(self, sequence_values: Tensor) -> Tensor:
         """Values of tokens, ``[rows, L]``, from values of their sequences, ``[rows, S]``."""
         if self.segment is None:
-            return of_sequences.expand(self.rows, self.length)
-        return of_sequences[:, self.segment]
+            return sequence_values.expand(self.rows, self.length)
+        return sequence_values[:, self.segment]
 
     # ---- launches
 
@@ -694,7 +696,7 @@ class _Call:
         shape = self.kernels.tile_shape(self.pair_ids is not None)
         if tokens == 0:
             return shape
-        tuned: TileShape = self.kernels.tuned("swept", self._tuned_for(), shape, launch)
+        tuned: TileShape = self.kernels.tuned("workspace", self._tuned_for(), shape, launch)
         return tuned
 
     def _tuned_for(self) -> tuple[Any, ...]:
@@ -735,7 +737,7 @@ class _Call:
         sums = torch.empty(self.rows, columns, dtype=torch.float32, device=self.device)
         return sums, torch.empty_like(sums) if self.epilogue.online else None
 
-    def _of_tokens(self) -> Tensor:
+    def _empty_statistic(self) -> Tensor:
         return torch.empty(self.rows, self.length, dtype=torch.float32, device=self.device)
 
     def _empty_gradient(self) -> Tensor:
@@ -806,11 +808,11 @@ def _tile_ranges(pair_ids: Tensor, block_m: int, block_n: int) -> Tensor:
     Computed by bisection, in the running maximum of the ids up to a tile and the running minimum from a tile on, with
     memory linear in the number of tiles.
     """
-    of_i, of_j = _pair_id_ranges(pair_ids, block_m), _pair_id_ranges(pair_ids, block_n)
-    largest_until = of_j[..., 1].cummax(1).values
-    least_from = of_j[..., 0].flip(1).cummin(1).values.flip(1)
-    first = torch.searchsorted(largest_until, of_i[..., 0].contiguous())
-    end = torch.searchsorted(least_from, of_i[..., 1].contiguous(), right=True)
+    ranges_i, ranges_j = _pair_id_ranges(pair_ids, block_m), _pair_id_ranges(pair_ids, block_n)
+    largest_until = ranges_j[..., 1].cummax(1).values
+    least_from = ranges_j[..., 0].flip(1).cummin(1).values.flip(1)
+    first = torch.searchsorted(largest_until, ranges_i[..., 0].contiguous())
+    end = torch.searchsorted(least_from, ranges_i[..., 1].contiguous(), right=True)
     return torch.stack([first, end], 2).int()
 
 

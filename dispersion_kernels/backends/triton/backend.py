@@ -109,7 +109,7 @@ class TritonKernels:
             kernels.pair_tiles_kernel,
             (region.programs, region.rows),
             tokens,
-            **self._of_epilogue(epilogue),
+            **self._epilogue_arguments(epilogue),
             inverse_ptr=statistics.inverse,
             weight_inverse_ptr=statistics.weight_inverse,
             extra_ptr=statistics.extra,
@@ -161,7 +161,7 @@ class TritonKernels:
     ) -> Any:
         unused = statistics.norm
         slices = triton.cdiv(tokens.features, shape.block_f) if gradients else 1
-        arguments = self._of_epilogue(epilogue)
+        arguments = self._epilogue_arguments(epilogue)
         if entropy is not None:
             arguments["p2"] = entropy.eps
         return self._launch(
@@ -245,7 +245,7 @@ class TritonKernels:
             gradients=tuple(gradients),
         )
 
-    def _of_epilogue(self, epilogue: Epilogue) -> dict[str, Any]:
+    def _epilogue_arguments(self, epilogue: Epilogue) -> dict[str, Any]:
         return dict(
             **{f"p{n}": value for n, value in enumerate(epilogue.p)},
             FUNCTION=getattr(epilogues, epilogue.function) if epilogue.own is None else epilogue.own,

@@ -89,7 +89,7 @@ def decorrelation(c, q_i, q_j, shift, p0, p1, p2, p3):
 # which rounding makes nonzero, and the slopes of other pairs may be far smaller.
 @triton.jit
 def gaussian(c, q_i, q_j, shift, p0, p1, p2, p3):
-    of_both = (q_i + p2) + q_j
-    e = tl.minimum(c * p0 - of_both, 0.0)
-    equal = (q_i == q_j) & (e + p3 * of_both >= 0.0)
+    q_sum = (q_i + p2) + q_j
+    e = tl.minimum(c * p0 - q_sum, 0.0)
+    equal = (q_i == q_j) & (e + p3 * q_sum >= 0.0)
     return tl.where(equal, 0.0, e) + (p1 - shift), tl.where(equal, 0.0, 1.0)

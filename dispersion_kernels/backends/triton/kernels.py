@@ -3,7 +3,7 @@
 A *row* is one sequence of L tokens of one layer: row r is batch ``r % batch`` of layer ``r // batch``. The layers are a
 tuple of pointers, so that one launch takes all of them. Statistics of tokens are ``[rows, L]`` in fp32. Similarities
 are products of the raw tokens; the epilogue multiplies in the inverse norms, in fp32, so that there is neither a
-normalised copy nor its rounding. Rows of a tile beyond L are read as token L - 1 and masked in the epilogue, so that
+normalized copy nor its rounding. Rows of a tile beyond L are read as token L - 1 and masked in the epilogue, so that
 loads of the main loop have no mask. Tokens have ``width`` contiguous features, a multiple of 16, with zeros beyond F,
 and strides that are multiples of 16, so that every load is of 16 bytes.
 """
@@ -25,7 +25,7 @@ _LARGEST_SQUARE = tl.constexpr(0.03 * 3.4028234663852886e38)
 
 
 @triton.jit
-def _of_layer(pointers, layer, LAYERS: tl.constexpr):
+def _layer_pointer(pointers, layer, LAYERS: tl.constexpr):
     """``pointers[layer]``."""
     chosen = pointers[0]
     for n in tl.static_range(1, LAYERS):
@@ -61,7 +61,7 @@ def row_statistics_kernel(
     leave the range of fp32.
     """
     row = tl.program_id(1)
-    z = _of_layer(layers, row // batch, LAYERS) + (row % batch).to(tl.int64) * stride_b
+    z = _layer_pointer(layers, row // batch, LAYERS) + (row % batch).to(tl.int64) * stride_b
     tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = tokens < length
     f = tl.arange(0, BLOCK_F)
@@ -166,7 +166,7 @@ def _products(
 
 
 @triton.jit
-def _weigh(
+def _apply_potential(
     c,
     inverse_i,
     inverse_j,
@@ -291,7 +291,7 @@ def pair_tiles_kernel(
         if ONLINE:
             tl.store(maxima_ptr + sum_at, _NO_EXPONENT)
         return
-    z = _of_layer(layers, row // batch, LAYERS) + (row % batch).to(tl.int64) * stride_b
+    z = _layer_pointer(layers, row // batch, LAYERS) + (row % batch).to(tl.int64) * stride_b
     i = first_i + tile_i * BLOCK + tl.arange(0, BLOCK)
     j = first_j + tile_j * BLOCK + tl.arange(0, BLOCK)
     statistics = row.to(tl.int64) * length
@@ -339,7 +339,7 @@ def pair_tiles_kernel(
     shift = 0.0
     if HAS_SHIFT:
         shift = tl.load(shift_ptr + row)
-    u, v = _weigh(
+    u, v = _apply_potential(
         c,
         inverse_i,
         inverse_j,
@@ -450,7 +450,7 @@ def row_sweep_kernel(
     row = tl.program_id(1)
     first_feature = tl.program_id(2) * BLOCK_F
     layer = row // batch
-    z = _of_layer(layers, layer, LAYERS) + (row % batch).to(tl.int64) * stride_b
+    z = _layer_pointer(layers, layer, LAYERS) + (row % batch).to(tl.int64) * stride_b
     statistics = row.to(tl.int64) * length
     i = tile_i * BLOCK_M + tl.arange(0, BLOCK_M)
     valid_i = i < length
@@ -507,7 +507,7 @@ def row_sweep_kernel(
             pair_ids_j = tl.where(valid_j, 0, -1)
             masked = tile_j * BLOCK_N + BLOCK_N > length
         diagonal = (tile_j * BLOCK_N < tile_i * BLOCK_M + BLOCK_M) & (tile_i * BLOCK_M < tile_j * BLOCK_N + BLOCK_N)
-        u, v = _weigh(
+        u, v = _apply_potential(
             c,
             inverse_i,
             inverse_j,
@@ -584,7 +584,7 @@ def row_sweep_kernel(
         if SUM_WEIGHTS:
             tl.store(weight_sums_ptr + statistics + i, weight_sums, mask=valid_i)
     if (PASS == "gradient") or (PASS == "entropy_gradient"):
-        out = _of_layer(gradients, layer, LAYERS) + ((row % batch).to(tl.int64) * length + i)[:, None] * features
+        out = _layer_pointer(gradients, layer, LAYERS) + ((row % batch).to(tl.int64) * length + i)[:, None] * features
         tl.store(out + f[None, :], gradient, mask=valid_i[:, None] & (f < features)[None, :])
 
 
@@ -687,9 +687,9 @@ def project_kernel(
     tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = tokens < length
     f = tl.arange(0, BLOCK_F)
-    z = _of_layer(layers, layer, LAYERS) + (row % batch).to(tl.int64) * stride_b
+    z = _layer_pointer(layers, layer, LAYERS) + (row % batch).to(tl.int64) * stride_b
     z += tl.minimum(tokens, length - 1).to(tl.int64)[:, None] * stride_l
-    out = _of_layer(gradients, layer, LAYERS) + ((row % batch).to(tl.int64) * length + tokens)[:, None] * features
+    out = _layer_pointer(gradients, layer, LAYERS) + ((row % batch).to(tl.int64) * length + tokens)[:, None] * features
     statistics = row.to(tl.int64) * length + tokens
     if TRANSFORM == "none":
         weight_sum = tl.load(weight_sums_ptr + statistics, mask=valid, other=0.0)
