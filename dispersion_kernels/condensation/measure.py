@@ -84,8 +84,8 @@ def measure_condensation(
         check_flag(flag, value)
     for flag, value in (("add_special_tokens", add_special_tokens), ("progress", progress)):
         check_flag(flag, value)
-    _check_count("max_length", max_length, 2)
-    _check_count("batch_size", batch_size, 1)
+    check_count("max_length", max_length, 2)
+    check_count("batch_size", batch_size, 1)
     if published and layers != "all":
         raise ValueError(f"published=True takes all layers, got layers={layers!r}; leave layers out")
     scipy_stats()  # its absence is said before the work
@@ -105,8 +105,8 @@ def measure_condensation(
     elif initialised:
         name = name or models.name_of(model)
         model = models.initialised_like(model)
-    reading = _Reading(tokenizer, max_length, add_special_tokens, special_ids, batch_size)
-    measured = _Model(model, stack)
+    reading = Reading(tokenizer, max_length, add_special_tokens, special_ids, batch_size)
+    measured = MeasuredModel(model, stack)
     run = measured.run(layers, final_norm, published)
     with measured.evaluating(run):
         for batch in _progress(reading.batches(texts, measured), texts, progress):
@@ -132,7 +132,7 @@ class _Batch(NamedTuple):
 
 
 @dataclass
-class _Tap:
+class Tap:
     """Layer and what is measured of it."""
 
     name: str
@@ -143,10 +143,10 @@ class _Tap:
 
 
 @dataclass
-class _Run:
+class Run:
     """Measurement under way."""
 
-    taps: list[_Tap]
+    taps: list[Tap]
     texts: int = 0
     tokens: int = 0
     skipped: int = 0
@@ -157,7 +157,7 @@ class _Run:
         for tap in self.taps:
             tap.calls = 0
 
-    def measure(self, tap: _Tap, z: Tensor) -> None:
+    def measure(self, tap: Tap, z: Tensor) -> None:
         """Adds a layer's hidden states of the present batch."""
         batch = self.batch
         if batch is None:
@@ -237,7 +237,7 @@ EMBEDDING, FINAL_NORM = "embedding", "final norm"
 # ---- hidden states
 
 
-def _of_hidden_states(hidden: Any, mask: Tensor | None, layers: Layers, published: bool) -> _Run:
+def _of_hidden_states(hidden: Any, mask: Tensor | None, layers: Layers, published: bool) -> Run:
     states = layers_of(hidden, "model")
     first = states[0]
     for number, z in enumerate(states, 1):
@@ -259,8 +259,8 @@ def _of_hidden_states(hidden: Any, mask: Tensor | None, layers: Layers, publishe
         mask = mask.reshape(shape).cpu()
     texts, numbers = select_texts(mask, _without_first(mask))
     chosen = layer_numbers(layers, len(states))
-    taps = [_Tap(f"layer {n}", n, LayerSums(), AveragedMatrix() if published else None) for n in chosen]
-    run = _Run(taps)
+    taps = [Tap(f"layer {n}", n, LayerSums(), AveragedMatrix() if published else None) for n in chosen]
+    run = Run(taps)
     run.begin(_Batch({}, texts, shape, 0, numbers))
     for tap in taps:
         run.measure(tap, states[tap.number - 1])
@@ -276,7 +276,7 @@ def _without_first(mask: Tensor) -> Tensor:
 # ---- models
 
 
-class _Model:
+class MeasuredModel:
     """Model with the module that is called and the stack of blocks that is measured."""
 
     def __init__(self, model: nn.Module, stack: str | None) -> None:
@@ -304,7 +304,7 @@ class _Model:
         sizes = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "context")]
         return min([max_length, *(size for size in sizes if isinstance(size, int) and size > 1)])
 
-    def run(self, layers: Layers, final_norm: bool, published: bool) -> _Run:
+    def run(self, layers: Layers, final_norm: bool, published: bool) -> Run:
         """Measurement with a tap for each chosen layer, and for each layer of the published procedure."""
         count = len(self.stack.blocks)
         chosen = _numbers(layers, count)
@@ -323,8 +323,8 @@ class _Model:
             if sums or matrix:
                 name = FINAL_NORM if number is None else f"block {number}" if number else EMBEDDING
                 depth = count + 1 if number is None else number
-                taps.append(_Tap(name, depth, LayerSums() if sums else None, AveragedMatrix() if matrix else None))
-        return _Run(taps)
+                taps.append(Tap(name, depth, LayerSums() if sums else None, AveragedMatrix() if matrix else None))
+        return Run(taps)
 
     def _norm(self) -> nn.Module | None:
         """Module whose output begins with the last hidden state behind the final norm; None where it is unknown."""
@@ -333,7 +333,7 @@ class _Model:
         return self.stack.owner if is_pretrained(self.stack.owner) and not self.is_decoder else None
 
     @contextlib.contextmanager
-    def evaluating(self, run: _Run) -> Iterator[None]:
+    def evaluating(self, run: Run) -> Iterator[None]:
         """Context with hooks on the layers, in evaluation mode without gradients; what was before is restored."""
         handles = []
         for tap in run.taps:
@@ -372,14 +372,14 @@ class _Model:
             self.called(**given)
 
 
-def _after(run: _Run, tap: _Tap) -> Callable[..., None]:
+def _after(run: Run, tap: Tap) -> Callable[..., None]:
     def hook(module: nn.Module, args: object, output: Any) -> None:
         run.measure(tap, hidden_states_of(output, tap.name))
 
     return hook
 
 
-def _before(run: _Run, tap: _Tap) -> Callable[..., None]:
+def _before(run: Run, tap: Tap) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
         run.measure(tap, hidden_states_of(given, "the input of block 1"))
@@ -403,7 +403,7 @@ def _numbers(layers: Layers, count: int) -> list[int]:
 # ---- texts
 
 
-class _Reading:
+class Reading:
     """Batches from texts, or from batches as given."""
 
     def __init__(
@@ -421,7 +421,7 @@ class _Reading:
             raise TypeError(f"special_ids must be a list of token ids, got {special_ids!r}")
         self.special_ids = _special_ids(tokenizer) if special_ids is None else {int(i) for i in special_ids}
 
-    def batches(self, texts: Any, model: _Model) -> Iterator[_Batch]:
+    def batches(self, texts: Any, model: MeasuredModel) -> Iterator[_Batch]:
         if texts is None:
             raise TypeError("texts is missing; give a list of strings, or of batches of token ids")
         if isinstance(texts, str | bytes | Tensor | Mapping) or not isinstance(texts, Iterable):
@@ -473,7 +473,7 @@ class _Reading:
         except (TypeError, ValueError) as error:
             raise TypeError(f"tokenizer gave {encoded!r:.60} for text {number}, expected a list of ids") from error
 
-    def _padded(self, waiting: list[list[int]], first: int, model: _Model) -> _Batch:
+    def _padded(self, waiting: list[list[int]], first: int, model: MeasuredModel) -> _Batch:
         length = max(1, *map(len, waiting))
         ids = torch.zeros(len(waiting), length, dtype=torch.int64, device="cpu")
         mask = torch.zeros(len(waiting), length, dtype=torch.bool, device="cpu")
@@ -549,7 +549,7 @@ def _progress(batches: Iterator[_Batch], texts: Any, shown: bool) -> Iterator[_B
             bar.update(batch.shape[0])
 
 
-def _check_count(name: str, value: Any, least: int) -> None:
+def check_count(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:

@@ -17,6 +17,8 @@ from dispersion_kernels.gpt2.tokenizer import gpt2_bpe
 
 # Seed of a random initialisation.
 SEED = 0
+# Size of the vocabulary of --tokenizer bytes: the bytes and the end of a text.
+BYTES_VOCABULARY = 257
 
 
 def load_model(name: str | Path, *, initialised: bool = False) -> tuple[nn.Module, Any]:
@@ -93,7 +95,14 @@ def _gpt2(model: GPT2, initialised: bool) -> tuple[nn.Module, Any]:
             tokenizer = gpt2_bpe()
         except ModuleNotFoundError:
             tokenizer = None
+    elif model.config.vocab == BYTES_VOCABULARY:
+        tokenizer = _bytes
     return initialised_like(model).eval() if initialised else model.eval(), tokenizer
+
+
+def _bytes(text: str) -> list[int]:
+    """Tokens of ``dispersion-gpt2 --tokenizer bytes``."""
+    return list(text.encode())
 
 
 def _from_checkpoint(path: Path) -> GPT2:

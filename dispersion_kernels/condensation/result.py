@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -187,23 +187,27 @@ class Condensation:
                     *(f"{layer.effective_rank:.1f}", f"{layer.first_direction:.1%}", f"{layer.mean_norm:.4g}"),
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if n else cell.ljust(width)
-                for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
         trend = self.trend
         return "\n".join(
             [
                 f"{name}: {self.texts} texts, {self.tokens} tokens{skipped}",
-                *lines,
+                *aligned(rows),
                 f"trend over blocks: Spearman {_with_interval(trend.spearman, trend.spearman_interval)}, "
                 f"Kendall {_with_interval(trend.kendall, trend.kendall_interval)}",
             ]
         )
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, its first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if n else cell.ljust(width)
+            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
 
 
 def _with_interval(value: float, interval: tuple[float, float]) -> str:

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from .files import named_failure, tensor_sha256
-from .text import Document, find_documents
+from .text import Document, find_documents, named_by
 from .tokenizer import END_OF_TEXT, GPT2_FILES, blocks, encode, gpt2_bpe, train_bpe
 
 VALIDATION_SHARE = 0.05
@@ -43,6 +43,7 @@ class TokenData:
     folder: Path
 
 
+@named_by("--data")
 def load_data(
     sources: Sequence[str] = (),
     *,

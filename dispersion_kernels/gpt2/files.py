@@ -49,10 +49,10 @@ def replaced(path: Path, size: int | None = None, remedy: str = "") -> Iterator[
 
     ``size`` in bytes, where known, and ``remedy`` are for the message of a full disk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     needed = None if size is None else f"{size / 1e9:.3g} GB"
     with named_failure(path, needed, remedy):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
                 yield file

@@ -7,13 +7,39 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def exit_status(program: str, command: Callable[[], int], *, interrupted: str, memory: str) -> int:
+    """Exit status of ``command``, or 2 after an error and 130 after a Ctrl-C, of which it prints a line.
+
+    Args:
+        program: name of the program, before its messages.
+        interrupted: message after a Ctrl-C that has none itself.
+        memory: remedy after a failed allocation.
+    """
+    stdout, stderr = PersistentStream(sys.stdout), PersistentStream(sys.stderr)
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            return command()
+        except KeyboardInterrupt as interrupt:
+            print(f"{program}: {str(interrupt) or interrupted}", file=sys.stderr)
+            return 130
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            message = str(error)
+        except (RuntimeError, MemoryError) as error:
+            reason = out_of_memory(error)
+            if reason is None:
+                raise
+            message = f"{reason}; {memory}"
+        print(f"{program}: error:", *message.splitlines(), file=sys.stderr)
+        return 2
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 A document is a file, or a part of a file whose parts are separated by lines of one NUL character.
 """
 
+import contextlib
 import gzip
 import lzma
 import os
@@ -33,13 +34,27 @@ class Document:
     read: Callable[[], str]
 
 
+class TextError(ValueError):
+    """Text that cannot be read. The message begins with the source's name, for :func:`named_by` to put the option that
+    named it before."""
+
+
+@contextlib.contextmanager
+def named_by(option: str) -> Iterator[None]:
+    """Context, or decorator, that names the command-line ``option`` of the sources in errors."""
+    try:
+        yield
+    except TextError as error:
+        raise ValueError(f"{option} {error}") from error
+
+
 def find_documents(sources: Sequence[str]) -> list[Document]:
     """Documents of all ``sources``; without sources, those of the running Python's library."""
     if not sources:
         library = Path(sysconfig.get_path("stdlib"))
         files = list(text_files(library, {".py"}, skip=NOT_DEFAULT_TEXT)) if library.is_dir() else []
         if not files:
-            raise ValueError(f"there is no source text in Python's library ({library}): pass a text of yours by --data")
+            raise TextError(f"is missing: there is no source text in Python's library ({library}); give texts of yours")
         return [document for file in files for document in file_documents(file)]
     return [document for source in sources for document in source_documents(source)]
 
@@ -47,7 +62,7 @@ def find_documents(sources: Sequence[str]) -> list[Document]:
 def source_documents(source: str) -> list[Document]:
     path = Path(source)
     if not source:
-        raise ValueError("--data got an empty name; give files, folders or hf:NAME")
+        raise TextError("got an empty name; give files, folders or hf:NAME")
     if source.startswith("hf:"):
         return hub_documents(source)
     if match := DESCRIPTOR.fullmatch(os.path.abspath(source)):
@@ -56,18 +71,15 @@ def source_documents(source: str) -> list[Document]:
         files = list(text_files(path))
         if not files:
             known = " ".join(sorted(TEXT_SUFFIXES))
-            raise ValueError(f"--data {source}: the folder holds no text file (known by {known}, and .gz or .xz)")
+            raise TextError(f"{source}: the folder holds no text file (known by {known}, and .gz or .xz)")
         return [document for file in files for document in file_documents(file)]
     if path.is_file():
         return file_documents(path)
     if path.exists():
-        raise ValueError(
-            f"--data {source}: neither a file nor a folder; a pipe or a device can be read as /dev/stdin alone "
-            f"(--data /dev/stdin < {source})"
+        raise TextError(
+            f"{source}: neither a file nor a folder; a pipe or a device can be read as /dev/stdin alone, by < {source}"
         )
-    raise FileNotFoundError(
-        f"--data {source}: there is no such file or folder (a data set of Hugging Face's hub is hf:NAME)"
-    )
+    raise TextError(f"{source}: there is no such file or folder (a data set of Hugging Face's hub is hf:NAME)")
 
 
 def text_files(
@@ -76,13 +88,13 @@ def text_files(
     """Text files below a folder in a fixed order, without hidden ones. Other files that are left out are reported."""
 
     def cannot_be_listed(error: OSError) -> None:
-        raise ValueError(f"--data {error.filename}: cannot be read ({error.strerror})") from error
+        raise TextError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
     for parent, folders, names in os.walk(folder, onerror=cannot_be_listed):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skip)
         for name in folders:
             if Path(parent, name).is_symlink():
-                say(f"--data {Path(parent, name)}: skipped, a link to a folder; give that folder to read it")
+                say(f"{Path(parent, name)}: skipped, a link to a folder; give that folder to read it")
         for name in sorted(names):
             stem = name.removesuffix(".gz").removesuffix(".xz")
             if name.startswith(".") or Path(stem).suffix.lower() not in suffixes:
@@ -91,9 +103,9 @@ def text_files(
             if file.is_file():
                 yield file
             elif file.is_symlink():
-                say(f"--data {file}: skipped, a link to what is not a file or not there")
+                say(f"{file}: skipped, a link to what is not a file or not there")
             else:
-                say(f"--data {file}: skipped, not a regular file")
+                say(f"{file}: skipped, not a regular file")
 
 
 def file_documents(path: Path) -> list[Document]:
@@ -108,7 +120,7 @@ def stream_documents(source: str, descriptor: int) -> list[Document]:
         with open(descriptor, "rb", closefd=False) as stream:
             content = stream.read()
     except OSError as error:
-        raise ValueError(f"--data {source}: cannot be read ({error})") from error
+        raise TextError(f"{source}: cannot be read ({error})") from error
     return in_memory(source, decoded(source, content))
 
 
@@ -127,7 +139,7 @@ def read_text(path: Path) -> str:
         elif path.suffix == ".xz":
             content = decompress_xz(content)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"--data {path}: cannot be read ({error})") from error
+        raise TextError(f"{path}: cannot be read ({error})") from error
     return decoded(os.fspath(path), content)
 
 
@@ -149,7 +161,7 @@ def decoded(name: str, content: bytes) -> str:
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--data {name}: not UTF-8 ({error}); convert it, for example with iconv") from error
+        raise TextError(f"{name}: not UTF-8 ({error}); convert it, for example with iconv") from error
 
 
 def hub_documents(source: str) -> list[Document]:
@@ -158,15 +170,13 @@ def hub_documents(source: str) -> list[Document]:
         import datasets
     except ModuleNotFoundError as error:
         remedy = 'pip install "dispersion-kernels[hf]", or pass text files'
-        raise ModuleNotFoundError(f"--data {source} needs the package datasets: {remedy}", name="datasets") from error
+        raise ModuleNotFoundError(f"{source} needs the package datasets: {remedy}", name="datasets") from error
     try:
         rows = datasets.load_dataset(name, config or None, split="train")
     except Exception as error:  # datasets has its own classes for a wrong name, network errors and missing files
-        raise ValueError(
-            f"--data {source}: {type(error).__name__}: {error} (wanted: hf:NAME or hf:NAME:CONFIG)"
-        ) from error
+        raise TextError(f"{source}: {type(error).__name__}: {error} (wanted: hf:NAME or hf:NAME:CONFIG)") from error
     if "text" not in rows.column_names:
-        raise ValueError(f"--data {source}: it has no column text, only {', '.join(rows.column_names)}")
+        raise TextError(f"{source}: it has no column text, only {', '.join(rows.column_names)}")
     return [Document(f"{source}#{row}", partial(hub_text, rows, row)) for row in range(len(rows))]
 
 

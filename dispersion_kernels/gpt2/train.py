@@ -40,8 +40,8 @@ from .files import Metrics, locked, write_json
 from .model import save_weights
 from .options import DTYPES, as_arguments, parse_command, sampling_of, settle
 from .runtime import (
-    PersistentStream,
     StopRequest,
+    exit_status,
     keep_freed_memory,
     mean_over_ranks,
     out_of_memory,
@@ -56,23 +56,12 @@ from .tokenizer import save_tokenizer
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. The exit status is 0 after complete training, 128 + N after signal N, and 2 after an error."""
-    stdout, stderr = PersistentStream(sys.stdout), PersistentStream(sys.stderr)
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        try:
-            return command(argv)
-        except KeyboardInterrupt as interrupt:
-            said = str(interrupt) or "interrupted before training, nothing is lost"
-            print(f"dispersion-gpt2: {said}", file=sys.stderr)
-            return 130
-        except (ValueError, OSError, ModuleNotFoundError) as error:
-            message = str(error)
-        except (RuntimeError, MemoryError) as error:
-            reason = out_of_memory(error)
-            if reason is None:
-                raise
-            message = f"{reason}; take a smaller --batch-size and a larger --accumulate, or --checkpoint-activations"
-        print("dispersion-gpt2: error:", *message.splitlines(), file=sys.stderr)
-        return 2
+    return exit_status(
+        "dispersion-gpt2",
+        partial(command, argv),
+        interrupted="interrupted before training, nothing is lost",
+        memory="take a smaller --batch-size and a larger --accumulate, or --checkpoint-activations",
+    )
 
 
 def command(argv: Sequence[str] | None) -> int:

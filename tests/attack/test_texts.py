@@ -184,7 +184,7 @@ def test_damaged_packed_files_are_never_another_text(tmp_path, soon, tool):
             refusal = str(error)
         counts[f"{damage} {'refused' if refusal else 'read'}"] += 1
         if refusal:
-            assert refusal.startswith(f"--data {file}: ")
+            assert refusal.startswith(f"{file}: ")
             assert shown.returncode != 0, (damage, counts["cases"], refusal)
         elif shown.returncode == 0:
             assert read == shown.stdout.decode().replace("\r\n", "\n"), (damage, counts["cases"])

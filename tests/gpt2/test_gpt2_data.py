@@ -447,7 +447,7 @@ def test_an_empty_file_among_others_is_named(load, folder, monkeypatch):
 
 
 def test_sources_and_options_that_do_not_exist(load, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"--data .*nowhere: there is no such file or folder"):
+    with pytest.raises(ValueError, match=r"--data .*nowhere: there is no such file or folder"):
         load(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"--data .*empty: the folder holds no text file"):

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from dispersion_kernels.gpt2.text import find_documents, read_text
+from dispersion_kernels.gpt2.text import TextError, find_documents, read_text
 
 posix = pytest.mark.skipif(os.name == "nt", reason="pipes and links of POSIX")
 
@@ -60,7 +60,7 @@ def test_pipes_and_devices_by_name_are_refused(tmp_path):
     """They would block, or never end."""
     os.mkfifo(tmp_path / "pipe.txt")
     for source in (tmp_path / "pipe.txt", "/dev/zero"):
-        with pytest.raises(ValueError, match=rf"--data {source}: neither a file nor a folder; .*--data /dev/stdin < "):
+        with pytest.raises(TextError, match=rf"^{source}: neither a file nor a folder; .* by < {source}"):
             texts(source)
     (tmp_path / "link").symlink_to(tmp_path / "pipe.txt")
     with pytest.raises(ValueError, match="link: neither a file nor a folder"):
@@ -80,8 +80,8 @@ def test_what_a_folder_has_beside_files_is_skipped_and_said(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 4
     for line, name in zip(sorted(said), ("dangling.txt", "itself.txt", "loop", "pipe.txt"), strict=True):
-        assert line.startswith(f"--data {tmp_path / name}: skipped, ")
-    with pytest.raises(FileNotFoundError, match=r"dangling\.txt: there is no such file"):
+        assert line.startswith(f"{tmp_path / name}: skipped, ")
+    with pytest.raises(TextError, match=r"dangling\.txt: there is no such file"):
         texts(tmp_path / "dangling.txt")
 
 
@@ -96,14 +96,14 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(ValueError, match=r"--data .*deep: cannot be read \(Permission denied\)"):
+    with pytest.raises(TextError, match=r"/deep: cannot be read \(Permission denied\)"):
         texts(tmp_path)
 
 
 def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("text")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="--data got an empty name"):
+    with pytest.raises(TextError, match=r"^got an empty name"):
         texts("")
 
 
@@ -127,5 +127,5 @@ def test_packed_files_are_read_to_their_end(tmp_path, suffix):
     broken = [packed + b"garbage", packed + bytes(8) + b"garbage", packed[:-1], packed + packed[:-5], b"text"]
     for content in broken + [packed + bytes(3)] * (suffix == ".xz"):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"--data .*a\.txt\{suffix}: cannot be read"):
+        with pytest.raises(TextError, match=rf"/a\.txt\{suffix}: cannot be read"):
             read_text(file)
