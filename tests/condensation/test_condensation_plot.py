@@ -34,13 +34,13 @@ def cosines(seed: int, layers: int = 4, texts: int = 3) -> list[np.ndarray]:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Figures that were saved, in order."""
     kept: list[Any] = []
-    save = plot._Picture.save
+    save = plot.Picture.save
 
     def keeping(self: Any, figure: Any) -> Path:
         kept.append(figure)
         return save(self, figure)
 
-    monkeypatch.setattr(plot._Picture, "save", keeping)
+    monkeypatch.setattr(plot.Picture, "save", keeping)
     # Drawing needs no pyplot, and so no display.
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     return kept
