@@ -11,7 +11,9 @@
 #define DK_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-#define DK_ABI_VERSION 7
+#define DK_ABI_VERSION 8
+// Number of equal bins over [-1, 1] of dk_cosines; a bin holds its lower edge, and the last one its upper edge, too.
+#define DK_COSINE_BINS 200
 
 extern "C" {
 
@@ -114,11 +116,34 @@ typedef struct {
   void* const* out;  // [layer_count]: [rows, features] each
 } dk_scale_args;
 
+// Arguments of dk_cosines: histogram and sums of z_i . z_j / (|z_i| |z_j|) over the pairs i < j of each text's tokens, in
+// two parts: pairs whose token i is before the text's split, and all other pairs. A token of norm 0 has cosine 0.
+typedef struct {
+  int32_t abi_version;           // DK_ABI_VERSION
+  int32_t isa;                   // dk_isa
+  dk_parallel_for parallel_for;  // NULL: one thread
+  int32_t threads;
+  int32_t dtype;       // dk_dtype
+  const void* z;       // [rows, features], features contiguous; the address may be odd
+  int64_t row_stride;  // in elements
+  int64_t rows;
+  const int64_t* order;  // [tokens]: token i is row order[i]
+  int64_t tokens, features;
+  const int64_t* begins;  // [texts]: a text's tokens are begins[k] <= i < ends[k]; ascending, disjoint
+  const int64_t* splits;  // [texts]: begins[k] <= splits[k] <= ends[k]
+  const int64_t* ends;
+  int64_t texts;
+  int64_t* counts;  // [texts, 2, DK_COSINE_BINS]
+  double* sums;     // [texts, 2, 2]: sums of the cosines and of their squares; NaN in a text of two tokens or more, one of
+                    // which is not finite
+} dk_cosines_args;
+
 DK_EXPORT int32_t dk_abi_version(void);
 DK_EXPORT int32_t dk_resolve_isa(int32_t requested);  // the dk_isa that a call uses; 0 if this processor has none
 DK_EXPORT int32_t dk_dispersion(const dk_args* args);  // dk_status
 DK_EXPORT int32_t dk_sampled(const dk_sampled_args* args);  // dk_status
 DK_EXPORT int32_t dk_scale(const dk_scale_args* args);  // dk_status
+DK_EXPORT int32_t dk_cosines(const dk_cosines_args* args);  // dk_status
 
 }  // extern "C"
 
@@ -245,6 +270,16 @@ struct Finish {
   float square_scale;  // factor of z, for the norm term of l2_repel
 };
 
+// Counts and sums of the cosines of one tile's or two tiles' pairs, in the two parts of dk_cosines.
+struct CosineSums {
+  // Copies of the counts, which neighbouring pairs take in turn: cosines of condensed tokens share a bin, and an addition
+  // would wait for the one before it.
+  static constexpr int kCopies = 4;
+  uint32_t counts[2][kCopies][DK_COSINE_BINS];
+  double sums[2][2];
+};
+static_assert(int64_t(kLargestTile) * kLargestTile < INT32_MAX, "a tile's pairs are counted in 32 bits");
+
 struct TileKernels {
   int panel;
   void (*add_rows)(const Job&, const Tile&, Scratch&, float* sums);  // sums [padded_features] = sum of the tile's rows
@@ -265,6 +300,8 @@ struct TileKernels {
   // Gradient, without its scale, from the model alone, for a tile that is not packed.
   void (*expand)(const Job&, const Model&, Tile&, Scratch&, const float* phi, const float* sums);
   void (*scale)(const dk_scale_args&, int64_t layer, int64_t begin, int64_t end);  // rows begin <= row < end
+  // Adds the pairs of two packed tiles, or those i < j of one, to `result`; tokens before `split` are of part 0.
+  void (*cosines)(const Job&, const Tile&, const Tile& other, int split, Scratch&, CosineSums& result);
 };
 
 #if defined(__aarch64__)

@@ -208,8 +208,9 @@ DK_INLINE Pack madd(Pack a, float b, float c) {
   DK_FOR_VECTORS a.v[n] = a.v[n] * b + c;
   return a;
 }
+DK_INLINE vec minimum(vec a, float b) { return a < b ? a : splat(b); }
 DK_INLINE Pack minimum(Pack a, float b) {
-  DK_FOR_VECTORS a.v[n] = a.v[n] < b ? a.v[n] : splat(b);
+  DK_FOR_VECTORS a.v[n] = minimum(a.v[n], b);
   return a;
 }
 DK_INLINE Pack maximum(Pack a, float b) {

@@ -842,6 +842,42 @@ void expand(const Job& job, const Model& model, Tile& tile, Scratch& scratch, co
   }
 }
 
+// ---- the histogram of cosines
+
+void cosines(const Job& job, const Tile& tile, const Tile& other, int split, Scratch& scratch, CosineSums& result) {
+  constexpr float kHalf = DK_COSINE_BINS / 2;
+  const bool upper = &tile == &other;
+  similarities(job, tile, other, upper, scratch.weights);
+  for (int i = 0; i < tile.tokens; ++i) {
+    const int part = i >= split, begin = upper ? i + 1 : 0, end = other.tokens;
+    const float* row = scratch.weights + i * kWeightStride;
+    auto& counts = result.counts[part];
+    Pack total = splat_pack(0.0f), squares = splat_pack(0.0f);
+    for (int j = begin / kPanel * kPanel; j < end; j += kPanel) {
+      // Rounding may take a cosine beyond 1. A comparison with NaN is false, which leaves a bound.
+      Pack c = minimum(maximum(load_pack(row + j), -1.0f), 1.0f);
+      alignas(64) int32_t bins[kPanel];
+      DK_FOR_VECTORS {
+        const vec bin = minimum(c.v[n] * kHalf + kHalf, DK_COSINE_BINS - 1);
+        const ivec truncated = __builtin_convertvector(bin, ivec);
+        memcpy(bins + n * kLanes, &truncated, sizeof truncated);
+      }
+      const int first = begin > j ? begin - j : 0, last = end - j < kPanel ? end - j : kPanel;
+      if (first == 0 && last == kPanel) {
+#pragma GCC unroll 8
+        for (int n = 0; n < kPanel; ++n) ++counts[n % CosineSums::kCopies][bins[n]];
+      } else {
+        c = keep_columns(c, j, begin, end, 0.0f);
+        for (int n = first; n < last; ++n) ++counts[n % CosineSums::kCopies][bins[n]];
+      }
+      total = total + c;
+      squares = madd(c, c, squares);
+    }
+    result.sums[part][0] += double(sum(sum_vectors(total)));
+    result.sums[part][1] += double(sum(sum_vectors(squares)));
+  }
+}
+
 // ---- output rows
 
 template <class T, class Narrow>
@@ -881,7 +917,7 @@ namespace dk {
 namespace {
 
 constexpr TileKernels kTileKernels = {kPanel,  add_rows, pack, within,     between, project,
-                                      finish, fit,      model_sums, sample, expand,  scale};
+                                      finish, fit,      model_sums, sample, expand,  scale, cosines};
 
 }  // namespace
 }  // namespace dk

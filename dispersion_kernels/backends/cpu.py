@@ -22,9 +22,11 @@ from typing import Any
 import torch
 
 __all__ = [
+    "COSINE_BINS",
     "LARGEST_BLOCK",
     "PARAMETERS",
     "build_info",
+    "cosines",
     "dispersion",
     "isa",
     "row_stride",
@@ -43,10 +45,12 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "dispersive_l2": ("tau", "include_diagonal"),
 }
 
+#: Number of bins of :func:`cosines`.
+COSINE_BINS = 200
 #: Most tokens of a block of :func:`sampled`.
 LARGEST_BLOCK = 256
 
-_ABI_VERSION = 7
+_ABI_VERSION = 8
 _POTENTIALS = {name: number for number, name in enumerate(PARAMETERS)}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ISAS = {"": 0, "avx2": 1, "avx512": 2, "neon": 3}
@@ -318,6 +322,58 @@ def sampled(
     return loss, per_pair
 
 
+def cosines(
+    z: torch.Tensor, order: torch.Tensor, begins: torch.Tensor, splits: torch.Tensor, ends: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Histograms and sums of the cosines over the pairs i < j of each text's tokens, the same bits for any number of
+    threads. Part 0 has the pairs whose token i is before the text's split, part 1 all others.
+
+    Args:
+        z: hidden states ``[rows, F]``, CPU, float32, bfloat16 or float16, with a :func:`row_stride`.
+        order: row of each token, ``[tokens]`` int64, CPU.
+        begins, splits, ends: a text's tokens are ``begins[k] <= i < ends[k]``, ``[texts]`` int64, CPU, ascending and
+            disjoint; ``begins[k] <= splits[k] <= ends[k]``.
+
+    Returns:
+        Counts, int64 ``[texts, 2, COSINE_BINS]``, in equal bins over [-1, 1]; and sums of the cosines and of their
+        squares, float64 ``[texts, 2, 2]``, NaN for a text of two or more tokens, one of which is not finite.
+
+    Raises:
+        RuntimeError: if the kernel is unavailable (:func:`unavailable_reason`) or the call fails.
+        ValueError: if an argument has the wrong type, shape or layout.
+    """
+    requested = _available_isa()
+    stride = row_stride(z) if z.dim() == 2 else None
+    if stride is None or not z.is_cpu or z.dtype not in _DTYPES:
+        raise ValueError(
+            "z must be a float32, bfloat16 or float16 CPU tensor [rows, F] with contiguous features, "
+            f"got {z.dtype} {tuple(z.shape)} with strides {z.stride()} on {z.device}"
+        )
+    names = ("order", "begins", "splits", "ends")
+    order, begins, splits, ends = map(_int64_list, names, (order, begins, splits, ends))
+    if not begins.numel() == splits.numel() == ends.numel():
+        raise ValueError("begins, splits and ends must have one entry per text")
+    counts = torch.empty(begins.numel(), 2, COSINE_BINS, dtype=torch.int64, device="cpu")
+    sums = torch.empty(begins.numel(), 2, 2, dtype=torch.float64, device="cpu")
+    args = _CosinesArgs(
+        *_call(requested, z.dtype),
+        z=z.data_ptr(),
+        row_stride=stride,
+        rows=z.shape[0],
+        order=order.data_ptr(),
+        tokens=order.numel(),
+        features=z.shape[1],
+        begins=begins.data_ptr(),
+        splits=splits.data_ptr(),
+        ends=ends.data_ptr(),
+        texts=begins.numel(),
+        counts=counts.data_ptr(),
+        sums=sums.data_ptr(),
+    )
+    _check(_library().dk_cosines(ctypes.byref(args)))
+    return counts, sums
+
+
 def row_stride(z: torch.Tensor) -> int | None:
     """Distance, in elements, between consecutive rows of the flattened ``z`` ``[..., F]``; None if it is not the same
     everywhere or the features are not contiguous."""
@@ -422,7 +478,7 @@ def _check(status: int) -> None:
 
 
 class _Call(ctypes.Structure):
-    """Common first fields of ``dk_args``, ``dk_sampled_args`` and ``dk_scale_args`` of ``csrc/cpu/dispersion.h``."""
+    """Common first fields of ``dk_args`` and the arguments of the other calls of ``csrc/cpu/dispersion.h``."""
 
     _fields_ = [
         ("abi_version", ctypes.c_int32),
@@ -490,6 +546,25 @@ class _SampledArgs(_Call):
     ]
 
 
+class _CosinesArgs(_Call):
+    """Fields of ``dk_cosines_args`` of ``csrc/cpu/dispersion.h`` after those of :class:`_Call`."""
+
+    _fields_ = [
+        ("z", ctypes.c_void_p),
+        ("row_stride", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("order", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("features", ctypes.c_int64),
+        ("begins", ctypes.c_void_p),
+        ("splits", ctypes.c_void_p),
+        ("ends", ctypes.c_void_p),
+        ("texts", ctypes.c_int64),
+        ("counts", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+    ]
+
+
 class _ScaleArgs(_Call):
     """Fields of ``dk_scale_args`` of ``csrc/cpu/dispersion.h`` after those of :class:`_Call`."""
 
@@ -536,6 +611,8 @@ def _library() -> Any:
     library.dk_dispersion.argtypes = [ctypes.POINTER(_Args)]
     library.dk_sampled.restype = ctypes.c_int32
     library.dk_sampled.argtypes = [ctypes.POINTER(_SampledArgs)]
+    library.dk_cosines.restype = ctypes.c_int32
+    library.dk_cosines.argtypes = [ctypes.POINTER(_CosinesArgs)]
     library.dk_scale.restype = ctypes.c_int32
     library.dk_scale.argtypes = [ctypes.POINTER(_ScaleArgs)]
     return library

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dispersion_kernels.checks import beside, check_tensor, layers_of
+from dispersion_kernels.backends import cpu
+from dispersion_kernels.checks import beside, check_choice, check_tensor, layers_of
 from dispersion_kernels.condensation.result import BINS, QUANTILES, CosineStatistics
 from dispersion_kernels.numerics import accumulation_dtype, token_norms, wide_dtype
 
@@ -129,11 +130,16 @@ class PairSums(NamedTuple):
     """``[texts, 2, 2]`` float64: sum of the cosines and of their squares; NaN where a token is not finite."""
 
 
-def pair_sums(z: Tensor, texts: Texts) -> PairSums:
+def pair_sums(z: Tensor, texts: Texts, impl: str = "auto") -> PairSums:
     """:class:`PairSums` of hidden states ``z`` ``[rows, F]``, of any floating dtype, in tiles of the pairs.
 
-    A cosine beyond 1 by rounding counts as 1; a token of norm zero has cosine 0 with every other token.
+    A cosine beyond 1 by rounding counts as 1; a token of norm zero has cosine 0 with every other token. ``impl`` is
+    ``"cpu"`` for the CPU kernel, ``"torch"`` for PyTorch on any device, or ``"auto"``.
     """
+    check_choice("impl", impl, ("auto", "cpu", "torch"))
+    has_kernel = z.is_cpu and z.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if impl == "cpu" or (impl == "auto" and has_kernel and cpu.unavailable_reason() is None):
+        return PairSums(*cpu.cosines(z if cpu.row_stride(z) is not None else z.contiguous(), *texts))
     return _tiled_pair_sums(z, texts)
 
 

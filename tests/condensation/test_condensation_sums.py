@@ -9,8 +9,14 @@ import pytest
 import torch
 from exact_cosines import assert_are, cosines, parts
 
+from dispersion_kernels.backends import cpu
 from dispersion_kernels.condensation import BINS, QUANTILES, cosine
 from dispersion_kernels.condensation.cosine import LayerSums, Texts, pair_sums, select_texts
+
+IMPLS = [
+    "torch",
+    pytest.param("cpu", marks=pytest.mark.skipif(bool(cpu.unavailable_reason()), reason=str(cpu.unavailable_reason()))),
+]
 
 
 def ragged_texts(rows: int, lengths: list[int], seed: int = 0) -> Texts:
@@ -29,29 +35,78 @@ def condensed(rows: int, features: int, seed: int = 0) -> torch.Tensor:
     return z * torch.rand(rows, 1, generator=generator).exp()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("lengths", [[2], [3, 2, 40], [70, 31, 64, 65, 7]])
-def test_every_pair_is_counted(lengths: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lengths", [[2], [3, 2, 40, 0, 1], [70, 31, 64, 65, 7], [290]])
+def test_every_pair_is_counted(
+    lengths: list[int], dtype: torch.dtype, impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if impl == "cpu" and dtype == torch.float64:
+        pytest.skip("the CPU kernel takes no float64")
     monkeypatch.setattr(cosine, "TILE", 16)
     z = condensed(300, 33).to(dtype)
     texts = ragged_texts(300, lengths)
-    assert_are(pair_sums(z, texts), parts(z, texts), 1e-12 if dtype == torch.float64 else 1e-6)
+    assert_are(pair_sums(z, texts, impl), parts(z, texts), 1e-12 if dtype == torch.float64 else 1e-6)
 
 
-def test_norms_of_all_sizes_and_zero_tokens() -> None:
+@pytest.mark.skipif(bool(cpu.unavailable_reason()), reason=str(cpu.unavailable_reason()))
+@pytest.mark.parametrize("lengths", [[2] * 40, [513], [4200, 1, 700]])
+def test_the_kernel_gives_the_same_bits_on_any_number_of_threads(lengths: list[int]) -> None:
+    z, texts = condensed(5000, 20), ragged_texts(5000, lengths)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for number in (1, 2, 3, 5):
+            torch.set_num_threads(number)
+            results.append(pair_sums(z, texts, "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert_are(results[0], parts(z, texts), 1e-6)
+    for other in results[1:]:
+        assert torch.equal(other.counts, results[0].counts)
+        assert torch.equal(other.sums, results[0].sums)
+
+
+@pytest.mark.skipif(bool(cpu.unavailable_reason()), reason=str(cpu.unavailable_reason()))
+def test_the_kernel_takes_strided_rows_and_refuses_the_rest() -> None:
+    z, texts = condensed(120, 48), ragged_texts(120, [60, 33])
+    expected = pair_sums(z[:, 16:].contiguous(), texts, "cpu")
+    for strided in (z[:, 16:], z.T.contiguous().T[:, 16:]):
+        assert torch.equal(pair_sums(strided, texts, "cpu").counts, expected.counts)
+    one = torch.tensor([0])
+    for wrong, message in (
+        ((z.double(), *texts), "float32, bfloat16 or float16"),
+        ((z, texts.order.int(), *texts[1:]), "order must be a one-dimensional int64"),
+        ((z, texts.order, one, one, texts.ends), "one entry per text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cpu.cosines(*wrong)
+    for beyond in ((z, torch.tensor([0, 120]), one, one, one + 2), (z, texts.order, one, one + 3, one + 2)):
+        with pytest.raises(RuntimeError, match="out of range"):
+            cpu.cosines(*beyond)
+
+
+def test_an_unknown_version_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown impl 'gpu'; available: auto, cpu, torch"):
+        pair_sums(condensed(4, 2), ragged_texts(4, [4]), "gpu")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_norms_of_all_sizes_and_zero_tokens(impl: str) -> None:
     z = condensed(60, 24)
     z[3:20] *= 1e20
     z[20:40] *= 1e-25
     z[50:53] = 0
     texts = ragged_texts(60, [60])
-    assert_are(pair_sums(z, texts), parts(z, texts), 1e-6)
+    assert_are(pair_sums(z, texts, impl), parts(z, texts), 1e-6)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("features", [1, 3, 64, 576])
-def test_equal_and_opposite_tokens_are_in_the_outer_bins(features: int) -> None:
+def test_equal_and_opposite_tokens_are_in_the_outer_bins(features: int, impl: str) -> None:
     z = condensed(1, features).repeat(40, 1) * torch.rand(40, 1).exp()
     z[20:] *= -1
-    counts, sums = pair_sums(z, Texts(torch.arange(40), *map(torch.tensor, ([0], [0], [40]))))
+    counts, sums = pair_sums(z, Texts(torch.arange(40), *map(torch.tensor, ([0], [0], [40]))), impl)
     assert counts[0, 1, -1] == 20 * 19
     assert counts[0, 1, :2].sum() == 20 * 20  # -1 by rounding may fall on either side of the first edge
     assert counts.sum() == 40 * 39 // 2
@@ -59,20 +114,21 @@ def test_equal_and_opposite_tokens_are_in_the_outer_bins(features: int) -> None:
     assert sums[0, 1, 1].item() <= 40 * 39 // 2
 
 
-def test_a_token_that_is_not_finite_makes_its_text_nan_alone() -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_token_that_is_not_finite_makes_its_text_nan_alone(impl: str) -> None:
     for bad in (math.nan, math.inf):
         z = condensed(90, 8)
         z[40, 3] = bad
         texts = Texts(torch.arange(90), *map(torch.tensor, ([0, 30, 60], [1, 31, 60], [30, 60, 90])))
-        sums = pair_sums(z, texts).sums
+        sums = pair_sums(z, texts, impl).sums
         assert sums.isfinite().all(-1).all(-1).tolist() == [True, False, True]
 
 
-def test_the_numbers_repeat() -> None:
+def test_the_numbers_of_pytorch_repeat() -> None:
     z, texts = condensed(1100, 40), ragged_texts(1100, [1050, 3])
-    first = pair_sums(z, texts)
+    first = pair_sums(z, texts, "torch")
     for _ in range(3):
-        again = pair_sums(z, texts)
+        again = pair_sums(z, texts, "torch")
         assert torch.equal(first.counts, again.counts)
         assert torch.equal(first.sums, again.sums)
 
