@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy, convergence, loss, memory, regularizer, sampling, scale, train
+from benchmarks import accuracy, condensation, convergence, loss, memory, regularizer, sampling, scale, train
 from benchmarks.machine import write_csv
 from kernel_audit import static_report
 
@@ -24,12 +24,14 @@ SUITES: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
     "scale": scale.run,
     "sampling": sampling.run,
     "convergence": convergence.run,
+    "condensation": condensation.run,
 }
 WHAT = (
     "loss: time, memory and error against the naive version and its peers; memory: peak and time against L; train: "
     "the cost of a training step; regularizer: that of each way to add the loss to a model; accuracy: errors by dtype "
     "and condensation; static: the compiled GPU kernels; scale: one very long sequence under a memory ceiling; "
-    "sampling: the gradient's error against time, of a share of the pairs; convergence: where training with it ends"
+    "sampling: the gradient's error against time, of a share of the pairs; convergence: where training with it ends; "
+    "condensation: the measurement against all matrices of cosines"
 )
 
 

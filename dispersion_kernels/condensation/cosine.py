@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dispersion_kernels.backends import cpu
+from dispersion_kernels.backends import choose, cpu
 from dispersion_kernels.checks import beside, check_choice, check_tensor, layers_of
 from dispersion_kernels.condensation.result import BINS, QUANTILES, CosineStatistics
 from dispersion_kernels.numerics import accumulation_dtype, token_norms, wide_dtype
+from dispersion_kernels.potentials import AngularSpread
 
 # Tokens normalized at a time; bounds the extra memory for sequences of any length.
 CHUNK = 4096
@@ -134,12 +135,20 @@ def pair_sums(z: Tensor, texts: Texts, impl: str = "auto") -> PairSums:
     """:class:`PairSums` of hidden states ``z`` ``[rows, F]``, of any floating dtype, in tiles of the pairs.
 
     A cosine beyond 1 by rounding counts as 1; a token of norm zero has cosine 0 with every other token. ``impl`` is
-    ``"cpu"`` for the CPU kernel, ``"torch"`` for PyTorch on any device, or ``"auto"``.
+    ``"cpu"`` for the CPU kernel, ``"triton"`` for Triton's, ``"torch"`` for PyTorch on any device, or ``"auto"``.
+
+    Raises:
+        RuntimeError: ``impl`` cannot run here.
     """
-    check_choice("impl", impl, ("auto", "cpu", "torch"))
-    has_kernel = z.is_cpu and z.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if impl == "cpu" or (impl == "auto" and has_kernel and cpu.unavailable_reason() is None):
+    check_choice("impl", impl, ("auto", "triton", "cpu", "torch"))
+    # The backends take the tokens that they take for a potential of the cosine.
+    chosen = choose(impl, z, AngularSpread())
+    if chosen == "cpu":
         return PairSums(*cpu.cosines(z if cpu.row_stride(z) is not None else z.contiguous(), *texts))
+    if chosen == "triton":
+        from dispersion_kernels.backends.triton import cosines
+
+        return PairSums(*cosines.pair_sums(z, *texts))
     return _tiled_pair_sums(z, texts)
 
 

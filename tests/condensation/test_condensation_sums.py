@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import GPU, INTERPRETED
 from exact_cosines import assert_are, cosines, parts
 
 from dispersion_kernels.backends import cpu
 from dispersion_kernels.condensation import BINS, QUANTILES, cosine
 from dispersion_kernels.condensation.cosine import LayerSums, Texts, pair_sums, select_texts
 
+GPU_IMPLS = [
+    pytest.param("triton", marks=[pytest.mark.gpu] if GPU else []),
+] * (GPU or INTERPRETED)
 IMPLS = [
     "torch",
+    *GPU_IMPLS,
     pytest.param("cpu", marks=pytest.mark.skipif(bool(cpu.unavailable_reason()), reason=str(cpu.unavailable_reason()))),
 ]
 
@@ -41,8 +50,8 @@ def condensed(rows: int, features: int, seed: int = 0) -> torch.Tensor:
 def test_every_pair_is_counted(
     lengths: list[int], dtype: torch.dtype, impl: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if impl == "cpu" and dtype == torch.float64:
-        pytest.skip("the CPU kernel takes no float64")
+    if impl != "torch" and dtype == torch.float64:
+        pytest.skip("the kernels take no float64")
     monkeypatch.setattr(cosine, "TILE", 16)
     z = condensed(300, 33).to(dtype)
     texts = ragged_texts(300, lengths)
@@ -87,7 +96,7 @@ def test_the_kernel_takes_strided_rows_and_refuses_the_rest() -> None:
 
 
 def test_an_unknown_version_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown impl 'gpu'; available: auto, cpu, torch"):
+    with pytest.raises(ValueError, match="unknown impl 'gpu'; available: auto, triton, cpu, torch"):
         pair_sums(condensed(4, 2), ragged_texts(4, [4]), "gpu")
 
 
@@ -201,3 +210,19 @@ def test_geometry_of_simple_tokens() -> None:
 def test_the_oracle_is_the_formula() -> None:
     z = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
     assert cosines(z) == pytest.approx(np.array([[1, 0.5**0.5, 0], [0.5**0.5, 1, 0], [0, 0, 0]]))
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests of this file run in this process")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_in_the_interpreter() -> None:
+    """The interpreter has to be chosen before Triton's functions are defined: in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-2_000:]
+    assert " passed" in result.stdout

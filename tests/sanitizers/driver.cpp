@@ -661,6 +661,123 @@ void check_scale() {
           }
 }
 
+// ---- the histogram of cosines
+
+// Cosines of each text's pairs, in float64: for each text and part, in ascending order.
+std::vector<std::vector<double>> exact_cosines(const Tokens& z, const std::vector<int64_t>& order,
+                                               const std::vector<int64_t>& begins, const std::vector<int64_t>& splits,
+                                               const std::vector<int64_t>& ends) {
+  std::vector<std::vector<double>> parts(2 * begins.size());
+  const auto dot = [&](int64_t a, int64_t b) {
+    double total = 0.0;
+    for (int64_t f = 0; f < z.features; ++f) total += z.values[size_t(a * z.features + f)] * z.values[size_t(b * z.features + f)];
+    return total;
+  };
+  for (size_t text = 0; text < begins.size(); ++text)
+    for (int64_t i = begins[text]; i < ends[text]; ++i)
+      for (int64_t j = i + 1; j < ends[text]; ++j) {
+        const int64_t a = order[size_t(i)], b = order[size_t(j)];
+        const double norms = sqrt(dot(a, a) * dot(b, b));
+        parts[2 * text + size_t(i >= splits[text])].push_back(norms > 0.0 ? dot(a, b) / norms : 0.0);
+      }
+  for (std::vector<double>& part : parts) std::sort(part.begin(), part.end());
+  return parts;
+}
+
+void check_cosines_of(const std::vector<int64_t>& lengths, int32_t dtype, int64_t features, bool strided, bool odd) {
+  std::vector<int64_t> begins, splits, ends;
+  int64_t tokens = 1;  // the first token is of no text
+  for (const int64_t length : lengths) {
+    begins.push_back(tokens);
+    splits.push_back(tokens + int64_t(uniform() * double(length + 1)));
+    tokens += length;
+    ends.push_back(tokens);
+  }
+  const int64_t rows = tokens + 3;
+  const Tokens z(dtype, rows, features, strided ? features + 5 : features, odd);
+  std::vector<int64_t> order = shuffled(rows);
+  order.resize(size_t(tokens));
+  const auto expected = exact_cosines(z, order, begins, splits, ends);
+  const Buffer<int64_t> of_order(order), of_begins(begins), of_splits(splits), of_ends(ends);
+  const std::string of_case = context;
+  for (const Isa& isa : isas) {
+    std::string first;
+    for (const Pool& pool : pools) {
+      context = of_case + format(", %s, %s, %d threads", isa.name, kDtypes[dtype], pool.threads);
+      const Buffer<int64_t> counts(lengths.size() * 2 * DK_COSINE_BINS);
+      const Buffer<double> sums(lengths.size() * 4);
+      dk_cosines_args args = {};
+      args.abi_version = DK_ABI_VERSION;
+      args.isa = isa.number;
+      args.parallel_for = pool.parallel_for;
+      args.threads = pool.threads;
+      args.dtype = dtype;
+      args.z = z.memory.address();
+      args.row_stride = z.stride;
+      args.rows = rows;
+      args.order = of_order.data();
+      args.tokens = tokens;
+      args.features = features;
+      args.begins = of_begins.data();
+      args.splits = of_splits.data();
+      args.ends = of_ends.data();
+      args.texts = int64_t(lengths.size());
+      args.counts = counts.data();
+      args.sums = sums.data();
+      expect_status(dk_cosines(&args), DK_OK);
+      const std::string bits = counts.bits() + sums.bits();
+      if (first.empty()) {
+        first = bits;
+        for (size_t part = 0; part < expected.size(); ++part) {
+          // A cosine may be in error by this much, and in the bin beside its own.
+          constexpr double kError = 2e-6;
+          const std::vector<double>& exact = expected[part];
+          const auto below = [&](double bound) {
+            return int64_t(std::lower_bound(exact.begin(), exact.end(), bound) - exact.begin());
+          };
+          int64_t total = 0;
+          for (int bin = 0; bin < DK_COSINE_BINS; ++bin) {
+            total += counts.data()[part * DK_COSINE_BINS + size_t(bin)];
+            const double edge = -1.0 + 2.0 * (bin + 1) / DK_COSINE_BINS;
+            const bool last = bin + 1 == DK_COSINE_BINS;
+            const int64_t least = last ? int64_t(exact.size()) : below(edge - kError);
+            const int64_t most = last ? int64_t(exact.size()) : below(edge + kError);
+            if (total < least || total > most)
+              fail(format("part %zu has %lld pairs up to bin %d, exactly %lld to %lld", part, (long long)total, bin,
+                          (long long)least, (long long)most));
+          }
+          double sum = 0.0, squares = 0.0;
+          for (const double c : exact) {
+            sum += c;
+            squares += c * c;
+          }
+          const double* found = sums.data() + 2 * part;
+          if (!(fabs(found[0] - sum) <= kError * double(exact.size()) && fabs(found[1] - squares) <= 2 * kError * double(exact.size())))
+            fail(format("part %zu has sums %.9g and %.9g, exactly %.9g and %.9g", part, found[0], found[1], sum, squares));
+        }
+      } else if (bits != first) {
+        fail("differs from one thread");
+      }
+    }
+  }
+  context = of_case;
+}
+
+// A text of a size beside one of two tokens and an empty one; and short texts of all sizes around a panel.
+void check_cosines(int step) {
+  size_t number = 0;
+  std::vector<int64_t> all = sizes(step);
+  for (const int64_t size : {257, 300, 511}) all.push_back(size);
+  for (const int64_t size : all) {
+    const int64_t features = features_for(3 * number + 2);
+    context = format("cosines of %d tokens, %d features", int(size), int(features));
+    check_cosines_of({size, 0, 2, 1}, int32_t(number % 3), features, number % 4 == 1, number % 4 == 2);
+    ++number;
+  }
+  context = "cosines of short texts";
+  check_cosines_of({1, 2, 3, 31, 32, 33, 23, 24, 25, 5, 5, 5}, DK_FLOAT32, 33, false, false);
+}
+
 // ---- what a call refuses
 
 void check_refusals() {
@@ -778,6 +895,37 @@ void check_refusals() {
     args.tokens = args.block_count = 0;
     args.populations = none.data();
   });
+  const Buffer<int64_t> histogram(2 * DK_COSINE_BINS);
+  const Buffer<double> sums(4);
+  const auto cosines = [&](const char* what, int32_t status, const auto& change) {
+    context = std::string("cosines refuses ") + what;
+    dk_cosines_args args = {};
+    args.abi_version = DK_ABI_VERSION;
+    args.threads = 1;
+    args.z = z.memory.address();
+    args.row_stride = args.features = 8;
+    args.rows = args.tokens = 96;
+    args.order = order.data();
+    args.begins = args.splits = zero.data();
+    args.ends = count.data();
+    args.texts = 1;
+    args.counts = histogram.data();
+    args.sums = sums.data();
+    change(args);
+    expect_status(dk_cosines(&args), status);
+  };
+  cosines("nothing", DK_OK, [](dk_cosines_args&) {});
+  cosines("another version", DK_INVALID, [](dk_cosines_args& args) { ++args.abi_version; });
+  cosines("an unknown instruction set", DK_UNSUPPORTED, [](dk_cosines_args& args) { args.isa = 9; });
+  cosines("an unknown dtype", DK_INVALID, [](dk_cosines_args& args) { args.dtype = 3; });
+  cosines("no features", DK_INVALID, [](dk_cosines_args& args) { args.features = 0; });
+  cosines("an order beyond the rows", DK_INVALID, [&](dk_cosines_args& args) { args.order = beyond.data(); });
+  cosines("a negative order", DK_INVALID, [&](dk_cosines_args& args) { args.order = before.data(); });
+  cosines("a text beyond the tokens", DK_INVALID, [&](dk_cosines_args& args) { args.ends = too_many.data(); });
+  cosines("a text before them", DK_INVALID, [&](dk_cosines_args& args) { args.begins = below.data(); });
+  cosines("a split before its text", DK_INVALID, [&](dk_cosines_args& args) { args.splits = below.data(); });
+  cosines("a split beyond its text", DK_INVALID, [&](dk_cosines_args& args) { args.splits = too_many.data(); });
+
   some("a potential of the distance", DK_INVALID, [](dk_sampled_args& args) { args.potential = DK_DISPERSIVE_L2; });
 }
 
@@ -846,6 +994,7 @@ int main(int count, char** arguments) {
   check_long_tiles(step);
   check_blocks(step);
   check_expanded();
+  check_cosines(step);
   if (threads > 1) {
     check_concurrent_calls(2 * threads);
     pools.push_back({one_after_another, threads});

@@ -21,6 +21,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import (
     accuracy,
+    condensation,
     convergence,
     loss,
     memory,
@@ -46,7 +47,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (loss, memory, train, accuracy, sampling, scale):
+    for module in (loss, memory, train, accuracy, sampling, scale, condensation):
         monkeypatch.setattr(module, "pick_device", lambda: CPU)
 
 
@@ -239,6 +240,16 @@ def test_train_suite(quick_clock: None, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
+def test_condensation_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command.main(["--suite", "condensation", "--quick", "--out", str(tmp_path / "c.csv")])
+    rows = read(tmp_path / "c.csv")
+    assert [row["variant"] for row in rows] == [name for name in condensation.VARIANTS if name != condensation.NOTHING]
+    assert len(report.condensation_table(rows).splitlines()) == 2 + len(rows)
+    monkeypatch.setattr(condensation, "in_numpy", lambda model, texts: ([0.5] * 4, [[1]] * 4))
+    with pytest.raises(RuntimeError, match=r"layer 0: mean cosine .*, in NumPy 0\.5"):
+        condensation._check(condensation.Blocks(3, 8), condensation.Texts(2, 12, 8, torch.device("cpu")))
+
+
 def test_regularizer_suite(tmp_path: Path) -> None:
     command.main(["--suite", "regularizer", "--quick", "--out", str(tmp_path / "r.csv")])
     rows = read(tmp_path / "r.csv")
