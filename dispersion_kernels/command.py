@@ -1,4 +1,5 @@
-"""Command ``dispersion``: measure condensation in models, draw the measurements, and report the installation.
+"""Command ``dispersion``: measure condensation in models, draw the measurements, run and compare trainings, and report
+the installation.
 
 The trainer is a command of its own, ``dispersion-gpt2``.
 """
@@ -34,6 +35,7 @@ from .gpt2.files import named_failure
 from .gpt2.options import DTYPES, at_least, folder, not_empty
 from .gpt2.runtime import exit_status, say
 from .gpt2.text import Document, find_documents, named_by
+from .study import stats, sweep
 
 FORMATS = ("png", "svg", "pdf")
 KINDS: dict[str, Any] = {"heat-map": plot_heat_map, "curves": plot_condensation}
@@ -108,6 +110,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--kind", choices=(*KINDS, "training"), help="(default: heat-map of measurements, training of records)")
     add("--tokens", choices=("all", "content"), default="all", help="content: without special ones (default: all)")
     add("--title", help="above the picture")
+
+    sweep.register(commands)
+    stats.register(commands)
 
     env = commands.add_parser("env", help="machine and installation, for bug reports")
     env.set_defaults(run=run_env)

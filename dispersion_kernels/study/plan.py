@@ -20,11 +20,6 @@ from ..gpt2.model import weights_file
 from ..gpt2.options import WEIGHTS as WEIGHT_OPTIONS
 from ..gpt2.options import SavedParser, build_parser, complete
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 # Options of the trainer that a sweep sets itself.
 OWN = ("out", "resume", "compare")
 # Options that come from a file of weights, where there is one, in place of the defaults of the sweep.
@@ -99,6 +94,11 @@ def read_plan(file: Path) -> list[Experiment]:
         FileNotFoundError: no such file.
         ValueError: the file is not TOML, or a key or value is wrong; with the line, where it is known, and a remedy.
     """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
     if not file.is_file():
         raise FileNotFoundError(f"{file}: there is no such file; give the TOML file of a sweep")
     try:

@@ -11,14 +11,14 @@ import itertools
 import json
 import math
 import statistics
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..gpt2.options import folder
 from . import inference
 from .plan import OUTCOMES
 from .table import FORMAT, write_whole
@@ -26,34 +26,34 @@ from .table import FORMAT, write_whole
 Row = dict[str, Any]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. The exit status is 0, or 2 after an error."""
-    parser = argparse.ArgumentParser(
-        prog="dispersion stats",
+def register(commands: Any) -> None:
+    """Adds the subcommand to the parsers of ``dispersion``."""
+    parser = commands.add_parser(
+        "stats",
+        help="what the results of a sweep show",
         description="Compare the variants of a sweep with its baseline over seeds: paired differences, bootstrap "
         "intervals, permutation tests with Holm's correction, and the sentences that may be said.",
     )
-    parser.add_argument("results", type=Path, help="folder of a sweep, or its results.json")
+    parser.set_defaults(run=run)
+    parser.add_argument("results", type=folder, help="folder of a sweep, or its results.json")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="of stats.md, stats.json and plots (default: beside the results)"
+        "-o", "--out", type=folder, metavar="DIR", help="of tables and pictures (default: the results')"
     )
-    given = parser.parse_args(argv)
-    try:
-        file = given.results / "results.json" if given.results.is_dir() else given.results
-        results = read_results(file)
-        out = given.out or file.parent
-        reports = [Report.of(name, questions, results["rows"]) for name, questions in results["experiments"].items()]
-        write_whole(out / "stats.json", json.dumps([report.content() for report in reports], indent=2))
-        write_whole(out / "stats.md", "\n\n".join([*(report.markdown() for report in reports), METHOD]))
-        from .plots import plot_report
 
-        pictures = [picture for report in reports for picture in plot_report(report, out)]
-        for report in reports:
-            print(f"{report.name}:", *(f"- {sentence}" for sentence in report.sentences()), sep="\n")
-        print("written:", *(out / "stats.md", out / "stats.json", *pictures))
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print("dispersion stats: error:", error, file=sys.stderr)
-        return 2
+
+def run(options: argparse.Namespace) -> int:
+    from .plots import plot_report
+
+    file = options.results / "results.json" if options.results.is_dir() else options.results
+    results = read_results(file)
+    out = options.out or file.parent
+    reports = [Report.of(name, questions, results["rows"]) for name, questions in results["experiments"].items()]
+    write_whole(out / "stats.json", json.dumps([report.content() for report in reports], indent=2))
+    write_whole(out / "stats.md", "\n\n".join([*(report.markdown() for report in reports), METHOD]))
+    pictures = [picture for report in reports for picture in plot_report(report, out)]
+    for report in reports:
+        print(f"{report.name}:", *(f"- {sentence}" for sentence in report.sentences()), sep="\n")
+    print("written:", *(out / "stats.md", out / "stats.json", *pictures))
     return 0
 
 
@@ -158,9 +158,8 @@ class Trend:
         what = f"{OUTCOMES[self.outcome]}{name}{at(self.varied)}"
         left_out = f" Seeds without all runs: {', '.join(map(str, self.incomplete))}." if self.incomplete else ""
         if self.interval is None or self.p_holm is None:
-            return (
-                f"Nothing can be said of the trend of the {what} with {self.option}: {len(self.seeds)} seeds.{left_out}"
-            )
+            few = counted(len(self.seeds), "seed")
+            return f"Nothing can be said of the trend of the {what} with {self.option}: {few}.{left_out}"
         low, high = self.interval
         numbers = (
             f"mean Spearman correlation {self.correlation:+.2f}, 95% interval {low:+.2f} to {high:+.2f}; "
@@ -390,7 +389,3 @@ def table(header: str, lines: list[list[Any]]) -> str:
     names = header.split(", ")
     rows = [names, ["---"] * len(names), *lines]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,14 +15,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..gpt2.options import WEIGHTS, as_arguments, at_least
+from ..gpt2.options import WEIGHTS, as_arguments, at_least, folder
 from .plan import Experiment, Identities, Run, all_runs, read_plan
 from .table import environment, row_of, write_tables, write_whole
 
@@ -34,19 +34,19 @@ LAST_LINES = 12
 BUSY = "another run is writing there"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. The exit status is 0 when every run is finished, 1 when a run failed, 2 after an error of the
-    file or the command line, and 130 when stopped."""
-    parser = argparse.ArgumentParser(
-        prog="dispersion sweep",
+def register(commands: Any) -> None:
+    """Adds the subcommand to the parsers of ``dispersion``."""
+    parser = commands.add_parser(
+        "sweep",
+        help="runs of dispersion-gpt2 from a TOML file",
         description="Run dispersion-gpt2 for every combination of options in a TOML file, each run in a process of its "
-        "own. The same command goes on after an interruption.",
+        "own. The same command goes on after an interruption. The exit status is 1 where a run failed.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE.toml")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="of the runs and tables (default: runs/ and FILE's name)"
-    )
-    parser.add_argument(
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("file", type=folder, metavar="FILE.toml")
+    add("-o", "--out", type=folder, metavar="DIR", help="of the runs and tables (default: runs/ and FILE's name)")
+    add(
         "-j",
         "--jobs",
         type=at_least(1),
@@ -54,18 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N",
         help="runs at a time, which share the cores (default: 1)",
     )
-    parser.add_argument("--list", action="store_true", help="list the runs and what is done, and run nothing")
-    given = parser.parse_args(argv)
-    try:
-        check_libraries()
-        experiments = read_plan(given.file)
-        out = given.out or Path("runs", given.file.stem)
-        with whole(out):
-            sweep = Sweep(experiments, out, given.jobs)
-            return sweep.show() if given.list else sweep.run()
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print("dispersion sweep: error:", error, file=sys.stderr)
-        return 2
+    add("--list", action="store_true", help="list the runs and what is done, and run nothing")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit status: 0 when every run is finished, 1 when a run failed, and 130 when stopped."""
+    check_libraries()
+    experiments = read_plan(options.file)
+    out = options.out or Path("runs", options.file.stem)
+    with whole(out):
+        sweep = Sweep(experiments, out, options.jobs)
+        return sweep.show() if options.list else sweep.run()
 
 
 def check_libraries() -> None:
@@ -324,7 +323,3 @@ def stop_signals() -> list[signal.Signals]:
 
 def interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    sys.exit(main())

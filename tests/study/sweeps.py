@@ -37,7 +37,8 @@ def sweep_process(file: Path, *arguments: str) -> subprocess.Popen[str]:
         [
             sys.executable,
             "-m",
-            "dispersion_kernels.study.sweep",
+            "dispersion_kernels.command",
+            "sweep",
             str(file),
             "--out",
             str(file.parent / "out"),

@@ -132,6 +132,20 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, experiments: str) 
     assert WRONG[experiments] in str(caught.value)
 
 
+def test_the_files_of_the_documentation() -> None:
+    """docs/study's, and the example of docs/sweeps.md, whose runs test_sweep.py runs."""
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    study = {experiment.name: experiment for experiment in read_plan(docs / "study" / "study.toml")}
+    assert {"width", "weight", "tuning", "long", "continued", "tokens", "distilled", "python", "wikipedia"} == set(
+        study
+    )
+    assert {run.sources["init-from"].options.mlp_width for run in study["continued"].runs} == {32, 2048}
+    assert {run.seed for run in study["distilled"].runs} == {run.seed for run in study["width"].runs}
+    widths = sorted({run.options.mlp_width for run in study["width"].runs})
+    assert len(widths) >= 5
+    assert widths[-1] >= 16 * widths[0]
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none.toml: there is no such file; give"):
         read_plan(tmp_path / "none.toml")

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
+from dispersion_kernels import command
 from dispersion_kernels.study import inference, stats
 
 ENVIRONMENT = {"source": "a", "torch": "2.13.0", "processor": "p", "threads": 1}
@@ -170,7 +171,7 @@ def test_the_command_writes_tables_and_pictures(tmp_path: Path, capsys: pytest.C
         for w in (1, 9, 99)
     ]
     (tmp_path / "results.json").write_text(json.dumps(results(rows, trend="width", outcomes=["validation_loss"])))
-    assert stats.main([str(tmp_path)]) == 0
+    assert command.main(["stats", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     content = json.loads((tmp_path / "stats.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     sentences = [one["sentence"] for one in content[0]["comparisons"] + content[0]["trends"]]
@@ -182,9 +183,9 @@ def test_the_command_writes_tables_and_pictures(tmp_path: Path, capsys: pytest.C
 
 
 def test_wrong_results_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert stats.main([str(tmp_path)]) == 2
+    assert command.main(["stats", str(tmp_path)]) == 2
     assert "results.json: there is no such file; give the folder of a sweep" in capsys.readouterr().err
     for content in ("{", "[]", '{"format": 9}'):
         (tmp_path / "results.json").write_text(content)
-        assert stats.main([str(tmp_path)]) == 2
+        assert command.main(["stats", str(tmp_path)]) == 2
         assert "is not the results.json of a sweep in format 1" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 from gpt2_runs import child
 from sweeps import TINY, sweep, sweep_file, sweep_process
+
+from dispersion_kernels import command
 
 for library in ("tokenizers", "tqdm", "matplotlib", "safetensors", "scipy"):
     pytest.importorskip(library)
@@ -187,3 +190,20 @@ def test_other_code_and_other_defaults_are_told(tmp_path: Path) -> None:
     code, _, error = sweep(file)
     assert code == 2
     assert "was trained with clip = 2.0, the trainer's default then; now it is 1.0. Give clip in the file" in error
+
+
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    """docs/sweeps.md from its TOML block to the sentences, with the first two seeds of each experiment."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```toml\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "texts").mkdir()
+    file = sweep_file(tmp_path, "", re.sub(r"seed = \[(\d+, \d+)[^]]*\]", r"seed = [\1]", block))
+    (tmp_path / "text.txt").rename(tmp_path / "texts" / "text.txt")
+    code, out, error = sweep(file)
+    assert code == 0, out + error
+    assert command.main(["stats", str(tmp_path / "out")]) == 0
+    content = json.loads((tmp_path / "out" / "stats.json").read_text())
+    assert [one["experiment"] for one in content] == ["mlp", "weight", "continued"]
+    assert [len(one["comparisons"]) for one in content] == [0, 2, 2]
+    assert all(len(answer["seeds"]) == 2 for one in content for answer in one["comparisons"] + one["trends"])
+    assert "No difference can be shown by 2 seeds in 2 tests; it takes 7" in content[1]["comparisons"][0]["sentence"]
