@@ -80,7 +80,7 @@ pairs, with and without position 0, and the second moment of the features, as `m
 *published procedure* keeps all matrices and averages them.""",
     "convergence": """\
 The trainer's nano GPT-2 from several seeds: mean and standard deviation, and of the difference from all pairs, seed by
-seed, mean and standard error. At commits before 82b2872 the loss was log(mean psi + eps).""",
+seed, mean and standard error.""",
 }
 
 
