@@ -62,10 +62,11 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Readable name, which is also that of a folder."""
+        """Readable name, which is also that of a folder: without the commas and equals signs at which lm-eval splits
+        its arguments."""
         shown = [self.experiment, *([self.variant] if self.variant else [])]
-        shown += [f"{key}={label(value)}" for key, value in self.varied.items()]
-        return re.sub(r"[^\w.,=+-]+", "-", ",".join([*shown, f"seed={self.seed}"]))[:120]
+        shown += [f"{key}-{label(value)}" for key, value in self.varied.items()]
+        return re.sub(r"[^\w.+-]+", "-", "_".join([*shown, f"seed-{self.seed}"]))[:120]
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def test_lists_variants_and_seeds_multiply(tmp_path: Path) -> None:
     ]
     assert scratch.baseline == "without"
     assert len({run.name for run in scratch.runs}) == 8
-    assert scratch.runs[1].name == "scratch,weight-0.5,mlp-width=8,seed=3"
+    assert scratch.runs[1].name == "scratch_weight-0.5_mlp-width-8_seed-3"
     # The n-th seed starts from the n-th seed, without the shape that the defaults give to other experiments.
     assert [(run.seed, run.sources["init-from"].seed) for run in again.runs] == [(13, 3), (14, 4)]
     assert {run.sources["init-from"].variant for run in again.runs} == {"without"}
