@@ -1,4 +1,4 @@
-"""The dispersion loss in TRL's SFTTrainer, on the completions alone."""
+"""The dispersion loss in TRL's SFTTrainer, on the completions alone, and condensation while it trains."""
 
 import argparse
 import tempfile
@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from dispersion_kernels.integrations.transformers import attach
+from dispersion_kernels.integrations.transformers import attach, attach_monitor
 
 
 def main(steps: int) -> float:
@@ -39,7 +39,10 @@ def main(steps: int) -> float:
             processing_class=tokenizer,
         )
         attach(trainer, layers="all", weight=0.1, tokens="labels")
+        monitor = attach_monitor(trainer, text[:8], every=10)
         trainer.train()
+    for record in monitor.records:
+        print(f"step {record.step}: mean cosine of each block {[round(mean, 3) for mean in record.means.values()]}")
     return float(trainer.state.log_history[-2]["dispersion"])
 
 

@@ -8,6 +8,7 @@ models" (ICML 2026, arXiv 2602.00217) measure it by the cosine of every pair of 
 from .cosine import condensation_by_layer, mean_pairwise_cosine
 from .measure import measure_condensation
 from .models import load_model
+from .monitor import CondensationMonitor
 from .plot import plot_condensation, plot_heat_map, plot_training
 from .records import Record, read_records, write_records
 from .result import BINS, QUANTILES, Condensation, CosineStatistics, Layer, PublishedMeasurement, Trend
@@ -16,6 +17,7 @@ __all__ = [
     "BINS",
     "QUANTILES",
     "Condensation",
+    "CondensationMonitor",
     "CosineStatistics",
     "Layer",
     "PublishedMeasurement",

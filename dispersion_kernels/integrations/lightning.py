@@ -9,12 +9,15 @@ Modules with manual optimisation are not supported.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
+from dispersion_kernels.blocks import find_stack
+from dispersion_kernels.condensation.monitor import CondensationMonitor
 from dispersion_kernels.regularizer import DispersionRegularizer
 
 
@@ -60,3 +63,49 @@ class Dispersion(Callback):
             self.regularizer.remove()
             self.regularizer = None
             del pl_module.training_step
+
+
+class Condensation(Callback):
+    """Callback that measures condensation while a module trains: before the first step, every ``every`` steps, at which
+    it logs ``condensation/block 1`` and so on, and ``condensation/mean``, and after the last one. The records and their
+    picture are in the attribute ``monitor``.
+
+    A module without a ``forward`` is measured by its child that has the blocks.
+
+    Args:
+        texts, tokenizer, options: as in :class:`~dispersion_kernels.condensation.CondensationMonitor`.
+    """
+
+    def __init__(self, texts: Iterable[Any], tokenizer: Any = None, **options: Any) -> None:
+        self.arguments: dict[str, Any] = {"texts": texts, "tokenizer": tokenizer, **options}
+        self.monitor: CondensationMonitor | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model = _called(pl_module, self.arguments.get("stack"))
+        self.monitor = CondensationMonitor(model, **self.arguments)
+        self._measure(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        monitor = self.monitor
+        # Several batches may make one step.
+        if monitor and trainer.global_step % monitor.every == 0 and monitor.records[-1].step != trainer.global_step:
+            self._measure(trainer)
+            pl_module.log_dict(monitor.scalars())
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.monitor and self.monitor.records[-1].step != trainer.global_step:
+            self._measure(trainer)
+
+    def _measure(self, trainer: Trainer) -> None:
+        if self.monitor:
+            with trainer.precision_plugin.forward_context():
+                self.monitor.measure(trainer.global_step)
+
+
+def _called(module: nn.Module, stack: str | None) -> nn.Module:
+    """``module``, or its child with the stack of blocks where ``module`` has no forward of its own."""
+    if type(module).forward is not LightningModule.forward:
+        return module
+    return module.get_submodule(find_stack(module, stack).name.split(".")[0])

@@ -13,12 +13,14 @@ whether the trainer divides the loss by N or the model divides its loss by the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
+from dispersion_kernels.condensation.monitor import CondensationMonitor
 from dispersion_kernels.regularizer import DispersionRegularizer
 
 
@@ -34,16 +36,50 @@ def attach(trainer: Any, layers: Any = "all", weight: float = 0.1, **options: An
     """
     if isinstance(trainer, DispersionMixin):
         raise ValueError("trainer has a dispersion loss already: trainer.dispersion; change its weight there")
+    _check_trainer(trainer, "add DispersionRegularizer(model).loss() to the loss")
+    regularizer = DispersionRegularizer(trainer.model, layers, weight, **options)
+    _mix_in(trainer, DispersionMixin)
+    trainer._start(regularizer)
+    return regularizer
+
+
+def attach_monitor(trainer: Any, texts: Iterable[Any], tokenizer: Any = None, **options: Any) -> CondensationMonitor:
+    """Measures condensation while ``trainer`` trains, and adds it to the logs of the steps at which it is measured:
+    ``condensation/block 1`` and so on, and ``condensation/mean``.
+
+    Measured before the first step, every ``every`` steps, at which the trainer then logs, and after the last one.
+
+    Args:
+        trainer: ``transformers.Trainer``, or an instance of a subclass, before ``train()``.
+        texts, options: as in :class:`~dispersion_kernels.condensation.CondensationMonitor`.
+        tokenizer: tokenizer for strings; default: the trainer's.
+
+    Returns:
+        The monitor, which is also ``trainer.condensation``; after training, ``monitor.plot(path)`` draws its records.
+    """
+    _check_trainer(trainer, "call CondensationMonitor(model, texts)(step)")
+    if isinstance(trainer, _LogsCondensation):
+        raise ValueError("trainer has a monitor already: trainer.condensation")
+    tokenizer = tokenizer or getattr(trainer, "processing_class", None)
+    monitor = CondensationMonitor(trainer.model, texts, tokenizer, **options)
+    _mix_in(trainer, _LogsCondensation)
+    trainer.condensation = monitor
+    trainer.add_callback(_Measuring(monitor))
+    return monitor
+
+
+def _check_trainer(trainer: Any, instead: str) -> None:
     if not callable(getattr(trainer, "compute_loss", None)) or not hasattr(trainer, "accelerator"):
         raise TypeError(
             f"trainer must be a transformers.Trainer, or of a class made of it, got {type(trainer).__name__}; in a "
-            "loop of your own add DispersionRegularizer(model).loss() to the loss"
+            f"loop of your own {instead}"
         )
-    regularizer = DispersionRegularizer(trainer.model, layers, weight, **options)
+
+
+def _mix_in(trainer: Any, mixin: type) -> None:
+    """Puts ``mixin`` before the class of ``trainer``."""
     kind = type(trainer)
-    trainer.__class__ = type(kind.__name__, (DispersionMixin, kind), {"__module__": kind.__module__})
-    trainer._start(regularizer)
-    return regularizer
+    trainer.__class__ = type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
 
 
 class DispersionMixin:
@@ -104,4 +140,31 @@ class DispersionMixin:
             sums = trainer.accelerator.gather(self._sums[None]).mean(0) / steps
             logs["dispersion"], logs["cross_entropy"] = sums.tolist()
             self._sums, self._summed_from = None, trainer.state.global_step
+        parent.log(logs, *args, **kwargs)
+
+
+class _Measuring(TrainerCallback):
+    def __init__(self, monitor: CondensationMonitor) -> None:
+        self.monitor = monitor
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.monitor.measure(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        last = state.global_step >= state.max_steps
+        if last or state.global_step % self.monitor.every == 0:
+            self.monitor.measure(state.global_step)
+            control.should_log = True
+
+
+class _LogsCondensation:
+    """Mixin whose training logs have the scalars of a monitor that measured at that step."""
+
+    condensation: CondensationMonitor
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        parent: Any = super()
+        trainer: Any = self
+        if "loss" in logs and self.condensation.records[-1].step == trainer.state.global_step:
+            logs.update(self.condensation.scalars())
         parent.log(logs, *args, **kwargs)

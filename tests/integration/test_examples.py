@@ -16,6 +16,7 @@ NEEDS = {
     "with_accelerate": ["accelerate", "transformers"],
     "with_trainer": ["accelerate", "transformers"],
     "with_sft": ["trl"],
+    "with_grpo": ["trl"],
     "with_lightning": ["lightning.pytorch"],
 }
 
