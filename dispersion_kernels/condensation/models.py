@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -48,9 +50,9 @@ def load_model(name: str | Path, *, initialised: bool = False) -> tuple[nn.Modul
     if path.suffix == ".gguf":
         return _from_transformers(str(path.parent), path.name, initialised)
     if path.suffix == ".safetensors":
-        return _gpt2(load_weights(path), initialised)
+        return _gpt2(load_weights(path), path.parent, initialised)
     if path.suffix == ".pt":
-        return _gpt2(_from_checkpoint(path), initialised)
+        return _gpt2(_from_checkpoint(path), path.parent, initialised)
     if path.is_dir() and not (path / "config.json").is_file():
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1:
@@ -58,10 +60,11 @@ def load_model(name: str | Path, *, initialised: bool = False) -> tuple[nn.Modul
         if files:
             raise ValueError(f"{path} has several GGUF files; give one of {', '.join(map(str, files))}")
         if (path / "checkpoint.pt").is_file():
-            return _gpt2(_from_checkpoint(path / "checkpoint.pt"), initialised)
+            return _gpt2(_from_checkpoint(path / "checkpoint.pt"), path, initialised)
         raise FileNotFoundError(f"{path} has no config.json, GGUF file or checkpoint.pt; give the folder of a model")
-    if path.is_dir() and not _has_tokenizer(path) and (path / "model.safetensors").is_file() and _is_gpt2(path):
-        return _gpt2(load_weights(path), initialised)
+    needs_transformers = _has_tokenizer(path) and importlib.util.find_spec("transformers") is not None
+    if path.is_dir() and not needs_transformers and (path / "model.safetensors").is_file() and _is_gpt2(path):
+        return _gpt2(load_weights(path), path, initialised)
     return _from_transformers(str(name), None, initialised)
 
 
@@ -87,22 +90,17 @@ def name_of(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
 
 
-def _gpt2(model: GPT2, initialised: bool) -> tuple[nn.Module, Any]:
-    """GPT-2 and its tokenizer where the size of the vocabulary tells it: GPT-2's own, or the bytes."""
+def _gpt2(model: GPT2, folder: Path, initialised: bool) -> tuple[nn.Module, Any]:
+    """GPT-2 and its tokenizer: that of its folder, else GPT-2's own where the size of the vocabulary tells it."""
     tokenizer: Any = None
-    if model.config.vocab == 50257:
-        try:
+    with contextlib.suppress(ModuleNotFoundError):
+        if (folder / "tokenizer.json").is_file():
+            from tokenizers import Tokenizer
+
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        elif model.config.vocab == 50257:
             tokenizer = gpt2_bpe()
-        except ModuleNotFoundError:
-            tokenizer = None
-    elif model.config.vocab == BYTES_VOCABULARY:
-        tokenizer = _bytes
     return initialised_like(model).eval() if initialised else model.eval(), tokenizer
-
-
-def _bytes(text: str) -> list[int]:
-    """Tokens of ``dispersion-gpt2 --tokenizer bytes``."""
-    return list(text.encode())
 
 
 def _from_checkpoint(path: Path) -> GPT2:

@@ -436,6 +436,24 @@ def test_weights_of_the_trainer(tmp_path: Path) -> None:
     assert measure(file, initialised=True).layers == measure(model, initialised=True).layers
 
 
+def test_a_run_of_the_trainer_needs_no_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"<|endoftext|>": 0, "a": 1, "pair": 2, "takes": 3, "two": 4}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<|endoftext|>"))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model = small_gpt2()
+    save_weights(model, tmp_path)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    found = measure_condensation(tmp_path, ["a pair takes two"], progress=False)
+    assert found.layers == measure(model, [torch.tensor([1, 2, 3, 4])], None, special_ids=[0]).layers
+    assert found.options["special_ids"] == [0]
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer is missing"):
+        measure_condensation(tmp_path, ["a pair takes two"], progress=False)
+
+
 def test_files_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such file: .*weights\.safetensors"):
         measure(tmp_path / "weights.safetensors")
