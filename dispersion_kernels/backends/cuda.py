@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dispersion_kernels.backends.cpu import build_info
 from dispersion_kernels.backends.gpu.epilogues import Epilogue
-from dispersion_kernels.backends.gpu.launch import Entropy, Region, Statistics, Tokens, fp32_precision
+from dispersion_kernels.backends.gpu.launch import Inputs, PairTilesCall, RowSweepCall, Tokens, fp32_precision
 
 _TRANSFORMS = {"normalize": 0, "standardize": 1, "none": 2}
 LIBRARY = Path(__file__).parents[1] / "_cuda.so"
@@ -110,35 +110,22 @@ class CudaKernels:
             self.stream,
         )
 
-    def pair_tiles(
-        self,
-        shape: TileShape,
-        region: Region,
-        tokens: Tokens,
-        epilogue: Epilogue,
-        statistics: Statistics,
-        sums: Tensor,
-        maxima: Tensor | None,
-        shift: Tensor | None,
-        pair_ids: Tensor | None,
-        pair_id_ranges: Tensor | None,
-        weights: Tensor | None,
-        mirror: Tensor | None,
-    ) -> None:
-        mode = "write" if weights is not None else "online" if maxima is not None else "loss"
+    def pair_tiles(self, call: PairTilesCall) -> None:
+        inputs, region = call.inputs, call.region
+        mode = "write" if call.weights is not None else "online" if call.maxima is not None else "loss"
         torch.ops.dispersion_kernels.cuda_pair_tiles(
-            f"dk_pair_tiles_{self.element}_{epilogue.function}_{mode}",
-            _layers(tokens),
-            statistics.inverse,
-            statistics.weight_inverse,
-            statistics.extra,
-            shift,
-            pair_ids,
-            pair_id_ranges,
-            weights,
-            mirror,
-            sums,
-            maxima,
+            f"dk_pair_tiles_{self.element}_{inputs.epilogue.function}_{mode}",
+            _layers(inputs.tokens),
+            inputs.statistics.inverse,
+            inputs.statistics.weight_inverse,
+            inputs.statistics.extra,
+            call.shift,
+            inputs.pair_ids,
+            call.pair_id_ranges,
+            call.weights,
+            call.mirror,
+            call.sums,
+            call.maxima,
             region.rows,
             region.programs,
             region.tiles_i,
@@ -148,47 +135,32 @@ class CudaKernels:
             region.first_i,
             region.first_j,
             region.first_sum,
-            *epilogue.p,
+            *inputs.epilogue.p,
             self.stream,
         )
 
-    def row_sweep(
-        self,
-        shape: RowShape,
-        which: str,
-        tokens: Tokens,
-        epilogue: Epilogue,
-        statistics: Statistics,
-        *,
-        sums: Tensor | None = None,
-        maxima: Tensor | None = None,
-        shift: Tensor | None = None,
-        pair_ids: Tensor | None = None,
-        tile_ranges: Tensor | None = None,
-        entropy: Entropy | None = None,
-        weight_sums: Tensor | None = None,
-        gradients: Sequence[Tensor] = (),
-    ) -> None:
-        resident = "_resident" if gradients and shape.resident else ""
-        p0, p1, p2, p3 = epilogue.p
+    def row_sweep(self, call: RowSweepCall) -> None:
+        inputs, entropy = call.inputs, call.entropy
+        resident = "_resident" if call.gradients and call.shape.resident else ""
+        p0, p1, p2, p3 = inputs.epilogue.p
         torch.ops.dispersion_kernels.cuda_row_sweep(
-            f"dk_row_sweep_{self.element}_{epilogue.function}_{which}{resident}",
-            _layers(tokens),
-            statistics.inverse,
-            statistics.weight_inverse,
-            statistics.extra,
-            shift,
-            pair_ids,
-            tile_ranges,
+            f"dk_row_sweep_{self.element}_{inputs.epilogue.function}_{call.which}{resident}",
+            _layers(inputs.tokens),
+            inputs.statistics.inverse,
+            inputs.statistics.weight_inverse,
+            inputs.statistics.extra,
+            call.shift,
+            inputs.pair_ids,
+            call.tile_ranges,
             None if entropy is None else entropy.largest,
             None if entropy is None else entropy.total,
             None if entropy is None else entropy.expected,
             None if entropy is None else entropy.average,
-            sums,
-            maxima,
-            weight_sums,
-            list(gradients),
-            shape.block_m,
+            call.sums,
+            call.maxima,
+            call.weight_sums,
+            list(call.gradients),
+            call.shape.block_m,
             p0,
             p1,
             p2 if entropy is None else entropy.eps,
@@ -208,23 +180,16 @@ class CudaKernels:
     ) -> None:
         torch.ops.dispersion_kernels.cuda_sequence_sums(norm, sums, maxima, bounds, total, shift, length, self.stream)
 
-    def project(
-        self,
-        tokens: Tokens,
-        epilogue: Epilogue,
-        statistics: Statistics,
-        weight_sums: Tensor | None,
-        gradients: Sequence[Tensor],
-    ) -> None:
+    def project(self, inputs: Inputs, weight_sums: Tensor | None, gradients: Sequence[Tensor]) -> None:
         torch.ops.dispersion_kernels.cuda_project(
             f"dk_project_{self._storage}",
-            _layers(tokens),
-            statistics.norm,
-            statistics.inverse,
-            statistics.extra,
+            _layers(inputs.tokens),
+            inputs.statistics.norm,
+            inputs.statistics.inverse,
+            inputs.statistics.extra,
             weight_sums,
             list(gradients),
-            _TRANSFORMS[epilogue.transform],
+            _TRANSFORMS[inputs.epilogue.transform],
             self.stream,
         )
 

@@ -19,7 +19,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -113,7 +113,77 @@ class RowShape(Protocol):
     def block_n(self) -> int: ...
 
 
-Config = TypeVar("Config")
+@dataclass(frozen=True)
+class Entropy:
+    """Statistics of each token's distribution P, ``[rows, L]``, for the later passes of perplexity_entropy."""
+
+    largest: Tensor
+    """Largest exponent, of base 2."""
+    total: Tensor
+    """Sum of the exponentials relative to ``largest``."""
+    average: Tensor
+    """Mean of P, 1 / the number of partners."""
+    eps: float
+    expected: Tensor | None
+    """Expectation ``sum_j P_ij g_ij``, for the gradient; None before it is known."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs that all launches over the pairs of a call have."""
+
+    tokens: Tokens
+    epilogue: Epilogue
+    statistics: Statistics
+    pair_ids: Tensor | None
+    """Pair ids, ``[B, L]`` int32; None where all tokens of a row pair."""
+
+
+class PairTilesCall(NamedTuple):
+    """Arguments of ``pair_tiles``, which computes the sum of psi over each pair of tiles and, if asked, the slopes."""
+
+    inputs: Inputs
+    shape: Any
+    """:class:`TileShape` of the backend."""
+    region: Region
+    sums: Tensor
+    """Partial sums of psi, ``[rows, programs]``; output."""
+    maxima: Tensor | None
+    """Largest exponents, ``[rows, programs]``, that ``sums`` are relative to; output."""
+    shift: Tensor | None
+    """Number that is subtracted from the exponents of a row, ``[rows, 1]``."""
+    pair_id_ranges: Tensor | None
+    """Least and largest pair id of each tile, ``[B, tiles, 2]`` int32."""
+    weights: Tensor | None
+    """Slopes times the inverse norm of the column, ``[rows, N, N]`` in the dtype of the tokens; output. N is a multiple
+    of the block; elements beyond the last token may be written, too."""
+    mirror: Tensor | None
+    """``weights`` of the pairs (j, i); output."""
+
+
+class RowSweepCall(NamedTuple):
+    """Arguments of ``row_sweep``, which computes sums of each token over its pairs, ``[rows, L]``, and its gradient."""
+
+    inputs: Inputs
+    shape: Any
+    """:class:`RowShape` of the backend."""
+    which: str
+    """``"loss"``, ``"online"``, ``"gradient"`` or, for perplexity_entropy, ``"partition"``, ``"entropy"`` or
+    ``"entropy_gradient"``."""
+    sums: Tensor | None
+    """Sums of psi, or of the pass; output."""
+    maxima: Tensor | None
+    """Largest exponents; output."""
+    shift: Tensor | None
+    """Number that is subtracted from the exponents of a token, ``[rows, L]``."""
+    tile_ranges: Tensor | None
+    """Tiles that each tile may pair with: the first, and one past the last, ``[B, tiles, 2]`` int32."""
+    entropy: Entropy | None
+    """Results of earlier passes of perplexity_entropy."""
+    weight_sums: Tensor | None
+    """Sums of the weights; output."""
+    gradients: Sequence[Tensor]
+    """Gradient of each layer, ``[B, L, F]``, without its scale and the row transform; output. Empty for none."""
 
 
 class Kernels(Protocol):
@@ -140,44 +210,8 @@ class Kernels(Protocol):
         self, tokens: Tokens, epilogue: Epilogue, norm: Tensor, inverse: Tensor, extra: Tensor
     ) -> None: ...
 
-    def pair_tiles(
-        self,
-        shape: Any,
-        region: Region,
-        tokens: Tokens,
-        epilogue: Epilogue,
-        statistics: Statistics,
-        sums: Tensor,
-        maxima: Tensor | None,
-        shift: Tensor | None,
-        pair_ids: Tensor | None,
-        pair_id_ranges: Tensor | None,
-        weights: Tensor | None,
-        mirror: Tensor | None,
-    ) -> Any:
-        """Partial sums of psi, ``[rows, programs]``, relative to ``maxima`` if given; and slopes times the inverse norm
-        of the column, ``[rows, N, N]``, to ``weights``, those of (j, i) to ``mirror``. N is a multiple of the block;
-        elements beyond the last token may be written, too."""
-
-    def row_sweep(
-        self,
-        shape: Any,
-        which: str,
-        tokens: Tokens,
-        epilogue: Epilogue,
-        statistics: Statistics,
-        *,
-        sums: Tensor | None = None,
-        maxima: Tensor | None = None,
-        shift: Tensor | None = None,
-        pair_ids: Tensor | None = None,
-        tile_ranges: Tensor | None = None,
-        entropy: Entropy | None = None,
-        weight_sums: Tensor | None = None,
-        gradients: Sequence[Tensor] = (),
-    ) -> Any:
-        """Sums of each token over its pairs. ``which`` is ``"loss"``, ``"online"``, ``"gradient"``, or, of
-        perplexity_entropy, ``"partition"``, ``"entropy"`` or ``"entropy_gradient"``."""
+    def pair_tiles(self, call: PairTilesCall) -> Any: ...
+    def row_sweep(self, call: RowSweepCall) -> Any: ...
 
     def sequence_sums(
         self,
@@ -190,29 +224,7 @@ class Kernels(Protocol):
         shift: Tensor | None,
     ) -> None: ...
 
-    def project(
-        self,
-        tokens: Tokens,
-        epilogue: Epilogue,
-        statistics: Statistics,
-        weight_sums: Tensor | None,
-        gradients: Sequence[Tensor],
-    ) -> None: ...
-
-
-@dataclass(frozen=True)
-class Entropy:
-    """Statistics of each token's distribution P, ``[rows, L]``, for the later passes of perplexity_entropy."""
-
-    largest: Tensor
-    """Largest exponent, of base 2."""
-    total: Tensor
-    """Sum of the exponentials relative to ``largest``."""
-    average: Tensor
-    """Mean of P, 1 / the number of partners."""
-    eps: float
-    expected: Tensor | None
-    """Expectation ``sum_j P_ij g_ij``, for the gradient; None before it is known."""
+    def project(self, inputs: Inputs, weight_sums: Tensor | None, gradients: Sequence[Tensor]) -> None: ...
 
 
 class Losses(NamedTuple):
@@ -401,6 +413,7 @@ class _Call:
             weight_scale = torch.exp2(self.epilogue.weight_exponent - largest_exponent)
             weight_inverse = inverse * weight_scale
         self.statistics = Statistics(norm, inverse, extra, weight_inverse, weight_scale)
+        self.inputs = Inputs(Tokens(self.layers, self.features), self.epilogue, self.statistics, self.pair_ids)
 
     def _row_statistics(self) -> tuple[Tensor, Tensor, Tensor]:
         norm, inverse, extra = (self._empty_statistic() for _ in range(3))
@@ -594,9 +607,7 @@ class _Call:
         return token_values if self.partners is None else token_values.masked_fill(self.partners <= 0, 0.0)
 
     def _project(self) -> None:
-        self.kernels.project(
-            Tokens(self.layers, self.features), self.epilogue, self.statistics, self.weight_sums, self.gradients
-        )
+        self.kernels.project(self.inputs, self.weight_sums, self.gradients)
 
     # ---- sequences of a row: one, or the segments of cu_seqlens
 
@@ -653,19 +664,9 @@ class _Call:
         weights: Tensor | None = None,
         mirror: Tensor | None = None,
     ) -> Any:
+        ranges = self._cached_pair_id_ranges(shape.block)
         return self.kernels.pair_tiles(
-            shape,
-            region,
-            Tokens(self.layers, self.features),
-            self.epilogue,
-            self.statistics,
-            sums,
-            maxima,
-            shift,
-            self.pair_ids,
-            self._cached_pair_id_ranges(shape.block),
-            weights,
-            mirror,
+            PairTilesCall(self.inputs, shape, region, sums, maxima, shift, ranges, weights, mirror)
         )
 
     def _cached_pair_id_ranges(self, block: int) -> Tensor | None:
@@ -718,19 +719,18 @@ class _Call:
     ) -> Any:
         with_grad = which in ("gradient", "entropy_gradient")
         return self.kernels.row_sweep(
-            shape,
-            which,
-            Tokens(self.layers, self.features),
-            self.epilogue,
-            self.statistics,
-            sums=sums,
-            maxima=maxima,
-            shift=shift,
-            pair_ids=self.pair_ids,
-            tile_ranges=None if self.pair_ids is None else _tile_ranges(self.pair_ids, shape.block_m, shape.block_n),
-            entropy=entropy,
-            weight_sums=self.weight_sums if with_grad else None,
-            gradients=self.gradients if with_grad else (),
+            RowSweepCall(
+                self.inputs,
+                shape,
+                which,
+                sums,
+                maxima,
+                shift,
+                None if self.pair_ids is None else _tile_ranges(self.pair_ids, shape.block_m, shape.block_n),
+                entropy,
+                self.weight_sums if with_grad else None,
+                self.gradients if with_grad else (),
+            )
         )
 
     def _partial_sums(self, columns: int) -> tuple[Tensor, Tensor | None]:

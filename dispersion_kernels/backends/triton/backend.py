@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from dispersion_kernels.backends.gpu.epilogues import Epilogue
-from dispersion_kernels.backends.gpu.launch import Entropy, Region, Statistics, Tokens, fp32_precision
+from dispersion_kernels.backends.gpu.launch import Inputs, PairTilesCall, RowSweepCall, Tokens, fp32_precision
 from dispersion_kernels.backends.triton import epilogues, kernels, tuning
 from dispersion_kernels.backends.triton.configs import (
     RowConfig,
@@ -89,39 +89,22 @@ class TritonKernels:
             q=epilogue.q,
         )
 
-    def pair_tiles(
-        self,
-        shape: TileConfig,
-        region: Region,
-        tokens: Tokens,
-        epilogue: Epilogue,
-        statistics: Statistics,
-        sums: Tensor,
-        maxima: Tensor | None,
-        shift: Tensor | None,
-        pair_ids: Tensor | None,
-        pair_id_ranges: Tensor | None,
-        weights: Tensor | None,
-        mirror: Tensor | None,
-    ) -> Any:
-        unused = statistics.norm
+    def pair_tiles(self, call: PairTilesCall) -> Any:
+        shape, region, sums, weights = call.shape, call.region, call.sums, call.weights
+        unused = call.inputs.statistics.norm
         return self._launch(
             kernels.pair_tiles_kernel,
             (region.programs, region.rows),
-            tokens,
-            **self._epilogue_arguments(epilogue),
-            inverse_ptr=statistics.inverse,
-            weight_inverse_ptr=statistics.weight_inverse,
-            extra_ptr=statistics.extra,
-            shift_ptr=unused if shift is None else shift,
-            pair_ids_ptr=unused if pair_ids is None else pair_ids,
-            pair_id_range_ptr=unused if pair_id_ranges is None else pair_id_ranges,
+            call.inputs.tokens,
+            **self._input_arguments(call.inputs),
+            shift_ptr=unused if call.shift is None else call.shift,
+            pair_id_range_ptr=unused if call.pair_id_ranges is None else call.pair_id_ranges,
             weights_ptr=unused if weights is None else weights,
-            mirror_ptr=unused if mirror is None else mirror,
+            mirror_ptr=unused if call.mirror is None else call.mirror,
             weights_row_stride=0 if weights is None else weights.stride(0),
             weights_stride=0 if weights is None else weights.stride(1),
             sums_ptr=sums,
-            maxima_ptr=sums if maxima is None else maxima,
+            maxima_ptr=sums if call.maxima is None else call.maxima,
             sums_stride=sums.shape[1],
             first_sum=region.first_sum,
             first_row=region.first_row,
@@ -129,39 +112,22 @@ class TritonKernels:
             first_j=region.first_j,
             tiles_i=region.tiles_i,
             tiles_j=region.tiles_j,
-            ONLINE=maxima is not None,
-            HAS_SHIFT=shift is not None,
-            HAS_PAIR_IDS=pair_ids is not None,
+            ONLINE=call.maxima is not None,
+            HAS_SHIFT=call.shift is not None,
             WRITE=weights is not None,
             TRIANGLE=region.triangle,
             BLOCK=shape.block,
             BLOCK_K=shape.block_k,
-            EVEN_K=tokens.width % shape.block_k == 0,
-            PRECISION=self.precision,
+            EVEN_K=call.inputs.tokens.width % shape.block_k == 0,
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
         )
 
-    def row_sweep(
-        self,
-        shape: RowConfig,
-        which: str,
-        tokens: Tokens,
-        epilogue: Epilogue,
-        statistics: Statistics,
-        *,
-        sums: Tensor | None = None,
-        maxima: Tensor | None = None,
-        shift: Tensor | None = None,
-        pair_ids: Tensor | None = None,
-        tile_ranges: Tensor | None = None,
-        entropy: Entropy | None = None,
-        weight_sums: Tensor | None = None,
-        gradients: Sequence[Tensor] = (),
-    ) -> Any:
-        unused = statistics.norm
+    def row_sweep(self, call: RowSweepCall) -> Any:
+        inputs, shape, entropy, gradients = call.inputs, call.shape, call.entropy, call.gradients
+        tokens, unused = inputs.tokens, inputs.statistics.norm
         slices = triton.cdiv(tokens.features, shape.block_f) if gradients else 1
-        arguments = self._epilogue_arguments(epilogue)
+        arguments = self._input_arguments(inputs)
         if entropy is not None:
             arguments["p2"] = entropy.eps
         return self._launch(
@@ -169,33 +135,27 @@ class TritonKernels:
             (triton.cdiv(tokens.length, shape.block_m), tokens.rows, slices),
             tokens,
             **arguments,
-            inverse_ptr=statistics.inverse,
-            weight_inverse_ptr=statistics.weight_inverse,
-            extra_ptr=statistics.extra,
-            shift_ptr=unused if shift is None else shift,
-            pair_ids_ptr=unused if pair_ids is None else pair_ids,
-            tile_range_ptr=unused if tile_ranges is None else tile_ranges,
+            shift_ptr=unused if call.shift is None else call.shift,
+            tile_range_ptr=unused if call.tile_ranges is None else call.tile_ranges,
             largest_ptr=unused if entropy is None else entropy.largest,
             total_ptr=unused if entropy is None else entropy.total,
             expected_ptr=unused if entropy is None or entropy.expected is None else entropy.expected,
             average_ptr=unused if entropy is None else entropy.average,
             features=tokens.features,
-            sums_ptr=unused if sums is None else sums,
-            maxima_ptr=unused if maxima is None else maxima,
-            weight_sums_ptr=unused if weight_sums is None else weight_sums,
+            sums_ptr=unused if call.sums is None else call.sums,
+            maxima_ptr=unused if call.maxima is None else call.maxima,
+            weight_sums_ptr=unused if call.weight_sums is None else call.weight_sums,
             gradients=tuple(gradients) if gradients else (unused,) * len(tokens.layers),
-            PASS=which,
-            HAS_SHIFT=shift is not None,
-            HAS_PAIR_IDS=pair_ids is not None,
-            SUM_WEIGHTS=weight_sums is not None,
-            WEIGHTED=epilogue.transform != "none" or statistics.weight_scale is not None,
+            PASS=call.which,
+            HAS_SHIFT=call.shift is not None,
+            SUM_WEIGHTS=call.weight_sums is not None,
+            WEIGHTED=inputs.epilogue.transform != "none" or inputs.statistics.weight_scale is not None,
             BLOCK_M=shape.block_m,
             BLOCK_N=shape.block_n,
             BLOCK_K=shape.block_k,
             BLOCK_F=shape.block_f,
             RESIDENT=shape.resident,
             EVEN_K=tokens.width % shape.block_k == 0,
-            PRECISION=self.precision,
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
         )
@@ -226,18 +186,12 @@ class TritonKernels:
         rows, sequences = total.shape
         self.run(kernels.sequence_sums_kernel, (sequences, rows), arguments, {"num_warps": 4})
 
-    def project(
-        self,
-        tokens: Tokens,
-        epilogue: Epilogue,
-        statistics: Statistics,
-        weight_sums: Tensor | None,
-        gradients: Sequence[Tensor],
-    ) -> None:
+    def project(self, inputs: Inputs, weight_sums: Tensor | None, gradients: Sequence[Tensor]) -> None:
+        statistics = inputs.statistics
         self._launch_on_tokens(
             kernels.project_kernel,
-            tokens,
-            epilogue,
+            inputs.tokens,
+            inputs.epilogue,
             norm_ptr=statistics.norm,
             inverse_ptr=statistics.inverse,
             extra_ptr=statistics.extra,
@@ -245,14 +199,26 @@ class TritonKernels:
             gradients=tuple(gradients),
         )
 
-    def _epilogue_arguments(self, epilogue: Epilogue) -> dict[str, Any]:
-        return dict(
-            **{f"p{n}": value for n, value in enumerate(epilogue.p)},
-            FUNCTION=getattr(epilogues, epilogue.function) if epilogue.own is None else epilogue.own,
-            OWN=epilogue.own is not None,
-            EXPONENTIAL=epilogue.exponential,
-            TRANSFORM=epilogue.transform,
-        )
+    def _input_arguments(self, inputs: Inputs) -> dict[str, Any]:
+        """Arguments that both kernels over pairs have."""
+        epilogue, statistics, pair_ids = inputs.epilogue, inputs.statistics, inputs.pair_ids
+        p0, p1, p2, p3 = epilogue.p
+        return {
+            "p0": p0,
+            "p1": p1,
+            "p2": p2,
+            "p3": p3,
+            "FUNCTION": getattr(epilogues, epilogue.function) if epilogue.own is None else epilogue.own,
+            "OWN": epilogue.own is not None,
+            "EXPONENTIAL": epilogue.exponential,
+            "TRANSFORM": epilogue.transform,
+            "inverse_ptr": statistics.inverse,
+            "weight_inverse_ptr": statistics.weight_inverse,
+            "extra_ptr": statistics.extra,
+            "pair_ids_ptr": statistics.norm if pair_ids is None else pair_ids,
+            "HAS_PAIR_IDS": pair_ids is not None,
+            "PRECISION": self.precision,
+        }
 
     def _launch_on_tokens(self, kernel: Any, tokens: Tokens, epilogue: Epilogue, **arguments: Any) -> None:
         """Launches a kernel that reads each token by itself."""

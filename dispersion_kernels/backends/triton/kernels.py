@@ -168,29 +168,24 @@ def _products(
 @triton.jit
 def _apply_potential(
     c,
-    inverse_i,
-    inverse_j,
-    extra_i,
-    extra_j,
-    i,
-    j,
-    pair_ids_i,
-    pair_ids_j,
+    side_i,
+    side_j,
     masked,
     diagonal,
     shift,
-    p0,
-    p1,
-    p2,
-    p3,
+    p,
     FUNCTION: tl.constexpr,
     OWN: tl.constexpr,
     EXPONENTIAL: tl.constexpr,
     TRANSFORM: tl.constexpr,
 ):
-    """Result ``(u, v)`` of the epilogue function for a tile of products; an exponent has ``shift`` subtracted. psi and
-    slope are 0 for tokens of different pair ids, if the tile is ``masked``, and for a token with itself, if it is on
-    the ``diagonal``."""
+    """Result ``(u, v)`` of the epilogue function for a tile of products ``c``; an exponent has ``shift`` subtracted.
+    psi and slope are 0 for tokens of different pair ids, if the tile is ``masked``, and for a token with itself, if it
+    is on the ``diagonal``. A side is its tokens' inverse norms, extra statistics, numbers and pair ids; ``p`` are the
+    potential's four numbers."""
+    inverse_i, extra_i, i, pair_ids_i = side_i
+    inverse_j, extra_j, j, pair_ids_j = side_j
+    p0, p1, p2, p3 = p
     # The two conditions are applied one after the other: combined they would hold a register of lanes per element.
     if TRANSFORM == "standardize":
         c -= extra_i[:, None] * extra_j[None, :]
@@ -341,21 +336,12 @@ def pair_tiles_kernel(
         shift = tl.load(shift_ptr + row)
     u, v = _apply_potential(
         c,
-        inverse_i,
-        inverse_j,
-        extra_i,
-        extra_j,
-        i,
-        j,
-        pair_ids_i,
-        pair_ids_j,
+        (inverse_i, extra_i, i, pair_ids_i),
+        (inverse_j, extra_j, j, pair_ids_j),
         masked,
         diagonal,
         shift,
-        p0,
-        p1,
-        p2,
-        p3,
+        (p0, p1, p2, p3),
         FUNCTION,
         OWN,
         EXPONENTIAL,
@@ -509,21 +495,12 @@ def row_sweep_kernel(
         diagonal = (tile_j * BLOCK_N < tile_i * BLOCK_M + BLOCK_M) & (tile_i * BLOCK_M < tile_j * BLOCK_N + BLOCK_N)
         u, v = _apply_potential(
             c,
-            inverse_i,
-            inverse_j,
-            extra_i,
-            extra_j,
-            i,
-            j,
-            pair_ids_i,
-            pair_ids_j,
+            (inverse_i, extra_i, i, pair_ids_i),
+            (inverse_j, extra_j, j, pair_ids_j),
             masked,
             diagonal,
             shift,
-            p0,
-            p1,
-            0.0 if (PASS == "entropy") or (PASS == "entropy_gradient") else p2,
-            p3,
+            (p0, p1, 0.0 if (PASS == "entropy") or (PASS == "entropy_gradient") else p2, p3),
             FUNCTION,
             OWN,
             EXPONENTIAL,
