@@ -211,8 +211,9 @@ struct Gaussian {
 };
 
 // perplexity_entropy, with P a softmax of Gaussian's exponents: h = log2((P + eps) / (average + eps)) and g = d(P h) /
-// dP = h + P / ((P + eps) ln 2). Both are finite at P = 0, so entries that are no pairs add 0. V must provide
-// logarithm, of base 2, and division.
+// dP - 1 / ln 2 = h - eps / ((P + eps) ln 2). Both are finite at P = 0, so entries that are no pairs add 0. The
+// constant 1 / ln 2 cancels in the gradient, because P sums to 1; with it g would lose digits where P is near its
+// average. V must provide logarithm, of base 2, and division.
 template <class V>
 struct Information {
   V h, g;
@@ -230,7 +231,7 @@ DK_FUNCTION Information<V> information(V p, V average, float eps) {
   const V rounded = y - 1.0f;
   const V near = rounded == 0.0f ? x * kLog2E : logarithm(y) * (x / rounded);
   const V h = x < -0.5f ? logarithm(y) : near;
-  return {h, madd(p / shifted, kLog2E, h)};
+  return {h, madd(eps / shifted, -kLog2E, h)};
 }
 
 }  // namespace dk

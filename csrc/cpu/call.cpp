@@ -230,9 +230,7 @@ bool describe(int32_t potential, const double* params, int64_t features, Job& jo
       double a = params[0];
       if (potential == DK_UNIFORMITY) {
         job.transform = Transform::kNormalize;
-        // |x_i - x_j|^2 lies in [0, 4], and exp(-2 kSafeExponent) is normal, too. There is no shift, so that psi of
-        // equal tokens is exactly 1: another factor would round the multiples of x, and a rounded multiple is not
-        // along x.
+        // |x_i - x_j|^2 lies in [0, 4]. Up to this bound no shift is needed: exp(-2 kSafeExponent) is normal, too.
         p.online = 2.0 * a > kSafeExponent;
       } else {
         job.transform = Transform::kCentre;

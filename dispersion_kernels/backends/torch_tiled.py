@@ -575,8 +575,8 @@ def _exponential_sums(
     rate = distance_rate(potential, x.shape[2], x.dtype)
     low, high = potential.exponent_range()
     if high - low <= _SAFE_RANGE:
-        # No shift where exp neither overflows nor vanishes, which saves a pass; nor for distances, so that psi of equal
-        # tokens is exactly 1: another factor would round the multiples of x, and a rounded multiple is not along x.
+        # No shift, which saves a pass, where exp neither overflows nor vanishes; nor for distances, whose exponent is
+        # at most 0: exp(-_SAFE_RANGE) is a normal number of fp32.
         alone = rate is not None or (low >= -_SAFE_RANGE / 2 and high <= _SAFE_RANGE / 2)
         middle = 0.0 if alone else (low + high) / 2
         return _bounded_exponential_sums(x, potential, rate, middle, pair_ids, reduce, with_grad)
@@ -683,11 +683,12 @@ def _perplexity_entropy(
     """Sum ``sum_j P_ij log2(P_ij + eps)`` of each token, ``[B, L]``, and the gradient of the sums' total over each row.
 
     Notation: d^2_ij = |z_i - z_j|^2; m_i, the least d^2_ij of token i; P_ij = exp((m_i - d^2_ij) / sigma2) / s_i; p,
-    the mean of P over a token's partners; h = log2((P + eps) / (p + eps)); g = d(P h) / dP = h + P / ((P + eps) ln 2).
-    The entropy is log2(p + eps) + sum_j P h, because P sums to 1; without the constant, h keeps its digits where P
-    varies little. The derivative of the entropy by the exponent -d^2_ij / sigma2 is A_ij = P_ij (g_ij - sum_k P_ik
-    g_ik), and dz_i = 2 / sigma2 * sum_j (A_ij + A_ji) (z_j - z_i). Three passes compute m and s (kept apart, because a
-    rounded m + log s of some hundreds would cost P four digits); the entropy and sum_k P g; and A.
+    the mean of P over a token's partners; h = log2((P + eps) / (p + eps)); g = d(P h) / dP - 1 / ln 2 = h - eps / ((P +
+    eps) ln 2). The entropy is log2(p + eps) + sum_j P h, because P sums to 1. The constant 1 / ln 2 leaves the gradient
+    for the same reason. Without the constants, h and g keep their digits where P varies little. The derivative of the
+    entropy by the exponent -d^2_ij / sigma2 is A_ij = P_ij (g_ij - sum_k P_ik g_ik), and dz_i = 2 / sigma2 * sum_j
+    (A_ij + A_ji) (z_j - z_i). Three passes compute m and s (kept apart, because a rounded m + log s of some hundreds
+    would cost P four digits); the entropy and sum_k P g; and A.
     """
     pairs = _Pairs(x, pair_ids)
     info = torch.finfo(x.dtype)
@@ -725,7 +726,7 @@ def _perplexity_entropy(
         return p, torch.where(h > -0.5, h.log1p(), far_below).mul_(1 / math.log(2))
 
     def derivative(p: Tensor, h: Tensor) -> Tensor:
-        return h + p / (p + potential.eps).clamp_(min=info.tiny).mul_(math.log(2))
+        return h - potential.eps / (p + potential.eps).clamp_(min=info.tiny).mul_(math.log(2))
 
     entropy, expected = (average + potential.eps).log2_(), torch.zeros_like(total)
     for tile in pairs:

@@ -567,8 +567,11 @@ def row_sweep_kernel(
 
 @triton.jit
 def _information(p, average, eps):
-    """h = log2((P + eps) / (average + eps)) and g = d(P h) / dP = h + P / ((P + eps) ln 2). Both are finite at P = 0,
-    so entries that are no pairs add 0."""
+    """h = log2((P + eps) / (average + eps)) and g = d(P h) / dP - 1 / ln 2 = h - eps / ((P + eps) ln 2).
+
+    Both are finite at P = 0, so entries that are no pairs add 0. The constant 1 / ln 2 cancels in the gradient, because
+    P sums to 1; with it g would lose digits where P is near its average.
+    """
     shifted = tl.maximum(p + eps, 1.1754943508222875e-38)  # eps may be less, and P may be 0
     per_mean = 1.0 / (average + eps)
     # Where P is near its average, h gets its digits from x, as in log1p; log(y) / (y - 1) varies slowly.
@@ -577,7 +580,7 @@ def _information(p, average, eps):
     rounding = y - 1.0
     h = tl.log2(y) * (x / tl.where(rounding == 0.0, 1.0, rounding))
     h = tl.where(rounding == 0.0, x * 1.4426950408889634, h)
-    return h, h + p / shifted * 1.4426950408889634
+    return h, h - eps / shifted * 1.4426950408889634
 
 
 @triton.jit(do_not_specialize=["length", "sums_stride"])
