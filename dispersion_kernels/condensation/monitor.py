@@ -43,7 +43,7 @@ class CondensationMonitor:
         count: number of strings measured at most.
 
     A measurement costs a forward pass of at most ``count * max_length`` tokens. With the defaults, 1,024 tokens every
-    100 steps, that is a third of a percent of training on 1,024 tokens a step, and less on more.
+    100 steps, that was 0.3% of the time of training the trainer's nano GPT-2 with 2,048 tokens a step, on a CPU.
 
     Raises:
         ValueError, TypeError: an argument is wrong, or no text has two tokens.
