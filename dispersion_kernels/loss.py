@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
 from dispersion_kernels import reference
-from dispersion_kernels.backends import check_impl
 from dispersion_kernels.checks import (
     beside,
     check_choice,
@@ -20,25 +19,22 @@ from dispersion_kernels.checks import (
     refuse_tracing,
 )
 from dispersion_kernels.operators import dispersion_loss, sampled_loss, without_autocast
+from dispersion_kernels.options import LossOptions, Reduction, check_options
 from dispersion_kernels.potentials import (
-    BUILT_IN,
     AngularSpread,
-    DispersiveL2,
+    Decorrelation,
     L2Repel,
     Orthogonalization,
     PerplexityEntropy,
     Potential,
     at_temperature,
     for_backends,
-    resolve_potential,
     temperature_field,
     temperature_of,
 )
-from dispersion_kernels.sampling import SampledPairs, SampledTokens, Sampling, resolve_sampling
+from dispersion_kernels.sampling import SampledPairs, SampledTokens, Sampling
 from dispersion_kernels.sampling.estimate import draw, visits_all
 from dispersion_kernels.segments import make_pair_ids, on_device, sample_packed_tokens, sample_tokens, warn_of_no_pair
-
-Reduction = Literal["mean", "sum", "none"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,8 +54,6 @@ def fused_dispersion_loss(
     potential: str | Potential = "angular_spread",
     *,
     tau: float | Tensor | None = None,
-    clamp: float | None = None,
-    eps: float | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     document_ids: Tensor | None = None,
@@ -76,8 +70,6 @@ def fused_dispersion_loss(
     potential: str | Potential = "angular_spread",
     *,
     tau: float | Tensor | None = None,
-    clamp: float | None = None,
-    eps: float | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     document_ids: Tensor | None = None,
@@ -93,8 +85,6 @@ def fused_dispersion_loss(
     potential: str | Potential = "angular_spread",
     *,
     tau: float | Tensor | None = None,
-    clamp: float | None = None,
-    eps: float | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     document_ids: Tensor | None = None,
@@ -117,9 +107,10 @@ def fused_dispersion_loss(
             are. fp64, fp32, bf16 or fp16; any strides; F >= 2. Sums are fp32 (fp64 for fp64).
         potential: ``"angular_spread"``, ``"orthogonalization"``, ``"l2_repel"``, ``"decorrelation"``, ``"uniformity"``,
             ``"perplexity_entropy"``, ``"dispersive_l2"``, or a :class:`Potential`.
-        tau, clamp, eps: fields of the named potential; None for its default. ``tau`` (and ``sigma2``, ``t`` of a
-            :class:`Potential`) may be a one-element tensor: ``torch.compile`` compiles once for all values, a gradient
-            takes one or two more sweeps in PyTorch, and reading the value on an accelerator synchronises.
+        tau: temperature of the named potential; None for its default. Other fields: ``AngularSpread(clamp=0.1)``.
+            ``tau`` (and ``sigma2``, ``t`` of a :class:`Potential`) may be a one-element tensor: ``torch.compile``
+            compiles once for all values, a gradient takes one or two more sweeps in PyTorch, and reading the value on
+            an accelerator synchronises.
         mask: boolean ``z.shape[:-1]``; False takes a token out of all pairs.
         cu_seqlens: int32 ``[S + 1]``, as in flash-attention; ``z[cu_seqlens[s] : cu_seqlens[s + 1]]`` is sequence s.
             Checked here on a CPU, by an assertion on the device on an accelerator.
@@ -145,14 +136,25 @@ def fused_dispersion_loss(
         RuntimeError: an ``impl`` that cannot run here; a second derivative (only ``impl="reference"`` has one).
 
     Example: ``loss = cross_entropy + 0.1 * fused_dispersion_loss(hidden_states, mask=attention_mask.bool())``"""
-    resolved = resolve_potential(potential, tau=tau, clamp=clamp, eps=eps)
-    check_impl(impl)
-    check_reduction(reduction)
-    sampling = check_sampling(sampling, resolved)
-    check_flag("recompute", recompute)
+    options = check_options(potential, tau, sampling, reduction, recompute, impl)
     check_flag("return_stats", return_stats)
+    loss, error = loss_and_error(z, options, mask, cu_seqlens, document_ids, generator, return_stats)
+    return loss if error is None else (loss, SamplingStats(error))
+
+
+def loss_and_error(
+    z: Tensor | Sequence[Tensor],
+    options: LossOptions,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    document_ids: Tensor | None,
+    generator: torch.Generator | None,
+    with_error: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Loss of :func:`fused_dispersion_loss` with checked ``options``; and the ``relative_error`` of
+    :class:`SamplingStats`, None without ``with_error``."""
     check_generator(generator)
-    refuse_tracing(impl)
+    refuse_tracing(options.impl)
     layers = layers_of(z)
     if mask is not None:
         check_tensor("mask", mask, "boolean with one entry a token", "give torch.as_tensor(mask)")
@@ -160,110 +162,138 @@ def fused_dispersion_loss(
         check_tensor("document_ids", document_ids, "integers, one a token", "give torch.as_tensor(document_ids)")
     if cu_seqlens is not None:
         check_tensor("cu_seqlens", cu_seqlens, "int32 [S + 1]", "give torch.tensor(cu_seqlens, dtype=torch.int32)")
+    first = layers[0]
     for layer in layers:
-        if layer.is_meta and not layers[0].is_meta:
+        if layer.is_meta and not first.is_meta:
             raise ValueError(
-                f"z has layers on {layers[0].device} and on meta, which holds no values to average with those; "
+                f"z has layers on {first.device} and on meta, which holds no values to average with those; "
                 "materialise them, or give all on meta"
             )
-        given = (beside(tensor, layer, layers[0]) for tensor in (mask, cu_seqlens, document_ids))
-        _check_inputs(layer, *given)
-    if isinstance(sampling, SampledPairs):
-        _check_sampled(sampling, mask, cu_seqlens, document_ids, impl)
-    first = layers[0]
-    alike = all(
-        (layer.shape, layer.dtype, layer.device) == (first.shape, first.dtype, first.device) for layer in layers
-    )
-    if len(layers) > 1 and (not alike or isinstance(sampling, SampledTokens) or impl == "reference"):
-        # One call per layer: layers differ, the reference takes one layer, or the tokens are drawn for each layer.
-        of_layers = [
-            fused_dispersion_loss(
-                layer,
-                resolved,
-                mask=beside(mask, layer, first),
-                cu_seqlens=beside(cu_seqlens, layer, first),
-                document_ids=beside(document_ids, layer, first),
-                sampling=sampling,
-                generator=generator,
-                return_stats=True,
-                reduction=reduction,
-                recompute=recompute,
-                impl=impl,
+        _check_inputs(layer, *(beside(tensor, layer, first) for tensor in (mask, cu_seqlens, document_ids)))
+    if isinstance(options.sampling, SampledPairs):
+        _check_sampled(options.sampling, mask, cu_seqlens, document_ids, options.impl)
+    if len(layers) == 1 or _run_together(layers, options):
+        loss, errors = _loss_of_alike(layers, options, mask, cu_seqlens, document_ids, generator, with_error)
+    else:
+        if options.reduction == "none" and cu_seqlens is None:
+            _check_batches(layers)
+        layer_losses, layer_errors = [], []
+        for layer in layers:
+            own_mask, own_cu_seqlens, own_ids = (beside(t, layer, first) for t in (mask, cu_seqlens, document_ids))
+            layer_loss, layer_error = _loss_of_alike(
+                [layer], options, own_mask, own_cu_seqlens, own_ids, generator, with_error
             )
-            for layer in layers
-        ]
-        loss = torch.stack([of_layer.to(first.device) for of_layer, _ in of_layers]).mean(0)
-        errors = torch.stack([of_layer.relative_error.to(first.device) for _, of_layer in of_layers])
-        stats = SamplingStats(errors)
-        return (loss, stats) if return_stats else loss
+            layer_losses.append(layer_loss.to(first.device))
+            layer_errors.append(layer_error.to(first.device))
+        loss, errors = torch.stack(layer_losses).mean(0), torch.cat(layer_errors)
+    if not with_error:
+        return loss, None
+    return loss, errors.squeeze(0) if isinstance(z, Tensor) else errors
 
-    one_sequence = first.dim() == 2
+
+def _run_together(layers: Sequence[Tensor], options: LossOptions) -> bool:
+    """Whether one call of the operator takes all layers: they are alike, no tokens are drawn for each, and it is not
+    the reference, which takes one layer."""
+    first = layers[0]
+    if isinstance(options.sampling, SampledTokens) or options.impl == "reference":
+        return False
+    return all((layer.shape, layer.dtype, layer.device) == (first.shape, first.dtype, first.device) for layer in layers)
+
+
+def _loss_of_alike(
+    layers: Sequence[Tensor],
+    options: LossOptions,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    document_ids: Tensor | None,
+    generator: torch.Generator | None,
+    with_error: bool,
+) -> tuple[Tensor, Tensor]:
+    """Mean loss of layers that are alike in shape, dtype and device, and the error ``[layers]``: 0 where all pairs are
+    visited, or without ``with_error``."""
+    one_sequence = layers[0].dim() == 2
     if one_sequence:
         layers = [layer.unsqueeze(0) for layer in layers]
         mask = None if mask is None else mask.unsqueeze(0)
         document_ids = None if document_ids is None else document_ids.unsqueeze(0)
-    if cu_seqlens is None and layers[0].shape[1] < 2 and not torch.compiler.is_compiling():
+    z, sampling = layers[0], options.sampling
+    if cu_seqlens is None and z.shape[1] < 2 and not torch.compiler.is_compiling():
         warn_of_no_pair()
     pair_ids = make_pair_ids(mask, document_ids)
-    if isinstance(sampling, SampledTokens) and sampling.count < layers[0].shape[1]:
+    if isinstance(sampling, SampledTokens) and sampling.count < z.shape[1]:
         if cu_seqlens is None:
-            layers[0], pair_ids = sample_tokens(layers[0], pair_ids, sampling.count, generator)
+            z, pair_ids = sample_tokens(z, pair_ids, sampling.count, generator)
+            layers = [z]
         else:
-            pair_ids = sample_packed_tokens(
-                pair_ids, on_device(cu_seqlens, first.device), layers[0].shape[1], sampling.count, generator
-            )
+            bounds = on_device(cu_seqlens, z.device)
+            pair_ids = sample_packed_tokens(pair_ids, bounds, z.shape[1], sampling.count, generator)
     error: Tensor | None = None
-    if impl == "reference":
-        loss = _reference_loss(layers[0], pair_ids, cu_seqlens, resolved, reduction)
+    if options.impl == "reference":
+        loss = _reference_loss(z, pair_ids, cu_seqlens, options)
     # Under a compiler the operator calls ``visits_all``: here it would be a guard, and a compilation, for each length.
     elif isinstance(sampling, SampledPairs) and (
-        torch.compiler.is_compiling() or not visits_all(sampling.fraction, layers[0], cu_seqlens)
+        torch.compiler.is_compiling() or not visits_all(sampling.fraction, z, cu_seqlens)
     ):
+        draws = draw(layers, sampling.fraction, generator)
         loss, error = sampled_loss(
             layers,
             pair_ids,
             cu_seqlens,
-            resolved,
-            reduction,
-            impl,
-            recompute,
+            options.potential,
+            options.reduction,
+            options.impl,
+            options.recompute,
             sampling,
-            draw(layers, sampling.fraction, generator),
-            return_stats,
+            draws,
+            with_error,
         )
     else:
-        loss = dispersion_loss(layers, pair_ids, cu_seqlens, resolved, reduction, impl, recompute)
-    if reduction == "none" and one_sequence and cu_seqlens is None:
+        loss = dispersion_loss(
+            layers, pair_ids, cu_seqlens, options.potential, options.reduction, options.impl, options.recompute
+        )
+    if options.reduction == "none" and one_sequence and cu_seqlens is None:
         loss = loss.squeeze(0)
-    if not return_stats:
-        return loss
-    error = loss.new_zeros(len(layers)) if error is None else error
-    return loss, SamplingStats(error.squeeze(0) if isinstance(z, Tensor) else error)
+    return loss, loss.new_zeros(len(layers)) if error is None else error
 
 
 class DispersionLoss(nn.Module):
-    """Module form of :func:`fused_dispersion_loss` with the published code's constructor arguments.
+    """Module form of :func:`fused_dispersion_loss`, with the arguments of its constructor.
 
     Args:
-        variant: name of a potential, or a :class:`Potential`.
-        tau_l2: ``tau`` of ``l2_repel`` and ``dispersive_l2``, ``sigma2`` of ``perplexity_entropy``.
-        tau_cos: ``tau`` of ``angular_spread``. A tensor for ``tau_l2`` or ``tau_cos`` becomes the module's buffer
-            ``tau``, a parameter its parameter ``tau``.
-        margin: ``margin`` of ``orthogonalization``.
-        epsilon: ``eps`` of the potentials that have one.
-        clamp_threshold: ``clamp`` of ``angular_spread`` and ``orthogonalization``.
-        sampling: None, the default, for all pairs. The published code draws 256 tokens: ``SampledTokens(256)``.
-        reduction, recompute, impl: as in :func:`fused_dispersion_loss`.
-
-    Every variant accepts all arguments and ignores those that it does not use, as the published class does.
+        potential, sampling, reduction, recompute, impl: as in :func:`fused_dispersion_loss`.
+        tau: temperature of the named potential; None for its default. A tensor for it (or for ``sigma2`` or ``t`` of a
+            :class:`Potential`) becomes the module's buffer ``tau``, a parameter its parameter ``tau``.
 
     Raises:
         ValueError, TypeError: as :func:`fused_dispersion_loss`, at construction.
+
+    Example: ``loss = cross_entropy + 0.1 * DispersionLoss("uniformity")(hidden_states)``
     """
 
     def __init__(
         self,
-        variant: str | Potential = "angular_spread",
+        potential: str | Potential = "angular_spread",
+        *,
+        tau: float | Tensor | None = None,
+        sampling: Sampling | float | None = None,
+        reduction: Reduction = "mean",
+        recompute: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        self._options = check_options(potential, tau, sampling, reduction, recompute, impl)
+        self.tau: Tensor | None
+        field = temperature_field(self._options.potential)
+        temperature = None if field is None else getattr(self._options.potential, field)
+        if isinstance(temperature, nn.Parameter):
+            self.register_parameter("tau", temperature)
+        else:
+            self.register_buffer("tau", temperature if isinstance(temperature, Tensor) else None)
+
+    @classmethod
+    def from_published(
+        cls,
+        variant: str = "angular_spread",
         tau_l2: float | Tensor = 1.0,
         tau_cos: float | Tensor = 1.0,
         margin: float = 0.5,
@@ -274,36 +304,37 @@ class DispersionLoss(nn.Module):
         reduction: Reduction = "mean",
         recompute: bool = False,
         impl: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.potential: Potential
-        cosine: Any = tau_cos
+    ) -> DispersionLoss:
+        """Module from the arguments of the published constructor. Each variant ignores those that it does not use, as
+        the published class does.
+
+        Args:
+            variant: ``"angular_spread"``, ``"orthogonalization"``, ``"l2_repel"``, ``"decorrelation"`` or
+                ``"perplexity_entropy"``.
+            tau_l2: ``tau`` of ``l2_repel``, ``sigma2`` of ``perplexity_entropy``.
+            tau_cos: ``tau`` of ``angular_spread``.
+            margin: ``margin`` of ``orthogonalization``.
+            epsilon: ``eps`` of all variants but ``decorrelation``.
+            clamp_threshold: ``clamp`` of ``angular_spread`` and ``orthogonalization``.
+            sampling: None, the default, for all pairs. The published code draws 256 tokens: ``SampledTokens(256)``.
+            reduction, recompute, impl: as in :func:`fused_dispersion_loss`.
+
+        Raises:
+            ValueError, TypeError: an unknown variant; otherwise as :func:`fused_dispersion_loss`.
+
+        Example: ``DispersionLoss.from_published("l2_repel", tau_l2=10.0, tau_cos=1.0)(hidden_states)``
+        """
+        angle: Any = tau_cos
         distance: Any = tau_l2
-        match variant if isinstance(variant, str) else None:
-            case "angular_spread":
-                self.potential = AngularSpread(tau=cosine, clamp=clamp_threshold, eps=epsilon)
-            case "orthogonalization":
-                self.potential = Orthogonalization(margin=margin, clamp=clamp_threshold, eps=epsilon)
-            case "l2_repel":
-                self.potential = L2Repel(tau=distance, eps=epsilon)
-            case "perplexity_entropy":
-                self.potential = PerplexityEntropy(sigma2=distance, eps=epsilon)
-            case "dispersive_l2":
-                self.potential = DispersiveL2(tau=distance)
-            case _:
-                self.potential = resolve_potential(variant)
-        check_impl(impl)
-        check_reduction(reduction)
-        self.sampling = check_sampling(sampling, self.potential)
-        check_flag("recompute", recompute)
-        self.reduction, self.recompute, self.impl = reduction, recompute, impl
-        self.tau: Tensor | None
-        field = temperature_field(self.potential)
-        tau = None if field is None else getattr(self.potential, field)
-        if isinstance(tau, nn.Parameter):
-            self.register_parameter("tau", tau)
-        else:
-            self.register_buffer("tau", tau if isinstance(tau, Tensor) else None)
+        potentials: dict[str, Callable[[], Potential]] = {
+            "angular_spread": lambda: AngularSpread(tau=angle, clamp=clamp_threshold, eps=epsilon),
+            "orthogonalization": lambda: Orthogonalization(margin=margin, clamp=clamp_threshold, eps=epsilon),
+            "l2_repel": lambda: L2Repel(tau=distance, eps=epsilon),
+            "decorrelation": Decorrelation,
+            "perplexity_entropy": lambda: PerplexityEntropy(sigma2=distance, eps=epsilon),
+        }
+        check_choice("variant", variant, tuple(potentials))
+        return cls(potentials[variant](), sampling=sampling, reduction=reduction, recompute=recompute, impl=impl)
 
     def forward(
         self,
@@ -313,31 +344,30 @@ class DispersionLoss(nn.Module):
         cu_seqlens: Tensor | None = None,
         document_ids: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Loss of ``z``; arguments as in :func:`fused_dispersion_loss`."""
-        return fused_dispersion_loss(
-            z,
-            self.potential if self.tau is None else at_temperature(self.potential, self.tau),
-            mask=mask,
-            cu_seqlens=cu_seqlens,
-            document_ids=document_ids,
-            sampling=self.sampling,
-            generator=generator,
-            reduction=self.reduction,
-            recompute=self.recompute,
-            impl=self.impl,
-        )
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, SamplingStats]:
+        """Loss of ``z``, or a pair of loss and stats; arguments as in :func:`fused_dispersion_loss`."""
+        check_flag("return_stats", return_stats)
+        loss, error = loss_and_error(z, self.options, mask, cu_seqlens, document_ids, generator, return_stats)
+        return loss if error is None else (loss, SamplingStats(error))
+
+    @property
+    def options(self) -> LossOptions:
+        """Options with the module's ``tau``, which ``.to()`` may have moved."""
+        if self.tau is None:
+            return self._options
+        return self._options._replace(potential=at_temperature(self._options.potential, self.tau))
 
     def extra_repr(self) -> str:
+        options = self.options
         return (
-            f"{self.potential}, sampling={self.sampling}, reduction={self.reduction!r}, recompute={self.recompute}, "
-            f"impl={self.impl!r}"
+            f"{options.potential}, sampling={options.sampling}, reduction={options.reduction!r}, "
+            f"recompute={options.recompute}, impl={options.impl!r}"
         )
 
 
-def _reference_loss(
-    z: Tensor, pair_ids: Tensor | None, cu_seqlens: Tensor | None, potential: Potential, reduction: Reduction
-) -> Tensor:
+def _reference_loss(z: Tensor, pair_ids: Tensor | None, cu_seqlens: Tensor | None, options: LossOptions) -> Tensor:
+    potential = options.potential
     for values in (pair_ids, cu_seqlens):
         if values is not None and (values.is_meta or type(values).__name__ == "FakeTensor"):
             raise ValueError(
@@ -353,29 +383,20 @@ def _reference_loss(
             potential = at_temperature(potential, temperature)
         losses, pairs = reference.dispersion_loss(z, for_backends(potential), pair_ids, cu_seqlens)
     losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
-    if reduction == "none":
+    if options.reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / (pairs > 0).sum().clamp(min=1)
+    return losses.sum() if options.reduction == "sum" else losses.sum() / (pairs > 0).sum().clamp(min=1)
 
 
-def check_reduction(reduction: str) -> None:
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
-
-
-def check_sampling(sampling: Sampling | float | None, potential: Potential) -> Sampling | None:
-    resolved = resolve_sampling(sampling)
-    if isinstance(resolved, SampledPairs) and potential.row_transform == "none":
-        names = ", ".join(name for name, cls in BUILT_IN.items() if cls.row_transform != "none")
-        raise ValueError(
-            f"sampling={sampling!r} was given, but potential {potential.name()!r} is not a function of the cosine of a "
-            f"pair alone; pairs are sampled for {names}, and your own: take sampling=None, or SampledTokens"
-        )
-    if isinstance(resolved, SampledPairs) and temperature_of(potential) is not None:
-        raise TypeError(
-            f"{temperature_field(potential)} must be a number with SampledPairs, got a tensor; give its float(), or "
-            "leave sampling out"
-        )
-    return resolved
+def _check_batches(layers: Sequence[Tensor]) -> None:
+    """Raises where layers of hidden states differ in the number of sequences, so that their losses have no mean."""
+    for number, layer in enumerate(layers):
+        if layer.shape[:-2] != layers[0].shape[:-2]:
+            raise ValueError(
+                "reduction='none' gives one loss per sequence, the mean over the layers, and the layers differ in "
+                f"batch: z[0] has shape {tuple(layers[0].shape)}, z[{number}] {tuple(layer.shape)}; give layers of one "
+                "batch, or take reduction='mean', or a call per layer"
+            )
 
 
 def _check_sampled(

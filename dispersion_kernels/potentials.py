@@ -355,19 +355,17 @@ _TEMPERATURES: dict[type[Potential], str] = {
 _NAMES: dict[type[Potential], str] = {cls: name for name, cls in BUILT_IN.items()}
 
 
-def resolve_potential(potential: str | Potential, **overrides: float | Tensor | None) -> Potential:
-    """Potential of the name ``potential`` with the ``overrides`` other than None in its fields; a given
-    :class:`Potential` itself.
+def resolve_potential(potential: str | Potential, tau: float | Tensor | None = None) -> Potential:
+    """Potential of the name ``potential``, with its field ``tau`` where given; a given :class:`Potential` itself.
 
     Raises:
-        ValueError: an unknown name, an override for which the potential has no field, or a value out of range.
+        ValueError: an unknown name, ``tau`` for a potential without that field, or a value out of range.
         TypeError: ``potential`` is neither a name nor a :class:`Potential`.
     """
-    given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     if isinstance(potential, Potential):
-        if given:
+        if tau is not None:
             raise ValueError(
-                f"{', '.join(given)} given beside a potential that is an instance, {potential!r}; "
+                f"tau given beside a potential that is an instance, {potential!r}; "
                 "set it there: dataclasses.replace(potential, ...)"
             )
         _check_own(potential)
@@ -379,14 +377,18 @@ def resolve_potential(potential: str | Potential, **overrides: float | Tensor | 
     if potential not in BUILT_IN:
         raise ValueError(f"unknown potential {potential!r}; available: {', '.join(BUILT_IN)}, or a Potential instance")
     cls: Any = BUILT_IN[potential]
-    for name, value in given.items():
-        # Fields have defaults and are thus attributes of the class; torch.compile does not trace dataclasses.fields.
-        if not hasattr(cls, name):
-            fields = ", ".join(field.name for field in dataclasses.fields(cls)) or "none"
-            raise ValueError(
-                f"{name}={value!r} was given, but potential {potential!r} has no {name}; its parameters: {fields}"
-            )
-    named: Potential = cls(**given)
+    named: Potential
+    if tau is None:
+        named = cls()
+    # Fields have defaults and are thus attributes of the class; torch.compile does not trace dataclasses.fields.
+    elif hasattr(cls, "tau"):
+        named = cls(tau=tau)
+    else:
+        fields = ", ".join(field.name for field in dataclasses.fields(cls)) or "none"
+        raise ValueError(
+            f"tau={tau!r} was given, but potential {potential!r} has no tau; its parameters: {fields}, fields of "
+            f"{cls.__name__}(...)"
+        )
     return named
 
 
@@ -425,8 +427,21 @@ class Own(Potential):
         self.reduction, self.row_transform = given.reduction, given.row_transform  # type: ignore[misc]
         self.norm_eps, self.loss_offset = given.norm_eps, given.loss_offset  # type: ignore[misc]
         self.triton = given.triton  # type: ignore[misc]
-        self.value, self.slope = given.value, given.slope  # type: ignore[method-assign]
         self.name, self.params = given.name, given.params  # type: ignore[method-assign]
+
+    def value(self, c: Tensor) -> Tensor:
+        return self._checked("value", self.given.value(c), c)
+
+    def slope(self, c: Tensor) -> Tensor:
+        return self._checked("slope", self.given.slope(c), c)
+
+    def _checked(self, method: str, result: Any, c: Tensor) -> Tensor:
+        wanted = f"{type(self.given).__name__}.{method}(c) must return a tensor of the shape of c"
+        if not isinstance(result, Tensor):
+            raise TypeError(f"{wanted}, got {result!r}; for a constant return torch.full_like(c, constant)")
+        if result.shape != c.shape:
+            raise ValueError(f"{wanted}, {tuple(c.shape)}, got {tuple(result.shape)}; psi is a function of each entry")
+        return result
 
 
 def for_backends(potential: Potential) -> Potential:

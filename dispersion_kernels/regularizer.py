@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,8 +23,9 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dispersion_kernels.blocks import find_stack, hidden_states_of, layer_numbers
-from dispersion_kernels.loss import DispersionLoss, fused_dispersion_loss
-from dispersion_kernels.potentials import Potential, resolve_potential, temperature_of
+from dispersion_kernels.loss import loss_and_error
+from dispersion_kernels.options import check_options
+from dispersion_kernels.potentials import Potential, temperature_of
 from dispersion_kernels.sampling import Sampling
 
 Layers = str | Sequence[int | nn.Module]
@@ -56,7 +58,7 @@ class DispersionRegularizer:
             ``cu_seq_lens_q``, else a 2-D ``attention_mask``, else ``position_ids``, which restart at each document (one
             loss per document), else all tokens. ``"labels"``: attended tokens whose label, in the model's argument
             ``labels``, is not -100. ``"all"``: all tokens.
-        potential, tau, clamp, eps, sampling, impl: as in :func:`~dispersion_kernels.fused_dispersion_loss`.
+        potential, tau, sampling, impl: as in :func:`~dispersion_kernels.fused_dispersion_loss`.
         keep_gradients: compute the gradient in forward and keep it until backward. This takes 3 instead of 4 B L^2 F
             FLOPs and the memory of one fp32 z per layer. Needed for a model that writes to its blocks' outputs in
             place.
@@ -77,9 +79,7 @@ class DispersionRegularizer:
         stack: str | None = None,
         tokens: Tokens = "attended",
         potential: str | Potential = "angular_spread",
-        tau: float | None = None,
-        clamp: float | None = None,
-        eps: float | None = None,
+        tau: float | Tensor | None = None,
         sampling: Sampling | float | None = None,
         impl: str = "auto",
         keep_gradients: bool = False,
@@ -95,20 +95,13 @@ class DispersionRegularizer:
         """Loss of each layer, by module name, without the weight, at the last call of :meth:`loss`."""
         self._tokens = tokens
         self._keep_gradients = keep_gradients
-        self._options: dict[str, Any] = {
-            "potential": resolve_potential(potential, tau=tau, clamp=clamp, eps=eps),
-            "sampling": sampling,
-            "impl": impl,
-        }
-        temperature = temperature_of(self._options["potential"])
+        self._options = check_options(potential, tau, sampling, "mean", False, impl)
+        temperature = temperature_of(self._options.potential)
         if temperature is not None and temperature.requires_grad:
             raise TypeError(
                 "tau requires a gradient, which DispersionRegularizer does not give; give tau.detach(), or train it "
                 "with fused_dispersion_loss"
             )
-        DispersionLoss(
-            self._options["potential"], **{k: v for k, v in self._options.items() if k != "potential"}
-        )  # checks
         self._random = sampling is not None
 
         owner, self._layers = _choose(self, model, layers, stack)
@@ -121,7 +114,8 @@ class DispersionRegularizer:
         for module in (model, owner)[: 1 if owner is model else 2]:
             begin = _Begin(self, _argument_names(module), is_model=module is model, is_owner=module is owner)
             self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(_Finish(self, is_model=module is model)))
+            finish = _Finish(self, is_model=module is model)
+            self._handles.append(module.register_forward_hook(finish, always_call=True))
         # The hook on optimisers notices a forgotten loss() of a compiled model, where _WithTerm does not run.
         reference = weakref.ref(self)
         self._handles.append(register_optimizer_step_post_hook(lambda *_: _discard_spent(reference())))
@@ -202,10 +196,12 @@ class DispersionRegularizer:
         if mask is not None and z.dim() == 2:
             mask = mask.flatten()
         generator = None if seed is None else torch.Generator(z.device).manual_seed(seed)
-        loss: Tensor = fused_dispersion_loss(
-            z, **self._options, mask=mask, cu_seqlens=cu_seqlens, generator=generator, recompute=recompute
-        )
-        return loss
+        options = self._options._replace(recompute=recompute)
+        return loss_and_error(z, options, mask, cu_seqlens, None, generator, with_error=False)[0]
+
+    def _abandon_forward(self) -> None:
+        """Drops the terms of the current forward, which failed."""
+        self._pending, self._forward = self._before, None
 
     def _discard(self, forward: _Forward) -> None:
         """Drops the terms of a forward whose backward ran without them, and warns."""
@@ -311,8 +307,9 @@ class _Begin(_Hook):
                 "DistributedDataParallel, or make one GPU visible: CUDA_VISIBLE_DEVICES=0"
             )
         forward = regularizer._forward
-        if forward is not None and (self.is_model or not forward.by_model):  # the last forward ended in an exception
-            regularizer._pending, regularizer._forward = regularizer._before, None
+        # The last forward ended in an interruption, or in an exception of compiled code.
+        if forward is not None and (self.is_model or not forward.by_model):
+            regularizer._abandon_forward()
             forward = None
         if regularizer._removed or not module.training or not torch.is_grad_enabled():
             return
@@ -328,16 +325,22 @@ class _Begin(_Hook):
 
 
 class _Finish(_Hook):
-    """Forward hook of the model and of the module that owns the blocks: ends the :class:`_Forward`."""
+    """Forward hook of the model and of the module that owns the blocks: ends the :class:`_Forward`, whose terms are
+    discarded where it failed."""
 
     def __init__(self, regularizer: DispersionRegularizer, *, is_model: bool) -> None:
         super().__init__(regularizer)
         self.is_model = is_model
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
-        forward = self.regularizer._forward
-        if self.is_model or (forward is not None and not forward.by_model):
-            self.regularizer._forward = None
+        regularizer = self.regularizer
+        forward = regularizer._forward
+        if forward is None or not (self.is_model or not forward.by_model):
+            return
+        # PyTorch calls the hook without an output while it handles the exception that ended the forward.
+        if output is None and sys.exc_info()[1] is not None:
+            regularizer._abandon_forward()
+        regularizer._forward = None
 
 
 _KNOWN = ("cu_seq_lens_q", "attention_mask", "position_ids", "input_ids", "inputs_embeds", "labels")

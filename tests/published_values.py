@@ -33,7 +33,7 @@ def tokens(case: dict[str, Any]) -> Tensor:
 
 
 def loss_of(case: dict[str, Any], impl: str) -> DispersionLoss:
-    return DispersionLoss(case["variant"], **{name: case[name] for name in ARGUMENTS}, impl=impl)
+    return DispersionLoss.from_published(case["variant"], **{name: case[name] for name in ARGUMENTS}, impl=impl)
 
 
 def errors(case: dict[str, Any], impl: str, dtype: torch.dtype) -> tuple[float, float]:

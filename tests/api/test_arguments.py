@@ -29,6 +29,7 @@ from dispersion_kernels import (
 from dispersion_kernels.condensation import condensation_by_layer, mean_pairwise_cosine, plot_condensation
 
 F: Callable[..., Any] = fused_dispersion_loss
+PUBLISHED: Callable[..., Any] = DispersionLoss.from_published
 Z = torch.randn(2, 6, 8)
 PACKED = torch.randn(10, 8)
 TRUE = torch.ones(2, 6, dtype=torch.bool)
@@ -72,8 +73,10 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "tau of a string": (of(F, Z, tau="1"), TypeError, "tau must be a number, got '1'"),
     "tau of a list": (of(F, Z, tau=[1.0]), TypeError, r"tau must be a number, got \[1.0\]"),
     "a complex tau": (of(F, Z, tau=1j), TypeError, "tau must be a number, got 1j"),
-    "clamp of a string": (of(F, Z, clamp="a"), TypeError, "clamp must be a number, got 'a'"),
-    "eps of a string": (of(F, Z, eps="a"), TypeError, "eps must be a number, got 'a'"),
+    "clamp": (of(F, Z, clamp=0.1), TypeError, "unexpected keyword argument 'clamp'"),
+    "eps": (of(F, Z, eps=0.1), TypeError, "unexpected keyword argument 'eps'"),
+    "clamp of a string": (of(AngularSpread, clamp="a"), TypeError, "clamp must be a number, got 'a'"),
+    "eps of a string": (of(L2Repel, eps="a"), TypeError, "eps must be a number, got 'a'"),
     "a count of a string": (of(SampledTokens, "256"), ValueError, "count must be an integer.*got '256'"),
     "sampling of a string": (of(F, Z, sampling="0.1"), TypeError, "sampling must be None.*got .0.1.; try"),
     "sampling of NaN": (of(F, Z, sampling=math.nan), ValueError, "fraction must be from 0 to 1, got nan"),
@@ -89,10 +92,12 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a layer on meta": (of(F, [Z, Z.to("meta")]), ValueError, "z has layers on cpu and on meta.*materialise"),
     "an array as impl": (of(F, Z, impl=np.ones(2)), ValueError, "unknown impl"),
     "an array as reduction": (of(F, Z, reduction=np.ones(2)), ValueError, "unknown reduction"),
-    "an array as variant": (of(DispersionLoss, np.ones(2)), TypeError, "potential must be a name.*got ndarray"),
-    "eps beyond int64": (of(F, Z, eps=2**80), ValueError, r"eps must be a float or an integer of 64 bits.*give 1.2"),
-    "an array as clamp": (of(F, Z, clamp=np.ones((2, 0))), TypeError, "clamp must be a number, got array"),
-    "clamp on meta": (of(F, Z, clamp=torch.ones((), device="meta")), TypeError, "clamp must be a number"),
+    "an array as potential": (of(DispersionLoss, np.ones(2)), TypeError, "potential must be a name.*got ndarray"),
+    "an array as variant": (of(PUBLISHED, np.ones(2)), ValueError, "unknown variant"),
+    "an unknown variant": (of(PUBLISHED, "uniformity"), ValueError, "unknown variant 'uniformity'; available: ang"),
+    "eps beyond int64": (of(L2Repel, eps=2**80), ValueError, r"eps must be a float or an integer of 64 bits.*give 1.2"),
+    "an array as clamp": (of(AngularSpread, clamp=np.ones((2, 0))), TypeError, "clamp must be a number, got array"),
+    "clamp on meta": (of(AngularSpread, clamp=torch.ones((), device="meta")), TypeError, "clamp must be a number"),
     "supported without z": (of(supported, "cpu", None), TypeError, "z must be a tensor, hidden states, got None"),
     "supported with layers": (of(supported, "cpu", [Z]), TypeError, r"z must be a tensor.*got list.*layers\[0\]"),
     "supported with a number": (of(supported, 3, Z), ValueError, "unknown impl 3"),
@@ -108,8 +113,13 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "DispersiveL2": (of(DispersiveL2, include_diagonal=3), TypeError, "include_diagonal must be True or False, got 3"),
     "PerplexityEntropy": (of(PerplexityEntropy, eps="a"), TypeError, "eps must be a number, got 'a'"),
     "Uniformity": (of(Uniformity, "a"), TypeError, "t must be a number, got 'a'"),
-    "DispersionLoss": (of(DispersionLoss, tau_cos="a"), TypeError, "tau must be a number, got 'a'"),
-    "DispersionLoss, no variant": (of(DispersionLoss, None), TypeError, "potential must be a name"),
+    "DispersionLoss": (of(DispersionLoss, tau="a"), TypeError, "tau must be a number, got 'a'"),
+    "DispersionLoss, published": (of(PUBLISHED, tau_cos="a"), TypeError, "tau must be a number, got 'a'"),
+    "DispersionLoss, no potential": (of(DispersionLoss, None), TypeError, "potential must be a name"),
+    "DispersionLoss, tau for none": (of(DispersionLoss, "decorrelation", tau=1.0), ValueError, "tau=1.0 was given"),
+    "DispersionLoss, tau_cos": (of(DispersionLoss, tau_cos=1.0), TypeError, "unexpected keyword argument 'tau_cos'"),
+    "DispersionLoss, clamp": (of(DispersionLoss, clamp=0.1), TypeError, "unexpected keyword argument 'clamp'"),
+    "DispersionLoss, stats": (of(DispersionLoss(), Z, return_stats=1), TypeError, "return_stats must be True or False"),
     "DispersionLoss, sampling": (of(DispersionLoss, sampling="a"), TypeError, "sampling must be None"),
     "DispersionLoss, recompute": (of(DispersionLoss, recompute="a"), TypeError, "recompute must be True or False"),
     "DispersionLoss of None": (of(DispersionLoss(), None), TypeError, "z must be a tensor or a list.*got None"),

@@ -113,7 +113,7 @@ def test_what_is_beside_the_loss() -> None:
     mask = torch.rand(2, 40) > 0.3
     assert_the_same_bits(lambda: [mean_pairwise_cosine(z), mean_pairwise_cosine(z.half(), mask=mask)])
     assert_the_same_bits(lambda: [condensation_by_layer([z, z.double().float()], mask=mask)])
-    assert_the_same_bits(lambda: [DispersionLoss("l2_repel", tau_l2=3.0)(z), DispersionLoss()(z.bfloat16())])
+    assert_the_same_bits(lambda: [DispersionLoss("l2_repel", tau=3.0)(z), DispersionLoss()(z.bfloat16())])
     model = GPT2(GPT2Config(layers=2, width=16, heads=2, context=32, vocab=50))
     tokens = torch.randint(50, (2, 20))
 

@@ -59,10 +59,6 @@ def bounds(*values: int) -> Tensor:
         (Z, {"tau": -1.0}, ValueError, "tau must be"),
         (Z, {"tau": math.nan}, ValueError, "tau must be"),
         (Z, {"tau": math.inf}, ValueError, "tau must be"),
-        (Z, {"clamp": 1.0}, ValueError, r"clamp must be in \[0, 1\), got 1.0"),
-        (Z, {"clamp": -0.1}, ValueError, "clamp must be"),
-        (Z, {"clamp": math.nan}, ValueError, "clamp must be"),
-        (Z, {"eps": -0.1}, ValueError, "eps must be"),
         (
             Z,
             {"mask": torch.ones(2, 5, dtype=torch.bool)},
@@ -128,14 +124,18 @@ def test_unknown_impl() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: AngularSpread(clamp=1.0), r"clamp must be in \[0, 1\), got 1.0"),
+        (lambda: AngularSpread(clamp=-0.1), "clamp must be"),
+        (lambda: Orthogonalization(clamp=math.nan), "clamp must be"),
+        (lambda: AngularSpread(eps=-0.1), "eps must be"),
         (lambda: Orthogonalization(margin=1.5), "margin must be"),
         (lambda: L2Repel(norm_weight=-1.0), "norm_weight must be"),
         (lambda: L2Repel(tau=0.0), "tau must be"),
         (lambda: PerplexityEntropy(sigma2=0.0), "sigma2 must be"),
         (lambda: PerplexityEntropy(eps=0.0), "eps must be"),
         (lambda: Uniformity(t=-2.0), "t must be"),
-        (lambda: DispersionLoss("angular_spread", tau_cos=0.0), "tau must be"),
-        (lambda: DispersionLoss("l2_repel", tau_l2=-1.0), "tau must be"),
+        (lambda: DispersionLoss("angular_spread", tau=0.0), "tau must be"),
+        (lambda: DispersionLoss.from_published("l2_repel", tau_l2=-1.0), "tau must be"),
         (lambda: DispersionLoss("spread"), "unknown potential 'spread'"),
         (lambda: DispersionLoss(reduction="max"), "unknown reduction"),
     ],
@@ -211,6 +211,48 @@ def test_a_potential_of_the_users_that_cannot_work() -> None:
         fused_dispersion_loss(Z, Unfinished())
     with pytest.raises(ValueError, match="OfTheDistance has row_transform='none'"):
         fused_dispersion_loss(Z, OfTheDistance())
+
+
+@dataclass(frozen=True)
+class Returning(Potential):
+    """Potential whose value and slope are the same object for every c."""
+
+    result: Any
+    of: str = "value"
+
+    def value(self, c: Tensor) -> Any:
+        return self.result if self.of == "value" else torch.exp(c)
+
+    def slope(self, c: Tensor) -> Any:
+        return self.result if self.of == "slope" else torch.exp(c)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("sampling", [None, 0.1])
+def test_a_potential_of_the_users_that_returns_no_tensor(impl: str, sampling: float | None) -> None:
+    if impl == "reference" and sampling is not None:
+        pytest.skip("materialises all pairs")
+    z = torch.randn(1, 300, 8, requires_grad=True)
+    for of in ("value", "slope"):
+        for result, error, found in (
+            (1.0, TypeError, "got 1.0; for a constant return torch.full_like"),
+            (None, TypeError, "got None"),
+            (torch.ones(()), ValueError, r"got \(\)"),
+        ):
+            with pytest.raises(error, match=rf"Returning.{of}\(c\) must return a tensor of the shape of c.*{found}"):
+                fused_dispersion_loss(z, Returning(result, of), impl=impl, sampling=sampling).backward()
+
+
+def test_one_loss_per_sequence_of_layers_that_differ_in_batch() -> None:
+    message = r"the layers differ in batch: z\[0\] has shape \(2, 6, 8\), z\[1\] \(1, 6, 8\); give layers of one batch"
+    with pytest.raises(ValueError, match=message):
+        fused_dispersion_loss([Z, Z[:1]], reduction="none")
+    with pytest.raises(ValueError, match=r"z\[1\] \(6, 8\)"):
+        fused_dispersion_loss([Z, Z[0]], reduction="none", impl="reference")
+    mean = fused_dispersion_loss([Z, Z[:1]])
+    torch.testing.assert_close(mean, (fused_dispersion_loss(Z) + fused_dispersion_loss(Z[:1])) / 2)
+    one = fused_dispersion_loss([Z[0], Z[0, :4]], reduction="none")  # lengths may differ
+    torch.testing.assert_close(one, (fused_dispersion_loss(Z[0]) + fused_dispersion_loss(Z[0, :4])) / 2)
 
 
 def test_mask_on_another_device() -> None:

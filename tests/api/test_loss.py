@@ -28,6 +28,8 @@ from dispersion_kernels import (
     Decorrelation,
     DispersionLoss,
     L2Repel,
+    Orthogonalization,
+    PerplexityEntropy,
     Potential,
     SampledTokens,
     Uniformity,
@@ -613,23 +615,38 @@ def test_module_is_the_function() -> None:
     z = torch.randn(2, 30, 16)
     pairs: list[tuple[DispersionLoss, dict[str, Any]]] = [
         (DispersionLoss(), {}),
-        (
-            DispersionLoss("angular_spread", tau_cos=0.3, clamp_threshold=0.1, epsilon=0.02),
-            {"tau": 0.3, "clamp": 0.1, "eps": 0.02},
-        ),
-        (DispersionLoss("l2_repel", tau_l2=3.0), {"potential": "l2_repel", "tau": 3.0}),
-        (DispersionLoss("orthogonalization", clamp_threshold=0.1), {"potential": "orthogonalization", "clamp": 0.1}),
-        (DispersionLoss("decorrelation"), {"potential": "decorrelation"}),
-        (DispersionLoss("perplexity_entropy", epsilon=0.05), {"potential": "perplexity_entropy", "eps": 0.05}),
-        (DispersionLoss("dispersive_l2", tau_l2=0.7), {"potential": "dispersive_l2", "tau": 0.7}),
-        (DispersionLoss("uniformity"), {"potential": "uniformity"}),
+        (DispersionLoss("l2_repel", tau=3.0), {"potential": "l2_repel", "tau": 3.0}),
+        (DispersionLoss("dispersive_l2", tau=0.7, recompute=True), {"potential": "dispersive_l2", "tau": 0.7}),
+        (DispersionLoss(AngularSpread(clamp=0.1)), {"potential": AngularSpread(clamp=0.1)}),
+        (DispersionLoss("uniformity", impl="torch"), {"potential": "uniformity", "impl": "torch"}),
         (DispersionLoss(Repulsion(1.0), reduction="sum"), {"potential": Repulsion(1.0), "reduction": "sum"}),
     ]
     for module, options in pairs:
         assert torch.equal(module(z), fused_dispersion_loss(z, **options))
-    margins = [DispersionLoss("orthogonalization", margin=m)(z) for m in (0.5, 0.7)]
-    assert margins[0] < margins[1]
     assert "AngularSpread(tau=1.0" in repr(DispersionLoss())
+    for sampling in (None, SampledTokens(10)):
+        loss, stats = DispersionLoss(sampling=sampling)([z, 2 * z], return_stats=True)
+        assert loss.shape == ()
+        assert stats.relative_error.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("variant", "potential"),
+    [
+        ("angular_spread", AngularSpread(0.3, 0.1, 0.02)),
+        ("orthogonalization", Orthogonalization(0.7, 0.1, 0.02)),
+        ("l2_repel", L2Repel(3.0, 0.02)),
+        ("decorrelation", Decorrelation()),
+        ("perplexity_entropy", PerplexityEntropy(3.0, 0.02)),
+    ],
+)
+def test_the_published_constructor_takes_all_arguments_for_every_variant(variant: str, potential: Potential) -> None:
+    published = {"tau_l2": 3.0, "tau_cos": 0.3, "margin": 0.7, "epsilon": 0.02, "clamp_threshold": 0.1}
+    module = DispersionLoss.from_published(variant, **published, reduction="sum")
+    assert module.options.potential == potential
+    assert DispersionLoss.from_published(variant, 3.0, 0.3, 0.7, 0.02, 0.1).options.potential == potential
+    z = torch.randn(2, 30, 16)
+    assert torch.equal(module(z), fused_dispersion_loss(z, potential, reduction="sum"))
 
 
 class TestSubsampling:

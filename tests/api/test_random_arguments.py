@@ -39,14 +39,18 @@ class Draw:
         shape = (length, features) if packed or dice.random() < 0.3 else (batch, length, features)
         z = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         z = (z + dice.choice([0.0, 1.0])).to(dice.choice([torch.float32, torch.float64, torch.bfloat16]))
-        options: dict[str, Any] = {"potential": dice.choice([*BUILT_IN])}
-        fields = {field.name for field in dataclasses.fields(BUILT_IN[options["potential"]])}
-        for name, values in (("tau", [0.5, 2, np.float64(3.0)]), ("clamp", [0.1, 0.5]), ("eps", [0.01, 0.3])):
-            if name in fields and dice.random() < 0.5:
-                options[name] = dice.choice(values)
-        if "sigma2" in fields or options["potential"] == "l2_repel":
-            options["potential"] = BUILT_IN[options["potential"]](30.0)  # exponents of some
-            options = {"potential": options["potential"]}
+        name = dice.choice([*BUILT_IN])
+        options: dict[str, Any] = {"potential": name}
+        fields = {field.name for field in dataclasses.fields(BUILT_IN[name])}
+        values = {"tau": [0.5, 2, np.float64(3.0)], "clamp": [0.1, 0.5], "eps": [0.01, 0.3]}
+        some = [field for field in values if field in fields and dice.random() < 0.5]
+        if some == ["tau"]:
+            options["tau"] = dice.choice(values["tau"])
+        elif some:
+            made: Any = BUILT_IN[name]
+            options["potential"] = made(**{field: dice.choice(values[field]) for field in some})
+        if "sigma2" in fields or "norm_weight" in fields:
+            options = {"potential": BUILT_IN[name](30.0)}  # exponents of some
         if dice.random() < 0.4:
             options["mask"] = torch.rand(shape[:-1], generator=self.generator) < 0.7
         if packed:

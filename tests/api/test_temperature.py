@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -156,20 +157,37 @@ def test_transformed_and_exported() -> None:
     torch.testing.assert_close(torch.autograd.grad(program(Z, tau), tau), torch.autograd.grad(naive(Z, tau), tau))
 
 
-@pytest.mark.parametrize("variant", ["angular_spread", "l2_repel", "dispersive_l2", "perplexity_entropy"])
-def test_module(variant: str) -> None:
+def _published(variant: str, tau: Tensor, **options: Any) -> DispersionLoss:
+    return DispersionLoss.from_published(variant, tau_l2=tau, tau_cos=tau, **options)
+
+
+def _new(potential: str, tau: Tensor, **options: Any) -> DispersionLoss:
+    return DispersionLoss(potential, tau=tau, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "potential"),
+    [
+        (_published, "angular_spread"),
+        (_published, "l2_repel"),
+        (_published, "perplexity_entropy"),
+        (_new, "angular_spread"),
+        (_new, "dispersive_l2"),
+    ],
+)
+def test_module(make: Callable[..., DispersionLoss], potential: str) -> None:
     tau = nn.Parameter(torch.tensor(0.5))
-    module = DispersionLoss(variant, tau_l2=tau, tau_cos=tau)
+    module = make(potential, tau)
     assert [name for name, _ in module.named_parameters()] == ["tau"]
     module(Z).backward()
-    (expected,) = torch.autograd.grad(DispersionLoss(variant, tau_l2=tau, tau_cos=tau, impl="reference")(Z), tau)
+    (expected,) = torch.autograd.grad(make(potential, tau, impl="reference")(Z), tau)
     torch.testing.assert_close(tau.grad, expected)
-    other = DispersionLoss(variant, tau_l2=torch.tensor(3.0), tau_cos=torch.tensor(3.0))
+    other = make(potential, torch.tensor(3.0))
     assert not list(other.parameters())
     other.load_state_dict(module.state_dict())
     assert torch.equal(other(Z), module(Z))
     assert torch.equal(other.double()(Z), module(Z))
-    assert not DispersionLoss(variant).state_dict()
+    assert not DispersionLoss(potential).state_dict()
 
 
 def test_errors() -> None:
@@ -177,7 +195,7 @@ def test_errors() -> None:
     with pytest.raises(TypeError, match=r"tau must be a number with SampledPairs, got a tensor; give its float"):
         fused_dispersion_loss(torch.randn(1, 600, 8), tau=tau, sampling=SampledPairs(0.1))
     makes: list[Any] = [lambda: AngularSpread(clamp=tau), lambda: Orthogonalization(margin=tau)]
-    for make in [*makes, lambda: L2Repel(norm_weight=tau), lambda: fused_dispersion_loss(Z, eps=tau)]:
+    for make in [*makes, lambda: L2Repel(norm_weight=tau), lambda: L2Repel(eps=tau)]:
         with pytest.raises(TypeError, match="must be a number, got a tensor that requires a gradient"):
             make()
     for bad in (torch.ones(2), torch.tensor(1)):

@@ -447,7 +447,7 @@ def test_published_value(variant: str, backend: str) -> None:
     cases = [case for case in published.CASES if case["variant"] == variant and case["shape"][1] >= 40]
     case = min(cases, key=lambda case: math.prod(case["shape"]))
     z = published.tokens(case).float()
-    answer = evaluate(z, published.loss_of(case, "auto").potential, backend)
+    answer = evaluate(z, published.loss_of(case, "auto").options.potential, backend)
     loss, grad = published.errors_of(case, answer.loss.mean().item(), answer.grad / len(z))
     assert loss <= published.BOUNDS[torch.float32][0]
     assert grad <= published.BOUNDS[torch.float32][1]

@@ -243,11 +243,21 @@ def test_a_forward_that_raises_leaves_no_term() -> None:
     exact = by_hand(model, [lambda m: m(batch)], blocks)
     with pytest.raises(IndexError):
         model(torch.full_like(batch, 99))
-    handle = model.blocks[2].register_forward_pre_hook(lambda m, args: 1 / 0)  # after two terms
+    # After two terms, and after all of them.
+    for module in (model.blocks[2], model.head):
+        handle = module.register_forward_pre_hook(lambda m, args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(batch)
+        with pytest.raises(RuntimeError, match="4 of 4 layers did not run"):
+            reg.loss()
+        handle.remove()
+    assert_same(step(model, reg, batch), exact)
+    model(batch)  # whose terms a later failure leaves alone
+    handle = model.head.register_forward_pre_hook(lambda m, args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(batch)
     handle.remove()
-    assert_same(step(model, reg, batch), exact)
+    assert torch.equal(reg.loss(), reg.weight * torch.stack(list(reg.values.values())).mean())
 
 
 class InPlace(Block):

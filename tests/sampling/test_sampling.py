@@ -413,6 +413,11 @@ def test_module() -> None:
     module = DispersionLoss(sampling=SampledPairs(0.1, "none"))
     expected = fused_dispersion_loss(z, sampling=SampledPairs(0.1, "none"), generator=seeded(0))
     assert torch.equal(module(z, generator=seeded(0)), expected)
+    loss, stats = module(z, generator=seeded(0), return_stats=True)
+    assert torch.equal(loss, expected)
+    _, same = fused_dispersion_loss(z, sampling=SampledPairs(0.1, "none"), generator=seeded(0), return_stats=True)
+    assert torch.equal(stats.relative_error, same.relative_error)
+    assert stats.relative_error > 0
     assert "sampling=SampledPairs(fraction=0.1, control_variate='none')" in repr(module)
 
 
