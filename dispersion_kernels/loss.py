@@ -18,7 +18,7 @@ from dispersion_kernels.checks import (
     layers_of,
     refuse_tracing,
 )
-from dispersion_kernels.operators import dispersion_loss, sampled_loss, without_autocast
+from dispersion_kernels.operators import dispersion_loss, without_autocast
 from dispersion_kernels.options import LossOptions, Reduction, check_options
 from dispersion_kernels.potentials import (
     AngularSpread,
@@ -235,22 +235,9 @@ def _loss_of_alike(
         torch.compiler.is_compiling() or not visits_all(sampling.fraction, z, cu_seqlens)
     ):
         draws = draw(layers, sampling.fraction, generator)
-        loss, error = sampled_loss(
-            layers,
-            pair_ids,
-            cu_seqlens,
-            options.potential,
-            options.reduction,
-            options.impl,
-            options.recompute,
-            sampling,
-            draws,
-            with_error,
-        )
+        loss, error = dispersion_loss(layers, pair_ids, cu_seqlens, options, draws, with_error)
     else:
-        loss = dispersion_loss(
-            layers, pair_ids, cu_seqlens, options.potential, options.reduction, options.impl, options.recompute
-        )
+        loss, _ = dispersion_loss(layers, pair_ids, cu_seqlens, options)
     if options.reduction == "none" and one_sequence and cu_seqlens is None:
         loss = loss.squeeze(0)
     return loss, loss.new_zeros(len(layers)) if error is None else error

@@ -1,4 +1,4 @@
-"""Operators that ``torch.compile`` and ``torch.library`` see, and the ``autograd.Function`` over them.
+"""Operator that ``torch.compile`` and ``torch.library`` see, and the ``autograd.Function`` over it.
 
 Forward computes the loss and, where a gradient will be needed, the gradient without its factor per token, in fp32 (fp64
 for fp64). Backward multiplies by that factor and the upstream gradient at once and rounds once to the tokens' dtype, so
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from dispersion_kernels import flops
-from dispersion_kernels.backends import choose, cpu
+from dispersion_kernels.backends import Losses, Run, choose, cpu
 from dispersion_kernels.backends.cuda import CudaKernels
 from dispersion_kernels.backends.gpu import launch
 from dispersion_kernels.backends.torch_tiled import sweep
 from dispersion_kernels.numerics import accumulation_dtype, in_blocks, loss_weight
+from dispersion_kernels.options import LossOptions
 from dispersion_kernels.potentials import (
     Potential,
     at_temperature,
@@ -47,51 +48,32 @@ def dispersion_loss(
     layers: Sequence[Tensor],
     pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
-    potential: Potential,
-    reduction: str,
-    impl: str,
-    recompute: bool,
-) -> Tensor:
-    """Mean over ``layers`` ``[B, L, F]`` of their reduced losses, ``[]`` (``[S]`` for ``"none"``); differentiable
-    once."""
+    options: LossOptions,
+    draws: Draws | None = None,
+    with_error: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Mean over ``layers`` ``[B, L, F]`` of their reduced losses, ``[]`` (``[S]`` for ``"none"``), differentiable once;
+    and ``[layers]``, the expected relative error of each layer's gradient.
+
+    ``draws`` are those of sampled pairs, for layers that are alike in shape, dtype and device. Without draws all pairs
+    are visited, and the error is None.
+    """
+    potential = options.potential
     _refuse_parameters(potential)
     needed = _need_gradients(layers)
+    with_grad = [False] * len(layers) if options.recompute else needed
+    if draws is not None:
+        with_grad = [with_error or any(with_grad)] * len(layers)
+        tensors = _Tensors(pair_ids, cu_seqlens, None, *draws)
+        return _differentiable(_Call(options, with_grad, False, with_error), tensors, layers, any(needed))
+    if options.sampling is not None:
+        options = options._replace(sampling=None)
     temperature, slope_needed = temperature_of(potential), False
     if temperature is not None:
-        potential = at_temperature(potential, 1.0)
+        options = options._replace(potential=at_temperature(potential, 1.0))
         (slope_needed,) = _need_gradients([temperature])
-    call = _Call(
-        "forward",
-        (potential, reduction, impl),
-        [False] * len(layers) if recompute else needed,
-        with_slope=slope_needed and not recompute,
-    )
-    return _differentiable(call, (pair_ids, cu_seqlens, temperature), layers, any(needed) or slope_needed)[0]
-
-
-def sampled_loss(
-    layers: Sequence[Tensor],
-    pair_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    potential: Potential,
-    reduction: str,
-    impl: str,
-    recompute: bool,
-    sampling: SampledPairs,
-    draws: Draws,
-    with_error: bool,
-) -> tuple[Tensor, Tensor]:
-    """Mean over ``layers`` ``[B, L, F]``, alike in shape, dtype and device, of their reduced losses, estimated from a
-    fraction of the pairs (:mod:`dispersion_kernels.sampling`); and ``[layers]``, the expected relative error of each
-    layer's gradient."""
-    _refuse_parameters(potential)
-    needed = any(_need_gradients(layers))
-    wanted = [with_error or (needed and not recompute)] * len(layers)
-    options = (potential, reduction, impl, float(sampling.fraction), sampling.control_variate)
-    call = _Call("sampled", options, wanted, with_error)
-    loss, error = _differentiable(call, (pair_ids, cu_seqlens, *draws), layers, needed)
-    assert error is not None
-    return loss, error
+    call = _Call(options, with_grad, slope_needed and not options.recompute)
+    return _differentiable(call, _Tensors(pair_ids, cu_seqlens, temperature), layers, any(needed) or slope_needed)
 
 
 def _refuse_parameters(potential: Potential) -> None:
@@ -109,89 +91,96 @@ def _need_gradients(layers: Sequence[Tensor]) -> list[bool]:
     return [enabled and z.requires_grad for z in layers]
 
 
-class _Result(NamedTuple):
-    """Outputs of an operator."""
+class _Tensors(NamedTuple):
+    """Tensor arguments of the operator beside the layers."""
 
-    loss: Tensor
-    error: Tensor | None
-    """``[layers]``: expected relative error of the gradient; None unless pairs are sampled."""
-    scale: Tensor
-    """``[layers, B, L]``: factor per token of ``grads``; empty without a gradient."""
-    grads: Sequence[Tensor]
-    """``[B, L, F]`` per layer, or one ``[layers, B, L, F]`` for all layers: d loss / d z without the factor ``scale``;
-    empty for layers without a gradient."""
-    slope: Tensor | None
-    """d loss / d temperature, of the shape of ``loss``; empty where not requested."""
+    pair_ids: Tensor | None
+    cu_seqlens: Tensor | None
+    temperature: Tensor | None
+    """``[]``: value of the potential's temperature field; None where the field is a number or there is none."""
+    shuffle: Tensor | None = None
+    fit: Tensor | None = None
+    """``shuffle`` and ``fit`` of :class:`Draws`; None for all pairs."""
 
 
 class _Call(NamedTuple):
-    """Operator with its arguments other than tensors."""
+    """Arguments of the operator other than tensors."""
 
-    name: Literal["forward", "sampled"]
-    options: tuple[Any, ...]
-    """Arguments between the tensors and the flags below; the potential is the first."""
-    wanted: Sequence[bool]
-    """Flag per layer: whether the forward pass computes the layer's gradient."""
-    with_error: bool = False
+    options: LossOptions
+    """``sampling`` is :class:`SampledPairs`, or None for all pairs."""
+    with_grad: Sequence[bool]
+    """Flag per layer: whether the forward pass computes the layer's gradient; alike for all layers of sampled pairs."""
     with_slope: bool = False
+    with_error: bool = False
 
-    def run(self, data: Sequence[Tensor | None], layers: Sequence[Tensor], unobserved: bool) -> _Result:
+    def run(self, tensors: _Tensors, layers: Sequence[Tensor], unobserved: bool) -> _Result:
         """Calls the operator. ``unobserved`` calls bypass PyTorch's dispatcher, which takes 20 us or more."""
-        potential, *options = self.options
-        sampled = self.name == "sampled"
-        options += [any(self.wanted), self.with_error] if sampled else [self.with_slope, list(self.wanted)]
         if unobserved:
-            implementation: Callable[..., Any] = _sampled if sampled else _forward
-            found = implementation(layers, *data, potential, *options)
-        else:
-            if not torch.compiler.is_compiling():
-                flops.register()
-            found = getattr(torch.ops.dispersion_kernels, self.name)(layers, *data, *carry(potential), *options)
-        if not sampled:
-            loss, grads, scale, slope = found
-            return _Result(loss, None, scale, grads, slope)
-        loss, grad, scale, error = found
-        return _Result(loss, error, scale, [grad], None)
+            return _run(layers, tensors, self)
+        if not torch.compiler.is_compiling():
+            flops.register(torch.ops.dispersion_kernels.dispersion_loss, _flop_formula)
+        outputs = torch.ops.dispersion_kernels.dispersion_loss(layers, *tensors, *_packed(self))
+        return _Result(*outputs)
+
+
+class _Result(NamedTuple):
+    """Outputs of the operator. An output that was not requested is None, or empty where PyTorch's dispatcher passed it
+    on."""
+
+    loss: Tensor
+    grads: Sequence[Tensor | None]
+    """``[B, L, F]`` per layer, or, of sampled pairs, one ``[layers, B, L, F]``: d loss / d z (for ``"none"``, of the
+    loss of z's sequence) without the factor ``scale``."""
+    scale: Tensor | None
+    """``[layers, B, L]``: factor per token of ``grads``."""
+    slope: Tensor | None = None
+    """d loss / d temperature, of the shape of ``loss``."""
+    error: Tensor | None = None
+    """``[layers]``: expected relative error of the gradient from sampled pairs."""
 
 
 def _differentiable(
-    call: _Call, data: tuple[Tensor | None, ...], layers: Sequence[Tensor], needed: bool
+    call: _Call, tensors: _Tensors, layers: Sequence[Tensor], needed: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss of the call, differentiable, and the error of sampled pairs (None for all pairs)."""
-    if _unobserved(*layers, *data) and forward_ad._current_level < 0:
+    """Loss of the call, differentiable, and the error of sampled pairs."""
+    if _unobserved(*layers, *tensors) and forward_ad._current_level < 0:
         if needed:
-            loss, error = _Loss.apply(call, len(data), *data, *layers)
+            loss, error = _Loss.apply(call, *tensors, *layers)
             return loss, error
-        result = call.run(data, layers, unobserved=True)
+        result = call.run(tensors, layers, unobserved=True)
     # The operator has a derivative formula of its own, used under compilers and modes, but not under torch.func.
     elif not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
-        result = call.run(data, layers, unobserved=False)
+        result = call.run(tensors, layers, unobserved=False)
     elif torch.compiler.is_compiling():
         raise RuntimeError(
             "torch.compile found fused_dispersion_loss inside of a transform of torch.func or of a dual level, and "
             'traces it there with impl="reference" alone; transform outside of the compiled function'
         )
     else:
-        loss, error, *_ = _Transformed.apply(call, len(data), *data, *layers)
+        loss, error, *_ = _Transformed.apply(call, *tensors, *layers)
         return loss, error
     return result.loss, result.error
+
+
+# Number of tensors before the layers among the arguments of the classes below.
+_COUNT = len(_Tensors._fields)
 
 
 class _Loss(torch.autograd.Function):
     """Differentiable loss of plain tensors (:func:`_unobserved`)."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, count: int, *tensors: Any) -> tuple[Tensor, Tensor | None]:
-        data, layers = tensors[:count], tensors[count:]
-        result = call.run(data, layers, unobserved=True)
+    def forward(ctx: Any, call: _Call, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        tensors, layers = _Tensors(*arguments[:_COUNT]), arguments[_COUNT:]
+        result = call.run(tensors, layers, unobserved=True)
         if result.error is not None:
             ctx.mark_non_differentiable(result.error)
-        _keep(ctx, call, data, layers, result, ctx.needs_input_grad[2:], visible=False)
+        _keep(ctx, call, tensors, layers, result, ctx.needs_input_grad[1:], visible=False)
         return result.loss, result.error
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, *_gradients(ctx, upstream[0])
+        return None, *_gradients(ctx, upstream[0])
 
 
 class _Transformed(torch.autograd.Function):
@@ -201,18 +190,18 @@ class _Transformed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(call: _Call, count: int, *tensors: Any) -> tuple[Tensor | None, ...]:
-        result = call.run(tensors[:count], tensors[count:], _unobserved(*tensors))
+    def forward(call: _Call, *arguments: Any) -> tuple[Tensor | None, ...]:
+        result = call.run(_Tensors(*arguments[:_COUNT]), arguments[_COUNT:], _unobserved(*arguments))
         return result.loss, result.error, result.slope, result.scale, *result.grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        call, count, *tensors = inputs
+        call, *arguments = inputs
         loss, error, slope, scale, *grads = output
         ctx.mark_non_differentiable(*(value for value in output[1:] if value is not None))
         ctx.set_materialize_grads(False)  # zeros for the gradients would be as large as the layers
-        result = _Result(loss, error, scale, grads, slope)
-        _keep(ctx, call, tensors[:count], tensors[count:], result, ctx.needs_input_grad[2:])
+        tensors, layers = _Tensors(*arguments[:_COUNT]), arguments[_COUNT:]
+        _keep(ctx, call, tensors, layers, _Result(loss, grads, scale, slope, error), ctx.needs_input_grad[1:])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -230,7 +219,7 @@ class _Transformed(torch.autograd.Function):
 def _keep(
     ctx: Any,
     call: _Call,
-    data: Sequence[Tensor | None],
+    tensors: _Tensors,
     layers: Sequence[Tensor],
     result: _Result,
     needed: Sequence[bool],
@@ -238,40 +227,47 @@ def _keep(
 ) -> None:
     """Saves the result for backward, or, where it lacks a gradient that is needed, the inputs to recompute it from.
 
-    ``visible`` says that the caller can reach the result, so that backward must not overwrite it.
+    ``needed`` has a flag per tensor and layer. ``visible`` says that the caller can reach the result, so that backward
+    must not overwrite it.
     """
-    ctx.call, ctx.data, ctx.dtype = call, len(data), layers[0].dtype
-    ctx.needed, ctx.temperature = list(needed[len(data) :]), data[2] if any(needed[: len(data)]) else None
-    ctx.recompute = any(need and not there for need, there in zip(ctx.needed, call.wanted, strict=True))
+    ctx.call, ctx.dtype, ctx.needed = call, layers[0].dtype, list(needed[_COUNT:])
+    ctx.temperature = tensors.temperature if any(needed[:_COUNT]) else None
+    ctx.recompute = any(need and not there for need, there in zip(ctx.needed, call.with_grad, strict=True))
     ctx.recompute = ctx.recompute or (ctx.temperature is not None and not call.with_slope)
     ctx.hooked = visible or _hooks_see_what_is_saved()
     if ctx.recompute:
-        ctx.save_for_backward(*data, *layers)
+        ctx.save_for_backward(*tensors, *layers)
     else:
-        ctx.save_for_backward(data[1], result.loss, result.slope, result.scale, *result.grads)
+        ctx.save_for_backward(tensors.cu_seqlens, result.loss, result.slope, result.scale, *result.grads)
 
 
 def _gradients(ctx: Any, upstream: Tensor | None) -> Sequence[Tensor | None]:
-    """Gradients of the ``data`` tensors and of each layer, None where not needed."""
+    """Gradients of the tensors and of each layer, None where not needed."""
     saved = ctx.saved_tensors
-    gradients: list[Tensor | None] = [None] * (ctx.data + len(ctx.needed))
+    gradients: list[Tensor | None] = [None] * (_COUNT + len(ctx.needed))
     if upstream is None:
         return gradients
     if ctx.recompute:
-        data, layers = saved[: ctx.data], saved[ctx.data :]
+        tensors, layers = _Tensors(*saved[:_COUNT]), saved[_COUNT:]
         with torch.no_grad():
-            call = ctx.call._replace(wanted=ctx.needed, with_error=False, with_slope=ctx.temperature is not None)
-            result = call.run(data, layers, _unobserved(*data, *layers))
-        cu_seqlens, scale, grads, slope = data[1], result.scale, result.grads, result.slope
+            with_grad = ctx.needed if ctx.call.options.sampling is None else [True] * len(ctx.needed)
+            call = _Call(ctx.call.options, with_grad, with_slope=ctx.temperature is not None)
+            result = call.run(tensors, layers, _unobserved(*tensors, *layers))
+        cu_seqlens, scale, grads, slope = tensors.cu_seqlens, result.scale, result.grads, result.slope
         causes = layers if ctx.temperature is None else [*layers, ctx.temperature]
     else:
         cu_seqlens, loss, slope, scale, *grads = saved
         causes = [loss]
-    if ctx.call.name == "sampled":
-        grads = grads[0].unbind()
     if any(ctx.needed):
-        gradients[ctx.data :] = _finished(ctx, grads, scale, _of_tokens(upstream, cu_seqlens, scale.shape[2]))
+        assert scale is not None
+        if ctx.call.options.sampling is not None:
+            (together,) = grads
+            assert together is not None
+            grads = together.unbind()
+        needed = [grad if need else None for grad, need in zip(grads, ctx.needed, strict=True)]
+        gradients[_COUNT:] = _finished(ctx, needed, scale, _token_factor(upstream, cu_seqlens, scale.shape[2]))
     if ctx.temperature is not None:
+        assert slope is not None
         gradients[2] = (upstream * slope).sum().to(ctx.temperature)
     # Under create_graph the gradient would count as a constant, and a gradient penalty would silently do nothing.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -337,7 +333,7 @@ def _hooks_see_what_is_saved() -> bool:
     return top is None or (not torch.compiler.is_compiling() and top(True) is not None)
 
 
-def _of_tokens(upstream: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
+def _token_factor(upstream: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
     """Upstream gradient ``[]`` or ``[S]`` in a shape that broadcasts to the tokens ``[B, L]``."""
     if upstream.dim() == 0:
         return upstream
@@ -346,25 +342,28 @@ def _of_tokens(upstream: Tensor, cu_seqlens: Tensor | None, length: int) -> Tens
     return upstream[segment_of_token(on_device(cu_seqlens, upstream.device), length)]
 
 
-def _finished(ctx: Any, grads: Sequence[Tensor], scale: Tensor, factor: Tensor) -> list[Tensor | None]:
+def _finished(ctx: Any, grads: Sequence[Tensor | None], scale: Tensor, factor: Tensor) -> list[Tensor | None]:
     """Gradient of each layer in the tokens' dtype, rounded once: ``grads`` ``[B, L, F]`` per layer times ``scale``
     ``[layers, B, L]`` and ``factor``, which broadcasts to ``[B, L]``. In place where the graph is freed afterwards."""
-    needed = [grad if need else None for grad, need in zip(grads, ctx.needed, strict=True)]
-    fp32_on_cpu = scale.is_cpu and scale.dtype == torch.float32
-    if fp32_on_cpu and _unobserved(*needed, scale, factor) and cpu.unavailable_reason() is None:
-        in_place = ctx.recompute or (not ctx.hooked and _graph_is_freed())
+    is_fp32_on_cpu = scale.is_cpu and scale.dtype == torch.float32
+    if is_fp32_on_cpu and _unobserved(*grads, scale, factor) and cpu.unavailable_reason() is None:
+        in_place = ctx.recompute or not (ctx.hooked or graph_is_kept())
         factor = factor.flatten().contiguous()  # the gradient of a sum has stride 0
-        finished = cpu.scaled(needed, scale, factor, ctx.dtype, in_place=in_place)
+        finished = cpu.scaled(grads, scale, factor, ctx.dtype, in_place=in_place)
         # DLPack makes each gradient a tensor of its own, not a view of all layers': autograd adds to those in place.
         return [None if grad is None else from_dlpack(to_dlpack(grad)) for grad in finished]
-    of_layers = zip(needed, (scale * factor).unsqueeze(3), strict=True)
-    return [None if grad is None else _scaled(grad, of_layer, ctx.dtype) for grad, of_layer in of_layers]
+    factors = (scale * factor).unsqueeze(3)
+    return [
+        None if grad is None else _scaled(grad, layer_factor, ctx.dtype)
+        for grad, layer_factor in zip(grads, factors, strict=True)
+    ]
 
 
-def _graph_is_freed() -> bool:
-    """Whether the running backward frees the saved tensors of its graph. PyTorch has no public name for that."""
+def graph_is_kept() -> bool:
+    """Whether the running backward keeps the saved tensors of its graph, so that it may run again. PyTorch has no
+    public name for that."""
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return keeps is not None and not keeps()
+    return keeps is None or bool(keeps())
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -382,63 +381,159 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return dz
 
 
+# The signature of the operator. _packed and _unpacked are its two sides, so that only they and this text know it.
 _library = torch.library.Library("dispersion_kernels", "FRAGMENT")
 _library.define(
-    "forward(Tensor[] layers, Tensor? pair_ids, Tensor? cu_seqlens, Tensor? temperature, str potential, float[] params,"
-    " str reduction, str impl, bool with_slope, bool[] with_grad)"
-    " -> (Tensor loss, Tensor[] grads, Tensor scale, Tensor slope)",
+    "dispersion_loss(Tensor[] layers, Tensor? pair_ids, Tensor? cu_seqlens, Tensor? temperature, Tensor? shuffle,"
+    " Tensor? fit, str potential, float[] params, str reduction, str impl, float fraction, str control_variate,"
+    " bool[] with_grad, bool with_slope, bool with_error)"
+    " -> (Tensor loss, Tensor[] grads, Tensor scale, Tensor slope, Tensor error)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
-@torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
-def _forward_carried(
-    layers: Sequence[Tensor],
-    pair_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    temperature: Tensor | None,
-    potential: str,
-    params: list[float],
-    *options: Any,
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    return _forward(layers, pair_ids, cu_seqlens, temperature, carried(potential, params), *options)
+def _packed(call: _Call) -> tuple[Any, ...]:
+    """Arguments of the operator after the tensors."""
+    options, sampling = call.options, call.options.sampling
+    sampled = (float(sampling.fraction), sampling.control_variate) if isinstance(sampling, SampledPairs) else (1.0, "")
+    flags = list(call.with_grad), call.with_slope, call.with_error
+    return *carry(options.potential), options.reduction, options.impl, *sampled, *flags
 
 
-def _forward(
-    layers: Sequence[Tensor],
-    pair_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    temperature: Tensor | None,
-    potential: Potential,
-    reduction: str,
-    impl: str,
-    with_slope: bool,
-    with_grad: list[bool],
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """Loss, ``grads``, ``scale`` and ``slope`` of the operator ``forward``.
+def _unpacked(layers: Sequence[Tensor], *arguments: Any) -> tuple[Sequence[Tensor], _Tensors, _Call]:
+    """Arguments of :func:`_run` from those of the operator."""
+    potential, params, reduction, impl, fraction, control_variate, *flags = arguments[_COUNT:]
+    sampling = SampledPairs(fraction, control_variate) if control_variate else None
+    options = LossOptions(carried(potential, params), sampling, reduction, recompute=False, impl=impl)
+    return layers, _Tensors(*arguments[:_COUNT]), _Call(options, *flags)
 
-    ``grads`` holds ``[B, L, F]`` per layer, empty for layers without a gradient; ``scale`` is ``[layers, B, L]``, empty
-    where no layer has one. ``grads`` times ``scale`` is d loss / d z (for ``"none"``, of the loss of z's sequence).
-    ``slope`` is d loss / d ``temperature``, computed by the torch backend; empty without ``with_slope``.
-    """
-    z = layers[0]
+
+@torch.library.impl(_library, "dispersion_loss", "CompositeExplicitAutograd")
+def _dispersion_loss(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+    loss, grads, *others = _run(*_unpacked(*arguments))
+    # An operator returns no None, and no tensor twice.
+    scale, slope, error = (loss.new_empty(0) if value is None else value for value in others)
+    return loss, [loss.new_empty(0) if grad is None else grad for grad in grads], scale, slope, error
+
+
+@torch.library.register_fake("dispersion_kernels::dispersion_loss")
+def _dispersion_loss_fake(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+    layers, tensors, call = _unpacked(*arguments)
+    z, bounds = layers[0], tensors.cu_seqlens
+    sequences = z.shape[0] if bounds is None else bounds.shape[0] - 1
+    dtype, sampled, with_grad = accumulation_dtype(z.dtype), call.options.sampling is not None, any(call.with_grad)
+    loss = z.new_empty(sequences if call.options.reduction == "none" else (), dtype=dtype)
+    shapes = [(len(layers), *z.shape)] if sampled else [layer.shape for layer in layers]
+    grads = [loss.new_empty(shape if need else 0) for shape, need in zip(shapes, call.with_grad, strict=not sampled)]
+    scale = loss.new_empty((len(layers), *z.shape[:2]) if with_grad else 0)
+    slope = loss.new_empty(loss.shape if call.with_slope else 0)
+    return loss, grads, scale, slope, loss.new_empty(len(layers) if sampled else 0)
+
+
+def _flop_formula(*arguments: Any, out_val: Any = None) -> int:
+    layers, tensors, call = _unpacked(*arguments)
+    return flops.count(layers, tensors.cu_seqlens, call.options.sampling, call.with_grad)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    layers, tensors, call = _unpacked(*inputs)
+    ctx.others = [[] if isinstance(value, list) and not value else None for value in inputs[1 + _COUNT :]]
+    ctx.mark_non_differentiable(*tree_leaves(output[1:]))
+    ctx.set_materialize_grads(False)
+    needed = [value is not None and value.requires_grad for value in (*tensors, *layers)]
+    _keep(ctx, call, tensors, layers, _Result(*output), needed)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    gradients = list(_gradients(ctx, upstream))
+    return gradients[_COUNT:], *gradients[:_COUNT], *ctx.others
+
+
+def _one_by_one(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    """Batch of a vmap: a call of the operator for each of its entries."""
+    results = [
+        torch.ops.dispersion_kernels.dispersion_loss(
+            *(_entry(value, dim, n) for value, dim in zip(arguments, in_dims, strict=True))
+        )
+        for n in range(info.batch_size)
+    ]
+    together = tuple(
+        [torch.stack(part) for part in zip(*outputs, strict=True)]
+        if isinstance(outputs[0], list)
+        else torch.stack(outputs)
+        for outputs in zip(*results, strict=True)
+    )
+    return together, tree_map(lambda _: 0, together)
+
+
+def _entry(value: Any, dim: Any, n: int) -> Any:
+    """Entry ``n`` of a vmap batch along ``dim``; ``value`` itself where it is not batched."""
+    if isinstance(value, list | tuple) and isinstance(dim, list | tuple):
+        return [_entry(each, each_dim, n) for each, each_dim in zip(value, dim, strict=True)]
+    return value if dim is None else value.select(dim, n)
+
+
+torch.library.register_autograd(
+    "dispersion_kernels::dispersion_loss", _backward, setup_context=_setup_context, lib=_library
+)
+torch.library.register_vmap("dispersion_kernels::dispersion_loss", _one_by_one, lib=_library)
+
+
+def _run(layers: Sequence[Tensor], tensors: _Tensors, call: _Call) -> _Result:
+    """Outputs of the operator."""
+    z, cu_seqlens, temperature = layers[0], tensors.cu_seqlens, tensors.temperature
+    options, potential, sampling = call.options, call.options.potential, call.options.sampling
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1])
     if temperature is not None and temperature.is_meta and not z.is_meta:
         raise ValueError(f"tau is a tensor on meta, which holds no value, and z is on {z.device}; give tau a value")
     if temperature is not None and not temperature.is_meta:
         potential = at_temperature(potential, float(temperature))
-    run = _SWEEPS[choose(impl, z, potential)]
+    backend = choose(options.impl, z, potential)
     with without_autocast(z.device):
-        loss, grads, scale = run(layers, pair_ids, cu_seqlens, for_backends(potential), reduction, with_grad)
-        if not with_slope:
-            return loss, grads, scale, loss.new_empty(0)
-        slopes = []
-        for z in layers:
-            slope, pairs = slope_of_temperature(z, potential, pair_ids, cu_seqlens)
-            weight = loss_weight(len(layers), reduction, (pairs > 0).sum())
-            slopes.append((slope if reduction == "none" else slope.sum()) * weight)
-        return loss, grads, scale, torch.stack(slopes).sum(0).to(loss.dtype)
+        # Under a compiler the caller leaves this question to the operator.
+        if isinstance(sampling, SampledPairs) and not visits_all(sampling.fraction, z, cu_seqlens):
+            return _run_sampled(layers, tensors, call, backend, sampling)
+        loss, grads, scale = _SWEEPS[backend](
+            layers, tensors.pair_ids, cu_seqlens, for_backends(potential), options.reduction, call.with_grad
+        )
+        slope = _slope(layers, tensors, potential, options.reduction).to(loss.dtype) if call.with_slope else None
+    if sampling is None:
+        return _Result(loss, grads, scale, slope)
+    grad = torch.stack([grad for grad in grads if grad is not None]) if any(call.with_grad) else None
+    return _Result(loss, [grad], scale, error=loss.new_zeros(len(layers)))
+
+
+def _run_sampled(
+    layers: Sequence[Tensor], tensors: _Tensors, call: _Call, backend: str, sampling: SampledPairs
+) -> _Result:
+    assert tensors.shuffle is not None
+    assert tensors.fit is not None
+    potential = for_backends(call.options.potential)
+    own = backend == "cpu" and cpu_sampler.takes(potential, sampling, layers[0], tensors.cu_seqlens)
+    found = estimate(
+        layers,
+        tensors.pair_ids,
+        tensors.cu_seqlens,
+        call.options._replace(potential=potential),
+        Draws(tensors.shuffle, tensors.fit),
+        any(call.with_grad),
+        call.with_error,
+        _SWEEPS[backend],
+        cpu_sampler.sample if own else None,
+    )
+    dtype = accumulation_dtype(layers[0].dtype)
+    return _Result(found.loss.to(dtype), [found.grad], found.scale, error=found.error.to(dtype))
+
+
+def _slope(layers: Sequence[Tensor], tensors: _Tensors, potential: Potential, reduction: str) -> Tensor:
+    """Derivative of the loss with respect to the temperature, by the torch backend."""
+    slopes = []
+    for z in layers:
+        slope, pairs = slope_of_temperature(z, potential, tensors.pair_ids, tensors.cu_seqlens)
+        weight = loss_weight(len(layers), reduction, (pairs > 0).sum())
+        slopes.append((slope if reduction == "none" else slope.sum()) * weight)
+    return torch.stack(slopes).sum(0)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -456,8 +551,8 @@ def _gpu_sweep(
     cu_seqlens: Tensor | None,
     potential: Potential,
     reduction: str,
-    with_grad: list[bool],
-) -> tuple[Tensor, list[Tensor], Tensor]:
+    with_grad: Sequence[bool],
+) -> Losses:
     with torch.cuda.device_of(layers[0]):  # Triton launches on the current device
         kernels = kernels_for(layers[0])
         loss, pairs, gradients, scale = launch.dispersion(
@@ -465,8 +560,8 @@ def _gpu_sweep(
         )
     weight = loss_weight(len(layers), reduction, (pairs > 0).sum())
     total = (loss.sum(0) if reduction == "none" else loss.sum()) * weight
-    grads = [gradients[n] if need else total.new_empty(0, dtype=torch.float32) for n, need in enumerate(with_grad)]
-    return total.float(), grads, total.new_empty(0, dtype=torch.float32) if scale is None else scale * weight
+    grads = [gradients[n] if need else None for n, need in enumerate(with_grad)]
+    return total.float(), grads, None if scale is None else scale * weight
 
 
 def _triton_kernels(z: Tensor) -> TritonKernels:
@@ -481,17 +576,14 @@ def _native_sweep(
     cu_seqlens: Tensor | None,
     potential: Potential,
     reduction: str,
-    with_grad: list[bool],
-) -> tuple[Tensor, list[Tensor], Tensor]:
+    with_grad: Sequence[bool],
+) -> Losses:
     batch, length, _ = layers[0].shape
     runs = host_segments(batch, length, pair_ids, None if cu_seqlens is None else cu_seqlens.cpu())
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     weight = float(loss_weight(len(layers), reduction, runs.sequences_with_pairs))
-    losses: list[Tensor] = []
-    grads: list[Tensor] = []
-    scales: list[Tensor] = []
-    for z, need_grad in zip(layers, with_grad, strict=True):
-        loss, grad, scale = cpu.dispersion(
+    results = [
+        cpu.dispersion(
             z.contiguous() if cpu.row_stride(z) is None else z,
             potential_name=potential.name(),
             params=potential.params(),
@@ -504,11 +596,11 @@ def _native_sweep(
             need_grad=need_grad,
             total=reduction != "none",
         )
-        losses.append(loss)
-        grads.append(loss.new_empty(0, dtype=torch.float32) if grad is None else grad)
-        scales.append(loss.new_empty(0, dtype=torch.float32) if scale is None else scale)
+        for z, need_grad in zip(layers, with_grad, strict=True)
+    ]
+    losses, grads, scales = zip(*results, strict=True)
     total = losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
-    return total.float(), *_joined(grads, scales, with_grad)
+    return total.float(), grads, _joined(scales)
 
 
 def _torch_sweep(
@@ -517,22 +609,22 @@ def _torch_sweep(
     cu_seqlens: Tensor | None,
     potential: Potential,
     reduction: str,
-    with_grad: list[bool],
-) -> tuple[Tensor, list[Tensor], Tensor]:
+    with_grad: Sequence[bool],
+) -> Losses:
     losses: list[Tensor] = []
-    grads: list[Tensor] = []
-    scales: list[Tensor] = []
+    grads: list[Tensor | None] = []
+    scales: list[Tensor | None] = []
     for z, need_grad in zip(layers, with_grad, strict=True):
         loss, pairs, grad, scale = sweep(z, potential, pair_ids, cu_seqlens, need_grad)
         weight = loss_weight(len(layers), reduction, (pairs > 0).sum())
         losses.append((loss if reduction == "none" else loss.sum()) * weight)
-        grads.append(loss.new_empty(0) if grad is None else grad)
-        scales.append(loss.new_empty(0) if scale is None else scale * weight)
+        grads.append(grad)
+        scales.append(None if scale is None else scale * weight)
     total = torch.stack(losses).sum(0).to(accumulation_dtype(layers[0].dtype))
-    return total, *_joined(grads, scales, with_grad)
+    return total, grads, _joined(scales)
 
 
-_SWEEPS: dict[str, Callable[..., tuple[Tensor, list[Tensor], Tensor]]] = {
+_SWEEPS: dict[str, Run] = {
     "triton": partial(_gpu_sweep, _triton_kernels),
     "cuda": partial(_gpu_sweep, CudaKernels),
     "cpu": _native_sweep,
@@ -540,190 +632,11 @@ _SWEEPS: dict[str, Callable[..., tuple[Tensor, list[Tensor], Tensor]]] = {
 }
 
 
-def _joined(grads: list[Tensor], scales: list[Tensor], with_grad: list[bool]) -> tuple[list[Tensor], Tensor]:
-    """Gradients per layer, and the layers' scales ``[layers, B, L]``, with zeros for layers without a gradient; empty
-    where no layer has one."""
+def _joined(scales: Sequence[Tensor | None]) -> Tensor | None:
+    """Scales ``[layers, B, L]``, with zeros for layers without a gradient; None where no layer has one."""
     if len(scales) == 1:
-        return [grads[0]], scales[0].unsqueeze(0) if with_grad[0] else scales[0]
-    if not any(with_grad):
-        return grads, grads[0].new_empty(0)
-    shape = next(scale for scale, need in zip(scales, with_grad, strict=True) if need)
-    return grads, torch.stack(
-        [s if need else torch.zeros_like(shape) for s, need in zip(scales, with_grad, strict=True)]
-    )
-
-
-@torch.library.register_fake("dispersion_kernels::forward")
-def _forward_fake(
-    layers: list[Tensor],
-    pair_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    temperature: Tensor | None,
-    potential: str,
-    params: list[float],
-    reduction: str,
-    impl: str,
-    with_slope: bool,
-    with_grad: list[bool],
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    z = layers[0]
-    sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = accumulation_dtype(z.dtype)
-    loss = z.new_empty(sequences if reduction == "none" else (), dtype=dtype)
-    needs = zip(layers, with_grad, strict=True)
-    grads = [z.new_empty(z.shape if need else 0, dtype=dtype) for z, need in needs]
-    scale = z.new_empty((len(layers), *z.shape[:2]) if any(with_grad) else 0, dtype=dtype)
-    return loss, grads, scale, loss.new_empty(loss.shape if with_slope else 0)
-
-
-_library.define(
-    "sampled(Tensor[] layers, Tensor? pair_ids, Tensor? cu_seqlens, Tensor shuffle, Tensor fit, str potential,"
-    " float[] params, str reduction, str impl, float fraction, str control_variate, bool with_grad, bool with_error)"
-    " -> (Tensor loss, Tensor grad, Tensor scale, Tensor error)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-@torch.library.impl(_library, "sampled", "CompositeExplicitAutograd")
-def _sampled_carried(
-    layers: Sequence[Tensor],
-    pair_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shuffle: Tensor,
-    fit: Tensor,
-    potential: str,
-    params: list[float],
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _sampled(layers, pair_ids, cu_seqlens, shuffle, fit, carried(potential, params), *options)
-
-
-def _sampled(
-    layers: Sequence[Tensor],
-    pair_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shuffle: Tensor,
-    fit: Tensor,
-    potential: Potential,
-    reduction: str,
-    impl: str,
-    fraction: float,
-    control_variate: str,
-    with_grad: bool,
-    with_error: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, ``grad``, ``scale`` and ``error`` of the operator ``sampled``.
-
-    As ``forward``, for layers that are alike; ``grad`` is one tensor ``[layers, B, L, F]``, empty without
-    ``with_grad``. ``error`` ``[layers]`` is the expected relative error of each layer's gradient.
-    """
-    z = layers[0]
-    if visits_all(fraction, z, cu_seqlens):  # the caller leaves this question to the operator under a compiler
-        every = [with_grad] * len(layers)
-        loss, grads, scale, _ = _forward(layers, pair_ids, cu_seqlens, None, potential, reduction, impl, False, every)
-        return loss, torch.stack(grads) if with_grad else loss.new_empty(0), scale, loss.new_zeros(len(layers))
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, z.shape[1])
-    chosen = choose(impl, z, potential)
-    run = _SWEEPS[chosen]
-    formula = for_backends(potential)
-
-    def sweep_blocks(tokens: Tensor, pair_ids: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        loss, grads, scale = run([tokens], pair_ids, bounds, formula, "none", [with_grad])
-        return loss, grads[0], scale
-
-    own = chosen == "cpu" and cpu_sampler.takes(formula, fraction, control_variate, z, cu_seqlens)
-    with without_autocast(z.device):
-        found = estimate(
-            layers,
-            pair_ids,
-            cu_seqlens,
-            formula,
-            Draws(shuffle, fit),
-            fraction,
-            control_variate,
-            reduction,
-            with_grad,
-            with_error,
-            sweep_blocks,
-            cpu_sampler.sample if own else None,
-        )
-    dtype = accumulation_dtype(z.dtype)
-    loss, error = found.loss.to(dtype), found.error.to(dtype)
-    if found.grad is None or found.scale is None:
-        return loss, loss.new_empty(0), loss.new_empty(0), error
-    return loss, found.grad, found.scale, error
-
-
-@torch.library.register_fake("dispersion_kernels::sampled")
-def _sampled_fake(
-    layers: list[Tensor],
-    pair_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shuffle: Tensor,
-    fit: Tensor,
-    potential: str,
-    params: list[float],
-    reduction: str,
-    impl: str,
-    fraction: float,
-    control_variate: str,
-    with_grad: bool,
-    with_error: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    every = [with_grad] * len(layers)
-    loss, _, scale, _ = _forward_fake(
-        layers, pair_ids, cu_seqlens, None, potential, params, reduction, impl, False, every
-    )
-    grad = loss.new_empty((len(layers), *layers[0].shape) if with_grad else 0)
-    return loss, grad, scale, loss.new_empty(len(layers))
-
-
-def _make_differentiable(name: Literal["forward", "sampled"], tensors: int, outputs: Callable[..., _Result]) -> None:
-    """Registers a backward and a vmap rule for the operator ``name``; ``tensors`` counts its tensor arguments after the
-    layers, and ``outputs`` makes a :class:`_Result` of its outputs."""
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        layers, *data = inputs[: 1 + tensors]
-        potential, params, *options = inputs[1 + tensors :]
-        result, count = outputs(*output), len(layers)
-        wanted = options[-1] if name == "forward" else [options[-2]] * count
-        with_slope = name == "forward" and options[-2]
-        call = _Call(name, (carried(potential, params), *options[:-2]), wanted, with_slope=with_slope)
-        ctx.others = [[] if isinstance(value, list) and not value else None for value in inputs[1:]]
-        ctx.mark_non_differentiable(*tree_leaves(output[1:]))
-        ctx.set_materialize_grads(False)
-        needed = [value is not None and value.requires_grad for value in (*data, *layers)]
-        _keep(ctx, call, data, layers, result, needed)
-
-    def backward(ctx: Any, upstream: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-        gradients = list(_gradients(ctx, upstream))
-        return gradients[tensors:], *gradients[:tensors], *ctx.others[tensors:]
-
-    def one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        operator = getattr(torch.ops.dispersion_kernels, name)
-        found = [
-            operator(*(_entry(value, dim, n) for value, dim in zip(args, in_dims, strict=True)))
-            for n in range(info.batch_size)
-        ]
-        together = tuple(
-            [torch.stack(part) for part in zip(*values, strict=True)]
-            if isinstance(values[0], list)
-            else torch.stack(values)
-            for values in zip(*found, strict=True)
-        )
-        return together, tree_map(lambda _: 0, together)
-
-    torch.library.register_autograd(f"dispersion_kernels::{name}", backward, setup_context=setup_context, lib=_library)
-    torch.library.register_vmap(f"dispersion_kernels::{name}", one_by_one, lib=_library)
-
-
-def _entry(value: Any, dim: Any, n: int) -> Any:
-    """Entry ``n`` of a vmap batch along ``dim``; ``value`` itself where it is not batched."""
-    if isinstance(value, list | tuple) and isinstance(dim, list | tuple):
-        return [_entry(each, of_each, n) for each, of_each in zip(value, dim, strict=True)]
-    return value if dim is None else value.select(dim, n)
-
-
-_make_differentiable("forward", 3, lambda loss, grads, scale, slope: _Result(loss, None, scale, grads, slope))
-_make_differentiable("sampled", 4, lambda loss, grad, scale, error: _Result(loss, error, scale, [grad], None))
+        return None if scales[0] is None else scales[0].unsqueeze(0)
+    shape = next((scale for scale in scales if scale is not None), None)
+    if shape is None:
+        return None
+    return torch.stack([torch.zeros_like(shape) if scale is None else scale for scale in scales])

@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dispersion_kernels.blocks import find_stack, hidden_states_of, layer_numbers
 from dispersion_kernels.loss import loss_and_error
+from dispersion_kernels.operators import graph_is_kept
 from dispersion_kernels.options import check_options
 from dispersion_kernels.potentials import Potential, temperature_of
 from dispersion_kernels.sampling import Sampling
@@ -447,7 +448,7 @@ class _WithTerm(torch.autograd.Function):
                 forward.taken = True
                 ctx.regularizer._discard(forward)
             return dz, None, None, None
-        kept, ctx.kept = ctx.kept, (ctx.kept if _graph_is_kept() else None)
+        kept, ctx.kept = ctx.kept, (ctx.kept if graph_is_kept() else None)
         if kept is None:
             if ctx.regularizer._keep_gradients:
                 raise RuntimeError(
@@ -474,12 +475,6 @@ def _leaf_and_loss(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
         leaf = z.detach().requires_grad_()
         return leaf, ctx.regularizer._value(leaf.to(ctx.dtype), ctx.selection, ctx.seed)
-
-
-def _graph_is_kept() -> bool:
-    """Whether the running backward keeps its graph, so that it may run again. PyTorch has no public name for that."""
-    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return keeps is None or bool(keeps())
 
 
 def _narrow_dtype(z: Tensor) -> torch.dtype:

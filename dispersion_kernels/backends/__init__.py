@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,12 @@ from torch import Tensor
 from dispersion_kernels.backends import cpu, cuda
 from dispersion_kernels.checks import check_choice, check_tensor
 from dispersion_kernels.potentials import Potential, is_built_in, resolve_potential
+
+# Losses of layers ``[B, L, F]`` by a backend: mean over the layers of their reduced losses; per layer the gradient
+# without its scale, ``[B, L, F]``; and the scale, ``[layers, B, L]``. The latter two are None where not requested.
+Losses = tuple[Tensor, Sequence[Tensor | None], Tensor | None]
+# Arguments: layers, pair_ids, cu_seqlens, potential, reduction, and, per layer, whether its gradient is requested.
+Run = Callable[[Sequence[Tensor], Tensor | None, Tensor | None, Potential, str, Sequence[bool]], Losses]
 
 IMPLS = ("auto", "triton", "cuda", "cpu", "torch", "reference")
 

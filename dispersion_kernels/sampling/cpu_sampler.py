@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dispersion_kernels.backends import cpu
 from dispersion_kernels.potentials import ExponentialPotential, Potential
+from dispersion_kernels.sampling import SampledPairs
 from dispersion_kernels.sampling.control_variate import DIRECTIONS
 from dispersion_kernels.sampling.estimate import Request
 from dispersion_kernels.sampling.partition import block_tokens, blocks_of_same_size, mean_length
@@ -14,16 +15,16 @@ from dispersion_kernels.sampling.partition import block_tokens, blocks_of_same_s
 _FIXED_RANGE = 79.0
 
 
-def takes(potential: Potential, fraction: float, control_variate: str, z: Tensor, cu_seqlens: Tensor | None) -> bool:
+def takes(potential: Potential, sampling: SampledPairs, z: Tensor, cu_seqlens: Tensor | None) -> bool:
     """Whether the kernel can sample the pairs of tokens ``[B, L, F]``; :mod:`torch_sampler` does otherwise."""
-    length = mean_length(z, cu_seqlens)
+    length, fraction = mean_length(z, cu_seqlens), sampling.fraction
     blocks = 0 if cu_seqlens is not None else blocks_of_same_size(fraction, length)
     size = length // blocks if blocks else block_tokens(fraction, length)
     if isinstance(potential, ExponentialPotential):
         low, high = potential.exponent_range()
         if high - low > _FIXED_RANGE:
             return False
-    full_rank = control_variate == "full_rank" and z.shape[2] > DIRECTIONS
+    full_rank = sampling.control_variate == "full_rank" and z.shape[2] > DIRECTIONS
     return not full_rank and (fraction == 0 or size <= cpu.LARGEST_BLOCK)
 
 

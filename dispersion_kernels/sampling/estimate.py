@@ -1,8 +1,8 @@
 """Estimate of the loss and its gradient from a fraction of the pairs; docs/sampling.md has the mathematics.
 
 The CPU kernel has a sampler of its own for blocks of up to 256 tokens and exponents that need no running maximum,
-except for full-rank models. :mod:`dispersion_kernels.sampling.torch_sampler` serves all other calls over the backend's
-sweep, one layer at a time.
+except for full-rank models. :mod:`dispersion_kernels.sampling.torch_sampler` serves all other calls over the
+backend, one layer at a time.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dispersion_kernels.backends import Run
 from dispersion_kernels.numerics import accumulation_dtype, loss_weight, sum_of_tokens, wide_dtype
+from dispersion_kernels.options import LossOptions
 from dispersion_kernels.potentials import Potential
+from dispersion_kernels.sampling import SampledPairs
 from dispersion_kernels.sampling.control_variate import FIT_GROUPS, FIT_TOKENS, fit, noise
 from dispersion_kernels.sampling.partition import (
     Partition,
@@ -23,7 +26,7 @@ from dispersion_kernels.sampling.partition import (
     mean_length,
     partition_of,
 )
-from dispersion_kernels.sampling.torch_sampler import Sweep, sample
+from dispersion_kernels.sampling.torch_sampler import sample
 from dispersion_kernels.segments import uniform
 
 
@@ -127,22 +130,24 @@ def estimate(
     layers: Sequence[Tensor],
     pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
-    potential: Potential,
+    options: LossOptions,
     draws: Draws,
-    fraction: float,
-    control_variate: str,
-    reduction: str,
     with_grad: bool,
     with_error: bool,
-    sweep: Sweep,
+    run: Run,
     sampler: Sampler | None = None,
 ) -> Estimate:
-    """Loss and gradient of layers ``[B, L, F]``, alike in shape, dtype and device, from a ``fraction`` of their pairs.
+    """Loss and gradient of layers ``[B, L, F]``, alike in shape, dtype and device, from a fraction of their pairs.
 
-    ``pair_ids`` and ``cu_seqlens`` are as in :mod:`dispersion_kernels.segments`, None where ``fraction`` is 0.
+    ``pair_ids`` and ``cu_seqlens`` are as in :mod:`dispersion_kernels.segments`, None where the fraction is 0.
+    ``options.sampling`` is :class:`SampledPairs`. ``run`` is the backend, ``sampler`` its own sampler where it has one
+    for these options.
     """
+    sampling, potential, reduction = options.sampling, options.potential, options.reduction
+    assert isinstance(sampling, SampledPairs)
+    fraction, control_variate = sampling.fraction, sampling.control_variate
     first, count, visited = layers[0], len(layers), fraction > 0
-    dtype, wide = accumulation_dtype(first.dtype), wide_dtype(first.device)
+    dtype, stats_dtype = accumulation_dtype(first.dtype), wide_dtype(first.device)
     grad = first.new_empty(count, *first.shape, dtype=dtype) if with_grad else None
     scale = first.new_empty(count, *first.shape[:2], dtype=dtype) if with_grad else None
     # A backend's sampler takes layers of whole sequences as one larger batch; the error is computed layer by layer.
@@ -161,14 +166,14 @@ def estimate(
             uniform = None if control_variate == "none" else draws.fit[some]
             loss, per_pair = sampler(Request(layers[some], partition, potential, uniform, visited, gradient))
         else:
-            loss, per_pair = sample(sweep, layers[n], partition, potential, model, visited, gradient)
+            loss, per_pair = sample(run, layers[n], partition, potential, model, visited, gradient)
         losses.append(loss.view(at_once, -1).sum(0))
         if gradient is not None and model is not None and with_error:
             errors.append(_relative_error(*gradient, noise(model, partition, per_pair, visited)))
     total = torch.stack(losses).sum(0) * weight
     if scale is not None:
         scale *= weight
-    error = torch.stack(errors) if errors else first.new_zeros(count, dtype=wide)
+    error = torch.stack(errors) if errors else first.new_zeros(count, dtype=stats_dtype)
     return Estimate(total if reduction == "none" else total.sum(), grad, scale, error)
 
 

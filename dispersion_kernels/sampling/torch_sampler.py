@@ -1,28 +1,23 @@
-"""Sampler of one layer's pairs over a backend's sweep, which sees blocks as short sequences, with the model in PyTorch:
+"""Sampler of one layer's pairs over any backend, which sees blocks as short sequences, with the model in PyTorch:
 for every potential, control variate and backend."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from dispersion_kernels.backends import Run
 from dispersion_kernels.numerics import wide_dtype
 from dispersion_kernels.potentials import Potential
 from dispersion_kernels.sampling.control_variate import Fit, Transformed, corrected_losses, transformed
 from dispersion_kernels.sampling.partition import Partition, Rows, rows_of, select, sum_of_runs
 from dispersion_kernels.segments import segment_of_token
 
-# A backend's sweep of tokens ``[R, L, F]``, whose rows are sequences, or of packed tokens ``[1, N, F]`` with pair ids
-# and bounds. It returns the loss of each sequence and the gradient's two factors, ``grads`` and ``scale`` in
-# operators.py.
-Sweep = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
-
 
 def sample(
-    sweep: Sweep,
+    run: Run,
     z: Tensor,
     partition: Partition,
     potential: Potential,
@@ -56,7 +51,7 @@ def sample(
             torch.mul(model, (read.inverse * per_pair.to(model.dtype).repeat_interleave(z.shape[1]))[:, None], out=grad)
         return losses, per_pair
 
-    means, grads, scale = _block_means(sweep, tokens, partition, potential)
+    means, grads, scale = _block_means(run, tokens, partition, potential, grad is not None)
     sequence = partition.sequence[partition.population]
     met = partition.bounds.diff()
     pairs = partition.pairs.clamp(min=1).to(means.dtype)[sequence]
@@ -64,7 +59,7 @@ def sample(
     bounds = torch.searchsorted(sequence, torch.arange(partition.pairs.numel() + 1, device=sequence.device))
     mean = sum_of_runs(weight * means, bounds)
     losses, per_pair = corrected_losses(partition, potential, mean, missed, fit, visited)
-    if grad is None or order is None:
+    if grad is None or order is None or grads is None or scale is None:
         return losses, per_pair
     # Weight of the gradient of a block's loss in the gradient of its sequence's loss.
     block_factor = per_pair[sequence] * weight * pairs / 2
@@ -82,17 +77,18 @@ def sample(
 
 
 def _block_means(
-    sweep: Sweep, tokens: Tensor, partition: Partition, potential: Potential
-) -> tuple[Tensor, Tensor, Tensor]:
+    run: Run, tokens: Tensor, partition: Partition, potential: Potential, with_grad: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Mean ``[K]`` of psi over the pairs of each block, in :func:`wide_dtype`; and the two factors of the gradient of
-    the blocks' losses, for the tokens in the order of the partition."""
+    the blocks' losses, for the tokens in the order of the partition (None without ``with_grad``)."""
     if partition.same_size:
-        losses, grad, scale = sweep(tokens.view(-1, partition.size, tokens.shape[1]), None, None)
+        blocks = tokens.view(-1, partition.size, tokens.shape[1])
+        losses, (grad,), scale = run([blocks], None, None, potential, "none", [with_grad])
     else:
         # Tokens that are left out form one more sequence.
         pair_ids = None if partition.left_out is None else -partition.left_out.long().unsqueeze(0)
         bounds = torch.nn.functional.pad(partition.bounds, (0, 1), value=tokens.shape[0])
-        losses, grad, scale = sweep(tokens.unsqueeze(0), pair_ids, bounds)
+        losses, (grad,), scale = run([tokens.unsqueeze(0)], pair_ids, bounds, potential, "none", [with_grad])
         losses = losses[:-1]
     means = losses.to(wide_dtype(losses.device))
     if potential.reduction == "log_mean":

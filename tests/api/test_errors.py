@@ -262,6 +262,6 @@ def test_mask_on_another_device() -> None:
 
 def test_a_potential_that_this_process_does_not_know() -> None:
     with pytest.raises(ValueError, match=r"'elsewhere.Mine' is not known in this process; an exported program"):
-        torch.ops.dispersion_kernels.forward(
-            [Z], None, None, None, "elsewhere.Mine", [], "mean", "torch", False, [False]
+        torch.ops.dispersion_kernels.dispersion_loss(
+            [Z], *[None] * 5, "elsewhere.Mine", [], "mean", "torch", 1.0, "", [False], False, False
         )

@@ -15,7 +15,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,10 +36,11 @@ from conftest import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dispersion_kernels import AngularSpread, Decorrelation, DispersiveL2, L2Repel, Potential, Uniformity
-from dispersion_kernels.backends import cuda
+from dispersion_kernels import AngularSpread, Decorrelation, DispersiveL2, L2Repel, Potential, SampledPairs, Uniformity
+from dispersion_kernels.backends import Losses, cuda
 from dispersion_kernels.backends.gpu import launch
 from dispersion_kernels.backends.torch_tiled import sweep
+from dispersion_kernels.options import check_options
 from dispersion_kernels.sampling.estimate import draw, estimate
 from kernel_audit import sass
 
@@ -484,22 +485,20 @@ def test_slices_of_the_gradient(backend: str) -> None:
 def test_sampled_pairs(backend: str) -> None:
     """Two blocks of 66 tokens, as rows of their own and, without some tokens, as packed sequences."""
 
-    def emulated(x: Tensor, pair_ids: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        losses = dispersion([x], AngularSpread(), backend, pair_ids=pair_ids, cu_seqlens=bounds)
-        assert losses.scale is not None
-        return losses.loss[0], losses.gradients[0], losses.scale[0]
+    def emulated(layers: Sequence[Tensor], ids: Tensor | None, bounds: Tensor | None, *options: Any) -> Losses:
+        losses = dispersion(layers, AngularSpread(), backend, pair_ids=ids, cu_seqlens=bounds)
+        return losses.loss[0], losses.gradients, losses.scale
 
-    def in_float64(x: Tensor, pair_ids: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        result = sweep(x, AngularSpread(), pair_ids, bounds, True)
-        assert result.grad is not None
-        assert result.scale is not None
-        return result.loss, result.grad, result.scale
+    def in_float64(layers: Sequence[Tensor], ids: Tensor | None, bounds: Tensor | None, *options: Any) -> Losses:
+        result = sweep(layers[0], AngularSpread(), ids, bounds, True)
+        return result.loss, [result.grad], result.scale
 
+    options = check_options("angular_spread", None, SampledPairs(0.5), "none", False, "auto")
     mask = (torch.arange(132) % 9 > 0).long()[None] - 1
     for z, pair_ids in ((tokens(1, 132, 200), None), (tokens(1, 132, 36), mask)):
-        options = (pair_ids, None, AngularSpread(), draw([z], 0.5, None), 0.5, "low_rank", "none", True, False)
-        found = estimate([z], *options, emulated)
-        exact = estimate([z.double()], *options, in_float64)
+        arguments = (pair_ids, None, options, draw([z], 0.5, None), True, False)
+        found = estimate([z], *arguments, emulated)
+        exact = estimate([z.double()], *arguments, in_float64)
         torch.testing.assert_close(found.loss, exact.loss, rtol=1e-3, atol=1e-3)
         gradients = []
         for each in (found, exact):

@@ -27,19 +27,20 @@ def test_opcheck(potential: Potential, impl: str) -> None:
     skip_unless_supported(impl, z, potential)
     ids = torch.randint(-1, 3, (2, 20))
     cu_seqlens = torch.tensor([0, 4, 20], dtype=torch.int32)
-    name, params = potential.name(), potential.params()
+    operator = torch.ops.dispersion_kernels.dispersion_loss.default
+    others, all_pairs = (None, None, None, potential.name(), potential.params()), (1.0, "")
     for layers, pair_ids, bounds, reduction in (
         ([z, z + 1], None, None, "mean"),
         ([z.bfloat16()], ids, None, "none"),
         ([z[:1]], None, cu_seqlens, "sum"),
     ):
         for with_grad in ([True] * len(layers), [False] * len(layers)):
-            args = (layers, pair_ids, bounds, None, name, params, reduction, impl, False, with_grad)
-            torch.library.opcheck(torch.ops.dispersion_kernels.forward.default, args)
+            args = (layers, pair_ids, bounds, *others, reduction, impl, *all_pairs, with_grad, False, False)
+            torch.library.opcheck(operator, args)
     differentiable = [z.clone().requires_grad_(), z + 1]
     for with_grad in ([True, False], [False, False]):  # kept, or swept again in backward
-        args = (differentiable, ids, None, None, name, params, "none", impl, False, with_grad)
-        torch.library.opcheck(torch.ops.dispersion_kernels.forward.default, args)
+        args = (differentiable, ids, None, *others, "none", impl, *all_pairs, with_grad, False, False)
+        torch.library.opcheck(operator, args)
 
 
 @pytest.mark.parametrize("impl", ["auto", "torch"])

@@ -153,7 +153,7 @@ def test_exponents_that_need_a_running_maximum(rate: float) -> None:
     """What is said to be for the kernel it takes."""
     for potential in (Uniformity(t=2 * rate), AngularSpread(tau=0.5 / (rate * 4), clamp=0.0)):
         z = tokens(1, 320, 24)
-        if cpu_sampler.takes(potential, 0.1, "low_rank", z, None):
+        if cpu_sampler.takes(potential, SampledPairs(0.1), z, None):
             fused_dispersion_loss(z, potential, sampling=0.1, impl="cpu")
         else:
             assert rate > 9.85

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,8 +22,10 @@ from dispersion_kernels import (
     Uniformity,
     fused_dispersion_loss,
 )
+from dispersion_kernels.backends import Losses
 from dispersion_kernels.backends.torch_tiled import sweep
-from dispersion_kernels.operators import sampled_loss
+from dispersion_kernels.operators import dispersion_loss
+from dispersion_kernels.options import check_options
 from dispersion_kernels.sampling import ControlVariate, partition
 from dispersion_kernels.sampling.estimate import Draws, draw, estimate
 
@@ -296,18 +298,17 @@ def test_no_synchronisation_on_an_accelerator(potential: Potential, control_vari
     pair_ids = torch.empty(2, 300, device="meta", dtype=torch.int64)
     cu_seqlens = torch.empty(5, device="meta", dtype=torch.int32)
 
-    def on_meta(x: Tensor, ids: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        result = sweep(x, potential, ids, bounds, True)
-        assert result.grad is not None
-        assert result.scale is not None
-        return result.loss, result.grad, result.scale
+    def on_meta(layers: Sequence[Tensor], ids: Tensor | None, bounds: Tensor | None, *options: Any) -> Losses:
+        result = sweep(layers[0], potential, ids, bounds, True)
+        return result.loss, [result.grad], result.scale
 
     prime = torch.empty(2, 331, 64, device="meta", dtype=torch.bfloat16)
     whole: list[Any] = [([z, z], None, None), ([prime], None, None)]
     others: list[Any] = [([z, z], pair_ids, None), ([z[:1]], pair_ids[:1], cu_seqlens)]
     for layers, ids, bounds in whole + (others if control_variate == "low_rank" else []):
         draws = draw(layers, 0.1, None)
-        found = estimate(layers, ids, bounds, potential, draws, 0.1, control_variate, "none", True, True, on_meta)
+        options = check_options(potential, None, SampledPairs(0.1, control_variate), "none", False, "torch")
+        found = estimate(layers, ids, bounds, options, draws, True, True, on_meta)
         assert found.grad is not None
         assert found.grad.shape == (len(layers), *layers[0].shape)
         assert found.loss.shape == (4 if bounds is not None else 2,)
@@ -390,10 +391,10 @@ def test_operator_and_compiler(fraction: float, control_variate: Any) -> None:
     ids = torch.randint(-1, 2, (2, 300)) if fraction and control_variate != "full_rank" else None
     for pair_ids, with_grad in ((None, True), (ids, True), (None, False)):
         options = ("angular_spread", [1.0, 0.25, 0.01], "mean", "auto", fraction, control_variate)
-        args = (z, pair_ids, None, *draws, *options, with_grad, with_grad)
-        torch.library.opcheck(torch.ops.dispersion_kernels.sampled.default, args)
+        args = (z, pair_ids, None, None, *draws, *options, [with_grad] * 2, False, with_grad)
+        torch.library.opcheck(torch.ops.dispersion_kernels.dispersion_loss.default, args)
         differentiable = ([x.clone().requires_grad_() for x in z], *args[1:])
-        torch.library.opcheck(torch.ops.dispersion_kernels.sampled.default, differentiable)
+        torch.library.opcheck(torch.ops.dispersion_kernels.dispersion_loss.default, differentiable)
 
     def loss(x: Tensor) -> Tensor:
         return fused_dispersion_loss([torch.tanh(x), x], sampling=SampledPairs(fraction, control_variate))
@@ -435,19 +436,18 @@ def test_a_list_is_the_mean_of_its_layers(impl: str, control_variate: ControlVar
     layers = [layer.requires_grad_(n != 1) for n, layer in enumerate(layers)]
     skip_unless_supported(impl, layers[0])
     masked = pairs > 0 and control_variate != "full_rank"
+    checked = check_options("angular_spread", None, SampledPairs(pairs, control_variate), "mean", False, impl)
     for options in ({}, {"mask": torch.arange(600).view(2, 300) % 7 > 0} if masked else {}):
         draws = draw(layers, pairs, seeded(0))
-        arguments = (None if not options else options["mask"].long() - 1, None, AngularSpread(), "mean", impl, False)
-        together, errors = sampled_loss(layers, *arguments, SampledPairs(pairs, control_variate), draws, True)
+        arguments = (None if not options else options["mask"].long() - 1, None, checked)
+        together, errors = dispersion_loss(layers, *arguments, draws, True)
         gradients = torch.autograd.grad(together, [layers[0], layers[2]])
         by_themselves = [
-            sampled_loss(
-                [layer], *arguments, SampledPairs(pairs, control_variate), Draws(*(d[n : n + 1] for d in draws)), True
-            )
+            dispersion_loss([layer], *arguments, Draws(*(d[n : n + 1] for d in draws)), True)
             for n, layer in enumerate(layers)
         ]
         torch.testing.assert_close(together, torch.stack([loss for loss, _ in by_themselves]).mean())
-        torch.testing.assert_close(errors, torch.cat([error for _, error in by_themselves]))
+        torch.testing.assert_close(errors, torch.cat([error for _, error in by_themselves if error is not None]))
         for n, grad in zip((0, 2), gradients, strict=True):
             torch.testing.assert_close(grad, torch.autograd.grad(by_themselves[n][0] / 3, layers[n])[0])
 
