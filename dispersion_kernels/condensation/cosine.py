@@ -209,7 +209,7 @@ class LayerSums:
         means = totals / torch.stack([pairs.sum(1), pairs[:, 1]], 1)
         self.text_means += [(of_all, of_content) for of_all, of_content in means.tolist()]
         content = [torch.arange(split, end, device="cpu") for split, end in zip(*texts[2:], strict=True)]
-        tokens = z[texts.order[torch.cat(content)].to(z.device)]
+        tokens = z.index_select(0, texts.order[torch.cat(content)].to(z.device))
         if self._moments is None and len(tokens):
             self._moments = _Moments(tokens)
         if self._moments is not None:
@@ -266,7 +266,7 @@ class _Moments:
         self.norms += float(token_norms(tokens).sum(dtype=self.wide))
         self.tokens += len(tokens)
         x = tokens.to(self.dtype) - self.shift
-        self.total += x.sum(0, dtype=self.wide)
+        self.total += x.sum(0)
         for number, block in enumerate(self.blocks):
             k = number * self.BLOCK
             block += x[:, k : k + self.BLOCK].T @ x[:, k:]
