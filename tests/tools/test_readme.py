@@ -13,6 +13,7 @@ import pytest
 
 import dispersion_kernels
 from dispersion_kernels import fused_dispersion_loss
+from dispersion_kernels.condensation import Condensation
 from dispersion_kernels.potentials import BUILT_IN
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +92,32 @@ def test_a_reader_finds_every_page() -> None:
 
 def test_readme_is_short() -> None:
     assert len(README.splitlines()) <= 200
+
+
+def test_the_figures_of_condensation_are_those_of_the_committed_measurements() -> None:
+    """The command of the README wrote the files, and its sentence has their numbers."""
+    section = " ".join(sections(README)["Condensation"].split())
+    files = [ROOT / "docs" / "results" / f"condensation-smollm2{part}.json" for part in ("", "-initialised")]
+    trained, initialised = (Condensation.from_json(file) for file in files)
+    assert (trained.initialised, initialised.initialised) == (False, True)
+    (given,) = re.findall(r"dispersion measure (.*?) ```", section)
+    command = pytest.importorskip("dispersion_kernels.command")
+    options = command.build_parser().parse_args(["measure", *shlex.split(given)])
+    for measured in (trained, initialised):
+        assert options.models == [measured.model]
+        assert (options.texts, options.max_length) == (measured.texts, measured.options["max_length"])
+    assert options.initialised
+    means, others = ([layer.all_tokens.mean for layer in one.layers] for one in (trained, initialised))
+    embedding, *blocks = means
+    low, high = trained.trend.spearman_interval
+    for said in (
+        f"({trained.texts} passages, {trained.tokens:,} tokens)",
+        f"from {embedding:.2f} at the embedding to {max(blocks):.2f} behind block {1 + blocks.index(max(blocks))} of "
+        f"{len(blocks)}",
+        f"(Spearman's correlation with depth {trained.trend.spearman:.2f}, 95% interval {low:.2f} to {high:.2f})",
+        f"from {others[0]:.2f} to {others[-1]:.2f}",
+    ):
+        assert said in section
 
 
 def first_column(heading: str) -> list[str]:
