@@ -91,7 +91,7 @@ def name_of(model: nn.Module) -> str:
 
 
 def _gpt2(model: GPT2, folder: Path, initialised: bool) -> tuple[nn.Module, Any]:
-    """GPT-2 and its tokenizer: that of its folder, else GPT-2's own where the size of the vocabulary tells it."""
+    """GPT-2 and its tokenizer: that of its folder, else the one that the size of the vocabulary tells."""
     tokenizer: Any = None
     with contextlib.suppress(ModuleNotFoundError):
         if (folder / "tokenizer.json").is_file():
@@ -100,6 +100,8 @@ def _gpt2(model: GPT2, folder: Path, initialised: bool) -> tuple[nn.Module, Any]
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         elif model.config.vocab == 50257:
             tokenizer = gpt2_bpe()
+        elif model.config.vocab == BYTES_VOCABULARY:
+            tokenizer = _bytes
     return initialised_like(model).eval() if initialised else model.eval(), tokenizer
 
 
@@ -133,6 +135,11 @@ def _from_transformers(name: str, gguf_file: str | None, initialised: bool) -> t
     except Exception:  # a folder of weights alone; texts then need tokenizer=
         tokenizer = None
     return initialised_like(model).eval() if initialised else model.eval(), tokenizer
+
+
+def _bytes(text: str) -> list[int]:
+    """Tokens of ``dispersion-gpt2 --tokenizer bytes``."""
+    return list(text.encode())
 
 
 def _has_tokenizer(folder: Path) -> bool:
