@@ -35,7 +35,7 @@ class CosineCall {
     tokens_.features = args.features;
     tokens_.dtype = args.dtype;
     job_.args = &tokens_;
-    job_.transform = Transform::kNormalise;
+    job_.transform = Transform::kNormalize;
     job_.padded_features = round_up(args.features, kernels.panel);
     partner_end_.assign(kLargestTile, 0);  // not read: the tiles of a text are whole
   }
