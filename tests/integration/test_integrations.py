@@ -16,12 +16,13 @@ from regularized import WEIGHT, Step, assert_same, by_hand, gradients, tokens
 from torch import Tensor, nn
 
 from dispersion_kernels import DispersionRegularizer
-from dispersion_kernels.integrations.transformers import DispersionMixin, attach
 
 pytestmark = pytest.mark.integrations
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 pytest.importorskip("accelerate", reason="needs accelerate")
 datasets = pytest.importorskip("datasets", reason="needs datasets")
+integration = pytest.importorskip("dispersion_kernels.integrations.transformers")
+DispersionMixin, attach = integration.DispersionMixin, integration.attach
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
