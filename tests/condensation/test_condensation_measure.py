@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from exact_cosines import cosines
 from published_values import hashed
@@ -20,6 +19,9 @@ from torch import Tensor, nn
 from dispersion_kernels.condensation import Condensation, mean_pairwise_cosine, measure_condensation
 from dispersion_kernels.condensation.intervals import kendall, mean_interval, spearman, trend_of
 from dispersion_kernels.gpt2 import GPT2, GPT2Config, save_weights
+
+stats = pytest.importorskip("scipy.stats")
+pytest.importorskip("safetensors")
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog",
@@ -214,8 +216,8 @@ def test_rank_correlations_are_those_of_scipy() -> None:
     values = random.integers(0, 6, (20, 9)).astype(float)  # with ties
     depths = np.arange(9)
     for row, rho, tau in zip(values, spearman(values, depths), kendall(values, depths), strict=True):
-        assert rho == pytest.approx(scipy.stats.spearmanr(row, depths).statistic, abs=1e-12)
-        assert tau == pytest.approx(scipy.stats.kendalltau(row, depths).statistic, abs=1e-12)
+        assert rho == pytest.approx(stats.spearmanr(row, depths).statistic, abs=1e-12)
+        assert tau == pytest.approx(stats.kendalltau(row, depths).statistic, abs=1e-12)
     assert math.isnan(spearman(np.ones(9), depths))
     assert math.isnan(kendall(np.ones(9), depths))
 
