@@ -93,13 +93,13 @@ def row_config(
         # Not resident: resident tokens leave too few registers for two probabilities per pair.
         if arch == "sm_100":
             return RowConfig(64, 32, 64, min(width, 128), False, 4, 2)
-        return RowConfig(64, 64, 64, min(width, 128), False, 8, 2)
+        return RowConfig(64, 32 if arch == "sm_80" else 64, 64, min(width, 128), False, 8, 2)
     if width <= 128 and gradient:
         if amd:
             return RowConfig(64, 32, 64, width, True, 4, 1)
         return RowConfig(64, 32 if arch == "sm_100" else 64, 64, width, True, 4, 2)
-    # Four warps for the loss alone on sm_100: with eight its compiler allows 80 registers, and spills with pair ids.
-    return RowConfig(64, 64, 64, 256, False, 4 if arch == "sm_100" and not gradient else 8, 2)
+    # Narrow tiles for the loss alone on sm_100, where wide ones spill with pair ids.
+    return RowConfig(64, 32 if arch == "sm_100" and not gradient else 64, 64, 256, False, 8, 2)
 
 
 def tile_candidates(config: TileConfig) -> list[TileConfig]:
