@@ -211,7 +211,7 @@ class Report:
         return [*self.warnings(), *(answer.sentence() for answer in answers)]
 
     def warnings(self) -> list[str]:
-        """What makes rows of one experiment unlike each other, and runs that are missing."""
+        """Warnings: differences between the rows of one experiment other than its settings, and missing runs."""
         said = []
         if missing := self.questions["missing"]:
             said.append(f"{len(missing)} of {len(missing) + len(self.rows)} runs are missing, as {missing[0]}.")

@@ -28,7 +28,7 @@ from .table import environment, row_of, write_tables, write_whole
 
 # Options that are not settings of a run: paths, whose content is in the run's hash.
 PATHS = ("out", "resume", "compare", "data", "cache", *WEIGHTS)
-# What a half-finished run must share with the process that goes on with it.
+# Columns in which a half-finished run must equal the process that goes on with it.
 SAME = ("source", "version", "torch", "python", "processor", "threads")
 LAST_LINES = 12
 BUSY = "another run is writing there"

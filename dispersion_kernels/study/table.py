@@ -28,7 +28,7 @@ FORMAT = 1
 
 
 def environment(threads: int, jobs: int) -> dict[str, Any]:
-    """What a run's numbers and time depend on beside its settings."""
+    """Code, versions and machine, on which a run's numbers and time depend beside its settings."""
     return {
         "commit": commit(),
         "source": source(),

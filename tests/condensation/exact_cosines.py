@@ -1,4 +1,4 @@
-"""What a measurement is compared with: matrices of all cosines in float64, in NumPy."""
+"""Oracle of the measurement: matrices of all cosines in float64, in NumPy."""
 
 from __future__ import annotations
 

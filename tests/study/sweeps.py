@@ -1,4 +1,4 @@
-"""What the tests of sweeps share: tiny TOML files, and the command in a process."""
+"""Helpers of the tests of sweeps: tiny TOML files, and the command in a process."""
 
 from __future__ import annotations
 

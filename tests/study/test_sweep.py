@@ -33,7 +33,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 
 def computed(rows: list[dict[str, Any]]) -> list[Any]:
-    """What does not depend on the clock."""
+    """Columns of a row that do not depend on the clock."""
     return [[row["run"], row["curve"], row["cosine_by_layer"], row["validation_loss"]] for row in rows]
 
 
