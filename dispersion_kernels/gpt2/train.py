@@ -312,10 +312,8 @@ class Run:
                     output = self.forward(tokens, targets, measure)
                     loss = output.loss
                     if self.teacher is not None:
-                        share = options.teacher_weight
-                        loss = (1 - share) * loss + share * divergence(
-                            self.teacher, output.logits, tokens.to(self.device)
-                        )
+                        weight = options.teacher_weight
+                        loss = (1 - weight) * loss + weight * divergence(self.teacher, output.logits, tokens)
                     if self.regularizer is not None:
                         loss = loss + self.regularizer.loss()
                 if measure:

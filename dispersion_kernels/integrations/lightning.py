@@ -88,11 +88,11 @@ class Condensation(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        monitor = self.monitor
-        # Several batches may make one step.
-        if monitor and trainer.global_step % monitor.every == 0 and monitor.records[-1].step != trainer.global_step:
-            self._measure(trainer)
-            pl_module.log_dict(monitor.scalars())
+        if self.monitor:
+            with trainer.precision_plugin.forward_context():
+                scalars = self.monitor(trainer.global_step)  # empty between measurements
+            if scalars:
+                pl_module.log_dict(scalars)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.monitor and self.monitor.records[-1].step != trainer.global_step:
