@@ -41,9 +41,9 @@ def run(
         for cosine in COSINES:
             tokens = tokens_at(cosine, shape).to(device)
             for dtype in DTYPES:
-                of_case = _case(tokens.to(dtype), potential, cosine, names)
-                rows += of_case
-                cells = " | ".join(map(_cell, of_case))
+                case_rows = _case(tokens.to(dtype), potential, cosine, names)
+                rows += case_rows
+                cells = " | ".join(map(_cell, case_rows))
                 print(f"| {potential}, {cosine:g}, {SHORT[dtype]} | {cells} |", flush=True)
     return rows
 

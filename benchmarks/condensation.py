@@ -163,7 +163,7 @@ def in_numpy(model: Blocks, texts: Texts) -> tuple[list[float], list[list[int]]]
         moments[layer] += z.T @ z
 
     _forward_seen(model, texts, see)
-    return [float(np.mean([of_all for of_all, *_ in layer])) for layer in means], counts[:, 0].tolist()
+    return [float(np.mean([mean for mean, *_ in layer])) for layer in means], counts[:, 0].tolist()
 
 
 def published(model: Blocks, texts: Texts) -> tuple[list[float], npt.NDArray[np.float64]]:
@@ -200,9 +200,11 @@ def _check(model: Blocks, texts: Texts) -> None:
     tokens = texts.shape[1]
     for layer, mean in enumerate(means):
         moved = int(np.abs(np.cumsum(counts[layer]) - np.cumsum(exact[layer])).max())
-        of_matrix = (with_diagonal[layer] * tokens - 1) / (tokens - 1)
-        if not (math.isclose(mean, expected[layer], abs_tol=1e-5) and math.isclose(mean, of_matrix, abs_tol=1e-5)):
-            raise RuntimeError(f"layer {layer}: mean cosine {mean}, in NumPy {expected[layer]}, published {of_matrix}")
+        matrix_mean = (with_diagonal[layer] * tokens - 1) / (tokens - 1)
+        if not (math.isclose(mean, expected[layer], abs_tol=1e-5) and math.isclose(mean, matrix_mean, abs_tol=1e-5)):
+            raise RuntimeError(
+                f"layer {layer}: mean cosine {mean}, in NumPy {expected[layer]}, published {matrix_mean}"
+            )
         if moved > max(2, 1e-3 * sum(counts[layer])):
             raise RuntimeError(f"layer {layer}: {moved} pairs are in other bins than NumPy's")
 

@@ -63,20 +63,20 @@ def run(quick: bool, cases: list[tuple[int, int, int]] | None = None) -> list[di
     rows = []
     for shape in cases or (CASES[device.type][-2:] if quick else CASES[device.type]):
         torch._dynamo.reset()  # because the limit on recompilations counts all shapes
-        of_case = _case(shape, names, device, quick)
-        rows += of_case
-        limits = [row["limit_ms"] for row in of_case if "limit_ms" in row]
-        cells = [_cell(of_case, name, SHORT[dtype]) for name, dtype in names]
+        case_rows = _case(shape, names, device, quick)
+        rows += case_rows
+        limits = [row["limit_ms"] for row in case_rows if "limit_ms" in row]
+        cells = [_cell(case_rows, name, SHORT[dtype]) for name, dtype in names]
         print(f"| {', '.join(map(str, shape))} | {limits[0]:.2f} | {' | '.join(cells)} |", flush=True)
     return rows
 
 
 def _cell(rows: list[dict[str, Any]], name: str, dtype: str) -> str:
-    of_variant = {row["mode"]: row for row in rows if (row["variant"], row["dtype"]) == (name, dtype)}
-    first = of_variant["f+b"]
+    variant_rows = {row["mode"]: row for row in rows if (row["variant"], row["dtype"]) == (name, dtype)}
+    first = variant_rows["f+b"]
     if first["status"] != "timed":
         return str(first["status"])
-    return f"{first['ratio']:.2f} ({of_variant['forward']['ratio']:.2f}; {of_variant['loss']['ratio']:.2f})"
+    return f"{first['ratio']:.2f} ({variant_rows['forward']['ratio']:.2f}; {variant_rows['loss']['ratio']:.2f})"
 
 
 @dataclass

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from dispersion_kernels.backends import cpu, triton_version
+from dispersion_kernels.backends import cpu
+from dispersion_kernels.backends.registry import triton_version
 from dispersion_kernels.env_report import processor
 
 

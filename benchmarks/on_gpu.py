@@ -30,8 +30,9 @@ from torch import Tensor
 
 from benchmarks import loss, memory
 from benchmarks.machine import describe, write_csv, write_text
-from dispersion_kernels.backends import cuda, triton_version
+from dispersion_kernels.backends import cuda
 from dispersion_kernels.backends.gpu import launch
+from dispersion_kernels.backends.registry import triton_version
 from kernel_audit.shipped import Call, calls
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -297,8 +298,8 @@ def _stages() -> list[Stage]:
     for impl, why_not, needs in (("triton", no_triton, triton), ("cuda", no_cuda_kernels, both)):
         for part, chosen in TESTS.items():
             # The value of the class's fixture is the first part of a test's name; Triton's own tests have no fixture.
-            of_impl = "not [cuda" if impl == "triton" else "[cuda"
-            command = _pytest("tests/backends/test_triton.py", "-k", f"({chosen}) and {of_impl}")
+            impl_filter = "not [cuda" if impl == "triton" else "[cuda"
+            command = _pytest("tests/backends/test_triton.py", "-k", f"({chosen}) and {impl_filter}")
             what = f"pytest -m gpu, {impl}: {part}"
             stages.append(Stage(f"tests-{impl}-{part}", what, needs, why_not, command, lines=30))
     stages.append(

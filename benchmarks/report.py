@@ -236,7 +236,7 @@ def loss_full(rows: list[Row]) -> str:
         key = (", ".join((row["B"], row["L"], row["F"])), f"{row['variant']}, {row['dtype']}")
         groups.setdefault(key, {})[row["mode"]] = row
     lines = []
-    for of_case, modes in groups.items():
+    for case, modes in groups.items():
         both = modes["f+b"]
         present = [modes[mode] for mode in ("f+b", "forward", "loss") if mode in modes]
         times = [_spread(modes[mode]) if mode in modes else "-" for mode in ("f+b", "forward", "loss")]
@@ -250,7 +250,7 @@ def loss_full(rows: list[Row]) -> str:
         errors = [f"{float(both[name]):.1e}" if both.get(name) else "-" for name in ("loss_error", "grad_error")]
         lines.append(
             [
-                *of_case,
+                *case,
                 *times,
                 f"{float(both['ratio']):.2f}" if both["ratio"] else "-",
                 ", ".join(f"{float(row['gflops']):,.0f}" if row.get("gflops") else "-" for row in present),
@@ -295,9 +295,9 @@ def train_table(rows: list[Row]) -> str:
             peak = f"{float(row['peak_bytes']) / 2**20:,.1f}"
             activations = int(row["layers"]) * float(row["activation_bytes"])
             more = f"{(float(row['peak_bytes']) - float(rows[0]['peak_bytes'])) / activations:.2f}"
-        of_time = f"{float(row['of_time_without']):.3f} ± {float(row['of_time_error']):.3f}"
+        time_ratio = f"{float(row['of_time_without']):.3f} ± {float(row['of_time_error']):.3f}"
         speed = f"{float(row['tokens_per_second']):,.0f}"
-        lines.append([row["variant"], speed, of_time, _spread(row), peak, more])
+        lines.append([row["variant"], speed, time_ratio, _spread(row), peak, more])
     return table(header, lines)
 
 
@@ -363,8 +363,8 @@ def _sampling(rows: list[Row], variants: list[str]) -> str:
     found = {(row["source"], row["L"], row["tau"], row["variant"]): row for row in rows}
     lines = []
     for source, length, tau in dict.fromkeys((row["source"], row["L"], row["tau"]) for row in rows):
-        of_case = [found.get((source, length, tau, name)) for name in variants]
-        cells = [f"{float(row['error']):.1%}, {float(row['ms']):,.1f}" if row else "-" for row in of_case]
+        case_rows = [found.get((source, length, tau, name)) for name in variants]
+        cells = [f"{float(row['error']):.1%}, {float(row['ms']):,.1f}" if row else "-" for row in case_rows]
         lines.append([f"{source}, L = {int(length):,}, tau = {float(tau):g}", *cells])
     return table(["error, ms", *(_partners(name) for name in variants)], lines)
 

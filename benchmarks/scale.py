@@ -115,11 +115,11 @@ def check_rows(z: Tensor, loss: Tensor, grad: Tensor, rows: int = 64) -> tuple[f
     """
     length, count = z.shape[0], z.shape[0] * (z.shape[0] - 1)
     chosen = torch.linspace(0, length - 1, min(rows, length), device=z.device).long()
-    of_rows = z[chosen].double()
-    norms = torch.linalg.vector_norm(of_rows, dim=1, keepdim=True)
-    x_rows = of_rows / (norms + POTENTIAL.eps)
+    chosen_rows = z[chosen].double()
+    norms = torch.linalg.vector_norm(chosen_rows, dim=1, keepdim=True)
+    x_rows = chosen_rows / (norms + POTENTIAL.eps)
     sums = torch.zeros(len(chosen), dtype=torch.float64, device=z.device)
-    weighted = torch.zeros_like(of_rows)
+    weighted = torch.zeros_like(chosen_rows)
     for first in range(0, length, 8192):
         block = z[first : first + 8192].double()
         x = block / (torch.linalg.vector_norm(block, dim=1, keepdim=True) + POTENTIAL.eps)
@@ -132,8 +132,8 @@ def check_rows(z: Tensor, loss: Tensor, grad: Tensor, rows: int = 64) -> tuple[f
     spread = (sums.std() / sums.mean() / math.sqrt(len(chosen))).item()
     loss_error = abs(loss.item() - estimate)
     u = 2 * weighted / (count * math.exp(loss.item() - POTENTIAL.loss_offset))
-    inner = (of_rows * u).sum(1, keepdim=True)
-    exact = u / (norms + POTENTIAL.eps) - of_rows * inner / (norms * (norms + POTENTIAL.eps).square())
+    inner = (chosen_rows * u).sum(1, keepdim=True)
+    exact = u / (norms + POTENTIAL.eps) - chosen_rows * inner / (norms * (norms + POTENTIAL.eps).square())
     row_error = ((grad[chosen].double() - exact).norm() / exact.norm()).item()
     if not (loss_error <= 5 * spread + 1e-6 and row_error < 1e-5):
         raise RuntimeError(

@@ -112,9 +112,9 @@ class _KeOpsSum(torch.autograd.Function):
         from pykeops.torch import LazyTensor
 
         _, slope = _keops_psi_and_slope(x)
-        of_all = (slope * LazyTensor(x[:, None].contiguous())).sum(2)
+        weighted = (slope * LazyTensor(x[:, None].contiguous())).sum(2)
         _, itself = _psi_and_slope(x.square().sum(2))
-        gradient: Tensor = 2 * upstream[0][:, None, None] * (of_all - itself[:, :, None] * x)
+        gradient: Tensor = 2 * upstream[0][:, None, None] * (weighted - itself[:, :, None] * x)
         return gradient
 
 

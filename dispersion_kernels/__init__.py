@@ -1,7 +1,7 @@
 """Dispersion loss against embedding condensation, over all pairs of tokens, in tiles."""
 
 from dispersion_kernels._version import __version__
-from dispersion_kernels.backends import Support, supported
+from dispersion_kernels.backends.registry import Support, supported
 from dispersion_kernels.loss import DispersionLoss, SamplingStats, fused_dispersion_loss
 from dispersion_kernels.potentials import (
     AngularSpread,

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from dispersion_kernels import __version__, supported
-from dispersion_kernels.backends import cpu, triton_version
+from dispersion_kernels.backends import cpu
+from dispersion_kernels.backends.registry import triton_version
 
 
 def report() -> str:

@@ -3,7 +3,7 @@
 Counted are the matrix products over pairs, by the mode's rules for the naive loss: 2 FLOPs per multiply-add, L^2 pairs
 per sequence, one product for the loss and three for loss and gradient: 2 B L^2 F and 6 B L^2 F. (The kernels do half of
 that, because c is symmetric.) Packed sequences count their own pairs where ``cu_seqlens`` has values; masks and
-documents do not change the count. Sampled pairs count the visited pairs.
+documents do not change the count. Sampled pairs count the evaluated pairs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from dispersion_kernels.sampling import SampledPairs, Sampling
-from dispersion_kernels.sampling.estimate import visits_all
+from dispersion_kernels.sampling.estimate import evaluates_all
 from dispersion_kernels.sampling.partition import block_tokens, mean_length
 
 
@@ -37,7 +37,7 @@ def count(
 ) -> int:
     """FLOPs of the loss of ``layers`` ``[B, L, F]``, and of their gradients where ``with_grad`` has True."""
     lengths, largest = _lengths(layers[0], cu_seqlens), layers[0].shape[1]
-    if isinstance(sampling, SampledPairs) and not visits_all(sampling.fraction, layers[0], cu_seqlens):
+    if isinstance(sampling, SampledPairs) and not evaluates_all(sampling.fraction, layers[0], cu_seqlens):
         largest = block_tokens(sampling.fraction, mean_length(layers[0], cu_seqlens)) if sampling.fraction else 0
     pairs = sum(length * min(length, largest) for length in lengths)
     return sum(2 * (3 if need else 1) * pairs * z.shape[2] for z, need in zip(layers, with_grad, strict=True))

@@ -33,7 +33,7 @@ from dispersion_kernels.potentials import (
     temperature_of,
 )
 from dispersion_kernels.sampling import SampledPairs, SampledTokens, Sampling
-from dispersion_kernels.sampling.estimate import draw, visits_all
+from dispersion_kernels.sampling.estimate import draw, evaluates_all
 from dispersion_kernels.segments import make_pair_ids, on_device, sample_packed_tokens, sample_tokens, warn_of_no_pair
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -45,7 +45,7 @@ class SamplingStats(NamedTuple):
     relative_error: Tensor
     """Expected relative error of the gradient (root mean square), ``[]``, or ``[layers]`` for a list. The residuals of
     a few thousand pairs give it, within about a third where all tokens have a like part in the gradient, too low where
-    a few have most of it; infinite where the noise exceeds the gradient, 0 where all pairs were visited."""
+    a few have most of it; infinite where the noise exceeds the gradient, 0 where all pairs were evaluated."""
 
 
 @overload
@@ -210,7 +210,7 @@ def _loss_of_alike(
     with_error: bool,
 ) -> tuple[Tensor, Tensor]:
     """Mean loss of layers that are alike in shape, dtype and device, and the error ``[layers]``: 0 where all pairs are
-    visited, or without ``with_error``."""
+    evaluated, or without ``with_error``."""
     one_sequence = layers[0].dim() == 2
     if one_sequence:
         layers = [layer.unsqueeze(0) for layer in layers]
@@ -230,9 +230,10 @@ def _loss_of_alike(
     error: Tensor | None = None
     if options.impl == "reference":
         loss = _reference_loss(z, pair_ids, cu_seqlens, options)
-    # Under a compiler the operator calls ``visits_all``: here it would be a guard, and a compilation, for each length.
+    # Under a compiler the operator calls ``evaluates_all``: a call here would be a guard, and a compilation, for each
+    # length.
     elif isinstance(sampling, SampledPairs) and (
-        torch.compiler.is_compiling() or not visits_all(sampling.fraction, z, cu_seqlens)
+        torch.compiler.is_compiling() or not evaluates_all(sampling.fraction, z, cu_seqlens)
     ):
         draws = draw(layers, sampling.fraction, generator)
         loss, error = dispersion_loss(layers, pair_ids, cu_seqlens, options, draws, with_error)

@@ -30,12 +30,13 @@ def mean_loss(potential: Potential, total: Tensor, count: Tensor) -> tuple[Tenso
 def loss_weight(layers: int, reduction: str, with_pairs: int | Tensor) -> float | Tensor:
     """Weight of each sequence's loss: 1 / (layers * with_pairs) for ``reduction="mean"``, 1 / layers otherwise.
 
-    ``with_pairs`` counts the sequences of a layer that have a pair. A tensor gives a tensor in :func:`wide_dtype`.
+    ``with_pairs`` counts the sequences of a layer that have a pair. A tensor gives a tensor in
+    :func:`statistics_dtype`.
     """
     if reduction != "mean":
         return 1 / layers
     if isinstance(with_pairs, Tensor):
-        return 1 / (layers * with_pairs.clamp(min=1).to(wide_dtype(with_pairs.device)))
+        return 1 / (layers * with_pairs.clamp(min=1).to(statistics_dtype(with_pairs.device)))
     return 1 / (layers * max(1, with_pairs))
 
 
@@ -44,7 +45,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def wide_dtype(device: torch.device) -> torch.dtype:
+def statistics_dtype(device: torch.device) -> torch.dtype:
     """Dtype of per-sequence numbers, of which there are few: fp64; fp32 on MPS, which has no fp64."""
     return torch.float32 if device.type == "mps" else torch.float64
 

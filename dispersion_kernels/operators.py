@@ -8,9 +8,8 @@ that a GradScaler's factor is included before an fp16 gradient could underflow.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from dispersion_kernels import flops
-from dispersion_kernels.backends import Losses, Run, choose, cpu
-from dispersion_kernels.backends.cuda import CudaKernels
-from dispersion_kernels.backends.gpu import launch
-from dispersion_kernels.backends.torch_tiled import sweep
+from dispersion_kernels.backends import cpu
+from dispersion_kernels.backends.registry import BACKENDS, Backend, choose
 from dispersion_kernels.numerics import accumulation_dtype, in_blocks, loss_weight
 from dispersion_kernels.options import LossOptions
 from dispersion_kernels.potentials import (
@@ -35,13 +32,10 @@ from dispersion_kernels.potentials import (
     is_built_in,
     temperature_of,
 )
-from dispersion_kernels.sampling import SampledPairs, cpu_sampler
-from dispersion_kernels.sampling.estimate import Draws, estimate, visits_all
-from dispersion_kernels.segments import check_cu_seqlens, host_segments, on_device, segment_of_token
+from dispersion_kernels.sampling import SampledPairs
+from dispersion_kernels.sampling.estimate import Draws, estimate, evaluates_all
+from dispersion_kernels.segments import check_cu_seqlens, on_device, segment_of_token
 from dispersion_kernels.temperature import slope_of_temperature
-
-if TYPE_CHECKING:
-    from dispersion_kernels.backends.triton.backend import TritonKernels
 
 
 def dispersion_loss(
@@ -56,7 +50,7 @@ def dispersion_loss(
     and ``[layers]``, the expected relative error of each layer's gradient.
 
     ``draws`` are those of sampled pairs, for layers that are alike in shape, dtype and device. Without draws all pairs
-    are visited, and the error is None.
+    are evaluated, and the error is None.
     """
     potential = options.potential
     _refuse_parameters(potential)
@@ -489,12 +483,12 @@ def _run(layers: Sequence[Tensor], tensors: _Tensors, call: _Call) -> _Result:
         raise ValueError(f"tau is a tensor on meta, which holds no value, and z is on {z.device}; give tau a value")
     if temperature is not None and not temperature.is_meta:
         potential = at_temperature(potential, float(temperature))
-    backend = choose(options.impl, z, potential)
+    backend = BACKENDS[choose(options.impl, z, potential)]
     with without_autocast(z.device):
         # Under a compiler the caller leaves this question to the operator.
-        if isinstance(sampling, SampledPairs) and not visits_all(sampling.fraction, z, cu_seqlens):
+        if isinstance(sampling, SampledPairs) and not evaluates_all(sampling.fraction, z, cu_seqlens):
             return _run_sampled(layers, tensors, call, backend, sampling)
-        loss, grads, scale = _SWEEPS[backend](
+        loss, grads, scale = backend.run(
             layers, tensors.pair_ids, cu_seqlens, for_backends(potential), options.reduction, call.with_grad
         )
         slope = _slope(layers, tensors, potential, options.reduction).to(loss.dtype) if call.with_slope else None
@@ -505,12 +499,11 @@ def _run(layers: Sequence[Tensor], tensors: _Tensors, call: _Call) -> _Result:
 
 
 def _run_sampled(
-    layers: Sequence[Tensor], tensors: _Tensors, call: _Call, backend: str, sampling: SampledPairs
+    layers: Sequence[Tensor], tensors: _Tensors, call: _Call, backend: Backend, sampling: SampledPairs
 ) -> _Result:
     assert tensors.shuffle is not None
     assert tensors.fit is not None
     potential = for_backends(call.options.potential)
-    own = backend == "cpu" and cpu_sampler.takes(potential, sampling, layers[0], tensors.cu_seqlens)
     found = estimate(
         layers,
         tensors.pair_ids,
@@ -519,8 +512,8 @@ def _run_sampled(
         Draws(tensors.shuffle, tensors.fit),
         any(call.with_grad),
         call.with_error,
-        _SWEEPS[backend],
-        cpu_sampler.sample if own else None,
+        backend.run,
+        backend.sampler(potential, sampling, layers[0], tensors.cu_seqlens),
     )
     dtype = accumulation_dtype(layers[0].dtype)
     return _Result(found.loss.to(dtype), [found.grad], found.scale, error=found.error.to(dtype))
@@ -542,101 +535,3 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     # PyTorch raises where asked for the autocast state of a device without autocast, as meta.
     on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
-
-
-def _gpu_sweep(
-    kernels_for: Callable[[Tensor], launch.Kernels],
-    layers: Sequence[Tensor],
-    pair_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    potential: Potential,
-    reduction: str,
-    with_grad: Sequence[bool],
-) -> Losses:
-    with torch.cuda.device_of(layers[0]):  # Triton launches on the current device
-        kernels = kernels_for(layers[0])
-        loss, pairs, gradients, scale = launch.dispersion(
-            layers, potential, pair_ids, cu_seqlens, any(with_grad), kernels
-        )
-    weight = loss_weight(len(layers), reduction, (pairs > 0).sum())
-    total = (loss.sum(0) if reduction == "none" else loss.sum()) * weight
-    grads = [gradients[n] if need else None for n, need in enumerate(with_grad)]
-    return total.float(), grads, None if scale is None else scale * weight
-
-
-def _triton_kernels(z: Tensor) -> TritonKernels:
-    from dispersion_kernels.backends.triton.backend import TritonKernels  # imports Triton
-
-    return TritonKernels(z)
-
-
-def _native_sweep(
-    layers: Sequence[Tensor],
-    pair_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    potential: Potential,
-    reduction: str,
-    with_grad: Sequence[bool],
-) -> Losses:
-    batch, length, _ = layers[0].shape
-    runs = host_segments(batch, length, pair_ids, None if cu_seqlens is None else cu_seqlens.cpu())
-    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    weight = float(loss_weight(len(layers), reduction, runs.sequences_with_pairs))
-    results = [
-        cpu.dispersion(
-            z.contiguous() if cpu.row_stride(z) is None else z,
-            potential_name=potential.name(),
-            params=potential.params(),
-            index=runs.rows,
-            begins=runs.begins,
-            ends=runs.ends,
-            sequence=runs.sequence,
-            num_sequences=sequences,
-            weight=weight,
-            need_grad=need_grad,
-            total=reduction != "none",
-        )
-        for z, need_grad in zip(layers, with_grad, strict=True)
-    ]
-    losses, grads, scales = zip(*results, strict=True)
-    total = losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
-    return total.float(), grads, _joined(scales)
-
-
-def _torch_sweep(
-    layers: Sequence[Tensor],
-    pair_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    potential: Potential,
-    reduction: str,
-    with_grad: Sequence[bool],
-) -> Losses:
-    losses: list[Tensor] = []
-    grads: list[Tensor | None] = []
-    scales: list[Tensor | None] = []
-    for z, need_grad in zip(layers, with_grad, strict=True):
-        loss, pairs, grad, scale = sweep(z, potential, pair_ids, cu_seqlens, need_grad)
-        weight = loss_weight(len(layers), reduction, (pairs > 0).sum())
-        losses.append((loss if reduction == "none" else loss.sum()) * weight)
-        grads.append(grad)
-        scales.append(None if scale is None else scale * weight)
-    total = torch.stack(losses).sum(0).to(accumulation_dtype(layers[0].dtype))
-    return total, grads, _joined(scales)
-
-
-_SWEEPS: dict[str, Run] = {
-    "triton": partial(_gpu_sweep, _triton_kernels),
-    "cuda": partial(_gpu_sweep, CudaKernels),
-    "cpu": _native_sweep,
-    "torch": _torch_sweep,
-}
-
-
-def _joined(scales: Sequence[Tensor | None]) -> Tensor | None:
-    """Scales ``[layers, B, L]``, with zeros for layers without a gradient; None where no layer has one."""
-    if len(scales) == 1:
-        return None if scales[0] is None else scales[0].unsqueeze(0)
-    shape = next((scale for scale in scales if scale is not None), None)
-    if shape is None:
-        return None
-    return torch.stack([torch.zeros_like(shape) if scale is None else scale for scale in scales])

@@ -6,11 +6,11 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from dispersion_kernels.backends import check_impl
 from dispersion_kernels.checks import check_choice, check_flag
 from dispersion_kernels.potentials import BUILT_IN, Potential, resolve_potential, temperature_field, temperature_of
 from dispersion_kernels.sampling import SampledPairs, Sampling, resolve_sampling
 
+IMPLS = ("auto", "triton", "cuda", "cpu", "torch", "reference")
 Reduction = Literal["mean", "sum", "none"]
 
 
@@ -40,6 +40,10 @@ def check_options(
     sampled = _check_sampling(sampling, resolved)
     check_flag("recompute", recompute)
     return LossOptions(resolved, sampled, reduction, recompute, impl)
+
+
+def check_impl(impl: str) -> None:
+    check_choice("impl", impl, IMPLS)
 
 
 def _check_sampling(sampling: Sampling | float | None, potential: Potential) -> Sampling | None:

@@ -189,13 +189,13 @@ def _variant(recorded: Launch, potential: str, arch: str, z: Tensor) -> Variant:
         trips = {0: 1.0, 1: features / block_k}
     elif "row sweep" in name:
         block_m, block_n, block_f = arguments["BLOCK_M"], arguments["BLOCK_N"], arguments["BLOCK_F"]
-        of_gradient = 2.0 * block_m * block_n * block_f if "gradient" in arguments["PASS"] else 0.0
+        gradient_flops = 2.0 * block_m * block_n * block_f if "gradient" in arguments["PASS"] else 0.0
         products = 2.0 * block_m * block_n * features
         shift = ", shift" if arguments["HAS_SHIFT"] else ""
         label, tile, flops = (
             f"{name}, {arguments['PASS']}{shift}, {what}",
             (block_m, block_n),
-            (products + of_gradient, 0.0),
+            (products + gradient_flops, 0.0),
         )
         # The code outside of the loop over tiles is charged to the tiles of 1,024 tokens together.
         trips = {0: block_n / 1024, 1: 1.0, 2: features / arguments["BLOCK_K"]}

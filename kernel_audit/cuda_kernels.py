@@ -64,13 +64,13 @@ def _variant(launched: cuda.Launch, arch: str, features: int) -> Variant:
     size = 4 if element.startswith("tf32") else 2
     if name.startswith("dk_row_sweep"):
         tile = 64, 32 if size == 4 else 64
-        of_gradient = min(features, launched.grid[2] and -(-features // launched.grid[2])) if "gradient" in name else 0
+        width = min(features, launched.grid[2] and -(-features // launched.grid[2])) if "gradient" in name else 0
         flops = 2.0 * tile[0] * tile[1]
         return Variant(
             **common,
             tile=tile,
             warps=warps,
-            tensor_flops=flops * (features + of_gradient),
+            tensor_flops=flops * (features + width),
             # The code outside of the loop over tiles is charged to the tiles of 1,024 tokens together; the rows of
             # panels have 128 bytes.
             trips={0: tile[1] / 1024, 1: 1.0, 2: features * size / 128},

@@ -197,20 +197,20 @@ def render(
     """Page in Markdown. ``measured``: results of ``measure`` by the name of the card."""
     parts = [HEAD]
     for card in cards:
-        of_card = measured.get(card.device.name)
-        what = "measured" if of_card else "predicted"
+        card_times = measured.get(card.device.name)
+        what = "measured" if card_times else "predicted"
         parts += [f"## {card.device.name}", ""]
-        if of_card:
+        if card_times:
             machine = describe()
             parts += [", ".join(machine[name] for name in ("device", "torch", "cuda", "triton", "date", "commit")), ""]
         for width in features:
             parts += [f"{what}, F = {width}, bf16, forward and backward:", ""]
-            columns = COLUMNS + " | measured, ms | naive measured, ms | naive / measured" if of_card else COLUMNS
+            columns = COLUMNS + " | measured, ms | naive measured, ms | naive / measured" if card_times else COLUMNS
             parts += [f"| {columns} |", "|---" * (columns.count("|") + 1) + "|"]
             for length in lengths:
                 cells = _cells(card, width, length)
-                if of_card:
-                    cells += _measured_cells(*of_card[width, length])
+                if card_times:
+                    cells += _measured_cells(*card_times[width, length])
                 parts.append(f"| {' | '.join(cells)} |")
             parts.append("")
     return "\n".join([*parts, _training(cards)])

@@ -286,22 +286,20 @@ def examine_shipped(arches: list[str] | None, every: bool = False) -> list[Row]:
     workers = os.cpu_count() or 1
     # Spawned, not forked: PyTorch's threads do not survive a fork.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        shares = {
-            arch: [pool.submit(_examine_share, arch, every, n, workers) for n in range(workers)] for arch in arches
+        futures = {
+            arch: [pool.submit(_examine_part, arch, every, n, workers) for n in range(workers)] for arch in arches
         }
-        rows = {arch: [share.result() for share in of_arch] for arch, of_arch in shares.items()}
+        rows = {arch: [part.result() for part in parts] for arch, parts in futures.items()}
     # Variants were dealt out to the workers in turn; their rows are put back in order.
-    return [
-        row for of_arch in rows.values() for turn in itertools.zip_longest(*of_arch) for row in turn if row is not None
-    ]
+    return [row for parts in rows.values() for turn in itertools.zip_longest(*parts) for row in turn if row is not None]
 
 
-def _examine_share(arch: str, every: bool, share: int, shares: int) -> list[Row]:
+def _examine_part(arch: str, every: bool, part: int, parts: int) -> list[Row]:
     # Imported here, because it needs Triton, which this module's users may lack.
     from kernel_audit.ahead_of_time import compile_variant, shipped
 
     rows = []
-    for variant in shipped(arch, every)[share::shares]:
+    for variant in shipped(arch, every)[part::parts]:
         try:
             row = examine(variant, compile_variant(variant))
         except Exception as error:
@@ -481,7 +479,7 @@ def render(rows: Iterable[Row], title: str, note: str = "") -> str:
         by_arch.setdefault(row.variant.arch, []).append(row)
     head = HEAD.format(title=title, commit=machine.describe()["commit"])
     heads = [head, note] if note else [head]
-    return "\n".join([*heads, *(_section(arch, of_arch) for arch, of_arch in by_arch.items())])
+    return "\n".join([*heads, *(_section(arch, arch_rows) for arch, arch_rows in by_arch.items())])
 
 
 def render_every(rows: Iterable[Row]) -> str:
@@ -497,10 +495,10 @@ def render_every(rows: Iterable[Row]) -> str:
         "| architecture | kernels | that spill | most registers | most shared memory, KiB |",
         "|---|---|---|---|---|",
     ]
-    for arch, of_arch in by_arch.items():
-        spilling = sum(bool(row.spills) for row in of_arch)
-        registers, shared = max(row.registers for row in of_arch), max(row.shared for row in of_arch) / 1024
-        lines.append(f"| {arch} | {len(of_arch)} | {spilling} | {registers} | {shared:.1f} |")
+    for arch, arch_rows in by_arch.items():
+        spilling = sum(bool(row.spills) for row in arch_rows)
+        registers, shared = max(row.registers for row in arch_rows), max(row.shared for row in arch_rows) / 1024
+        lines.append(f"| {arch} | {len(arch_rows)} | {spilling} | {registers} | {shared:.1f} |")
     return "\n".join([*lines, ""])
 
 
@@ -552,11 +550,11 @@ def _summary_lines(title: str, section: str) -> list[str]:
     lines = []
     for kind, rows in kinds.items():
         shares = {row["kernel"]: row[columns[-1]] for row in rows if row[columns[-1]] != "-"}
-        of_peak = worst_case = "-"
+        peak_fraction = worst_case = "-"
         if shares:
             ideal = {kernel: int(share.partition("%")[0]) for kernel, share in shares.items()}
             worst = min(ideal, key=lambda kernel: ideal[kernel])
-            of_peak = f"{ideal[worst]}% to {max(ideal.values())}%"
+            peak_fraction = f"{ideal[worst]}% to {max(ideal.values())}%"
             worst_case = f"{worst}: {shares[worst]}"
         cells = [
             f"{title}: {kind.removeprefix('dk_').replace('_', ' ')}",
@@ -564,7 +562,7 @@ def _summary_lines(title: str, section: str) -> list[str]:
             str(max(int(row["registers"]) for row in rows)),
             str(sum(row["spills"] != "0" for row in rows)),
             f"{max(float(row['shared memory, KiB']) for row in rows):.1f}",
-            of_peak,
+            peak_fraction,
             worst_case,
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -598,13 +596,13 @@ def _line(row: Row) -> str:
         tensor += f" ({row.counted_flops / variant.tensor_flops:.0%})"
     cycles = {"tensor": row.tensor, "+ library": row.library} | _by_size(row.cycles)
     products = row.tensor + row.library
-    share = of_peak = "-"
+    share = peak_fraction = "-"
     if products:
         busiest = max(row.epilogue, key=lambda pipe: row.epilogue[pipe])
         share = f"{row.epilogue[busiest] / products:.0%} ({busiest})"
         ideal = max(row.tensor_busy, *row.cycles.values()) + row.library
         apart = max(row.tensor_busy, 0, *row.loop.values()) + row.epilogue[busiest] + row.library
-        of_peak = f"{products / ideal:.0%} ({products / apart:.0%})"
+        peak_fraction = f"{products / ideal:.0%} ({products / apart:.0%})"
     warps = variant.options.get("num_warps", 4)
     cells = [
         variant.label,
@@ -617,7 +615,7 @@ def _line(row: Row) -> str:
         ", ".join(f"{pipe} {_short(count / 1000)}" for pipe, count in _by_size(row.instructions).items()),
         ", ".join(f"{pipe} {count:,.0f}" for pipe, count in cycles.items() if count >= 0.5),
         share,
-        of_peak,
+        peak_fraction,
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -53,12 +53,12 @@ def errors_of(case: dict[str, Any], loss: float, grad: Tensor) -> tuple[float, f
         return error, (grad - torch.tensor(case["gradient"], dtype=torch.float64)).norm().item() / norm
     direction = hashed(7919, grad.numel())
     first = torch.tensor(case["gradient_first"], dtype=torch.float64)
-    of_gradient = (
+    gradient_errors = (
         abs(grad.norm().item() - case["gradient_norm"]),
         (grad[: first.numel()] - first).norm().item(),
         abs((grad @ direction).item() - case["gradient_dot_hashed_7919"]) / direction.norm().item(),
     )
-    return error, max(of_gradient) / norm
+    return error, max(gradient_errors) / norm
 
 
 # Relative errors of the loss and of the gradient. The float32 bounds include the rounding of the tokens to float32.

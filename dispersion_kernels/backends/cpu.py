@@ -20,6 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from dispersion_kernels.backends.interface import Losses, joined_scales
+from dispersion_kernels.numerics import loss_weight
+from dispersion_kernels.potentials import Potential
+from dispersion_kernels.segments import host_segments
 
 __all__ = [
     "COSINE_BINS",
@@ -30,6 +36,7 @@ __all__ = [
     "dispersion",
     "isa",
     "row_stride",
+    "run",
     "sampled",
     "scaled",
     "unavailable_reason",
@@ -102,6 +109,40 @@ def build_info() -> dict[str, Any]:
         return {"native": False, "reason": "the CPU kernel was not built: run `pip install -e .`"}
     info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return info
+
+
+def run(
+    layers: Sequence[Tensor],
+    pair_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    potential: Potential,
+    reduction: str,
+    with_grad: Sequence[bool],
+) -> Losses:
+    """:data:`~dispersion_kernels.backends.interface.Run` of the kernel."""
+    batch, length, _ = layers[0].shape
+    runs = host_segments(batch, length, pair_ids, None if cu_seqlens is None else cu_seqlens.cpu())
+    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    weight = float(loss_weight(len(layers), reduction, runs.sequences_with_pairs))
+    results = [
+        dispersion(
+            z.contiguous() if row_stride(z) is None else z,
+            potential_name=potential.name(),
+            params=potential.params(),
+            index=runs.rows,
+            begins=runs.begins,
+            ends=runs.ends,
+            sequence=runs.sequence,
+            num_sequences=sequences,
+            weight=weight,
+            need_grad=need_grad,
+            total=reduction != "none",
+        )
+        for z, need_grad in zip(layers, with_grad, strict=True)
+    ]
+    losses, grads, scales = zip(*results, strict=True)
+    total = losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
+    return total.float(), grads, joined_scales(scales)
 
 
 def dispersion(

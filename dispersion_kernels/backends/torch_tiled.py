@@ -12,23 +12,25 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
 from dispersion_kernels.backends.batches import batches
+from dispersion_kernels.backends.interface import Losses, joined_scales
 from dispersion_kernels.numerics import (
     Rows,
     accumulation_dtype,
     in_blocks,
     log_mean_loss,
+    loss_weight,
     mean_loss,
+    statistics_dtype,
     sum_of_tokens,
     token_norms,
     transform,
-    wide_dtype,
 )
 from dispersion_kernels.potentials import (
     DistancePotential,
@@ -45,6 +47,28 @@ _TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 LARGEST_SQUARE = 0.03
 # Largest range of the exponent that fp32 holds around its middle, sums over 2^31 tokens included.
 _SAFE_RANGE = 80.0
+
+
+def run(
+    layers: Sequence[Tensor],
+    pair_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    potential: Potential,
+    reduction: str,
+    with_grad: Sequence[bool],
+) -> Losses:
+    """:data:`~dispersion_kernels.backends.interface.Run` of the sweep."""
+    losses: list[Tensor] = []
+    grads: list[Tensor | None] = []
+    scales: list[Tensor | None] = []
+    for z, need_grad in zip(layers, with_grad, strict=True):
+        loss, pairs, grad, scale = sweep(z, potential, pair_ids, cu_seqlens, need_grad)
+        weight = loss_weight(len(layers), reduction, (pairs > 0).sum())
+        losses.append((loss if reduction == "none" else loss.sum()) * weight)
+        grads.append(grad)
+        scales.append(None if scale is None else scale * weight)
+    total = torch.stack(losses).sum(0).to(accumulation_dtype(layers[0].dtype))
+    return total, grads, joined_scales(scales)
 
 
 class Result(NamedTuple):
@@ -222,7 +246,7 @@ def _sums_of_rows(
         # A distance is lost where its square leaves the dtype's range.
         nonfinite = nonfinite | (x.square().sum(-1) > LARGEST_SQUARE * torch.finfo(x.dtype).max)
 
-    stats_dtype = wide_dtype(z.device)
+    stats_dtype = statistics_dtype(z.device)
     shift: Tensor | None = None
     if isinstance(potential, PerplexityEntropy):
         entropy, grad = _perplexity_entropy(x, potential, pair_ids, partners, with_grad)
@@ -544,7 +568,7 @@ class _PairTotal:
         self.reduce = reduce
         # Sums per token where sequences share a row; else sums per row are enough.
         shape = x.shape[:1] if reduce.offsets is None else x.shape[:2]
-        self.value = torch.zeros(shape, dtype=wide_dtype(x.device), device=x.device)
+        self.value = torch.zeros(shape, dtype=statistics_dtype(x.device), device=x.device)
 
     def add(self, psi: Tensor, tile: _Tile) -> None:
         if self.reduce.offsets is None:
@@ -621,7 +645,7 @@ def _exponential_sums(
     shift = reduce.max(largest)
     # The initial value of ``largest`` is finite, so a sequence without a pair gives exp(0), not exp(inf - inf).
     relative = largest - reduce.spread(shift)
-    shift = shift.to(wide_dtype(x.device))
+    shift = shift.to(statistics_dtype(x.device))
     if rate is not None:
         relative, shift = relative.mul_(rate), shift * rate
     relative.exp_()

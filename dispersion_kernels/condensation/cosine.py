@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dispersion_kernels.backends import choose, cpu
+from dispersion_kernels.backends import cpu
+from dispersion_kernels.backends.registry import choose
 from dispersion_kernels.checks import beside, check_choice, check_tensor, layers_of
 from dispersion_kernels.condensation.result import BINS, QUANTILES, CosineStatistics
-from dispersion_kernels.numerics import accumulation_dtype, token_norms, wide_dtype
+from dispersion_kernels.numerics import accumulation_dtype, statistics_dtype, token_norms
 from dispersion_kernels.potentials import AngularSpread
 
 # Tokens normalized at a time; bounds the extra memory for sequences of any length.
@@ -111,10 +112,10 @@ def select_texts(mask: Tensor, content: Tensor) -> tuple[Texts, list[int]]:
         tokens = attended.nonzero().flatten()
         if tokens.numel() < 2:
             continue
-        of_content = is_content[tokens]
-        orders.append(row * mask.shape[1] + torch.cat([tokens[~of_content], tokens[of_content]]))
+        content = is_content[tokens]
+        orders.append(row * mask.shape[1] + torch.cat([tokens[~content], tokens[content]]))
         begin, end = end, end + tokens.numel()
-        bounds.append((begin, end - int(of_content.sum()), end))
+        bounds.append((begin, end - int(content.sum()), end))
         chosen.append(row)
     order = torch.cat(orders) if orders else torch.empty(0, dtype=torch.int64, device="cpu")
     begins, splits, ends = torch.tensor(bounds, dtype=torch.int64, device="cpu").view(-1, 3).unbind(1)
@@ -160,7 +161,7 @@ def _tiled_pair_sums(z: Tensor, texts: Texts) -> PairSums:
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     number = len(texts.begins)
     counts = torch.zeros(number, 2, BINS, dtype=torch.int64, device=z.device)
-    sums = torch.zeros(number, 2, 2, dtype=wide_dtype(z.device), device=z.device)
+    sums = torch.zeros(number, 2, 2, dtype=statistics_dtype(z.device), device=z.device)
     order = texts.order.to(z.device)
     bounds = torch.stack(texts[1:], 1).tolist()
     for text, (begin, split, end) in enumerate(bounds):
@@ -207,7 +208,7 @@ class LayerSums:
         pairs = counts.sum(-1)
         totals = torch.stack([sums[:, :, 0].sum(1), sums[:, 1, 0]], 1)
         means = totals / torch.stack([pairs.sum(1), pairs[:, 1]], 1)
-        self.text_means += [(of_all, of_content) for of_all, of_content in means.tolist()]
+        self.text_means += [(mean, content) for mean, content in means.tolist()]
         content = [torch.arange(split, end, device="cpu") for split, end in zip(*texts[2:], strict=True)]
         tokens = z.index_select(0, texts.order[torch.cat(content)].to(z.device))
         if self._moments is None and len(tokens):
@@ -252,7 +253,7 @@ class _Moments:
 
     def __init__(self, tokens: Tensor) -> None:
         self.dtype = accumulation_dtype(tokens.dtype)
-        self.wide = wide_dtype(tokens.device)
+        self.wide = statistics_dtype(tokens.device)
         features = tokens.shape[1]
         self.shift = tokens.to(self.dtype).mean(0)
         self.total = torch.zeros(features, dtype=self.wide, device=tokens.device)

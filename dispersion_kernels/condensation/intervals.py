@@ -66,9 +66,9 @@ def spearman(values: Array, depths: npt.NDArray[Any]) -> Any:
     where all values are equal."""
     ranks = scipy_stats().rankdata(values, axis=-1)
     ranks = ranks - ranks.mean(-1, keepdims=True)
-    of_depth = scipy_stats().rankdata(depths)
-    of_depth = of_depth - of_depth.mean()
-    return _ratio((ranks * of_depth).sum(-1), np.sqrt((ranks**2).sum(-1) * (of_depth**2).sum()))
+    depth_ranks = scipy_stats().rankdata(depths)
+    depth_ranks = depth_ranks - depth_ranks.mean()
+    return _ratio((ranks * depth_ranks).sum(-1), np.sqrt((ranks**2).sum(-1) * (depth_ranks**2).sum()))
 
 
 def kendall(values: Array, depths: npt.NDArray[Any]) -> Any:
@@ -76,8 +76,8 @@ def kendall(values: Array, depths: npt.NDArray[Any]) -> Any:
     where all values are equal."""
     first, second = np.triu_indices(len(depths), 1)
     signs = np.sign(values[..., second] - values[..., first])
-    of_depth = np.sign(depths[second] - depths[first])
-    return _ratio((signs * of_depth).sum(-1), np.sqrt((signs != 0).sum(-1) * float(len(first))))
+    depth_ranks = np.sign(depths[second] - depths[first])
+    return _ratio((signs * depth_ranks).sum(-1), np.sqrt((signs != 0).sum(-1) * float(len(first))))
 
 
 def _ratio(numerator: Any, denominator: Any) -> Any:

@@ -211,12 +211,14 @@ class Run:
         for tap in self.taps:
             if tap.sums is None:
                 continue
-            of_all, of_content = zip(*tap.sums.text_means, strict=True)
-            all_tokens = cast(CosineStatistics, tap.sums.cosines(False, mean_interval(of_all)))  # each text has a pair
-            content_tokens = tap.sums.cosines(True, mean_interval(of_content))
+            text_means, content_means = zip(*tap.sums.text_means, strict=True)
+            all_tokens = cast(
+                CosineStatistics, tap.sums.cosines(False, mean_interval(text_means))
+            )  # each text has a pair
+            content_tokens = tap.sums.cosines(True, mean_interval(content_means))
             layers.append(Layer(tap.name, all_tokens, content_tokens, *tap.sums.geometry()))
         blocks = [tap for tap in self.taps if tap.sums is not None and tap.name not in (EMBEDDING, FINAL_NORM)]
-        means = np.array([[of_all for of_all, _ in tap.sums.text_means] for tap in blocks if tap.sums is not None])
+        means = np.array([[mean for mean, _ in tap.sums.text_means] for tap in blocks if tap.sums is not None])
         matrices = [tap.matrix for tap in self.taps if tap.matrix is not None]
         return Condensation(
             model=name,

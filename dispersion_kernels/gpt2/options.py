@@ -254,7 +254,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) 
         type=fraction_or_all,
         default="all",
         metavar="X",
-        help="fraction of the pairs of tokens to visit, or all (default: all)",
+        help="fraction of the pairs of tokens to evaluate, or all (default: all)",
     )
     add(
         "--control-variate",

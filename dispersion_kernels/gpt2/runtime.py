@@ -186,5 +186,5 @@ def peak_memory(device: torch.device) -> int | None:
 def out_of_memory(error: BaseException) -> str | None:
     """Message of an allocation failure on a GPU, on the CPU or in Python; None for other errors."""
     said = (str(error) or "Python cannot allocate memory").splitlines()[0].split("DefaultCPUAllocator: ")[-1]
-    of_cpu = isinstance(error, RuntimeError) and ("can't allocate memory" in said or "bad_alloc" in said)
-    return said if of_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError) else None
+    out_of_host_memory = isinstance(error, RuntimeError) and ("can't allocate memory" in said or "bad_alloc" in said)
+    return said if out_of_host_memory or isinstance(error, MemoryError | torch.OutOfMemoryError) else None

@@ -14,7 +14,7 @@ class SampledPairs:
     """Value of ``sampling`` for a fraction of the pairs, spread evenly over all tokens.
 
     The tokens of each sequence (of each document in it) are cut into random blocks of ``fraction * L`` tokens, at least
-    16 (L of packed sequences: their mean length), and only pairs within blocks are visited: 3 ``fraction`` B L^2 F
+    16 (L of packed sequences: their mean length), and only pairs within blocks are evaluated: 3 ``fraction`` B L^2 F
     FLOPs for loss and gradient. A model h of the slope, the control variate, stands for the other pairs. For a token i
     of N, and the m other tokens S_i of its block, each of which is in S_i with probability p::
 
@@ -22,10 +22,10 @@ class SampledPairs:
         Var G_i = (N - 1)^2 / m (1 - m / (N - 1)) Var_j((slope(c_ij) - h_ij) x_j)
 
     G_i is an unbiased estimate of ``sum_{j != i} slope(c_ij) x_j``; the mean of psi has an analogous estimate. The
-    logarithm and quotient of a log-mean potential have a bias of about one part in the number of visited pairs.
+    logarithm and quotient of a log-mean potential have a bias of about one part in the number of evaluated pairs.
 
     Args:
-        fraction: fraction of the pairs, from 0 to 1 inclusive. 1 visits all pairs. 0 takes the model alone, in time
+        fraction: fraction of the pairs, from 0 to 1 inclusive. 1 evaluates all pairs. 0 takes the model alone, in time
             linear in L, for whole sequences; its bias is 1 to 6% of the gradient on hidden states of GPT-2 and SmolLM2
             at tau = 1, and some 20% at tau = 0.1.
         control_variate: ``"low_rank"``: parabola in an estimate of c from 16 directions near the tokens' principal

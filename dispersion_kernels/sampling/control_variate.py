@@ -1,5 +1,5 @@
 """Control variate of sampled pairs: a model of the slope, fitted to the pairs of a few random tokens, for the pairs
-that are not visited; with the corrected loss and the remaining noise. docs/sampling.md has the formulas."""
+that are not evaluated; with the corrected loss and the remaining noise. docs/sampling.md has the formulas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dispersion_kernels.numerics import token_norms, transform, wide_dtype
+from dispersion_kernels.numerics import statistics_dtype, token_norms, transform
 from dispersion_kernels.potentials import ExponentialPotential, Potential
 from dispersion_kernels.sampling.partition import Partition, select
 
@@ -23,7 +23,7 @@ FIT_GROUPS, FIT_TOKENS = 4, 32
 
 @dataclass(frozen=True)
 class Fit:
-    """Model of one layer, and the G groups of T tokens that it is fitted to. Sums are in :func:`wide_dtype`."""
+    """Model of one layer, and the G groups of T tokens that it is fitted to. Sums are in :func:`statistics_dtype`."""
 
     b: Tensor | None
     """``[k]``: coefficients of the features; None without a model."""
@@ -153,8 +153,8 @@ def transformed(tokens: Tensor, potential: Potential, left_out: Tensor | None) -
 
 
 def _total(values: Tensor) -> Tensor:
-    """Sum ``[]`` of all values, in :func:`wide_dtype`."""
-    return values.flatten().sum(0, dtype=wide_dtype(values.device))
+    """Sum ``[]`` of all values, in :func:`statistics_dtype`."""
+    return values.flatten().sum(0, dtype=statistics_dtype(values.device))
 
 
 def _directions(tokens: Tensor, number: int) -> Tensor:
@@ -164,7 +164,7 @@ def _directions(tokens: Tensor, number: int) -> Tensor:
     products = tokens @ tokens.mT
     some = products[:: len(tokens) // number][:number]
     span = torch.cat([some[:SQUARED] @ products @ products, some[SQUARED:]]) @ tokens
-    span = torch.nn.functional.normalize(span, dim=1).to(wide_dtype(tokens.device))
+    span = torch.nn.functional.normalize(span, dim=1).to(statistics_dtype(tokens.device))
     # Gram-Schmidt by Cholesky; cholesky_ex does not check its result, and so does not synchronise.
     factor = torch.linalg.cholesky_ex(_regular(span @ span.mT)).L
     directions: Tensor = torch.linalg.solve_triangular(factor, span, upper=False)
@@ -186,19 +186,19 @@ def _regular(matrix: Tensor) -> Tensor:
 
 
 def corrected_losses(
-    partition: Partition, potential: Potential, mean: Tensor, missed: Tensor | None, fit: Fit | None, visited: bool
+    partition: Partition, potential: Potential, mean: Tensor, missed: Tensor | None, fit: Fit | None, evaluated: bool
 ) -> tuple[Tensor, Tensor]:
     """Loss of each sequence ``[S]``, and ``per_pair`` ``[S]``, the factor of ``sum_j slope(c_ij) x_j`` in the
     derivative of the loss by x_i.
 
-    ``mean`` ``[S]`` is the mean of psi over the visited pairs, or over those of the fit where none is visited.
-    ``missed`` ``[S]`` is the sum of c over all pairs minus its estimate from the visited pairs; None without a control
-    variate.
+    ``mean`` ``[S]`` is the mean of psi over the evaluated pairs, or over those of the fit where none is evaluated.
+    ``missed`` ``[S]`` is the sum of c over all pairs minus its estimate from the evaluated pairs; None without a
+    control variate.
     """
     pairs = partition.pairs.clamp(min=1).to(mean.dtype)
     logarithmic = potential.reduction == "log_mean"
     if missed is not None and fit is not None:
-        corrected = mean + fit.psi_slope * (missed / pairs - (0.0 if visited else fit.mean_c))
+        corrected = mean + fit.psi_slope * (missed / pairs - (0.0 if evaluated else fit.mean_c))
         # A correction larger than the mean of psi is dropped: the line does not describe psi there.
         mean = torch.where(corrected <= 0, mean, corrected) if logarithmic else corrected
     empty = partition.pairs == 0
@@ -206,7 +206,7 @@ def corrected_losses(
     return losses, (2 / pairs / (mean if logarithmic else torch.ones_like(mean))).masked_fill(empty, 0.0)
 
 
-def noise(fit: Fit, partition: Partition, per_pair: Tensor, visited: bool) -> Tensor:
+def noise(fit: Fit, partition: Partition, per_pair: Tensor, evaluated: bool) -> Tensor:
     """Expected squared error ``[]`` of the gradient, summed over all tokens, extrapolated from the fit's tokens.
     ``per_pair`` ``[S]`` is the factor of :func:`corrected_losses`."""
     # Variance and squared mean of residual_ij x_j over the partners j of i, in the directions orthogonal to x_i.
@@ -217,7 +217,7 @@ def noise(fit: Fit, partition: Partition, per_pair: Tensor, visited: bool) -> Te
     total_square = total.square().sum(2) - (total * fit.tokens).sum(2).square() * inverse
     variance = ((term_squares - total_square / n.clamp(min=1)) / (n - 1).clamp(min=1)).clamp(min=0) * (n > 1)
     others = (partition.tokens[fit.population] - 1).clamp(min=1).to(variance.dtype).unsqueeze(1)
-    if visited:
+    if evaluated:
         mates = (others + 1) / partition.blocks[fit.population].clamp(min=1).unsqueeze(1) - 1
         mean_noise = (1 / mates.clamp(min=1) - 1 / others) * variance
     else:

@@ -8,27 +8,27 @@ from dispersion_kernels.backends import cpu
 from dispersion_kernels.potentials import ExponentialPotential, Potential
 from dispersion_kernels.sampling import SampledPairs
 from dispersion_kernels.sampling.control_variate import DIRECTIONS
-from dispersion_kernels.sampling.estimate import Request
+from dispersion_kernels.sampling.estimate import Request, Sampler
 from dispersion_kernels.sampling.partition import block_tokens, blocks_of_same_size, mean_length
 
 # Largest range of the exponent for which the kernel needs no running maximum.
 _FIXED_RANGE = 79.0
 
 
-def takes(potential: Potential, sampling: SampledPairs, z: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether the kernel can sample the pairs of tokens ``[B, L, F]``; :mod:`torch_sampler` does otherwise."""
+def sampler(potential: Potential, sampling: SampledPairs, z: Tensor, cu_seqlens: Tensor | None) -> Sampler | None:
+    """The kernel's sampler, where the kernel can sample the pairs of tokens ``[B, L, F]``."""
     length, fraction = mean_length(z, cu_seqlens), sampling.fraction
     blocks = 0 if cu_seqlens is not None else blocks_of_same_size(fraction, length)
     size = length // blocks if blocks else block_tokens(fraction, length)
     if isinstance(potential, ExponentialPotential):
         low, high = potential.exponent_range()
         if high - low > _FIXED_RANGE:
-            return False
+            return None
     full_rank = sampling.control_variate == "full_rank" and z.shape[2] > DIRECTIONS
-    return not full_rank and (fraction == 0 or size <= cpu.LARGEST_BLOCK)
+    return None if full_rank or (fraction > 0 and size > cpu.LARGEST_BLOCK) else _sample
 
 
-def sample(request: Request) -> tuple[Tensor, Tensor]:
+def _sample(request: Request) -> tuple[Tensor, Tensor]:
     layers, partition = request.layers, request.partition
     if any(cpu.row_stride(z) is None or z.stride() != layers[0].stride() for z in layers):
         layers = [z.contiguous() for z in layers]
@@ -38,7 +38,7 @@ def sample(request: Request) -> tuple[Tensor, Tensor]:
         params=request.potential.params(),
         order=partition.order,
         populations=partition.populations,
-        blocks=partition.bounds if request.visited else None,
+        blocks=partition.bounds if request.evaluated else None,
         inverse_probability=partition.inverse_probability,
         sequence=partition.sequence,
         pairs=partition.pairs,

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dispersion_kernels.backends import Run
-from dispersion_kernels.numerics import accumulation_dtype, loss_weight, sum_of_tokens, wide_dtype
+from dispersion_kernels.backends.interface import Run
+from dispersion_kernels.numerics import accumulation_dtype, loss_weight, statistics_dtype, sum_of_tokens
 from dispersion_kernels.options import LossOptions
 from dispersion_kernels.potentials import Potential
 from dispersion_kernels.sampling import SampledPairs
@@ -34,7 +34,7 @@ class Draws(NamedTuple):
     """Random draws of Y layers."""
 
     shuffle: Tensor
-    """``[Y, B, L]`` int64: random order of the tokens of each row; empty where no pair is visited."""
+    """``[Y, B, L]`` int64: random order of the tokens of each row; empty where no pair is evaluated."""
     fit: Tensor
     """``[Y, FIT_GROUPS, 1 + FIT_TOKENS]``, uniform in [0, 1): one draw of a population per group, and FIT_TOKENS draws
     of its tokens."""
@@ -44,8 +44,8 @@ class Estimate(NamedTuple):
     """Estimates of Y layers from sampled pairs."""
 
     loss: Tensor
-    """``[]``, or ``[S]`` for ``"none"``: mean over the layers of their reduced losses, in :func:`wide_dtype`; 0 for a
-    sequence without a pair."""
+    """``[]``, or ``[S]`` for ``"none"``: mean over the layers of their reduced losses, in :func:`statistics_dtype`; 0
+    for a sequence without a pair."""
     grad: Tensor | None
     """``[Y, B, L, F]``: d loss (of the token's sequence) / d z without the factor ``scale``; None where not
     requested."""
@@ -63,8 +63,8 @@ class Request(NamedTuple):
     potential: Potential
     uniform: Tensor | None
     """``Draws.fit`` of these layers, for the ``low_rank`` control variate; None without a control variate."""
-    visited: bool
-    """Whether any pair is visited (the fraction is above 0)."""
+    evaluated: bool
+    """Whether any pair is evaluated (the fraction is above 0)."""
     grad: tuple[Tensor, Tensor] | None
     """``[Y, B, L, F]`` and ``[Y, B, L]``: outputs for the two factors of the gradient; None without a gradient."""
 
@@ -73,8 +73,8 @@ class Request(NamedTuple):
 Sampler = Callable[[Request], tuple[Tensor, Tensor]]
 
 
-def visits_all(fraction: float, z: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether the shape of tokens ``[B, L, F]`` implies visiting all pairs: the batch is empty, or a block would be a
+def evaluates_all(fraction: float, z: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether the shape of tokens ``[B, L, F]`` implies all pairs: the batch is empty, or a block would be a
     whole sequence."""
     length = mean_length(z, cu_seqlens)
     return z.shape[0] == 0 or length <= block_tokens(fraction, length)
@@ -146,8 +146,8 @@ def estimate(
     sampling, potential, reduction = options.sampling, options.potential, options.reduction
     assert isinstance(sampling, SampledPairs)
     fraction, control_variate = sampling.fraction, sampling.control_variate
-    first, count, visited = layers[0], len(layers), fraction > 0
-    dtype, stats_dtype = accumulation_dtype(first.dtype), wide_dtype(first.device)
+    first, count, evaluated = layers[0], len(layers), fraction > 0
+    dtype, stats_dtype = accumulation_dtype(first.dtype), statistics_dtype(first.device)
     grad = first.new_empty(count, *first.shape, dtype=dtype) if with_grad else None
     scale = first.new_empty(count, *first.shape[:2], dtype=dtype) if with_grad else None
     # A backend's sampler takes layers of whole sequences as one larger batch; the error is computed layer by layer.
@@ -164,12 +164,12 @@ def estimate(
             model = fit(layers[n], partition, draws.fit[n], potential, control_variate)
         if sampler is not None:
             uniform = None if control_variate == "none" else draws.fit[some]
-            loss, per_pair = sampler(Request(layers[some], partition, potential, uniform, visited, gradient))
+            loss, per_pair = sampler(Request(layers[some], partition, potential, uniform, evaluated, gradient))
         else:
-            loss, per_pair = sample(run, layers[n], partition, potential, model, visited, gradient)
+            loss, per_pair = sample(run, layers[n], partition, potential, model, evaluated, gradient)
         losses.append(loss.view(at_once, -1).sum(0))
         if gradient is not None and model is not None and with_error:
-            errors.append(_relative_error(*gradient, noise(model, partition, per_pair, visited)))
+            errors.append(_relative_error(*gradient, noise(model, partition, per_pair, evaluated)))
     total = torch.stack(losses).sum(0) * weight
     if scale is not None:
         scale *= weight

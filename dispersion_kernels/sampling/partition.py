@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dispersion_kernels.backends.cpu import row_stride
-from dispersion_kernels.numerics import wide_dtype
+from dispersion_kernels.numerics import statistics_dtype
 from dispersion_kernels.segments import on_device, order_of, segment_of_token
 
 # Smallest size of a block, in tokens: the sweep of a smaller block costs as much.
@@ -35,9 +35,9 @@ class Partition:
     sequence: Tensor
     """``[U]``: sequence of each population."""
     blocks: Tensor
-    """``[U]``: number of blocks of each population; 1 where no pair is visited."""
+    """``[U]``: number of blocks of each population; 1 where no pair is evaluated."""
     inverse_probability: Tensor
-    """``[U]`` in :func:`wide_dtype`: 1 / p for the probability p that a pair is visited; 0 where no pair is."""
+    """``[U]`` in :func:`statistics_dtype`: 1 / p for the probability p that a pair is evaluated; 0 where no pair is."""
     bounds: Tensor
     """``[K + 1]``: bounds of the blocks."""
     population: Tensor
@@ -47,7 +47,7 @@ class Partition:
     same_size: bool
     """Whether all blocks have equally many tokens, and all populations equally many blocks."""
     pairs: Tensor
-    """``[S]`` int64: ordered pairs of each sequence, visited or not."""
+    """``[S]`` int64: ordered pairs of each sequence, evaluated or not."""
     with_pairs: int | Tensor
     """Number of sequences that have a pair."""
 
@@ -60,7 +60,7 @@ class Partition:
 @dataclass(frozen=True)
 class Rows:
     """Blocks that are a proper part of their population, as R rows of ``size`` tokens. A population of one block has
-    all pairs visited, and needs no model."""
+    all pairs evaluated, and needs no model."""
 
     shape: tuple[int, int]
     """(R, size)."""
@@ -113,14 +113,14 @@ def block_tokens(fraction: float, length: int) -> int:
     return max(_SMALLEST_BLOCK, math.ceil(fraction * length))
 
 
-def _whole_sequences(sequences: int, length: int, blocks: int, visited: bool, device: torch.device) -> Partition:
+def _whole_sequences(sequences: int, length: int, blocks: int, evaluated: bool, device: torch.device) -> Partition:
     """Partition whose populations are the sequences and whose blocks have equal size, with ``order`` still None."""
     sequence = torch.arange(sequences, device=device)
     populations = torch.arange(sequences + 1, device=device) * length
     found = _cut(populations, sequence, sequences, torch.full_like(sequence, blocks), sequences * blocks)
     return replace(
         found,
-        inverse_probability=found.inverse_probability * visited,
+        inverse_probability=found.inverse_probability * evaluated,
         size=length // blocks,
         same_size=True,
         with_pairs=sequences if length > 1 else 0,
@@ -176,14 +176,14 @@ def _cut(populations: Tensor, sequence: Tensor, sequences: int, blocks: Tensor, 
     per_population = tokens * (tokens - 1)
     pairs = per_population.new_zeros(sequences).index_add_(0, sequence, per_population)
     least, larger = tokens // pieces, tokens % pieces
-    visited = larger * (least + 1) * least + (blocks - larger) * least * (least - 1)
+    evaluated = larger * (least + 1) * least + (blocks - larger) * least * (least - 1)
     return Partition(
         order=None,
         left_out=None,
         populations=populations,
         sequence=sequence,
         blocks=blocks,
-        inverse_probability=per_population / visited.clamp(min=1).to(wide_dtype(blocks.device)),
+        inverse_probability=per_population / evaluated.clamp(min=1).to(statistics_dtype(blocks.device)),
         bounds=torch.cat([begins, populations[-1:]]),
         population=population,
         size=0,
@@ -194,7 +194,7 @@ def _cut(populations: Tensor, sequence: Tensor, sequences: int, blocks: Tensor, 
 
 
 def rows_of(partition: Partition) -> Rows:
-    """Rows of a partition whose pairs are visited, or whose populations are whole sequences."""
+    """Rows of a partition whose pairs are evaluated, or whose populations are whole sequences."""
     count, blocks = partition.populations.numel() - 1, partition.blocks[partition.population]
     total, sequences, size = blocks.numel(), partition.pairs.numel(), partition.size
     block = torch.arange(total, device=blocks.device)

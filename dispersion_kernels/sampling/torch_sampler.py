@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from dispersion_kernels.backends import Run
-from dispersion_kernels.numerics import wide_dtype
+from dispersion_kernels.backends.interface import Run
+from dispersion_kernels.numerics import statistics_dtype
 from dispersion_kernels.potentials import Potential
 from dispersion_kernels.sampling.control_variate import Fit, Transformed, corrected_losses, transformed
 from dispersion_kernels.sampling.partition import Partition, Rows, rows_of, select, sum_of_runs
@@ -22,7 +22,7 @@ def sample(
     partition: Partition,
     potential: Potential,
     fit: Fit | None,
-    visited: bool,
+    evaluated: bool,
     gradient: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """Loss of each sequence of tokens ``[B, L, F]``, and ``per_pair``, both ``[S]``, as in :func:`corrected_losses`.
@@ -41,12 +41,12 @@ def sample(
     missed = model = None
     if rows is not None and read is not None and fit is not None:
         missed, model = _model(read, partition, rows, fit, grad is not None)
-    if not visited:
+    if not evaluated:
         assert fit is not None
         assert read is not None
         nonfinite = read.nonfinite.view(z.shape[:2]).any(1)
         mean = fit.mean_psi.expand(z.shape[0]).masked_fill(nonfinite, math.nan)
-        losses, per_pair = corrected_losses(partition, potential, mean, missed, fit, visited)
+        losses, per_pair = corrected_losses(partition, potential, mean, missed, fit, evaluated)
         if grad is not None and model is not None:
             torch.mul(model, (read.inverse * per_pair.to(model.dtype).repeat_interleave(z.shape[1]))[:, None], out=grad)
         return losses, per_pair
@@ -58,7 +58,7 @@ def sample(
     weight = met * (met - 1) * partition.inverse_probability[partition.population] / pairs
     bounds = torch.searchsorted(sequence, torch.arange(partition.pairs.numel() + 1, device=sequence.device))
     mean = sum_of_runs(weight * means, bounds)
-    losses, per_pair = corrected_losses(partition, potential, mean, missed, fit, visited)
+    losses, per_pair = corrected_losses(partition, potential, mean, missed, fit, evaluated)
     if grad is None or order is None or grads is None or scale is None:
         return losses, per_pair
     # Weight of the gradient of a block's loss in the gradient of its sequence's loss.
@@ -79,8 +79,8 @@ def sample(
 def _block_means(
     run: Run, tokens: Tensor, partition: Partition, potential: Potential, with_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Mean ``[K]`` of psi over the pairs of each block, in :func:`wide_dtype`; and the two factors of the gradient of
-    the blocks' losses, for the tokens in the order of the partition (None without ``with_grad``)."""
+    """Mean ``[K]`` of psi over the pairs of each block, in :func:`statistics_dtype`; and both factors of the gradient
+    of the blocks' losses, for the tokens in the order of the partition (None without ``with_grad``)."""
     if partition.same_size:
         blocks = tokens.view(-1, partition.size, tokens.shape[1])
         losses, (grad,), scale = run([blocks], None, None, potential, "none", [with_grad])
@@ -90,7 +90,7 @@ def _block_means(
         bounds = torch.nn.functional.pad(partition.bounds, (0, 1), value=tokens.shape[0])
         losses, (grad,), scale = run([tokens.unsqueeze(0)], pair_ids, bounds, potential, "none", [with_grad])
         losses = losses[:-1]
-    means = losses.to(wide_dtype(losses.device))
+    means = losses.to(statistics_dtype(losses.device))
     if potential.reduction == "log_mean":
         means = (means - potential.loss_offset).exp()
     return means, grad, scale
@@ -100,8 +100,8 @@ def _model(
     read: Transformed, partition: Partition, rows: Rows, fit: Fit, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Differences ``[S]`` and ``[N, F]`` between sums over all pairs of modelled populations and 1/p times the sums
-    over the visited pairs: of c, and of ``h_ij x_j`` over j. The latter, None without ``with_grad``, is passed through
-    the derivative of the row transform without its factor x / z."""
+    over the evaluated pairs: of c, and of ``h_ij x_j`` over j. The latter, None without ``with_grad``, is passed
+    through the derivative of the row transform without its factor x / z."""
     assert fit.b is not None
     x, phi = _rows(read.x, rows), _rows(fit.features(read.x), rows)
     population = partition.population[rows.block]

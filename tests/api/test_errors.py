@@ -20,11 +20,10 @@ from dispersion_kernels import (
     Potential,
     SampledTokens,
     Uniformity,
-    backends,
     fused_dispersion_loss,
     supported,
 )
-from dispersion_kernels.backends import cpu
+from dispersion_kernels.backends import cpu, registry
 
 Z = torch.randn(2, 6, 8)
 PACKED = torch.randn(10, 8)
@@ -184,13 +183,13 @@ def test_an_explicit_request_never_falls_back() -> None:
 def test_without_the_native_library_auto_is_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = fused_dispersion_loss(Z, impl="torch")
     monkeypatch.setattr(cpu, "unavailable_reason", lambda: "no C++ compiler was found at install")
-    backends._warn_that_there_is_no_kernel.cache_clear()
+    registry._warn_that_there_is_no_kernel.cache_clear()
     with pytest.warns(UserWarning, match="plain PyTorch.*no C\\+\\+ compiler was found at install"):
         assert torch.equal(fused_dispersion_loss(Z), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it warns once
         assert torch.equal(fused_dispersion_loss(Z), expected)
-        assert backends.choose("auto", Z, AngularSpread()) == "torch"
+        assert registry.choose("auto", Z, AngularSpread()) == "torch"
     assert supported("cpu", Z).reason == "no C++ compiler was found at install"
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler was found at install"):
         fused_dispersion_loss(Z, impl="cpu")

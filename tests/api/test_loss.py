@@ -523,8 +523,8 @@ def test_batched_upstream_gradients(impl: str) -> None:
     skip_unless_supported(impl, z)
     losses = fused_dispersion_loss(z, reduction="none", impl=impl)
     (rows,) = torch.autograd.grad(losses, z, torch.eye(3), retain_graph=True, is_grads_batched=True)
-    for of_row, upstream in zip(rows, torch.eye(3), strict=True):
-        torch.testing.assert_close(of_row, torch.autograd.grad(losses, z, upstream, retain_graph=True)[0])
+    for row_gradient, upstream in zip(rows, torch.eye(3), strict=True):
+        torch.testing.assert_close(row_gradient, torch.autograd.grad(losses, z, upstream, retain_graph=True)[0])
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -162,16 +162,16 @@ CASES: dict[str, tuple[Callable[[], Potential], Callable[[Tensor], Tensor]]] = {
     "another of its name": (lambda: closure(5.0)(), mean_of(lambda c: 5 * c)),
     "a notebook's cell": (lambda: cell(2.0), mean_of(lambda c: 2 * c)),
     "that cell once more": (lambda: cell(4.0), mean_of(lambda c: 4 * c)),
-    "of a built-in": (Doubled, lambda z: 2 * of_built_in(z, Orthogonalization())),
+    "of a built-in": (Doubled, lambda z: 2 * built_in_loss(z, Orthogonalization())),
     "of a built-in, with a field": (
         lambda: Scaled(tau=0.5, factor=2.0, eps=0.0),
-        lambda z: of_built_in(z, AngularSpread(tau=0.25, eps=0.0)),
+        lambda z: built_in_loss(z, AngularSpread(tau=0.25, eps=0.0)),
     ),
-    "of a built-in, nothing changed": (Renamed, lambda z: of_built_in(z, Uniformity())),
+    "of a built-in, nothing changed": (Renamed, lambda z: built_in_loss(z, Uniformity())),
 }
 
 
-def of_built_in(z: Tensor, potential: Potential) -> Tensor:
+def built_in_loss(z: Tensor, potential: Potential) -> Tensor:
     return fused_dispersion_loss(z, potential, reduction="none", impl="reference")
 
 

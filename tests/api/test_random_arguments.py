@@ -100,14 +100,14 @@ def wrong_answer(seed: int) -> str | None:
     answer = exact._replace(loss=loss.detach(), grad=tokens.grad)
     if not loss.numel():
         return None
-    of_loss, of_grad = relative_errors(answer, exact)
+    loss_error, grad_error = relative_errors(answer, exact)
     if exact.grad.abs().max() < 1e-6:  # of rounding alone
-        of_grad = 0.0 if tokens.grad.abs().max() < 1e-4 else math.inf
+        grad_error = 0.0 if tokens.grad.abs().max() < 1e-4 else math.inf
     rounding = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2**-8}[z.dtype]
     return (
         None
-        if of_loss <= rounding and of_grad <= rounding * 10
-        else f"loss off by {of_loss:.1e}, gradient {of_grad:.1e}"
+        if loss_error <= rounding and grad_error <= rounding * 10
+        else f"loss off by {loss_error:.1e}, gradient {grad_error:.1e}"
     )
 
 

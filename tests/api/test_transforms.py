@@ -42,8 +42,8 @@ def test_reverse_mode(recompute: bool) -> None:
     value, pull = vjp(loss, z)
     close(value, exact(z))
     close(pull(torch.tensor(2.0, dtype=z.dtype))[0], 2 * expected)
-    of_each = loss_of(recompute=recompute, reduction="none")
-    close(jacrev(of_each)(z), jacrev(loss_of(impl="reference", reduction="none"))(z))
+    losses = loss_of(recompute=recompute, reduction="none")
+    close(jacrev(losses)(z), jacrev(loss_of(impl="reference", reduction="none"))(z))
     with torch.no_grad():
         close(grad(loss)(z), expected)
 

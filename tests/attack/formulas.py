@@ -49,14 +49,14 @@ def sequence(z: Tensor, potential: Potential, pair_ids: Tensor | None, dtype: to
         return Exact(0.0, grad, 0.0, bound, True)
     ids = torch.zeros(len(tokens)) if pair_ids is None else pair_ids[taking_part]
     pairs = (ids[:, None] == ids) & ~torch.eye(len(tokens), dtype=torch.bool)
-    loss, of_tokens, weights_bound, in_range = _pairs(tokens, potential, pairs, dtype, None)
+    loss, token_grad, weights_bound, in_range = _pairs(tokens, potential, pairs, dtype, None)
     loss_bound, grad_bound = 0.0, weights_bound
     for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
         other_loss, other, other_bound, _ = _pairs(tokens, potential, pairs, dtype, generator)
         loss_bound = max(loss_bound, abs(other_loss - loss))
-        grad_bound = torch.maximum(grad_bound, other_bound + (other - of_tokens).abs().amax(1))
-    grad[taking_part], bound[taking_part] = of_tokens, grad_bound
+        grad_bound = torch.maximum(grad_bound, other_bound + (other - token_grad).abs().amax(1))
+    grad[taking_part], bound[taking_part] = token_grad, grad_bound
     return Exact(loss, grad, loss_bound, bound, in_range)
 
 
@@ -80,8 +80,8 @@ def _pairs(
             noise = (noise + noise.T) * (squares[:, None] + squares)
         squared = (squared + noise).clamp(min=0).fill_diagonal_(0).requires_grad_()
         loss = _of_distances(squared, potential, pairs, z.shape[1], rounding)
-        (of_squared,) = torch.autograd.grad(loss, squared)
-        both = of_squared + of_squared.T
+        (slopes,) = torch.autograd.grad(loss, squared)
+        both = slopes + slopes.T
         difference = (both.sum(1, keepdim=True) * x - both @ x) * 2 * largest
         moved = both.abs()
         if isinstance(potential, PerplexityEntropy):
@@ -116,8 +116,8 @@ def _pairs(
         c = c + (noise + noise.T) * (lengths + lengths.T)
     c.requires_grad_()
     loss = _of_cosines(c, potential, pairs, dtype, rounding, (norm > 0).squeeze(1))
-    (of_c,) = torch.autograd.grad(loss, c)
-    both = of_c + of_c.T
+    (slopes,) = torch.autograd.grad(loss, c)
+    both = slopes + slopes.T
     u = both @ x
     direction = torch.where(norm > 0, y / torch.where(norm > 0, norm, 1.0), 0.0)
     ratio = torch.where(divisor > 0, norm * inverse, 0.0)

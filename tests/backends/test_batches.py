@@ -34,11 +34,11 @@ def test_every_run_of_two_is_in_one_batch(documents: bool, few: int, monkeypatch
         gathered = part.gathered(z)
         rows, size = part.shape
         there = torch.ones(rows, size, dtype=torch.bool) if part.pair_ids is None else part.pair_ids == 0
-        for row, of_row in zip(gathered, there, strict=True):
-            seen[int(of_row.sum())] += 1
+        for row, is_token in zip(gathered, there, strict=True):
+            seen[int(is_token.sum())] += 1
             if documents:
-                (id_of_row,) = {int(ids[(z == token).all(1)]) for token in row[of_row]}
-                assert torch.equal(row[of_row], z[ids == id_of_row])
+                (id_of_row,) = {int(ids[(z == token).all(1)]) for token in row[is_token]}
+                assert torch.equal(row[is_token], z[ids == id_of_row])
         assert part.pair_ids is None or rows * size**2 <= few
         part.scatter(gathered, out)
     assert seen == Counter(length for length in LENGTHS if length > 1)
@@ -66,11 +66,11 @@ def test_lengths_that_differ(potential: Potential, few: int, monkeypatch: pytest
         (z[0], upstream, {"cu_seqlens": bounds(LENGTHS)}),
         (z[0], upstream, {"cu_seqlens": bounds(LENGTHS), "mask": mask}),
     ]
-    for case, of_losses, options in cases:
-        answer = evaluate(case, potential, of_losses, impl="torch", **options)
-        exact = oracle(case, potential, of_losses, **options)
+    for case, reduction, options in cases:
+        answer = evaluate(case, potential, reduction, impl="torch", **options)
+        exact = oracle(case, potential, reduction, **options)
         assert_as_accurate_as_naive(case, potential, answer, exact, **options)
-        again = evaluate(case, potential, of_losses, impl="torch", **options)
+        again = evaluate(case, potential, reduction, impl="torch", **options)
         assert torch.equal(answer.grad, again.grad)
         assert torch.equal(answer.loss, again.loss)
 

@@ -37,8 +37,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dispersion_kernels import AngularSpread, Decorrelation, DispersiveL2, L2Repel, Potential, SampledPairs, Uniformity
-from dispersion_kernels.backends import Losses, cuda
+from dispersion_kernels.backends import cuda
 from dispersion_kernels.backends.gpu import launch
+from dispersion_kernels.backends.interface import Losses
 from dispersion_kernels.backends.torch_tiled import sweep
 from dispersion_kernels.options import check_options
 from dispersion_kernels.sampling.estimate import draw, estimate
@@ -278,7 +279,7 @@ def dispersion(
     pair_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     with_grad: bool = True,
-) -> launch.Losses:
+) -> launch.SequenceLosses:
     name, arch = backend.split("-")
     with KERNELS[name](layers[0], arch) as kernels:
         return launch.dispersion(layers, potential, pair_ids, cu_seqlens, with_grad, kernels)
@@ -302,7 +303,7 @@ def tokens(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 BACKENDS = ["triton-sm_80", "triton-sm_90", "cuda-sm_80", "cuda-sm_90a"]
-# sm_90a has the resident kernels of sm_80, which test_every_dtype and others run: it is left out of every potential.
+# sm_90a has sm_80's kernels of one slice, which test_every_dtype and others run: it is left out of every potential.
 STRATEGIES = [
     pytest.param(backend, features, id=f"{name}-{backend}")
     for backend in BACKENDS
@@ -314,7 +315,7 @@ STRATEGIES = [
 @pytest.mark.parametrize(("backend", "features"), STRATEGIES)
 @pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS.keys())
 def test_every_potential(potential: Potential, features: int, backend: str) -> None:
-    """More than one tile of tokens, and the last ones ragged: the tiles have 64 (resident) and 128 (swept)."""
+    """More than one tile of tokens, and the last ones ragged: of 64 (one slice of features) and 128 (several)."""
     z = tokens(1, 67 if features < 128 else 133, features)
     answer = evaluate(z, potential, backend)
     assert_as_accurate_as_naive(z, potential, answer, oracle(z, potential))
@@ -399,7 +400,7 @@ def test_a_maximum_first_and_the_wide_band(potential: Potential, backend: str) -
 
 
 @pytest.mark.parametrize(
-    ("backend", "features"), [("triton-sm_80", 36), ("cuda-sm_80", 200)], ids=["resident-triton", "swept-cuda"]
+    ("backend", "features"), [("triton-sm_80", 36), ("cuda-sm_80", 200)], ids=["one-slice-triton", "slices-cuda"]
 )
 def test_slopes_of_fp16_at_their_largest(backend: str, features: int) -> None:
     """Of equal tokens, whose slope with clamp = 0 is held at what fp32 resolves: as in fp32."""

@@ -91,10 +91,10 @@ def test_ranges_of_tiles(kind: str) -> None:
         pair_ids = pair_ids[:, torch.randperm(1000)]
     got = launch._tile_ranges(pair_ids, 64, 32)
     for b in range(2):
-        of_j = [set(tile[tile >= 0].tolist()) for tile in pair_ids[b].split(32)]
+        tile_ids = [set(tile[tile >= 0].tolist()) for tile in pair_ids[b].split(32)]
         for tile, (first, end) in zip(pair_ids[b].split(64), got[b].tolist(), strict=True):
             own = set(tile[tile >= 0].tolist())
-            meets = [j for j, other in enumerate(of_j) if own & other]
+            meets = [j for j, other in enumerate(tile_ids) if own & other]
             assert set(meets) <= set(range(first, end))
             if kind == "packed":
                 assert meets == list(range(first, end))

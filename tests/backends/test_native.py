@@ -431,16 +431,16 @@ def test_scaled_is_rounded_once(dtype: torch.dtype, isa: str) -> None:
         scale_of = scale[:, : grad_of.shape[1]].contiguous()
         rows = factors.repeat_interleave(scale_of[0].numel() // factors.numel()).view(scale_of.shape[1:])
         expected = (grad_of * (scale_of * rows).unsqueeze(3)).to(dtype)
-        given = [of_layer.contiguous() for of_layer in grad_of]
-        before = [of_layer.clone() for of_layer in given]
+        given = [layer_grad.contiguous() for layer_grad in grad_of]
+        before = [layer_grad.clone() for layer_grad in given]
         scaled = cpu.scaled(given, scale_of, factors, dtype)
         torch.testing.assert_close(scaled, list(expected), rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(given, before, rtol=0, atol=0, equal_nan=True)
-        without, of_second = cpu.scaled([None, given[1]], scale_of, factors, dtype, in_place=True)
+        without, second = cpu.scaled([None, given[1]], scale_of, factors, dtype, in_place=True)
         assert without is None
-        assert of_second is not None
-        torch.testing.assert_close(of_second, expected[1], rtol=0, atol=0, equal_nan=True)
-        assert (of_second.data_ptr() == given[1].data_ptr()) == (dtype == torch.float32 or not of_second.numel())
+        assert second is not None
+        torch.testing.assert_close(second, expected[1], rtol=0, atol=0, equal_nan=True)
+        assert (second.data_ptr() == given[1].data_ptr()) == (dtype == torch.float32 or not second.numel())
 
 
 def test_nothing_to_scale() -> None:

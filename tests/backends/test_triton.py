@@ -55,7 +55,7 @@ OTHER_FILES = ("test_numerics.py", "test_edge_cases.py", "test_published.py")
 needs_triton = pytest.mark.skipif(not TRITON, reason="Triton is not installed")
 
 # One token, one pair, around the tiles of 32 tokens that the interpreter uses, and F that no tile divides; F above
-# 128 (64 in fp32) is swept, and below it resident.
+# 128 (64 in fp32) takes several slices of the features, and below it one.
 SHAPES = [(2, 1, 20), (3, 2, 64), (2, 3, 2), (1, 31, 150), (2, 33, 100), (1, 97, 64), (2, 70, 150)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -38,8 +38,8 @@ def parts(z: torch.Tensor, texts: Texts) -> list[tuple[Array, Array]]:
 def assert_are(found: PairSums, expected: list[tuple[Array, Array]], error: float) -> None:
     """Counts and sums, where a cosine is in error by at most ``error`` and may fall into the bin beside its own."""
     assert found.counts.shape == (len(expected), 2, BINS)
-    for counts, sums, of_text in zip(found.counts.numpy(), found.sums.numpy(), expected, strict=True):
-        for part, values in enumerate(of_text):
+    for counts, sums, text_values in zip(found.counts.numpy(), found.sums.numpy(), expected, strict=True):
+        for part, values in enumerate(text_values):
             assert counts[part].sum() == len(values)
             below = np.concatenate([[0], np.cumsum(counts[part])])
             assert (below[1:-1] >= [(values < edge - error).sum() for edge in EDGES[1:-1]]).all()

@@ -17,15 +17,15 @@ def condensation_of(
 ) -> Condensation:
     """Measurement of one layer for each array ``[texts, pairs]``, the embedding first."""
     layers = []
-    for number, of_layer in enumerate(cosines):
-        means = of_layer.mean(1)
-        counts, _ = np.histogram(of_layer, BINS, (-1, 1))
+    for number, layer_cosines in enumerate(cosines):
+        means = layer_cosines.mean(1)
+        counts, _ = np.histogram(layer_cosines, BINS, (-1, 1))
         statistics = CosineStatistics(
-            pairs=of_layer.size,
+            pairs=layer_cosines.size,
             mean=float(means.mean()),
             interval=(float(means.min()), float(means.max())),
-            standard_deviation=float(of_layer.std()),
-            quantiles=tuple(np.quantile(of_layer, (0.05, 0.25, 0.5, 0.75, 0.95)).tolist()),
+            standard_deviation=float(layer_cosines.std()),
+            quantiles=tuple(np.quantile(layer_cosines, (0.05, 0.25, 0.5, 0.75, 0.95)).tolist()),
             histogram=tuple(counts.tolist()),
             text_means=tuple(means.tolist()),
         )

@@ -31,12 +31,12 @@ def by_hand(model: GPT2, texts: list[Tensor]) -> list[float]:
     model = copy.deepcopy(model).eval()
     means = []
     for ids in texts:
-        of_text = []
+        text_means = []
         for z in model(ids[None], return_hidden=True).hidden:
             x = z[0].detach().double().numpy()
             x = x / np.linalg.norm(x, axis=1, keepdims=True)
-            of_text.append((x @ x.T)[np.triu_indices(len(x), 1)].mean())
-        means.append(of_text)
+            text_means.append((x @ x.T)[np.triu_indices(len(x), 1)].mean())
+        means.append(text_means)
     return np.mean(means, 0).tolist()  # type: ignore[no-any-return]
 
 

@@ -136,9 +136,9 @@ def test_measurements_are_curves_with_intervals(tmp_path: Path, figures: list[An
         assert list(line.get_xdata()) == [0, 1, 2, 3]
         np.testing.assert_allclose(line.get_ydata(), means.mean(1))
         corners = band.get_paths()[0].vertices
-        for layer, of_layer in enumerate(means):
+        for layer, layer_means in enumerate(means):
             at = corners[corners[:, 0] == layer, 1]
-            np.testing.assert_allclose((at.min(), at.max()), (of_layer.min(), of_layer.max()))
+            np.testing.assert_allclose((at.min(), at.max()), (layer_means.min(), layer_means.max()))
     colours = [line.get_color() for line in axes.lines]
     assert colours[0] == colours[1] != colours[2]
     assert [line.get_linestyle() for line in axes.lines] == ["-", "--", "-"]

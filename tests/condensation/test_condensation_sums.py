@@ -173,8 +173,8 @@ def test_statistics_of_a_layer_over_several_calls() -> None:
     assert found.mean == pytest.approx(np.mean(found.text_means), abs=1e-12)
     assert found.standard_deviation == pytest.approx(everything.std(), abs=1e-12)
     assert found.quantiles == pytest.approx(np.quantile(everything, QUANTILES), abs=2 / BINS)
-    assert content.text_means == pytest.approx([of_content.mean() for _, of_content in values], abs=1e-12)
-    assert sum(content.histogram) == content.pairs == sum(len(of_content) for _, of_content in values)
+    assert content.text_means == pytest.approx([content_values.mean() for _, content_values in values], abs=1e-12)
+    assert sum(content.histogram) == content.pairs == sum(len(content_values) for _, content_values in values)
 
     tokens = z[torch.cat([torch.arange(1, 100), torch.arange(103, 200)])].numpy()
     eigenvalues = np.linalg.eigvalsh(np.cov(tokens.T, bias=True))

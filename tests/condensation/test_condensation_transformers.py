@@ -65,8 +65,8 @@ def test_layers_are_those_of_hidden_states_but_for_the_final_norm(kind: str) -> 
     ids = [torch.tensor([tokenizer(text)]) for text in TEXTS if text]
     states = [hidden_states(model, input_ids=i) for i in ids]
     measured = means(found)
-    for layer, of_layer in zip([*measured[:3], measured[4]], expected(states), strict=True):
-        assert layer == of_layer
+    for layer, expected_layer in zip([*measured[:3], measured[4]], expected(states), strict=True):
+        assert layer == expected_layer
 
 
 def test_the_last_block_is_before_the_norm() -> None:
@@ -90,8 +90,8 @@ def test_an_encoder_decoder_says_which_stack_was_measured(stack: str | None, nam
         assert found.options["stack"] == name
         ids = [torch.tensor([tokenizer(text)]) for text in TEXTS if text]
         states = [hidden_states(model, key, input_ids=i, decoder_input_ids=i)[:-1] for i in ids]
-        for layer, of_layer in zip(means(found), expected(states), strict=False):
-            assert layer == of_layer
+        for layer, expected_layer in zip(means(found), expected(states), strict=False):
+            assert layer == expected_layer
 
 
 def test_blocks_that_share_weights_are_refused() -> None:

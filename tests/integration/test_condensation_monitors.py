@@ -50,12 +50,12 @@ def by_hand(model: nn.Module, texts: list[Tensor]) -> list[float]:
     for ids in texts:
         with torch.no_grad():
             hidden = model(input_ids=ids[None], output_hidden_states=True).hidden_states
-        of_text = []
+        text_means = []
         for z in hidden[1:-1]:
             x = z[0].double().numpy()
             x = x / np.linalg.norm(x, axis=1, keepdims=True)
-            of_text.append((x @ x.T)[np.triu_indices(len(x), 1)].mean())
-        means.append(of_text)
+            text_means.append((x @ x.T)[np.triu_indices(len(x), 1)].mean())
+        means.append(text_means)
     model.train(training)
     return np.mean(means, 0).tolist()  # type: ignore[no-any-return]
 

@@ -114,7 +114,7 @@ def test_16_bit_tokens(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("control_variate", ["none", "low_rank"])
 @pytest.mark.parametrize("case", ["mask", "documents", "packed"])
 def test_populations(isa: str, case: str, control_variate: ControlVariate, sampled_here: list[bool]) -> None:
-    """Tokens that are left out, populations that are visited whole, and empty ones."""
+    """Tokens that are left out, populations that are evaluated whole, and empty ones."""
     z = tokens(3, 300, 24)
     options: dict[str, Any] = {
         "mask": {"mask": torch.rand(3, 300) < 0.8},
@@ -153,7 +153,7 @@ def test_exponents_that_need_a_running_maximum(rate: float) -> None:
     """What is said to be for the kernel it takes."""
     for potential in (Uniformity(t=2 * rate), AngularSpread(tau=0.5 / (rate * 4), clamp=0.0)):
         z = tokens(1, 320, 24)
-        if cpu_sampler.takes(potential, SampledPairs(0.1), z, None):
+        if cpu_sampler.sampler(potential, SampledPairs(0.1), z, None):
             fused_dispersion_loss(z, potential, sampling=0.1, impl="cpu")
         else:
             assert rate > 9.85

@@ -22,7 +22,7 @@ from dispersion_kernels import (
     Uniformity,
     fused_dispersion_loss,
 )
-from dispersion_kernels.backends import Losses
+from dispersion_kernels.backends.interface import Losses
 from dispersion_kernels.backends.torch_tiled import sweep
 from dispersion_kernels.operators import dispersion_loss
 from dispersion_kernels.options import check_options
@@ -76,7 +76,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def cases(copies: int = 1) -> dict[str, dict[str, Any]]:
-    """Fifty tokens: in equal blocks, in unequal ones, and in units of their own of which some are visited whole."""
+    """Fifty tokens: in equal blocks, in unequal ones, and in units of their own of which some are evaluated whole."""
     ids = torch.tensor([0] * 35 + [1] * 8 + [2] * 4 + [-1] * 3)[torch.randperm(50)]
     bounds = torch.tensor([40, 40, 48, 50]) + 50 * torch.arange(copies).unsqueeze(1)
     return {
@@ -110,7 +110,7 @@ def test_unbiased(case: str, control_variate: ControlVariate, monkeypatch: pytes
     exact = oracle(z, potential, **options)
     drawn = evaluate(z, potential, sampling=SampledPairs(0.2, control_variate), impl="torch", **options)
     if case == "packed":
-        # Of the four sequences of a copy the first is estimated, and the others are visited whole.
+        # Of the four sequences of a copy the first is estimated, and the others are evaluated whole.
         torch.testing.assert_close(drawn.loss.view(copies, 4)[:, 1:], exact.loss.view(copies, 4)[:, 1:])
         exact, drawn = (Answer(answer.loss[::4], answer.grad.view(copies, 50, -1)[:, :40]) for answer in (exact, drawn))
     if potential.reduction == "log_mean":
@@ -119,11 +119,11 @@ def test_unbiased(case: str, control_variate: ControlVariate, monkeypatch: pytes
             Answer(answer.loss.exp(), answer.grad * answer.loss.exp().view(-1, 1, 1)) for answer in (exact, drawn)
         )
     for expected, values in ((exact.loss[0], drawn.loss), (exact.grad[0], drawn.grad)):
-        of_mean = values.var(0).sum() / copies
+        mean_variance = values.var(0).sum() / copies
         error = (values.mean(0) - expected).square().sum()
-        assert of_mean > 0
+        assert mean_variance > 0
         # A single square may be nine times its mean; a sum of many hardly differs from it.
-        assert error <= (9 if expected.dim() == 0 else 1.6) * of_mean
+        assert error <= (9 if expected.dim() == 0 else 1.6) * mean_variance
 
 
 def test_the_control_variates_help() -> None:
@@ -171,7 +171,7 @@ def test_full_rank_sees_what_16_directions_do_not() -> None:
 @pytest.mark.parametrize("pairs", [0.2, 0.5])
 @pytest.mark.parametrize("case", ["equal", "ragged"])
 def test_full_rank_of_a_line(case: str, pairs: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It misses nothing of the slope, and so the gradient is exact, whichever pairs are visited: in blocks of fewer
+    """It misses nothing of the slope, and so the gradient is exact, whichever pairs are evaluated: in blocks of fewer
     tokens than features, and of more."""
     monkeypatch.setattr(partition, "_SMALLEST_BLOCK", 8)
     z = tokens(3, 48 if case == "equal" else 50, 20, dtype=torch.float64)
@@ -193,17 +193,17 @@ def test_the_stated_error_is_the_true_one(control_variate: ControlVariate, pairs
 
     true, stated = [], []
     for seed in range(4):
-        of_seed = z.clone().requires_grad_()
+        tokens_of_seed = z.clone().requires_grad_()
         loss, stats = fused_dispersion_loss(
-            of_seed,
+            tokens_of_seed,
             sampling=SampledPairs(pairs, control_variate),
             generator=seeded(seed),
             return_stats=True,
             reduction="sum",
         )
         loss.backward()
-        assert of_seed.grad is not None
-        true.append((tangent(of_seed.grad - exact.grad).norm() / tangent(exact.grad).norm()).item())
+        assert tokens_of_seed.grad is not None
+        true.append((tangent(tokens_of_seed.grad - exact.grad).norm() / tangent(exact.grad).norm()).item())
         stated.append(stats.relative_error.item())
     ratio = sum(stated) / sum(true)
     print(f"{control_variate}, pairs={pairs:g}: true {sum(true) / 4:.4f}, stated {sum(stated) / 4:.4f}")
@@ -321,7 +321,7 @@ def test_all_pairs_where_sampling_saves_nothing() -> None:
     assert torch.equal(answer.loss, exact.loss)
     assert torch.equal(answer.grad, exact.grad)
     evaluate(z, "angular_spread", sampling=SampledPairs(0.95, "none"))
-    # Documents no longer than a block have all their pairs visited, whatever their number.
+    # Documents no longer than a block have all their pairs evaluated, whatever their number.
     ids = torch.arange(400).view(1, 400) // 15
     z = tokens(1, 400, 16)
     answer = evaluate(z, "angular_spread", document_ids=ids, sampling=SampledPairs(1 / 16))

@@ -352,8 +352,8 @@ def test_convergence_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     rows = convergence.run(False)
     assert len(rows) == 2 * len(convergence.VARIANTS)
     lines = report.convergence_full([{key: str(value) for key, value in row.items()} for row in rows]).splitlines()
-    of_pairs = next(line for line in lines if line.startswith("| 1/16 of the pairs"))
-    assert "5.5000 ± 0.3536 | 0.2500 ± 0.0000" in of_pairs
+    pairs_line = next(line for line in lines if line.startswith("| 1/16 of the pairs"))
+    assert "5.5000 ± 0.3536 | 0.2500 ± 0.0000" in pairs_line
     for name, options in convergence.VARIANTS.items():
         assert parse_options([*convergence.RECIPE, *options, "--out", str(tmp_path / name.replace("/", "-"))])
 

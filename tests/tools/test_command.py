@@ -60,12 +60,12 @@ def means_by_hand(model: Path, texts: list[str], length: int) -> list[float]:
         with torch.no_grad():
             embedding = gpt2.wte(ids) + gpt2.wpe.weight[: ids.shape[1]]
             hidden = [embedding, *gpt2(ids, return_hidden=True).hidden]
-        of_text = []
+        text_means = []
         for z in hidden:
             x = z[0].double().numpy()
             x = x / np.linalg.norm(x, axis=1, keepdims=True)
-            of_text.append((x @ x.T)[np.triu_indices(len(x), 1)].mean())
-        means.append(of_text)
+            text_means.append((x @ x.T)[np.triu_indices(len(x), 1)].mean())
+        means.append(text_means)
     return np.mean(means, 0).tolist()
 
 

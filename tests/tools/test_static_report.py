@@ -259,8 +259,8 @@ def test_kernels_of_the_extension() -> None:
     assert not set().union(*(row.unknown for row in rows.values()))
     wgmma = "_wgmma" if arch == "sm_90a" else ""
     for element, parts in (("bf16", 1), ("fp16", 1), ("tf32", 1), ("tf32x3", 3)):
-        of_hopper = wgmma if parts == 1 and element != "tf32" else ""
-        row = rows[f"dk_pair_tiles_{element}_angular_spread_narrow_write{of_hopper}, F=768"]
+        hopper_suffix = wgmma if parts == 1 and element != "tf32" else ""
+        row = rows[f"dk_pair_tiles_{element}_angular_spread_narrow_write{hopper_suffix}, F=768"]
         assert row.counted_flops == parts * row.variant.tensor_flops
         # An exponential and a root of every pair, with the masks of the last tiles and without, and indices.
         pairs = row.variant.tile[0] * row.variant.tile[1]
@@ -348,9 +348,9 @@ def test_summary_of_full_reports(
     table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert table[0] == static_report.SUMMARY_COLUMNS.split(" | ")
     kinds = {kind: cells for kind, *cells in table[1:]}
-    number, registers, spilling, shared, of_peak, worst = kinds["Triton: pair tiles"]
+    number, registers, spilling, shared, peak_fraction, worst = kinds["Triton: pair tiles"]
     assert (number, registers, spilling, shared) == ("2", "120", "1", f"{product.shared / 1024:.1f}")
-    lowest, highest = (int(share.rstrip("%")) for share in of_peak.split(" to "))
+    lowest, highest = (int(share.rstrip("%")) for share in peak_fraction.split(" to "))
     assert lowest < highest
     assert worst.startswith(f"pair tiles, loss, F=64: {lowest}% (")
     assert kinds["Triton: row sweep"][:2] == ["1", "30"]

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from dispersion_kernels.backends.gpu.epilogues import Epilogue, epilogue_of
-from dispersion_kernels.numerics import log_mean_loss, mean_loss
+from dispersion_kernels.backends.interface import Losses
+from dispersion_kernels.numerics import log_mean_loss, loss_weight, mean_loss
 from dispersion_kernels.potentials import L2Repel, PerplexityEntropy, Potential
 from dispersion_kernels.segments import on_device, pair_id_counts, segment_of_token, within_segments
 
@@ -227,8 +228,8 @@ class Kernels(Protocol):
     def project(self, inputs: Inputs, weight_sums: Tensor | None, gradients: Sequence[Tensor]) -> None: ...
 
 
-class Losses(NamedTuple):
-    """Losses and gradients of all layers."""
+class SequenceLosses(NamedTuple):
+    """SequenceLosses and gradients of all layers."""
 
     loss: Tensor
     """Loss of each sequence, ``[layers, S]`` fp64; 0 without a pair."""
@@ -251,6 +252,25 @@ def fp32_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
+def run(
+    kernels_for: Callable[[Tensor], Kernels],
+    layers: Sequence[Tensor],
+    pair_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    potential: Potential,
+    reduction: str,
+    with_grad: Sequence[bool],
+) -> Losses:
+    """:data:`~dispersion_kernels.backends.interface.Run` of the kernels that ``kernels_for`` makes for tokens."""
+    with torch.cuda.device_of(layers[0]):  # Triton launches on the current device
+        kernels = kernels_for(layers[0])
+        loss, pairs, gradients, scale = dispersion(layers, potential, pair_ids, cu_seqlens, any(with_grad), kernels)
+    weight = loss_weight(len(layers), reduction, (pairs > 0).sum())
+    total = (loss.sum(0) if reduction == "none" else loss.sum()) * weight
+    grads = [gradients[n] if need else None for n, need in enumerate(with_grad)]
+    return total.float(), grads, None if scale is None else scale * weight
+
+
 def dispersion(
     layers: Sequence[Tensor],
     potential: Potential,
@@ -258,7 +278,7 @@ def dispersion(
     cu_seqlens: Tensor | None,
     with_grad: bool,
     kernels: Kernels,
-) -> Losses:
+) -> SequenceLosses:
     """Loss of each sequence of each layer and, if asked, its gradient.
 
     Args:
@@ -327,10 +347,10 @@ def aligned(layers: Sequence[Tensor], alignment: int) -> list[Tensor]:
     return copies
 
 
-def _nothing(layers: Sequence[Tensor], cu_seqlens: Tensor | None, with_grad: bool) -> Losses:
+def _nothing(layers: Sequence[Tensor], cu_seqlens: Tensor | None, with_grad: bool) -> SequenceLosses:
     z = layers[0]
     sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    return Losses(
+    return SequenceLosses(
         torch.zeros(len(layers), sequences, dtype=torch.float64, device=z.device),
         torch.zeros(sequences, dtype=torch.int64, device=z.device),
         [torch.zeros_like(z, dtype=torch.float32) for z in layers] if with_grad else [],
@@ -338,9 +358,9 @@ def _nothing(layers: Sequence[Tensor], cu_seqlens: Tensor | None, with_grad: boo
     )
 
 
-def _join_layers(parts: list[Losses]) -> Losses:
+def _join_layers(parts: list[SequenceLosses]) -> SequenceLosses:
     scales = [part.scale for part in parts if part.scale is not None]
-    return Losses(
+    return SequenceLosses(
         torch.cat([part.loss for part in parts]),
         parts[0].pairs,
         [gradient for part in parts for gradient in part.gradients],
@@ -348,9 +368,9 @@ def _join_layers(parts: list[Losses]) -> Losses:
     )
 
 
-def _join_batches(parts: list[Losses]) -> Losses:
+def _join_batches(parts: list[SequenceLosses]) -> SequenceLosses:
     scales = [part.scale for part in parts if part.scale is not None]
-    return Losses(
+    return SequenceLosses(
         torch.cat([part.loss for part in parts], 1),
         torch.cat([part.pairs for part in parts]),
         [torch.cat(pieces) for pieces in zip(*(part.gradients for part in parts), strict=True)],
@@ -570,7 +590,7 @@ class _Call:
 
     # ---- from the sums to the loss and its gradient
 
-    def finish(self, loss: Tensor, scale: Tensor, with_grad: bool) -> Losses:
+    def finish(self, loss: Tensor, scale: Tensor, with_grad: bool) -> SequenceLosses:
         """Final losses, the gradient through the row transform, and the factor of each token."""
         pairs = self._pairs
         empty = pairs == 0
@@ -584,7 +604,7 @@ class _Call:
         loss = loss.masked_fill(empty, 0.0).view(len(self.layers), -1)
         pairs = pairs[: self.batch].flatten()
         if not with_grad:
-            return Losses(loss, pairs, [], None)
+            return SequenceLosses(loss, pairs, [], None)
         self._project()
         factors = self._paired_token_values(scale)
         if self.epilogue.transform != "none":
@@ -598,7 +618,7 @@ class _Call:
             ):
                 gradient.mul_(factor.unsqueeze(2)).addcmul_(z[:, :, : self.features], square_scale.unsqueeze(2))
             factors = torch.ones_like(factors)
-        return Losses(loss, pairs, self.gradients, factors)
+        return SequenceLosses(loss, pairs, self.gradients, factors)
 
     def _paired_token_values(self, sequence_values: Tensor) -> Tensor:
         """Values of tokens, ``[layers, batch, L]`` fp32, from values of sequences, ``[rows, S]``; 0 for tokens without

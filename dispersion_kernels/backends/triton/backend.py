@@ -154,7 +154,7 @@ class TritonKernels:
             BLOCK_N=shape.block_n,
             BLOCK_K=shape.block_k,
             BLOCK_F=shape.block_f,
-            RESIDENT=shape.resident,
+            SINGLE_SLICE=shape.single_slice,
             EVEN_K=tokens.width % shape.block_k == 0,
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,

@@ -24,14 +24,14 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class RowConfig:
-    """Configuration of ``row_sweep_kernel``. Without ``resident``, ``block_f`` is the width of a slice of the
+    """Configuration of ``row_sweep_kernel``. Without ``single_slice``, ``block_f`` is the width of a slice of the
     gradient."""
 
     block_m: int
     block_n: int
     block_k: int
     block_f: int
-    resident: bool
+    single_slice: bool
     num_warps: int
     num_stages: int
 
@@ -87,10 +87,10 @@ def row_config(
         # registers.
         warps = 8 if precision == "tf32" and gradient else 4
         stages = 1 if amd or (arch == "sm_100" and precision == "tf32x3") else 2
-        resident = width <= 64 and precision != "tf32x3" and (gradient or precision != "tf32")
-        return RowConfig(64, 32, 32, min(width, 64), resident, warps, stages)
+        single_slice = width <= 64 and precision != "tf32x3" and (gradient or precision != "tf32")
+        return RowConfig(64, 32, 32, min(width, 64), single_slice, warps, stages)
     if perplexity:
-        # Not resident: resident tokens leave too few registers for two probabilities per pair.
+        # In slices: the tokens of a single slice leave too few registers for two probabilities per pair.
         if arch == "sm_100":
             return RowConfig(64, 32, 64, min(width, 128), False, 4, 2)
         return RowConfig(64, 32 if arch == "sm_80" else 64, 64, min(width, 128), False, 8, 2)

@@ -410,7 +410,7 @@ def row_sweep_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_F: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    SINGLE_SLICE: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -429,7 +429,7 @@ def row_sweep_kernel(
     ``entropy_gradient``: G_i with the slopes P_ij (g_ij - expected_i) + P_ji (g_ji - expected_j).
 
     ``WEIGHTED``: the weights' inverse norms, scaled or not, are not all 1.
-    ``RESIDENT``: all features fit ``BLOCK_F``, so the tokens of I are loaded once, and those of J once for both
+    ``SINGLE_SLICE``: all features fit ``BLOCK_F``, so the tokens of I are loaded once, and those of J once for both
     products.
     """
     tile_i = tl.program_id(0)
@@ -467,7 +467,7 @@ def row_sweep_kernel(
         average_i = tl.load(average_ptr + statistics + i, mask=valid_i, other=1.0)
     if PASS == "entropy_gradient":
         expected_i = tl.load(expected_ptr + statistics + i, mask=valid_i, other=0.0)
-    if RESIDENT:
+    if SINGLE_SLICE:
         z_i = tl.load(z + read_i[:, None] + f[None, :], mask=(f < width)[None, :], other=0.0)
 
     sums = tl.zeros((BLOCK_M,), tl.float32)
@@ -479,7 +479,7 @@ def row_sweep_kernel(
         j = tile_j * BLOCK_N + tl.arange(0, BLOCK_N)
         valid_j = j < length
         read_j = tl.minimum(j, length - 1).to(tl.int64) * stride_l
-        if RESIDENT:
+        if SINGLE_SLICE:
             z_j = tl.load(z + read_j[:, None] + f[None, :], mask=(f < width)[None, :], other=0.0)
             c = _dot(z_i, tl.trans(z_j), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         else:
@@ -544,7 +544,7 @@ def row_sweep_kernel(
             if (PASS == "gradient") or (PASS == "entropy_gradient"):
                 if WEIGHTED:
                     slope = slope * tl.load(weight_inverse_ptr + statistics + j, mask=valid_j, other=0.0)[None, :]
-                if not RESIDENT:
+                if not SINGLE_SLICE:
                     z_j = tl.load(z + read_j[:, None] + f[None, :], mask=(f < width)[None, :], other=0.0)
                 weights = slope.to(z_j.dtype)
                 if SUM_WEIGHTS:
