@@ -35,7 +35,8 @@ def write_records(records: Sequence[Record], path: str | Path) -> None:
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """Records from a file of :func:`write_records`, or from a ``metrics.jsonl`` of ``dispersion-gpt2``.
+    """Records from a file of :func:`write_records`, or from a ``metrics.jsonl`` of ``dispersion-gpt2``: of its
+    evaluations, which are all on the same windows of the validation text.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -46,7 +47,8 @@ def read_records(path: str | Path) -> list[Record]:
     try:
         if path.suffix == ".jsonl":
             lines = [json.loads(line) for line in text.splitlines()]
-            return [Record(_step(line["step"]), _by_block(line["cosine"])) for line in lines if "cosine" in line]
+            evaluations = [line for line in lines if "validation_cosine" in line]
+            return [block_record(_step(line["step"]), line["validation_cosine"]) for line in evaluations]
         values = json.loads(text)
         if values["format"] != FORMAT:
             raise ValueError(f"its format is {values['format']!r}, this version reads {FORMAT}")
@@ -59,8 +61,9 @@ def read_records(path: str | Path) -> list[Record]:
         raise ValueError(f"{path} does not hold condensation over training ({reason}); record it again") from error
 
 
-def _by_block(cosines: Any) -> dict[str, float]:
-    return {f"block {number}": _mean(x) for number, x in enumerate(cosines, start=1)}
+def block_record(step: int, cosines: Sequence[Any]) -> Record:
+    """Record of the means behind blocks 1 and on."""
+    return Record(step, {f"block {number}": _mean(x) for number, x in enumerate(cosines, start=1)})
 
 
 def _step(value: Any) -> int:

@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dispersion_kernels import DispersionRegularizer, fused_dispersion_loss
 
-from ..condensation import condensation_by_layer, plot_condensation
+from ..condensation import condensation_by_layer, plot_condensation, plot_training
+from ..condensation.records import block_record, read_records
 from ..potentials import resolve_potential
 from .build import (
     build_model,
@@ -432,10 +433,13 @@ class Run:
             save_tokenizer(self.data.folder, self.out, self.context)
             curves = {"before training": self.before, "after training": cosine}
             plot_condensation(curves, self.out / "condensation.png", dashed=["before training"])
+            records = [block_record(0, self.before), *read_records(self.out / "metrics.jsonl")]
+            plot_training(records, self.out / "condensation-over-training.png")
             say(
                 f"validation loss {loss:.4f}; mean pairwise cosine of the last layer {cosine[-1]:.3f}, before training "
-                f"{self.before[-1]:.3f}\n{self.out} holds condensation.png, metrics.jsonl, results.json, checkpoint.pt "
-                "and, as Hugging Face names them, the weights, their config.json and the tokeniser\n"
+                f"{self.before[-1]:.3f}\n{self.out} holds condensation.png, condensation-over-training.png, "
+                "metrics.jsonl, results.json, checkpoint.pt and, as Hugging Face names them, the weights, config.json "
+                "and the tokeniser\n"
             )
         return results
 

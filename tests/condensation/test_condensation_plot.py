@@ -212,7 +212,10 @@ def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 def test_records_of_the_trainer_are_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 10, "cosine": [0.5, 0.25]}\n{"step": 20, "loss": 1}\n', "utf-8")
+    path.write_text(
+        '{"step": 10, "cosine": [0.7, 0.3], "validation_cosine": [0.5, 0.25]}\n{"step": 20, "cosine": [1, 1]}\n',
+        "utf-8",
+    )
     assert read_records(path) == [Record(10, {"block 1": 0.5, "block 2": 0.25})]
 
 

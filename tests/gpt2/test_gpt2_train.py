@@ -93,10 +93,11 @@ def test_a_run_learns_and_writes_what_it_says(run, tmp_path, capsys):
         assert 1e7 < line["peak_memory_bytes"] < 1e11
         assert line["tokens_per_second"] > 0
     assert sorted(path.name for path in out.iterdir()) == [
-        *(".lock", "checkpoint.pt", "condensation.png", "config.json"),
+        *(".lock", "checkpoint.pt", "condensation-over-training.png", "condensation.png", "config.json"),
         *("metrics.jsonl", "model.safetensors", "results.json"),
     ]
-    assert (out / "condensation.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("condensation.png", "condensation-over-training.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
     results = json.loads((out / "results.json").read_text())
     assert results["validation_loss"] == lines[-1]["validation_loss"]
     assert results["cosine_after"] == lines[-1]["validation_cosine"]

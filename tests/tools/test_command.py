@@ -160,7 +160,7 @@ def files(folder: Path) -> Path:
     """Current folder with a measurement, records, the trainer's metrics, and what is none of them."""
     assert command.main(["measure", "models/small", "--text", "text.txt", "-o", "."]) == 0
     write_records([Record(0, {"block 1": 0.1}), Record(10, {"block 1": 0.2})], folder / "records.json")
-    lines = [{"step": step, "cosine": [0.1, 0.2]} for step in (10, 20)]
+    lines = [{"step": step, "validation_cosine": [0.1, 0.2]} for step in (10, 20)]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
     (folder / "damaged.json").write_bytes((folder / "small.json").read_bytes()[:-100])
     (folder / "list.json").write_text("[1, 2]")
