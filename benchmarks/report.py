@@ -70,8 +70,7 @@ Loss and gradient of one sequence, in a process whose memory beyond the input ha
 Relative error of the gradient, of its part that is orthogonal to each token, and milliseconds of forward and backward
 for one of four layers in a call.
 *n partners*: each token meets so many others, a share n / L of the pairs; *0*: the model of the slope alone. *Low rank*
-has 16 directions, *full rank* the cosine itself. At commits before 82b2872 the loss was log(mean psi + eps), which at
-tau = 0.1 has another gradient than log(mean psi) + eps; the times are the same.""",
+has 16 directions, *full rank* the cosine itself.""",
     "condensation": """\
 A measurement of 100 texts of 512 tokens in a model of SmolLM2-135M's shape, beside its own forward pass: milliseconds
 for a text and a layer, the quotient with `measure_condensation` and with a forward pass of SmolLM2-135M, and the
