@@ -22,8 +22,8 @@ from dispersion_kernels import DispersionRegularizer, fused_dispersion_loss
 from dispersion_kernels.gpt2.model import GPT2, GPT2Config
 
 WEIGHT = 0.1
-SHAPE = {"layers": 8, "width": 128, "heads": 4, "context": 512, "vocab": 256}
-QUICK = {"layers": 2, "width": 32, "heads": 2, "context": 256, "vocab": 64}
+SHAPE: dict[str, Any] = {"layers": 8, "width": 128, "heads": 4, "context": 512, "vocab": 256}
+QUICK: dict[str, Any] = {"layers": 2, "width": 32, "heads": 2, "context": 256, "vocab": 64}
 BATCH = 2
 ROUNDS = 15
 # Largest error of a gradient, relative to its largest entry: for the rounding of fp32 and of a bf16 model.

@@ -16,7 +16,7 @@ SHORT = ["--steps", "6", "--warmup", "2", "--batch-size", "2", "--lr", "0.01", "
 OFTEN = ["--log-interval", "1", "--eval-interval", "3", "--save-interval", "3"]
 ENDLESS = ["--steps", "100000", "--eval-interval", "100000", "--save-interval", "100000"]
 
-TIMED = ("tokens_per_second", "peak_memory_bytes")
+TIMED = ("tokens_per_second", "processor_seconds", "peak_memory_bytes")
 
 
 def command_line(folder: Path, out: Path, *more: str) -> list[str]:

@@ -57,7 +57,7 @@ def build_model(options: argparse.Namespace, data: TokenData, checkpoint: dict[s
     elif options.init_from is None:
         shape = {name: getattr(options, name) for name in SHAPE}
         config = GPT2Config(**shape, vocab=data.vocab, dropout=options.dropout)
-        model = GPT2(config, checkpoint_activations=options.checkpoint_activations)
+        model = GPT2(config, checkpoint_activations=options.checkpoint_activations, init_std=options.init_std)
     else:
         try:
             model = load_weights(

@@ -6,7 +6,7 @@ Parameters have Hugging Face's names (``wte``, ``h.0.attn.c_attn``, ...); readin
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from .files import replaced, write_json
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Shape of a GPT-2. ``mlp_width=0`` becomes four times the width, as published."""
+    """Shape of a GPT-2. ``mlp_width=0`` becomes four times the width, as published, as is ``norm="layernorm"``."""
 
     layers: int = 12
     width: int = 768
@@ -30,6 +30,7 @@ class GPT2Config:
     context: int = 1024
     vocab: int = 50257
     dropout: float = 0.0
+    norm: str = "layernorm"
 
     def __post_init__(self) -> None:
         if self.mlp_width == 0:
@@ -42,7 +43,12 @@ class GPT2Config:
             raise ValueError(f"width must be a multiple of heads, got width={self.width} and heads={self.heads}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {list(NORMS)}, got {self.norm!r}")
 
+
+# Norms before the branches of a block and before the head. GPT-2 has the first; the second neither centres nor shifts.
+NORMS: dict[str, Callable[..., nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 PRESETS = {
     "nano": GPT2Config(layers=6, width=128, heads=4, context=256, vocab=1024),
@@ -51,6 +57,11 @@ PRESETS = {
     "gpt2-large": GPT2Config(layers=36, width=1280, heads=20),
     "gpt2-xl": GPT2Config(layers=48, width=1600, heads=25),
 }
+
+
+# Standard deviation of the initial weights, and the norms' addition to the variance, as published.
+INIT_STD = 0.02
+EPSILON = 1e-5
 
 
 class GPT2Output(NamedTuple):
@@ -67,15 +78,16 @@ class GPT2(nn.Module):
     final LayerNorm on the last one.
     """
 
-    def __init__(self, config: GPT2Config, *, checkpoint_activations: bool = False) -> None:
+    def __init__(self, config: GPT2Config, *, checkpoint_activations: bool = False, init_std: float = INIT_STD) -> None:
         super().__init__()
         self.config = config
+        self.init_std = init_std
         self.checkpoint_activations = checkpoint_activations
         self.wte = nn.Embedding(config.vocab, config.width)
         self.wpe = nn.Embedding(config.context, config.width)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.ln_f = nn.LayerNorm(config.width)
+        self.ln_f = norm(config)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -83,7 +95,7 @@ class GPT2(nn.Module):
             if parameter.ndim == 2:
                 # 2 * layers branches end in a c_proj; the scale keeps the variance of their sum in the residual stream.
                 branches = 2 * self.config.layers if name.endswith("c_proj.weight") else 1
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(branches))
+                nn.init.normal_(parameter, std=self.init_std / math.sqrt(branches))
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
@@ -104,12 +116,16 @@ class GPT2(nn.Module):
         return GPT2Output(logits, loss, hidden)
 
 
+def norm(config: GPT2Config) -> nn.Module:
+    return NORMS[config.norm](config.width, eps=EPSILON)
+
+
 class Block(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.width)
+        self.ln_1 = norm(config)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.width)
+        self.ln_2 = norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
@@ -152,6 +168,8 @@ class MLP(nn.Module):
         return x
 
 
+# Names in config.json. transformers refuses the second, which it would otherwise compute as the first.
+MODEL_TYPES = {"layernorm": "gpt2", "rmsnorm": "gpt2-rmsnorm"}
 # Matrices that Hugging Face stores as Conv1D, [in, out]; nn.Linear is [out, in].
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # Constants in older files, which are not loaded.
@@ -216,6 +234,7 @@ def config_of(weights: dict[str, Tensor], file: Path, *, heads: int | None, drop
         if len(shapes[name]) != 2:
             raise ValueError(f"{file}: tensor {name} has shape {list(shapes[name])}, expected a matrix")
     vocab, width = shapes["wte.weight"]
+    kind = "layernorm"
     layers = len({name.split(".")[1] for name in weights if name.startswith("h.")})
 
     config_file = file.with_name("config.json")
@@ -225,10 +244,12 @@ def config_of(weights: dict[str, Tensor], file: Path, *, heads: int | None, drop
             heads = heads or int(stored["n_head"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{config_file} is not the config.json of a GPT-2 ({error!r})") from error
+        if stored.get("model_type") == MODEL_TYPES["rmsnorm"]:
+            kind = "rmsnorm"
         fixed = {
-            "model_type": "gpt2",
+            "model_type": MODEL_TYPES[kind],
             "activation_function": "gelu_new",
-            "layer_norm_epsilon": 1e-5,
+            "layer_norm_epsilon": EPSILON,
             "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False,
         }
@@ -239,19 +260,21 @@ def config_of(weights: dict[str, Tensor], file: Path, *, heads: int | None, drop
     heads = heads or published.get((layers, width))
     if heads is None:
         raise ValueError(f"{file} does not say how many heads it has: put its config.json beside it, or give heads")
-    return GPT2Config(layers, width, heads, shapes["h.0.mlp.c_fc.weight"][1], shapes["wpe.weight"][0], vocab, dropout)
+    mlp_width, context = shapes["h.0.mlp.c_fc.weight"][1], shapes["wpe.weight"][0]
+    return GPT2Config(layers, width, heads, mlp_width, context, vocab, dropout, kind)
 
 
 def save_weights(model: GPT2, folder: str | Path) -> Path:
-    """Writes ``model.safetensors`` and ``config.json`` for ``transformers.GPT2LMHeadModel.from_pretrained``."""
+    """Writes ``model.safetensors`` and ``config.json`` for ``transformers.GPT2LMHeadModel.from_pretrained``, which has
+    no RMSNorm: of a model with it, only :func:`load_weights` reads them."""
     from safetensors.torch import save
 
     folder = Path(folder)
     tensors = {f"transformer.{name}": tensor.contiguous() for name, tensor in exported(model)}
     config = model.config
     description = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
+        **({"architectures": ["GPT2LMHeadModel"]} if config.norm == "layernorm" else {}),
+        "model_type": MODEL_TYPES[config.norm],
         "activation_function": "gelu_new",
         "n_layer": config.layers,
         "n_embd": config.width,
@@ -259,7 +282,7 @@ def save_weights(model: GPT2, folder: str | Path) -> Path:
         "n_inner": config.mlp_width,
         "n_positions": config.context,
         "vocab_size": config.vocab,
-        "layer_norm_epsilon": 1e-5,
+        "layer_norm_epsilon": EPSILON,
         **{f"{part}_pdrop": config.dropout for part in ("embd", "attn", "resid")},
         "tie_word_embeddings": True,
     }

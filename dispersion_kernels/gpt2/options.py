@@ -14,7 +14,7 @@ import torch
 
 from ..sampling import ControlVariate, SampledPairs, SampledTokens, Sampling
 from .checkpoint import checkpoints, damage_named, is_signed, read_checkpoint
-from .model import PRESETS
+from .model import INIT_STD, NORMS, PRESETS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Training options of each preset by default; the learning rates of the published shapes are GPT-3's.
@@ -29,10 +29,12 @@ RECIPES = {
 }
 # Options that name weights: a safetensors file in Hugging Face's naming, or its folder.
 WEIGHTS = ("init_from", "teacher")
-SHAPE = ("layers", "width", "heads", "mlp_width", "context")
+SHAPE = ("layers", "width", "heads", "mlp_width", "context", "norm")
+# Options of a model that begins at random, which weights decide.
+OF_WEIGHTS = ("preset", "layers", "width", "mlp_width", "norm", "init_std")
 # Options that a resumed run cannot change, because the saved state would not fit or would change its meaning. The text
 # is compared by the key of its tokens.
-FIXED = ("preset", *SHAPE, "dropout", "init_from", "tokenizer", "vocab_size", "seed", "compare", "teacher")
+FIXED = ("preset", *SHAPE, "dropout", "init_std", "init_from", "tokenizer", "vocab_size", "seed", "compare", "teacher")
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -123,8 +125,9 @@ def complete(options: argparse.Namespace) -> argparse.Namespace:
         defaults = {name: getattr(preset, name) for name in SHAPE}
         # The MLP's default width follows the given width.
         defaults["mlp_width"] = 4 * (options.width or preset.width)
+        defaults["init_std"] = INIT_STD
     else:
-        for name in ("preset", "layers", "width", "mlp_width"):
+        for name in OF_WEIGHTS:
             if getattr(options, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag} cannot be given with --init-from, whose weights have a shape; leave it out")
@@ -218,6 +221,8 @@ def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) 
     add("--heads", type=at_least(1), metavar="N")
     add("--mlp-width", type=at_least(1), metavar="N", help="(default: 4 * width)")
     add("--context", type=at_least(2), metavar="N", help="tokens a window")
+    add("--norm", choices=NORMS, help="(default: layernorm, GPT-2's)")
+    add("--init-std", type=number(0), metavar="X", help="standard deviation of the initial weights (default: 0.02)")
     add("--dropout", type=number(0, below=1), default=0.0, metavar="P")
     add(
         "--init-from",

@@ -251,12 +251,17 @@ class Run:
         bar = tqdm(total=options.steps, initial=self.step, unit="step", disable=rank() != 0 or None)
         with bar:
             logged = (self.step, self.seconds)
+            # Processor time of the steps that measure nothing, and their number.
+            spent, unmeasured = 0.0, 0
             while self.step < options.steps:
                 started = time.perf_counter()
                 last = self.step + 1 == options.steps
                 validates = last or (self.step + 1) % options.eval_interval == 0
                 logs = validates or (self.step + 1) % options.log_interval == 0
+                before = time.process_time()
                 measured = self.train_step(logs)
+                if not logs:
+                    spent, unmeasured = spent + time.process_time() - before, unmeasured + 1
                 self.step += 1
                 bar.update()
                 self.seconds += time.perf_counter() - started
@@ -269,7 +274,9 @@ class Run:
                     steps_per_second = (self.step - logged[0]) / (self.seconds - logged[1])
                     measured["tokens_per_second"] = self.step_tokens * steps_per_second
                     measured["peak_memory_bytes"] = peak_memory(self.device)
-                    logged = (self.step, self.seconds)
+                    if unmeasured and self.device.type == "cpu":
+                        measured["processor_seconds"] = spent / unmeasured
+                    logged, spent, unmeasured = (self.step, self.seconds), 0.0, 0
                     bar.set_postfix(loss=f"{measured['cross_entropy']:.3f}", cosine=f"{measured['cosine'][-1]:.3f}")
                 if validates:
                     validation = self.validate()

@@ -137,9 +137,10 @@ def plot_curves(report: Report, path: Path) -> Path:
                 if differences:
                     band(line[3], steps, list(zip(*differences, strict=True)), number, label)
         where = name_of("", dict(context))
+        clock = members[0][1][0]["clock"]
         for axes, x, y in zip(
             line,
-            ("step", "seconds of training", "layer", "step"),
+            ("step", f"{clock} seconds of training", "layer", "step"),
             (
                 "validation loss",
                 "validation loss",

@@ -277,6 +277,8 @@ METHOD = f"""## Method
   Page's test with seeds as blocks. Holm's correction is over all tests of an experiment.
 - Detectable is the mean difference that the test finds with probability {inference.POWER} at the level of Holm's first
   step, by simulation of normal differences of the measured standard deviation.
+- Times are of processors on a CPU, which other work on the machine changes little, over all threads of a run, without
+  the steps that measure something; on a GPU they are those of a clock.
 - At equal time: each variant takes the median time of its steps; losses are interpolated at the time when the faster
   variant ends, whose learning rate has then fallen further.
 """

@@ -72,13 +72,17 @@ def row_of(folder: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     validations = [line for line in lines if "validation_loss" in line]
     step_tokens = results["tokens"] / lines[-1]["step"]
+    processor_seconds = [line["processor_seconds"] for line in lines if "processor_seconds" in line]
     row = {
         "validation_loss": results["validation_loss"],
         **condensation("", results["cosine_after"]),
         **condensation("initial_", results["cosine_before"]),
         "seconds": results["seconds"],
         # The median over intervals, which other work on the machine moves less than the mean.
-        "step_seconds": step_tokens / statistics.median(line["tokens_per_second"] for line in lines),
+        "step_seconds": statistics.median(
+            processor_seconds or [step_tokens / line["tokens_per_second"] for line in lines]
+        ),
+        "clock": "processor" if processor_seconds else "wall",
         "tokens": results["tokens"],
         "parameters": results["parameters"],
         "peak_memory_bytes": results["peak_memory_bytes"],

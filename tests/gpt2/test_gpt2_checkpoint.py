@@ -176,7 +176,7 @@ def test_values_that_no_run_has_are_refused(out, refused, name, value, message):
 def crafted(out: Path, name: str, path: Path) -> None:
     """A checkpoint whose command line names another path."""
     state = load(out)
-    shape = ("--preset", "--layers", "--width", "--mlp-width", "--context")
+    shape = ("--preset", "--layers", "--width", "--mlp-width", "--context", "--norm", "--init-std")
     kept = [argument for argument in state["arguments"] if not argument.startswith((f"--{name}=", *shape))]
     if name == "data":
         kept[kept.index("--data") + 1] = str(path)

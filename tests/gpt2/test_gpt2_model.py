@@ -63,6 +63,19 @@ def test_initialisation():
     for branch in (model.h[0].attn, model.h[7].mlp):
         assert branch.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
         assert not branch.c_proj.bias.any()
+    wider = GPT2(model.config, init_std=0.1)
+    assert wider.wpe.weight.std().item() == pytest.approx(0.1, rel=0.05)
+    assert wider.h[3].attn.c_proj.weight.std().item() == pytest.approx(0.1 / 4, rel=0.05)
+
+
+def test_rmsnorm_neither_centres_nor_shifts():
+    torch.manual_seed(0)
+    model = GPT2(dataclasses.replace(TINY, norm="rmsnorm"))
+    assert not any(".ln_" in name and name.endswith("bias") for name in model.state_dict())
+    x = torch.randn(5, 16, dtype=torch.float64) + 2
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(model.h[0].ln_1.double()(x), expected)
+    torch.testing.assert_close(model.ln_f.double()(x), expected)
 
 
 def test_no_token_sees_a_later_one():
@@ -118,6 +131,7 @@ def test_too_many_tokens():
         ({"context": 2.5}, "context must be a positive integer, got 2.5"),
         ({"heads": 3}, "multiple of heads, got width=16 and heads=3"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"norm": "batchnorm"}, r"norm must be one of \['layernorm', 'rmsnorm'\], got 'batchnorm'"),
     ],
 )
 def test_wrong_shapes_are_named(change, message):
@@ -125,15 +139,17 @@ def test_wrong_shapes_are_named(change, message):
         dataclasses.replace(TINY, **change)
 
 
-def test_weights_survive_a_round_trip(tmp_path):
-    model = perturbed(tiny())
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_weights_survive_a_round_trip(tmp_path, norm):
+    config = dataclasses.replace(TINY, norm=norm)
+    model = perturbed(GPT2(config))
     file = save_weights(model, tmp_path / "out")
     assert sorted(path.name for path in file.parent.iterdir()) == ["config.json", "model.safetensors"]
     stored = safetensors.load_file(file)
     assert list(stored["transformer.h.0.mlp.c_fc.weight"].shape) == [16, 24]
     for path in (file, file.parent):
         loaded = load_weights(path)
-        assert loaded.config == TINY
+        assert loaded.config == config
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, loaded.state_dict()[name]), name
 
@@ -231,3 +247,10 @@ def test_transformers_computes_the_same_logits(tmp_path):
         save_weights(ours, tmp_path / "ours")
         again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
         torch.testing.assert_close(again(tokens()).logits, expected.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_transformers_refuses_rmsnorm_which_it_would_compute_as_layernorm(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    save_weights(GPT2(dataclasses.replace(TINY, norm="rmsnorm")), tmp_path)
+    with pytest.raises(ValueError, match="gpt2-rmsnorm"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

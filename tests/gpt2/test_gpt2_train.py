@@ -83,7 +83,7 @@ def test_a_run_learns_and_writes_what_it_says(run, tmp_path, capsys):
     assert lines[-1]["cross_entropy"] < lines[0]["cross_entropy"] - 1
     assert set(lines[0]) == {
         *("step", "cross_entropy", "dispersion", "dispersion_per_layer", "cosine", "lr", "grad_norm"),
-        *("tokens_per_second", "peak_memory_bytes"),
+        *("tokens_per_second", "processor_seconds", "peak_memory_bytes"),
     }
     assert [line["step"] for line in lines if "validation_loss" in line] == [20, 40]
     for line in lines:
@@ -92,6 +92,7 @@ def test_a_run_learns_and_writes_what_it_says(run, tmp_path, capsys):
         assert all(-1 <= cosine <= 1 for cosine in line["cosine"])
         assert 1e7 < line["peak_memory_bytes"] < 1e11
         assert line["tokens_per_second"] > 0
+        assert line["processor_seconds"] > 0
     assert sorted(path.name for path in out.iterdir()) == [
         *(".lock", "checkpoint.pt", "condensation-over-training.png", "condensation.png", "config.json"),
         *("metrics.jsonl", "model.safetensors", "results.json"),

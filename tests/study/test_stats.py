@@ -34,6 +34,7 @@ def row(variant: str, seed: int, loss: float, *, step_seconds: float = 0.1, **va
         "cosine_by_layer": cosines,
         "initial_cosine_by_layer": [0.0, 0.1, 0.1],
         "step_seconds": step_seconds,
+        "clock": "processor",
         "curve": {"step": steps, "validation_loss": [loss + 2, loss + 1, loss], "cosine_by_layer": [cosines] * 3},
         **ENVIRONMENT,
     }
