@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
-from conftest import IMPLS, Answer, evaluate, oracle, read_nothing, skip_unless_supported
+from conftest import IMPLS, Answer, evaluate, oracle, read_nothing, skip_unless_supported, slow_but_first
 from torch import Tensor
 
 from dispersion_kernels import (
@@ -383,9 +383,12 @@ def test_tokens_that_are_nothing(impl: str, control_variate: ControlVariate) -> 
 
 
 @pytest.mark.parametrize(
-    ("fraction", "control_variate"), [(0.1, "low_rank"), (0.0, "low_rank"), (0.1, "none"), (0.1, "full_rank")], ids=str
+    "sampling",
+    slow_but_first([SampledPairs(0.1), SampledPairs(0), SampledPairs(0.1, "none"), SampledPairs(0.1, "full_rank")]),
+    ids=str,
 )
-def test_operator_and_compiler(fraction: float, control_variate: Any) -> None:
+def test_operator_and_compiler(sampling: SampledPairs) -> None:
+    fraction, control_variate = sampling.fraction, sampling.control_variate
     z = [tokens(2, 300, 20), tokens(2, 300, 20).transpose(0, 1).contiguous().transpose(0, 1)]
     draws = draw(z, fraction, seeded(0))
     ids = torch.randint(-1, 2, (2, 300)) if fraction and control_variate != "full_rank" else None
@@ -397,7 +400,7 @@ def test_operator_and_compiler(fraction: float, control_variate: Any) -> None:
         torch.library.opcheck(torch.ops.dispersion_kernels.dispersion_loss.default, differentiable)
 
     def loss(x: Tensor) -> Tensor:
-        return fused_dispersion_loss([torch.tanh(x), x], sampling=SampledPairs(fraction, control_variate))
+        return fused_dispersion_loss([torch.tanh(x), x], sampling=sampling)
 
     compiled: Callable[[Tensor], Tensor] = torch.compile(loss, fullgraph=True, backend="aot_eager")
     gradients = []

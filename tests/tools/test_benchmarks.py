@@ -250,6 +250,7 @@ def test_condensation_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         condensation._check(condensation.Blocks(3, 8), condensation.Texts(2, 12, 8, torch.device("cpu")))
 
 
+@pytest.mark.slow
 def test_regularizer_suite(tmp_path: Path) -> None:
     command.main(["--suite", "regularizer", "--quick", "--out", str(tmp_path / "r.csv")])
     rows = read(tmp_path / "r.csv")
