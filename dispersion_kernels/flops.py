@@ -37,7 +37,7 @@ def count(
 ) -> int:
     """FLOPs of the loss of ``layers`` ``[B, L, F]``, and of their gradients where ``with_grad`` has True."""
     lengths, largest = _lengths(layers[0], cu_seqlens), layers[0].shape[1]
-    if isinstance(sampling, SampledPairs) and not evaluates_all(sampling.fraction, layers[0], cu_seqlens):
+    if isinstance(sampling, SampledPairs) and not evaluates_all(sampling, layers[0], cu_seqlens):
         largest = block_tokens(sampling.fraction, mean_length(layers[0], cu_seqlens)) if sampling.fraction else 0
     pairs = sum(length * min(length, largest) for length in lengths)
     return sum(2 * (3 if need else 1) * pairs * z.shape[2] for z, need in zip(layers, with_grad, strict=True))

@@ -233,7 +233,7 @@ def _loss_of_alike(
     # Under a compiler the operator calls ``evaluates_all``: a call here would be a guard, and a compilation, for each
     # length.
     elif isinstance(sampling, SampledPairs) and (
-        torch.compiler.is_compiling() or not evaluates_all(sampling.fraction, z, cu_seqlens)
+        torch.compiler.is_compiling() or not evaluates_all(sampling, z, cu_seqlens)
     ):
         draws = draw(layers, sampling.fraction, generator)
         loss, error = dispersion_loss(layers, pair_ids, cu_seqlens, options, draws, with_error)

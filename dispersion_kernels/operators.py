@@ -486,7 +486,7 @@ def _run(layers: Sequence[Tensor], tensors: _Tensors, call: _Call) -> _Result:
     backend = BACKENDS[choose(options.impl, z, potential)]
     with without_autocast(z.device):
         # Under a compiler the caller leaves this question to the operator.
-        if isinstance(sampling, SampledPairs) and not evaluates_all(sampling.fraction, z, cu_seqlens):
+        if isinstance(sampling, SampledPairs) and not evaluates_all(sampling, z, cu_seqlens):
             return _run_sampled(layers, tensors, call, backend, sampling)
         loss, grads, scale = backend.run(
             layers, tensors.pair_ids, cu_seqlens, for_backends(potential), options.reduction, call.with_grad

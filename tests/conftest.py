@@ -24,7 +24,7 @@ from dispersion_kernels import (
     supported,
 )
 from dispersion_kernels.backends import cpu
-from dispersion_kernels.sampling import partition
+from dispersion_kernels.sampling import partition, threshold
 
 POTENTIALS: dict[str, Potential] = {
     "angular_spread": AngularSpread(),
@@ -89,6 +89,12 @@ def _poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     torch.set_default_device(None)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _estimates_at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU short sequences would have all their pairs evaluated."""
+    monkeypatch.setattr(threshold, "SECONDS_PER_OPERATION", 0.0)
 
 
 def read_nothing(patch: pytest.MonkeyPatch) -> None:

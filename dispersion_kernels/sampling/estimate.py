@@ -26,6 +26,7 @@ from dispersion_kernels.sampling.partition import (
     mean_length,
     partition_of,
 )
+from dispersion_kernels.sampling.threshold import all_pairs_are_faster
 from dispersion_kernels.sampling.torch_sampler import sample
 from dispersion_kernels.segments import uniform
 
@@ -73,11 +74,12 @@ class Request(NamedTuple):
 Sampler = Callable[[Request], tuple[Tensor, Tensor]]
 
 
-def evaluates_all(fraction: float, z: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether the shape of tokens ``[B, L, F]`` implies all pairs: the batch is empty, or a block would be a
-    whole sequence."""
+def evaluates_all(sampling: SampledPairs, z: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether all pairs of tokens ``[B, L, F]`` are evaluated: the batch is empty, a block would be a whole sequence,
+    or, on a GPU, all pairs take less time."""
     length = mean_length(z, cu_seqlens)
-    return z.shape[0] == 0 or length <= block_tokens(fraction, length)
+    whole = z.shape[0] == 0 or length <= block_tokens(sampling.fraction, length)
+    return whole or all_pairs_are_faster(z, length, sampling.control_variate)
 
 
 def draw(layers: Sequence[Tensor], fraction: float, generator: torch.Generator | None) -> Draws:
