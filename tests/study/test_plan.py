@@ -136,9 +136,8 @@ def test_the_files_of_the_documentation() -> None:
     """docs/study's, and the example of docs/sweeps.md, whose runs test_sweep.py runs."""
     docs = Path(__file__).resolve().parents[2] / "docs"
     study = {experiment.name: experiment for experiment in read_plan(docs / "study" / "study.toml")}
-    assert {"width", "weight", "tuning", "long", "continued", "tokens", "distilled", "python", "wikipedia"} == set(
-        study
-    )
+    assert [*study][:2] == ["width", "weight"], "the first questions first"
+    assert [*study][-1] == "long", "it takes the rates of tuning"
     assert {run.sources["init-from"].options.mlp_width for run in study["continued"].runs} == {32, 2048}
     assert {run.seed for run in study["distilled"].runs} == {run.seed for run in study["width"].runs}
     widths = sorted({run.options.mlp_width for run in study["width"].runs})
