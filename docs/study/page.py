@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from dispersion_kernels.command import table
 from dispersion_kernels.condensation import Condensation
+from dispersion_kernels.study.inference import mean_interval
+from dispersion_kernels.study.stats import table
 
 FOLDER = Path(__file__).resolve().parent
 PAGE, RESULTS = FOLDER / "README.md", FOLDER / "results"
@@ -69,14 +71,35 @@ def runs(results: dict[str, Any]) -> str:
 
 
 def pretrained() -> str:
-    files = sorted((RESULTS / "pretrained").glob("*.json"))
-    if not files:
+    """Table of the models, each beside its initialisation, with intervals over passages, and the pictures."""
+    measured = [Condensation.from_json(file) for file in sorted((RESULTS / "pretrained").glob("*.json"))]
+    if not measured:
         return "*Not run yet.*"
-    pictures = [
-        f"![{path.stem}]({path.relative_to(FOLDER).as_posix()})" for path in (RESULTS / "pretrained").glob("*.png")
-    ]
-    measured = [Condensation.from_json(file) for file in files]
-    return "\n\n".join([f"```\n{table(measured)}\n```", *sorted(pictures)])
+    lines = []
+    for one in (one for one in measured if not one.initialised):
+        (other,) = (other for other in measured if other.initialised and other.model == one.model)
+        for name, blocks in {"first": slice(1), "last": slice(-1, None), "mean of all": slice(None)}.items():
+            trained, initial = by_text(one, blocks), by_text(other, blocks)
+            difference = [a - b for a, b in zip(trained, initial, strict=True)]
+            low, high = mean_interval(difference)
+            means = [f"{statistics.fmean(values):.3f}" for values in (initial, trained, difference)]
+            lines.append([one.model, name, *means[:2], f"{means[2]} ({low:.3f} to {high:.3f})"])
+        trends = [f"{each.trend.spearman:.2f} ({spread(each.trend.spearman_interval)})" for each in (other, one)]
+        lines.append([one.model, "Spearman with depth", *trends, ""])
+    header = "model, block, cosine before training, after it, difference (95% interval over passages)"
+    pictures = sorted((RESULTS / "pretrained").glob("*.png"))
+    shown = [f"![{path.stem}]({path.relative_to(FOLDER).as_posix()})" for path in pictures]
+    return "\n\n".join([table(header, lines), *shown])
+
+
+def by_text(measured: Condensation, blocks: slice) -> list[float]:
+    """Mean cosine of each passage, over some of the blocks."""
+    layers = [layer for layer in measured.layers if layer.name.startswith("block ")][blocks]
+    return [statistics.fmean(values) for values in zip(*(layer.all_tokens.text_means for layer in layers), strict=True)]
+
+
+def spread(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.2f} to {interval[1]:.2f}"
 
 
 def noise() -> str:
