@@ -144,7 +144,7 @@ def ninja_file(compiler: list[str], clang: bool, isas: dict[str, list[str]]) -> 
         # GCC's own AVX-512 headers trip maybe-uninitialized (GCC bug 105593). Predictive commoning carries the left
         # factor of a product with short rows from step to step, through the stack.
         needed += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-fno-predictive-commoning"]
-    sources: dict[str, list[str]] = {"call": [], "cosines": [], "dispersion": [], "sampled": []} | {
+    sources: dict[str, list[str]] = {name: [] for name in ("call", "cosines", "dispersion", "moments", "sampled")} | {
         f"kernels_{isa}": isa_flags for isa, isa_flags in isas.items()
     }
     # The C interface alone: the standard library's templates are visible whatever -fvisibility says, and would be

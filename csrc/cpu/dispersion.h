@@ -11,7 +11,7 @@
 #define DK_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-#define DK_ABI_VERSION 8
+#define DK_ABI_VERSION 9
 // Number of equal bins over [-1, 1] of dk_cosines; a bin holds its lower edge, and the last one its upper edge, too.
 #define DK_COSINE_BINS 200
 
@@ -138,12 +138,33 @@ typedef struct {
                     // which is not finite
 } dk_cosines_args;
 
+// Arguments of dk_moments, which adds the sums over tokens of x = z - shift, of x x^T and of |z| to what is there.
+typedef struct {
+  int32_t abi_version;           // DK_ABI_VERSION
+  int32_t isa;                   // dk_isa
+  dk_parallel_for parallel_for;  // NULL: one thread
+  int32_t threads;
+  int32_t dtype;       // dk_dtype
+  const void* z;       // [rows, features], features contiguous; the address may be odd
+  int64_t row_stride;  // in elements
+  int64_t rows;
+  const int64_t* order;  // [tokens]: token i is row order[i]
+  int64_t tokens, features;
+  const float* shift;  // [features]
+  int64_t block_rows;
+  double* total;          // [features]: sum of x
+  double* const* blocks;  // sum of x x^T on and above the diagonal: block n, [block_rows, features - n block_rows], has
+                          // the rows from n block_rows on, without the columns before that; the last may have fewer rows
+  double* norms;          // [1]: sum of |z|
+} dk_moments_args;
+
 DK_EXPORT int32_t dk_abi_version(void);
 DK_EXPORT int32_t dk_resolve_isa(int32_t requested);  // the dk_isa that a call uses; 0 if this processor has none
 DK_EXPORT int32_t dk_dispersion(const dk_args* args);  // dk_status
 DK_EXPORT int32_t dk_sampled(const dk_sampled_args* args);  // dk_status
 DK_EXPORT int32_t dk_scale(const dk_scale_args* args);  // dk_status
 DK_EXPORT int32_t dk_cosines(const dk_cosines_args* args);  // dk_status
+DK_EXPORT int32_t dk_moments(const dk_moments_args* args);  // dk_status
 
 }  // extern "C"
 
@@ -302,6 +323,13 @@ struct TileKernels {
   void (*scale)(const dk_scale_args&, int64_t layer, int64_t begin, int64_t end);  // rows begin <= row < end
   // Adds the pairs of two packed tiles, or those i < j of one, to `result`; tokens before `split` are of part 0.
   void (*cosines)(const Job&, const Tile&, const Tile& other, int split, Scratch&, CosineSums& result);
+  // Packs x = z - shift of `count` tokens to `panels`, [panel of features][stride][panel]; sums [padded_features] = sum
+  // of x, norms [count] = |z|.
+  void (*pack_features)(const Job&, const float* shift, const int64_t* order, int64_t count, Scratch&, float* panels,
+                        int64_t stride, float* sums, double* norms);
+  // Adds the products of the features of two tiles, or of one on and above the diagonal, to `rows`. The "tokens" of
+  // these tiles are features, and their features tokens.
+  void (*add_products)(const Job&, const Tile&, const Tile& other, Scratch&, double* const* rows);
 };
 
 #if defined(__aarch64__)

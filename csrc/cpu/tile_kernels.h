@@ -878,6 +878,35 @@ void cosines(const Job& job, const Tile& tile, const Tile& other, int split, Scr
   }
 }
 
+// ---- moments of the features
+
+void pack_features(const Job& job, const float* shift, const int64_t* order, int64_t count, Scratch& scratch,
+                   float* panels, int64_t stride, float* sums, double* norms) {
+  memset(sums, 0, size_t(job.padded_features) * sizeof(float));
+  for (int64_t t = 0; t < count && t < kRowsAhead; ++t) prefetch_row(job, order[t]);
+  for (int64_t t = 0; t < count; ++t, panels += kPanel) {
+    if (t + kRowsAhead < count) prefetch_row(job, order[t + kRowsAhead]);
+    const float* z = read_row(job, order[t], scratch.rows);
+    const double norm = sqrt(square_sum(z, job.padded_features));
+    norms[t] = norm < FLT_MIN ? 0.0 : norm;
+    for (int64_t k = 0; k < job.padded_features; k += kPanel) {
+      const Pack x = load_pack(z + k) - load_pack(shift + k);
+      store_pack(panels + k * stride, x);
+      store_pack(sums + k, load_pack(sums + k) + x);
+    }
+  }
+}
+
+void add_products(const Job& job, const Tile& tile, const Tile& other, Scratch& scratch, double* const* rows) {
+  const bool upper = &tile == &other;
+  similarities(job, tile, other, upper, scratch.weights);
+  for (int i = 0; i < tile.tokens; ++i) {
+    const float* row = scratch.weights + i * kWeightStride;
+    double* to = rows[i];
+    for (int j = upper ? i : 0; j < other.tokens; ++j) to[j] += double(row[j]);
+  }
+}
+
 // ---- output rows
 
 template <class T, class Narrow>
@@ -917,7 +946,7 @@ namespace dk {
 namespace {
 
 constexpr TileKernels kTileKernels = {kPanel,  add_rows, pack, within,     between, project,
-                                      finish, fit,      model_sums, sample, expand,  scale, cosines};
+                                      finish, fit,      model_sums, sample, expand,  scale, cosines, pack_features, add_products};
 
 }  // namespace
 }  // namespace dk

@@ -35,6 +35,7 @@ __all__ = [
     "cosines",
     "dispersion",
     "isa",
+    "moments",
     "row_stride",
     "run",
     "sampled",
@@ -57,7 +58,7 @@ COSINE_BINS = 200
 #: Most tokens of a block of :func:`sampled`.
 LARGEST_BLOCK = 256
 
-_ABI_VERSION = 8
+_ABI_VERSION = 9
 _POTENTIALS = {name: number for number, name in enumerate(PARAMETERS)}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ISAS = {"": 0, "avx2": 1, "avx512": 2, "neon": 3}
@@ -384,12 +385,7 @@ def cosines(
         ValueError: if an argument has the wrong type, shape or layout.
     """
     requested = _available_isa()
-    stride = row_stride(z) if z.dim() == 2 else None
-    if stride is None or not z.is_cpu or z.dtype not in _DTYPES:
-        raise ValueError(
-            "z must be a float32, bfloat16 or float16 CPU tensor [rows, F] with contiguous features, "
-            f"got {z.dtype} {tuple(z.shape)} with strides {z.stride()} on {z.device}"
-        )
+    stride = _matrix_stride(z)
     names = ("order", "begins", "splits", "ends")
     order, begins, splits, ends = map(_int64_list, names, (order, begins, splits, ends))
     if not begins.numel() == splits.numel() == ends.numel():
@@ -413,6 +409,71 @@ def cosines(
     )
     _check(_library().dk_cosines(ctypes.byref(args)))
     return counts, sums
+
+
+def moments(
+    z: torch.Tensor, order: torch.Tensor, shift: torch.Tensor, total: torch.Tensor, blocks: Sequence[torch.Tensor]
+) -> float:
+    """Sum of the tokens' norms ``|z|``; sums of ``x = z - shift`` and ``x x^T`` over the tokens are added to ``total``
+    and ``blocks``. The same bits for any number of threads. Sums over some hundred tokens are fp32, all others fp64.
+
+    Args:
+        z: hidden states ``[rows, F]``, CPU, float32, bfloat16 or float16, with a :func:`row_stride`.
+        order: row of each token, ``[tokens]`` int64, CPU.
+        shift: ``[F]`` float32, contiguous, CPU.
+        total: ``[F]`` float64, contiguous, CPU.
+        blocks: the part of the matrix ``[F, F]`` on and above the diagonal: block n has the rows from n R on, of which
+            there are R (the last block may have fewer), and the columns from n R on, ``[R, F - n R]`` float64,
+            contiguous, CPU.
+
+    Raises:
+        RuntimeError: if the kernel is unavailable (:func:`unavailable_reason`) or the call fails.
+        ValueError: if an argument has the wrong type, shape or layout.
+    """
+    requested = _available_isa()
+    stride = _matrix_stride(z)
+    order, features, height = _int64_list("order", order), z.shape[1], len(blocks[0])
+    expected: list[tuple[str, torch.Tensor, torch.dtype, tuple[int, ...]]]
+    expected = [("shift", shift, torch.float32, (features,)), ("total", total, torch.float64, (features,))]
+    for number, block in enumerate(blocks):
+        left = features - number * height
+        expected.append((f"blocks[{number}]", block, torch.float64, (min(height, left), left)))
+    if len(blocks) != math.ceil(features / height):
+        raise ValueError(f"blocks of {height} rows must be {math.ceil(features / height)}, got {len(blocks)}")
+    for name, tensor, dtype, shape in expected:
+        if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_cpu or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, {dtype}, {shape} and on the CPU, "
+                f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+            )
+    norms, pointers = ctypes.c_double(0.0), _addresses(blocks)
+    args = _MomentsArgs(
+        *_call(requested, z.dtype),
+        z=z.data_ptr(),
+        row_stride=stride,
+        rows=z.shape[0],
+        order=order.data_ptr(),
+        tokens=order.numel(),
+        features=features,
+        shift=shift.data_ptr(),
+        block_rows=height,
+        total=total.data_ptr(),
+        blocks=ctypes.addressof(pointers),
+        norms=ctypes.addressof(norms),
+    )
+    _check(_library().dk_moments(ctypes.byref(args)))
+    return norms.value
+
+
+def _matrix_stride(z: torch.Tensor) -> int:
+    """:func:`row_stride` of hidden states ``[rows, F]`` that the kernel takes; an error says what it takes."""
+    stride = row_stride(z) if z.dim() == 2 else None
+    if stride is None or not z.is_cpu or z.dtype not in _DTYPES:
+        raise ValueError(
+            "z must be a float32, bfloat16 or float16 CPU tensor [rows, F] with contiguous features, "
+            f"got {z.dtype} {tuple(z.shape)} with strides {z.stride()} on {z.device}"
+        )
+    return stride
 
 
 def row_stride(z: torch.Tensor) -> int | None:
@@ -606,6 +667,24 @@ class _CosinesArgs(_Call):
     ]
 
 
+class _MomentsArgs(_Call):
+    """Fields of ``dk_moments_args`` of ``csrc/cpu/dispersion.h`` after those of :class:`_Call`."""
+
+    _fields_ = [
+        ("z", ctypes.c_void_p),
+        ("row_stride", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("order", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("features", ctypes.c_int64),
+        ("shift", ctypes.c_void_p),
+        ("block_rows", ctypes.c_int64),
+        ("total", ctypes.c_void_p),
+        ("blocks", ctypes.c_void_p),
+        ("norms", ctypes.c_void_p),
+    ]
+
+
 class _ScaleArgs(_Call):
     """Fields of ``dk_scale_args`` of ``csrc/cpu/dispersion.h`` after those of :class:`_Call`."""
 
@@ -654,6 +733,8 @@ def _library() -> Any:
     library.dk_sampled.argtypes = [ctypes.POINTER(_SampledArgs)]
     library.dk_cosines.restype = ctypes.c_int32
     library.dk_cosines.argtypes = [ctypes.POINTER(_CosinesArgs)]
+    library.dk_moments.restype = ctypes.c_int32
+    library.dk_moments.argtypes = [ctypes.POINTER(_MomentsArgs)]
     library.dk_scale.restype = ctypes.c_int32
     library.dk_scale.argtypes = [ctypes.POINTER(_ScaleArgs)]
     return library

@@ -145,12 +145,17 @@ def pair_sums(z: Tensor, texts: Texts, impl: str = "auto") -> PairSums:
     # The backends take the tokens that they take for a potential of the cosine.
     chosen = choose(impl, z, AngularSpread())
     if chosen == "cpu":
-        return PairSums(*cpu.cosines(z if cpu.row_stride(z) is not None else z.contiguous(), *texts))
+        return PairSums(*cpu.cosines(_evenly_spaced(z), *texts))
     if chosen == "triton":
         from dispersion_kernels.backends.triton import cosines
 
         return PairSums(*cosines.pair_sums(z, *texts))
     return _tiled_pair_sums(z, texts)
+
+
+def _evenly_spaced(z: Tensor) -> Tensor:
+    """``z`` in the form that the CPU kernel takes."""
+    return z if cpu.row_stride(z) is not None else z.contiguous()
 
 
 # Tokens of a tile of the PyTorch version: its 2^18 cosines and their bins take 5 MiB.
@@ -209,12 +214,10 @@ class LayerSums:
         totals = torch.stack([sums[:, :, 0].sum(1), sums[:, 1, 0]], 1)
         means = totals / torch.stack([pairs.sum(1), pairs[:, 1]], 1)
         self.text_means += [(mean, content) for mean, content in means.tolist()]
-        content = [torch.arange(split, end, device="cpu") for split, end in zip(*texts[2:], strict=True)]
-        tokens = z.index_select(0, texts.order[torch.cat(content)].to(z.device))
-        if self._moments is None and len(tokens):
-            self._moments = _Moments(tokens)
-        if self._moments is not None:
-            self._moments.add(tokens)
+        content = torch.cat([torch.arange(split, end, device="cpu") for split, end in zip(*texts[2:], strict=True)])
+        if len(content):
+            self._moments = self._moments or _Moments(z, texts.order[content])
+            self._moments.add(z, texts.order[content])
         return None
 
     def cosines(self, content: bool, interval: tuple[float, float]) -> CosineStatistics | None:
@@ -251,21 +254,26 @@ class _Moments:
 
     BLOCK = 128
 
-    def __init__(self, tokens: Tensor) -> None:
-        self.dtype = accumulation_dtype(tokens.dtype)
-        self.wide = statistics_dtype(tokens.device)
-        features = tokens.shape[1]
-        self.shift = tokens.to(self.dtype).mean(0)
-        self.total = torch.zeros(features, dtype=self.wide, device=tokens.device)
+    def __init__(self, z: Tensor, order: Tensor) -> None:
+        self.dtype = accumulation_dtype(z.dtype)
+        self.wide = statistics_dtype(z.device)
+        features = z.shape[1]
+        self.shift = z.index_select(0, order.to(z.device)).to(self.dtype).mean(0)
+        self.total = torch.zeros(features, dtype=self.wide, device=z.device)
         self.blocks = [
-            torch.zeros(min(self.BLOCK, features - k), features - k, dtype=self.wide, device=tokens.device)
+            torch.zeros(min(self.BLOCK, features - k), features - k, dtype=self.wide, device=z.device)
             for k in range(0, features, self.BLOCK)
         ]
         self.norms, self.tokens = 0.0, 0
 
-    def add(self, tokens: Tensor) -> None:
+    def add(self, z: Tensor, order: Tensor) -> None:
+        """Adds the tokens ``z[order]``."""
+        self.tokens += len(order)
+        if choose("auto", z, AngularSpread()) == "cpu" and self.dtype == torch.float32:
+            self.norms += cpu.moments(_evenly_spaced(z), order, self.shift, self.total, self.blocks)
+            return
+        tokens = z.index_select(0, order.to(z.device))
         self.norms += float(token_norms(tokens).sum(dtype=self.wide))
-        self.tokens += len(tokens)
         x = tokens.to(self.dtype) - self.shift
         self.total += x.sum(0)
         for number, block in enumerate(self.blocks):
@@ -279,9 +287,9 @@ class _Moments:
         for number, block in enumerate(self.blocks):
             k = number * self.BLOCK
             moment[k : k + len(block), k:] = block
-        moment = moment.triu() + moment.triu(1).T
         offset = self.total.to("cpu", torch.float64) / self.tokens
-        values = torch.linalg.eigvalsh(moment / self.tokens - offset.outer(offset)).clamp(min=0)
+        covariance = moment.div_(self.tokens).sub_(offset.outer(offset))
+        values = torch.linalg.eigvalsh(covariance, UPLO="U").clamp(min=0)
         shares: Tensor = values / values.sum()
         return shares
 

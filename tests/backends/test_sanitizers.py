@@ -62,7 +62,7 @@ def test_neon(tmp_path: Path) -> None:
 
 
 def driver(compiler: str, flags: list[str], kernels: dict[str, list[str]], directory: Path) -> str:
-    sources = {f"csrc/cpu/{name}": [] for name in ("call", "cosines", "dispersion", "sampled")}
+    sources = {f"csrc/cpu/{name}": [] for name in ("call", "cosines", "moments", "dispersion", "sampled")}
     sources |= {f"csrc/cpu/{name}": isa for name, isa in kernels.items()}
     sources |= {f"tests/sanitizers/{name}": [] for name in ("driver", "exact")}
 

@@ -142,6 +142,77 @@ def test_the_numbers_of_pytorch_repeat() -> None:
         assert torch.equal(first.sums, again.sums)
 
 
+def moments_by(impl: str, z: torch.Tensor, order: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> cosine._Moments:
+    """Moments of tokens in two parts, from a backend."""
+    monkeypatch.setattr(cosine, "choose", lambda *_: impl)
+    moments = cosine._Moments(z, order[:50])
+    for part in (order[:50], order[50:]):
+        moments.add(z, part)
+    return moments
+
+
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl not in GPU_IMPLS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "features"), [(60, 1), (53, 23), (1300, 257), (600, 576)])
+def test_moments_are_the_sums_over_tokens(
+    tokens: int, features: int, dtype: torch.dtype, impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against NumPy's matrix products in float64, relative to the products of the norms, as errors of products are."""
+    z = condensed(tokens + 9, features).to(dtype)
+    order = torch.randperm(tokens + 9, generator=torch.Generator().manual_seed(2))[:tokens]
+    moments = moments_by(impl, z, order, monkeypatch)
+    x = (z[order].float() - moments.shift).double().numpy()
+    lengths = np.linalg.norm(x, axis=0)
+    assert np.abs(moments.total.numpy() - x.sum(0)).max() <= 1e-6 * np.abs(x).sum(0).max()
+    assert moments.norms == pytest.approx(np.linalg.norm(z[order].double().numpy(), axis=1).sum(), rel=1e-6)
+    assert moments.tokens == tokens
+    product, height = x.T @ x, moments.BLOCK
+    for k, block in zip(range(0, features, height), moments.blocks, strict=True):
+        errors = np.triu(block.numpy() - product[k : k + height, k:]) / np.outer(lengths[k : k + height], lengths[k:])
+        # PyTorch's sums over all tokens of a call are fp32, the kernel's over at most 512.
+        assert np.abs(errors).max() <= (2e-6 if impl == "cpu" else 4e-6)
+
+
+@pytest.mark.skipif(bool(cpu.unavailable_reason()), reason=str(cpu.unavailable_reason()))
+def test_moments_of_the_kernel_are_the_same_bits_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    z, threads = condensed(1500, 300), torch.get_num_threads()
+    wide = torch.cat([z, z], 1)  # rows of a wider matrix
+    results = []
+    try:
+        for number, tokens in ((1, z), (2, z), (5, z), (3, wide[:, :300]), (2, wide.T.contiguous().T[:, :300])):
+            torch.set_num_threads(number)
+            results.append(moments_by("cpu", tokens, torch.arange(1500), monkeypatch))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert other.norms == results[0].norms
+        for found, expected in zip([other.total, *other.blocks], [results[0].total, *results[0].blocks], strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(bool(cpu.unavailable_reason()), reason=str(cpu.unavailable_reason()))
+def test_moments_refuse_what_does_not_fit() -> None:
+    z, order = torch.ones(4, 3), torch.arange(4)
+    shift, total, blocks = (
+        torch.zeros(3),
+        torch.zeros(3).double(),
+        [torch.zeros(2, 3).double(), torch.zeros(1, 1).double()],
+    )
+    cpu.moments(z, order, shift, total, blocks)
+    for wrong, message in (
+        ((z.double(), order, shift, total, blocks), "float32, bfloat16 or float16"),
+        ((z, order.int(), shift, total, blocks), "order must be a one-dimensional int64"),
+        ((z, order, shift.double(), total, blocks), "shift must be contiguous, torch.float32"),
+        ((z, order, shift, total[:2], blocks), r"total must be contiguous, torch.float64, \(3,\)"),
+        ((z, order, shift, total, blocks[:1]), "blocks of 2 rows must be 2, got 1"),
+        ((z, order, shift, total, [blocks[0], blocks[0]]), r"blocks\[1\] must be contiguous, torch.float64, \(1, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cpu.moments(*wrong)
+    with pytest.raises(RuntimeError, match="out of range"):
+        cpu.moments(z, order + 1, shift, total, blocks)
+
+
 def test_texts_are_chosen_by_mask_and_content() -> None:
     mask = torch.tensor([[1, 1, 1, 1, 0], [0, 0, 0, 1, 0], [0, 1, 1, 0, 1]]).bool()
     content = torch.tensor([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [0, 0, 1, 0, 1]]).bool()

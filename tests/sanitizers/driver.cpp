@@ -778,6 +778,105 @@ void check_cosines(int step) {
   check_cosines_of({1, 2, 3, 31, 32, 33, 23, 24, 25, 5, 5, 5}, DK_FLOAT32, 33, false, false);
 }
 
+// ---- moments of the features
+
+void check_moments_of(int64_t tokens, int32_t dtype, int64_t features, int64_t block_rows, bool strided, bool odd) {
+  const int64_t rows = tokens + 3;
+  const Tokens z(dtype, rows, features, strided ? features + 5 : features, odd);
+  std::vector<int64_t> order = shuffled(rows);
+  order.resize(size_t(tokens));
+  std::vector<float> shifts;
+  for (int64_t k = 0; k < features; ++k) shifts.push_back(float(normal()));
+  const Buffer<int64_t> of_order(order);
+  const Buffer<float> shift(shifts);
+  const auto x = [&](int64_t t, int64_t k) {
+    return double(float(z.values[size_t(order[size_t(t)] * features + k)]) - shifts[size_t(k)]);
+  };
+  const std::string of_case = context;
+  for (const Isa& isa : isas) {
+    std::string first;
+    for (const Pool& pool : pools) {
+      context = of_case + format(", %s, %s, %d threads", isa.name, kDtypes[dtype], pool.threads);
+      const Buffer<double> total(std::vector<double>(size_t(features), 1.0)), norms(std::vector<double>{2.0});
+      std::vector<Buffer<double>*> blocks;
+      std::vector<double*> addresses;
+      for (int64_t k = 0; k < features; k += block_rows) {
+        const int64_t height = std::min(block_rows, features - k);
+        blocks.push_back(new Buffer<double>(std::vector<double>(size_t(height * (features - k)), 3.0)));
+        addresses.push_back(blocks.back()->data());
+      }
+      const Buffer<double*> of_blocks(addresses);
+      dk_moments_args args = {};
+      args.abi_version = DK_ABI_VERSION;
+      args.isa = isa.number;
+      args.parallel_for = pool.parallel_for;
+      args.threads = pool.threads;
+      args.dtype = dtype;
+      args.z = z.memory.address();
+      args.row_stride = z.stride;
+      args.rows = rows;
+      args.order = of_order.data();
+      args.tokens = tokens;
+      args.features = features;
+      args.shift = shift.data();
+      args.block_rows = block_rows;
+      args.total = total.data();
+      args.blocks = of_blocks.data();
+      args.norms = norms.data();
+      expect_status(dk_moments(&args), DK_OK);
+      std::string bits = total.bits() + norms.bits();
+      for (const Buffer<double>* block : blocks) bits += block->bits();
+      if (first.empty()) {
+        first = bits;
+        const auto expect = [&](const char* what, int64_t i, int64_t j, double found, double exact, double size) {
+          if (!(fabs(found - exact) <= 1e-6 * size + 1e-9))
+            fail(format("%s %d, %d is %.9g, exactly %.9g", what, int(i), int(j), found, exact));
+        };
+        double all_norms = 2.0;
+        for (int64_t t = 0; t < tokens; ++t) {
+          double square = 0.0;
+          for (int64_t k = 0; k < features; ++k) {
+            const double value = z.values[size_t(order[size_t(t)] * features + k)];
+            square += value * value;
+          }
+          all_norms += sqrt(square);
+        }
+        expect("norms", 0, 0, norms.data()[0], all_norms, all_norms);
+        for (int64_t i = 0; i < features; ++i) {
+          double sum = 1.0, size = 1.0;
+          for (int64_t t = 0; t < tokens; ++t) sum += x(t, i), size += fabs(x(t, i));
+          expect("total", i, i, total.data()[i], sum, size);
+          for (int64_t j = i / block_rows * block_rows; j < features; ++j) {
+            double product = 3.0, sizes = 3.0;
+            for (int64_t t = 0; t < tokens && j >= i; ++t) product += x(t, i) * x(t, j), sizes += fabs(x(t, i) * x(t, j));
+            const int64_t block = i / block_rows, begin = block * block_rows;
+            const double found = addresses[size_t(block)][(i - begin) * (features - begin) + j - begin];
+            expect("product", i, j, found, product, sizes);
+          }
+        }
+      } else if (bits != first) {
+        fail("differs from one thread");
+      }
+      for (const Buffer<double>* block : blocks) delete block;
+    }
+  }
+  context = of_case;
+}
+
+// Features around the panels and tiles; tokens of one and of several chunks.
+void check_moments() {
+  size_t number = 0;
+  for (const int64_t features : {1, 23, 24, 25, 32, 33, 97, 257, 265})
+    for (const int64_t tokens : {0, 1, 31, 33, 513}) {
+      if (features * tokens > 100000) continue;
+      context = format("moments of %d tokens, %d features", int(tokens), int(features));
+      check_moments_of(tokens, int32_t(number % 3), features, number % 2 ? 10 : 300, number % 4 == 1, number % 4 == 2);
+      ++number;
+    }
+  context = "moments of many chunks";
+  check_moments_of(1600, DK_FLOAT32, 40, 16, false, false);
+}
+
 // ---- what a call refuses
 
 void check_refusals() {
@@ -926,6 +1025,32 @@ void check_refusals() {
   cosines("a split before its text", DK_INVALID, [&](dk_cosines_args& args) { args.splits = below.data(); });
   cosines("a split beyond its text", DK_INVALID, [&](dk_cosines_args& args) { args.splits = too_many.data(); });
 
+  const Buffer<double> wide(8 * 8);
+  const Buffer<double*> blocks_of(std::vector<double*>{wide.data()});
+  const auto moments = [&](const char* what, int32_t status, const auto& change) {
+    context = std::string("moments refuses ") + what;
+    dk_moments_args args = {};
+    args.abi_version = DK_ABI_VERSION;
+    args.threads = 1;
+    args.z = z.memory.address();
+    args.row_stride = args.features = args.block_rows = 8;
+    args.rows = args.tokens = 96;
+    args.order = order.data();
+    args.shift = scale.data();
+    args.total = wide.data();
+    args.blocks = blocks_of.data();
+    args.norms = sums.data();
+    change(args);
+    expect_status(dk_moments(&args), status);
+  };
+  moments("nothing", DK_OK, [](dk_moments_args&) {});
+  moments("another version", DK_INVALID, [](dk_moments_args& args) { ++args.abi_version; });
+  moments("an unknown dtype", DK_INVALID, [](dk_moments_args& args) { args.dtype = 3; });
+  moments("no features", DK_INVALID, [](dk_moments_args& args) { args.features = 0; });
+  moments("blocks without rows", DK_INVALID, [](dk_moments_args& args) { args.block_rows = 0; });
+  moments("an order beyond the rows", DK_INVALID, [&](dk_moments_args& args) { args.order = beyond.data(); });
+  moments("a negative order", DK_INVALID, [&](dk_moments_args& args) { args.order = before.data(); });
+
   some("a potential of the distance", DK_INVALID, [](dk_sampled_args& args) { args.potential = DK_DISPERSIVE_L2; });
 }
 
@@ -995,6 +1120,7 @@ int main(int count, char** arguments) {
   check_blocks(step);
   check_expanded();
   check_cosines(step);
+  check_moments();
   if (threads > 1) {
     check_concurrent_calls(2 * threads);
     pools.push_back({one_after_another, threads});

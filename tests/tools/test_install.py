@@ -132,7 +132,15 @@ def test_compilers(source: Path, compiler: str) -> None:
     assert 'impl="cpu": yes' in run(installed, "-m", "dispersion_kernels.env_report")
     library = installed / "dispersion_kernels" / "_native_cpu.so"
     symbols = subprocess.run(["nm", "-D", "--defined-only", library], check=True, capture_output=True, text=True).stdout
-    entries = {"dk_abi_version", "dk_cosines", "dk_dispersion", "dk_resolve_isa", "dk_sampled", "dk_scale"}
+    entries = {
+        "dk_abi_version",
+        "dk_cosines",
+        "dk_dispersion",
+        "dk_moments",
+        "dk_resolve_isa",
+        "dk_sampled",
+        "dk_scale",
+    }
     assert {line.split()[-1] for line in symbols.splitlines()} == entries
     output = run(
         installed,
