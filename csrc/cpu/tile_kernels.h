@@ -23,7 +23,7 @@ namespace {
 // Assumptions behind the sizes of arrays.
 static_assert(round_up(kLargestTile, kPanel) <= kLargestPadded, "arrays of a tile's tokens hold a padded tile");
 static_assert(kPanel % kRows == 0, "a product's rows lie within one panel");
-static_assert(kLargestTile % kRows == 0, "a tile is no longer in whole products");
+static_assert(kLargestTile % (2 * kRows) == 0, "a tile is no longer in whole products");
 static_assert(kRows < kPanel, "Scratch::rows holds a product's rows, and one more");
 
 // ---- fetching ahead
@@ -241,21 +241,21 @@ struct Right {
   int64_t step;
 };
 
-// C[0:kRows, column:column+kWidth*kLanes] = beta C + alpha A B; c holds the rows of C, which is not read if beta is 0.
+// C[0:kHeight, column:column+kWidth*kLanes] = beta C + alpha A B; c holds the rows of C, which is not read if beta is 0.
 // kNear: C need not be prefetched, and alpha is 1. kWidth: vectors in a row of C and of B; the first vector of B is at
 // right.at. ahead(n) is called every kBlock steps and prefetches the operands of the next calls: tiles come from the
 // last-level cache, whose latency out-of-order execution does not hide.
 constexpr int kBlock = 8;
 
-template <bool kNear, int kWidth = kVectors, class Ahead>
+template <bool kNear, int kWidth = kVectors, int kHeight = kRows, class Ahead>
 DK_INLINE void micro_kernel(int64_t depth, Left left, Right right, float* const* c, int64_t column, float alpha,
                             float beta, const Ahead& ahead) {
-  static_assert(kWidth >= 1 && kWidth <= kVectors, "the sums are in registers");
-  vec acc[kRows][kWidth];
+  static_assert(kWidth >= 1 && kWidth * kHeight <= kVectors * kRows, "the sums are in registers");
+  vec acc[kHeight][kWidth];
   const bool scaled = alpha != 1.0f || beta != 1.0f;
   const float *a = left.at, *b = right.at;
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kHeight; ++i) {
     if (!kNear) {
       prefetch_near(c[i], column);
       prefetch_near(c[i], column + kWidth * kLanes - 1);
@@ -267,8 +267,8 @@ DK_INLINE void micro_kernel(int64_t depth, Left left, Right right, float* const*
     vec operand[kWidth];
 #pragma GCC unroll 8
     for (int n = 0; n < kWidth; ++n) operand[n] = keep_in_register(load(b + n * kLanes));
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kHeight; ++i) {
       const vec factor = splat(a[i * left.row]);
 #pragma GCC unroll 8
       for (int n = 0; n < kWidth; ++n) acc[i][n] += factor * operand[n];
@@ -283,8 +283,8 @@ DK_INLINE void micro_kernel(int64_t depth, Left left, Right right, float* const*
     for (int n = 0; n < kBlock; ++n) step();
   }
   for (int64_t k = int64_t(blocks) * kBlock; k < depth; ++k) step();
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kHeight; ++i) {
     float* out = c[i] + column;
 #pragma GCC unroll 8
     for (int n = 0; n < kWidth; ++n) {
@@ -301,13 +301,14 @@ DK_INLINE void micro_kernel(int64_t depth, Left left, Right right, float* const*
 }
 
 // micro_kernel at the edge of C, where only rows x columns of its elements exist.
-template <int64_t kARow, int64_t kAStep>
+template <int64_t kARow, int64_t kAStep, int kWidth, int kHeight>
 void edge_kernel(int64_t depth, const float* a, const float* b, float* const* c, int64_t column, float alpha,
                  float beta, int rows, int64_t columns) {
-  float product[kRows][kPanel];
-  float* product_rows[kRows];
-  for (int i = 0; i < kRows; ++i) product_rows[i] = product[i];
-  micro_kernel<false>(depth, {a, kARow, kAStep}, {b, kPanel}, product_rows, 0, alpha, 0.0f, [](int) {});
+  float product[kHeight][kWidth * kLanes];
+  float* product_rows[kHeight];
+  for (int i = 0; i < kHeight; ++i) product_rows[i] = product[i];
+  micro_kernel<false, kWidth, kHeight>(depth, {a, kARow, kAStep}, {b, kPanel}, product_rows, 0, alpha, 0.0f,
+                                       [](int) {});
   for (int i = 0; i < rows; ++i) {
     float* out = c[i] + column;
     for (int64_t j = 0; j < columns; ++j) out[j] = beta != 0.0f ? beta * out[j] + product[i][j] : product[i][j];
@@ -357,35 +358,56 @@ void similarities(const Job& job, const Tile& tile, const Tile& other, bool uppe
   }
 }
 
+// work(width), with the number of vectors that hold `columns` floats, at most kMost, as a constant.
+template <int kMost, class Work>
+DK_INLINE void with_width(int64_t columns, const Work& work) {
+  if constexpr (kMost > 1)
+    if (columns <= (kMost - 1) * kLanes) return with_width<kMost - 1>(columns, work);
+  work(std::integral_constant<int, kMost>{});
+}
+
+// G = beta G + alpha A X for the columns of G, of which there are `columns`, from `column` on; kWidth vectors hold them.
+// Narrow columns are multiplied with twice as many rows: with fewer sums than that, each would wait for its last product.
+template <int64_t kARow, int64_t kAStep, int kWidth>
+DK_INLINE void accumulate_columns(const Tile& tile, const Tile& other, const float* weights, float alpha, float beta,
+                                  float* const* rows, int64_t column, int64_t columns) {
+  constexpr int kHeight = 2 * kWidth <= kVectors ? 2 * kRows : kRows;
+  const float* b = other.token_major + column * other.padded;
+  for (int i = 0; i < tile.tokens; i += kHeight) {
+    const float* a = weights + i * kARow;
+    if (columns >= kWidth * kLanes && i + kHeight <= tile.tokens) {
+      const int64_t next_b = other.padded * kPanel + i * (other.padded * kPanel / tile.tokens);
+      float* const* next_rows = rows + i + kHeight;
+      const auto ahead = [&](int block) {
+        prefetch_far(b, next_b + block * kLine);
+        // Prefetch of C with 16 lanes alone: where loads are the bottleneck, it costs more than it saves.
+        if (kLanes == 16) prefetch_far(next_rows[block / 2 % kRows], column + (block & 1) * kLine);
+      };
+      micro_kernel<false, kWidth, kHeight>(other.tokens, {a, kARow, kAStep}, {b, kPanel}, rows + i, column, alpha, beta,
+                                           ahead);
+    } else {
+      edge_kernel<kARow, kAStep, kWidth, kHeight>(other.tokens, a, b, rows + i, column, alpha, beta,
+                                                  tile.tokens - i < kHeight ? tile.tokens - i : kHeight,
+                                                  columns < kPanel ? columns : kPanel);
+    }
+  }
+}
+
 // G = beta G + alpha A X, A = W or W^T [tile.tokens, other.tokens].
 template <int64_t kARow, int64_t kAStep>
 void accumulate(const Job& job, const Tile& tile, const Tile& other, const float* weights, float alpha, float beta) {
   const int64_t features = job.args->features;
   // Rows of whole products, and of one product more, which the last one prefetches.
-  float* rows[kLargestTile + kRows];
-  for (int i = 0; i < int(round_up(tile.tokens, kRows)) + kRows; ++i)
+  float* rows[kLargestTile + 2 * kRows];
+  for (int i = 0; i < int(round_up(tile.tokens, 2 * kRows)) + kRows; ++i)
     rows[i] = job.args->grad + tile.rows[i < tile.tokens ? i : 0] * features;
-  for (int64_t column = 0; column < features; column += kPanel) {
-    const float* b = other.token_major + column * other.padded;
-    const int64_t columns = features - column;
-    for (int i = 0; i < tile.tokens; i += kRows) {
-      const float* a = weights + i * kARow;
-      if (columns >= kPanel && i + kRows <= tile.tokens) {
-        const int64_t next_b = other.padded * kPanel + i * (other.padded * kPanel / tile.tokens);
-        float* const* next_rows = rows + i + kRows;
-        const auto ahead = [&](int block) {
-          prefetch_far(b, next_b + block * kLine);
-          // Prefetch of C with 16 lanes alone: where loads are the bottleneck, it costs more than it saves.
-          if (kLanes == 16) prefetch_far(next_rows[block / 2 % kRows], column + (block & 1) * kLine);
-        };
-        micro_kernel<false>(other.tokens, {a, kARow, kAStep}, {b, kPanel}, rows + i, column, alpha, beta, ahead);
-      } else {
-        edge_kernel<kARow, kAStep>(other.tokens, a, b, rows + i, column, alpha, beta,
-                                   tile.tokens - i < kRows ? tile.tokens - i : kRows,
-                                   columns < kPanel ? columns : kPanel);
-      }
-    }
-  }
+  int64_t column = 0;
+  for (; column + kPanel <= features; column += kPanel)
+    accumulate_columns<kARow, kAStep, kVectors>(tile, other, weights, alpha, beta, rows, column, kPanel);
+  if (column < features)
+    with_width<kVectors>(features - column, [&](auto width) {
+      accumulate_columns<kARow, kAStep, width>(tile, other, weights, alpha, beta, rows, column, features - column);
+    });
 }
 
 // ---- the potential on a tile
