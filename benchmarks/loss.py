@@ -1,20 +1,22 @@
 """Time, memory and error of the loss: the naive version, its peers and our backends, as multiples of the limit.
 
 The limit is 3 B L^2 F FLOPs (similarities, by symmetry, 1; gradient 2) at the rate that ``torch.mm`` reaches on square
-matrices in the same rounds. A variant is timed only if its loss and gradient agree with a float64 computation.
+matrices in the same rounds. A variant is timed only if its loss and gradient agree with a float64 computation. On a
+processor with AVX-512 the CPU kernel is measured on AVX2, too, against the rate of ``torch.mm`` there.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ from torch import Tensor
 from benchmarks import variants
 from benchmarks.machine import describe, peak_memory, pick_device, synchronize
 from benchmarks.timing import SECONDS, interleaved, matrix_product, quartiles
+from dispersion_kernels.backends import cpu
+
+Variant = tuple[str, torch.dtype]
 
 # FLOPs of each mode, in units of B L^2 F: the loss, by symmetry, 1, the gradient 2.
 MODES = {"f+b": 3, "forward": 1, "loss": 1}
@@ -49,6 +54,8 @@ SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Variant that runs in a separate process: with the OpenMP threads of KeOps in the process, PyTorch's own loops were
 # seen to take up to twelve times as long.
 ALONE = "KeOps"
+# Environment in which neither PyTorch, nor Intel's library of matrix products, nor the CPU kernel uses AVX-512.
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "DISPERSION_KERNELS_CPU_ISA": "avx2"}
 # Seconds; a longer call is not timed, because timing repeats it some dozens of times.
 LONGEST_CALL = 10.0
 
@@ -57,26 +64,40 @@ def run(quick: bool, cases: list[tuple[int, int, int]] | None = None) -> list[di
     device = pick_device()
     print(f"machine: {describe()}")
     print("multiples of the limit of 3 B L^2 F FLOPs at torch.mm's rate: forward + backward (forward; loss, no_grad)\n")
-    names = VARIANTS[device.type]
-    print("| B, L, F | limit, ms | " + " | ".join(f"{name}, {SHORT[dtype]}" for name, dtype in names) + " |")
-    print("|---" * (2 + len(names)) + "|")
+    isa = cpu.isa() if device.type == "cpu" else ""
+    runs = [Run(isa, VARIANTS[device.type], {})]
+    if isa == "avx512":
+        runs.append(Run("avx2", [name for name in VARIANTS[device.type] if name[0] == "cpu"], AVX2))
+    columns = [(name, SHORT[dtype], on) for on, names, _ in runs for name, dtype in names]
+    heads = [", ".join((name, dtype, on) if on != isa else (name, dtype)) for name, dtype, on in columns]
+    print(f"| B, L, F | limit, ms | {' | '.join(heads)} |")
+    print("|---" * (2 + len(columns)) + "|")
     rows = []
     for shape in cases or (CASES[device.type][-2:] if quick else CASES[device.type]):
         torch._dynamo.reset()  # because the limit on recompilations counts all shapes
-        case_rows = _case(shape, names, device, quick)
-        rows += case_rows
-        limits = [row["limit_ms"] for row in case_rows if "limit_ms" in row]
-        cells = [_cell(case_rows, name, SHORT[dtype]) for name, dtype in names]
+        of_case = [row for one in runs if one.names for row in _case(shape, one, device, quick)]
+        rows += of_case
+        limits = [row["limit_ms"] for row in of_case if "limit_ms" in row]
+        cells = [_cell(of_case, *column) for column in columns]
         print(f"| {', '.join(map(str, shape))} | {limits[0]:.2f} | {' | '.join(cells)} |", flush=True)
     return rows
 
 
-def _cell(rows: list[dict[str, Any]], name: str, dtype: str) -> str:
-    variant_rows = {row["mode"]: row for row in rows if (row["variant"], row["dtype"]) == (name, dtype)}
-    first = variant_rows["f+b"]
+class Run(NamedTuple):
+    """Variants that are measured on an instruction set (on a GPU ``""``), and the environment that chooses it: empty,
+    or of a process of its own."""
+
+    isa: str
+    names: list[Variant]
+    environment: dict[str, str]
+
+
+def _cell(rows: list[dict[str, Any]], *column: str) -> str:
+    of_variant = {row["mode"]: row for row in rows if (row["variant"], row["dtype"], row["isa"]) == column}
+    first = of_variant["f+b"]
     if first["status"] != "timed":
         return str(first["status"])
-    return f"{first['ratio']:.2f} ({variant_rows['forward']['ratio']:.2f}; {variant_rows['loss']['ratio']:.2f})"
+    return f"{first['ratio']:.2f} ({of_variant['forward']['ratio']:.2f}; {of_variant['loss']['ratio']:.2f})"
 
 
 @dataclass
@@ -90,15 +111,19 @@ class Measured:
     times: dict[str, list[float]] = field(default_factory=dict)
 
 
-def _case(
-    shape: tuple[int, int, int], names: list[tuple[str, torch.dtype]], device: torch.device, quick: bool
-) -> list[dict[str, Any]]:
+def _case(shape: tuple[int, int, int], run: Run, device: torch.device, quick: bool) -> list[dict[str, Any]]:
     """Rows of one shape, one for every variant and mode, with times or with the reason why there are none."""
     batch, length, features = shape
-    rates, measured = _measure(shape, [name for name in names if name[0] != ALONE], device, quick)
+    if run.environment:
+        rates, measured = _measure_in_a_process(shape, run.names, quick, run.environment)
+    else:
+        rates, measured = _measure(shape, [name for name in run.names if name[0] != ALONE], device, quick)
+        for alone in run.names:
+            if alone[0] == ALONE:  # its process's products of matrices would be as slow as its loops
+                measured |= _measure_in_a_process(shape, [alone], quick, {})[1]
     rows = []
-    for name, dtype in names:
-        one = measured[name, dtype] if name != ALONE else _measure_alone(shape, dtype, quick)
+    for name, dtype in run.names:
+        one = measured[name, dtype]
         rate = rates[rate_dtype(device, dtype)]
         limit = 3 * batch * length**2 * features / rate
         for mode, flops in MODES.items():
@@ -109,6 +134,7 @@ def _case(
                 "dtype": SHORT[dtype],
                 "variant": name,
                 "mode": mode,
+                "isa": run.isa,
                 "status": one.status,
                 "limit_ms": 1e3 * limit,
                 "mm_gflops": rate / 1e9,
@@ -124,9 +150,11 @@ def _case(
     return rows
 
 
-def _measure(
-    shape: tuple[int, int, int], names: list[tuple[str, torch.dtype]], device: torch.device, quick: bool
-) -> tuple[dict[torch.dtype, float], dict[tuple[str, torch.dtype], Measured]]:
+# FLOP/s of torch.mm by dtype, and the figures of the variants.
+Figures = tuple[dict[torch.dtype, float], dict[tuple[str, torch.dtype], Measured]]
+
+
+def _measure(shape: tuple[int, int, int], names: list[Variant], device: torch.device, quick: bool) -> Figures:
     """FLOP/s of ``torch.mm`` by dtype, and the figures of the variants; all are timed interleaved."""
     tokens = condensed_tokens(shape, device)
     calls: dict[tuple[str, str, torch.dtype], Callable[[], object]] = {}
@@ -151,13 +179,20 @@ def _measure(
     return rates, measured
 
 
-def _measure_alone(shape: tuple[int, int, int], dtype: torch.dtype, quick: bool) -> Measured:
-    """Figures of the variant ``ALONE``, measured in a separate process."""
-    command = [sys.executable, "-m", "benchmarks.loss", ",".join(map(str, shape)), SHORT[dtype], str(quick)]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
+def _measure_in_a_process(
+    shape: tuple[int, int, int], names: list[Variant], quick: bool, environment: dict[str, str]
+) -> Figures:
+    """The same as :func:`_measure`, in a process of its own with other environment variables."""
+    asked = json.dumps({"shape": shape, "names": [(name, SHORT[dtype]) for name, dtype in names], "quick": quick})
+    command = [sys.executable, "-m", "benchmarks.loss", asked]
+    child = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     if child.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{child.stderr}")
-    return Measured(**json.loads(child.stdout.splitlines()[-1]))
+    rates, measured = json.loads(child.stdout.splitlines()[-1])
+    return (
+        {dtype: rates[short] for dtype, short in SHORT.items() if short in rates},
+        {name: Measured(**one) for name, one in zip(names, measured, strict=True)},
+    )
 
 
 def _checked(name: str, z: Tensor, loss: variants.Loss, longest: float) -> Measured:
@@ -250,11 +285,14 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
+def _answer(asked: str) -> None:
+    """Prints what :func:`_measure_in_a_process` reads."""
+    wanted = json.loads(asked)
+    dtypes = {short: dtype for dtype, short in SHORT.items()}
+    names = [(name, dtypes[short]) for name, short in wanted["names"]]
+    rates, measured = _measure(tuple(wanted["shape"]), names, pick_device(), wanted["quick"])
+    print(json.dumps([{SHORT[dtype]: rate for dtype, rate in rates.items()}, [asdict(measured[n]) for n in names]]))
+
+
 if __name__ == "__main__":
-    shape, short, quick = sys.argv[1:]
-    dtype = next(dtype for dtype, name in SHORT.items() if name == short)
-    batch, length, features = map(int, shape.split(","))
-    names = [(ALONE, dtype)]
-    print(
-        json.dumps(asdict(_measure((batch, length, features), names, pick_device(), quick == "True")[1][ALONE, dtype]))
-    )
+    _answer(sys.argv[1])

@@ -44,7 +44,9 @@ Loss and gradient by shape. *f+b* is forward and backward, *forward* keeps what 
 `no_grad`. The limit is 3 B L^2 F FLOPs at the rate of `torch.mm` in the same rounds. GFLOP/s and their share of that
 rate count the FLOPs that a mode needs: 3 B L^2 F, for forward and loss 1. A quotient below 1 (a share above 100%) says
 that the kernel's own matrix products are faster than those of `torch.mm` on this processor. Peak memory is beyond the
-tokens, of f+b. Errors are relative to float64. Times are medians of seven batches of at least a quarter second.
+tokens, of f+b. On a processor with AVX-512 the CPU kernel is measured on AVX2, too, which most laptops end at, in a
+process in which `torch.mm` has no AVX-512 either. Errors are relative to float64. Times are medians of seven batches of
+at least a quarter second.
 *Row-chunked* is plain PyTorch with checkpointed blocks of rows.""",
     "memory": """\
 Forward and backward of one sequence of L tokens, each measurement in a process of its own: peak memory beyond the
@@ -163,9 +165,19 @@ def filled(text: str, results: dict[str, list[Row]]) -> str:
     return re.sub(r"<!-- ([\w-]+) -->.*?<!-- end -->", part, text, flags=re.DOTALL)
 
 
+def _isa(row: Row) -> str:
+    """Instruction set that a row was measured on; files without that column have one alone."""
+    return row.get("isa") or (row["native_isa"] if row.get("device", "cpu") == "cpu" else "-")
+
+
+def _widest(rows: list[Row]) -> list[Row]:
+    """Rows on the instruction set that the processor's backends choose."""
+    return [row for row in rows if not row.get("isa") or row["isa"] == row["native_isa"]]
+
+
 def machine(rows: list[Row]) -> str:
     row = rows[0]
-    rates = [float(each["mm_gflops"]) for each in rows if each.get("mm_gflops")]
+    rates = [float(each["mm_gflops"]) for each in _widest(rows) if each.get("mm_gflops")]
     on = dict.fromkeys(one["processor"] if one.get("device", "cpu") == "cpu" else one["device"] for one in rows)
     what = [
         " and ".join(on),
@@ -182,7 +194,7 @@ def headline(rows: list[Row]) -> str:
     """README's clause on speed: ranges over all shapes of forward and backward in fp32."""
     ratio: dict[tuple[str, ...], float] = {
         (row["variant"], row["B"], row["L"], row["F"]): float(row["ratio"])
-        for row in rows
+        for row in _widest(rows)
         if row["mode"] == "f+b" and row["dtype"] == "fp32" and row["ratio"]
     }
     shapes = [shape for name, *shape in ratio if name == "cpu"]
@@ -206,7 +218,7 @@ def loss_short(rows: list[Row]) -> str:
     """Forward and backward in fp32, by variant and shape: milliseconds and, in parentheses, multiples of the limit."""
     timed = {
         (row["variant"], ", ".join((row["B"], row["L"], row["F"]))): row
-        for row in rows
+        for row in _widest(rows)
         if row["mode"] == "f+b" and row["dtype"] == "fp32" and row["variant"] not in PEERS
     }
     names, shapes = (list(dict.fromkeys(part)) for part in zip(*timed, strict=True))
@@ -228,11 +240,20 @@ def _status(row: Row) -> str:
 
 
 def loss_full(rows: list[Row]) -> str:
-    header = ["B, L, F", "variant", "f+b, ms", "forward, ms", "loss, ms", "f+b / limit", "GFLOP/s: f+b, forward, loss"]
+    header = [
+        "B, L, F",
+        "variant",
+        "instructions",
+        "f+b, ms",
+        "forward, ms",
+        "loss, ms",
+        "f+b / limit",
+        "GFLOP/s: f+b, forward, loss",
+    ]
     header += ["of `torch.mm`", "peak, MiB (x input)", "error of the loss", "of the gradient"]
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        key = (", ".join((row["B"], row["L"], row["F"])), f"{row['variant']}, {row['dtype']}")
+        key = (", ".join((row["B"], row["L"], row["F"])), f"{row['variant']}, {row['dtype']}", _isa(row))
         groups.setdefault(key, {})[row["mode"]] = row
     lines = []
     for case, modes in groups.items():

@@ -34,6 +34,7 @@ from benchmarks import (
 )
 from benchmarks.machine import peak_memory
 from benchmarks.timing import interleaved, quartiles
+from dispersion_kernels.backends import cpu
 from dispersion_kernels.condensation import mean_pairwise_cosine
 from dispersion_kernels.gpt2.model import GPT2, GPT2Config
 from dispersion_kernels.gpt2.options import parse_options
@@ -80,7 +81,8 @@ def test_variants_agree_with_float64(name: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_keops_agrees_with_float64_in_a_process_of_its_own() -> None:
     pytest.importorskip("pykeops")
-    measured = loss._measure_alone((2, 100, 16), torch.float32, True)
+    name = ("KeOps", torch.float32)
+    measured = loss._measure_in_a_process((2, 100, 16), [name], True, {})[1][name]
     assert measured.status == "timed"
     assert measured.errors["grad_error"] < 1e-5
     assert set(measured.times) == set(loss.MODES)
@@ -160,6 +162,32 @@ def test_loss_suite(
         lines = render(rows).splitlines()
         assert len({line.count("|") for line in lines}) == 1
         assert any("2, 100, 32" in line for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cpu.isa() != "avx512", reason="needs AVX-512")
+def test_the_loss_suite_measures_avx2_too(
+    monkeypatch: pytest.MonkeyPatch, quick_clock: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [("naive eager", torch.float32), ("cpu", torch.float32), ("cpu", torch.bfloat16)]
+    monkeypatch.setattr(loss, "VARIANTS", {"cpu": names})
+    monkeypatch.setattr(loss, "CASES", {"cpu": [(1, 64, 16)]})
+    command.main(["--suite", "loss", "--quick", "--out", str(tmp_path / "loss.csv")])
+    assert "| cpu, fp32 | cpu, bf16 | cpu, fp32, avx2 | cpu, bf16, avx2 |" in capsys.readouterr().out
+    rows = read(tmp_path / "loss.csv")
+    on = {(row["variant"], row["dtype"], row["isa"]): row for row in rows if row["mode"] == "f+b"}
+    assert list(on) == [
+        *((name, loss.SHORT[dtype], "avx512") for name, dtype in names),
+        *(("cpu", short, "avx2") for short in ("fp32", "bf16")),
+    ]
+    # The limit is that of the instruction set: half as many lanes.
+    wide, narrow = (float(on["cpu", "fp32", isa]["mm_gflops"]) for isa in ("avx512", "avx2"))
+    assert narrow < wide
+    of_avx2 = [line for line in report.loss_full(rows).splitlines() if "| avx2 |" in line]
+    assert [line.split(" | ")[1] for line in of_avx2] == ["cpu, fp32", "cpu, bf16"]
+    # Short tables, whose machine's line names one instruction set, are of that one.
+    assert report.loss_short(rows) == report.loss_short([row for row in rows if row["isa"] == "avx512"])
+    assert report._milliseconds(on["cpu", "fp32", "avx512"]) in report.loss_short(rows)
 
 
 def test_a_slow_variant_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch, quick_clock: None) -> None:
@@ -446,6 +474,8 @@ def test_readme_table_of_times() -> None:
         )
     ]
     rows += [row | {"mode": "loss", "variant": "cpu", "L": "256", "ms": "7", "ratio": "7"}]
+    narrow = {"isa": "avx2", "native_isa": "avx512"}  # in docs/benchmarks.md alone
+    rows += [row | narrow | {"variant": "cpu", "L": "256", "ms": "8", "ratio": "1.1"}]
     rows[1] |= {"ratio": "", "status": "not timed: a call takes 14 s"}
     assert [line.strip("| ").split(" | ") for line in report.loss_short(rows).splitlines()[::2]] == [
         ["B, L, F:", "1, 256, 64", "1, 512, 64"],
