@@ -54,6 +54,7 @@ def plot_differences(report: Report, path: Path) -> Path:
             axes.plot(c.mean, y, "o", color=colour, markerfacecolor=colour if told else "white", markersize=7)
         axes.set_title(wrapped(OUTCOMES[outcome]), fontsize=9, loc="left")
         axes.set_xlabel(f"minus that of {report.questions['baseline']!r}", fontsize=9)
+        axes.locator_params(axis="x", nbins=5)
         tidy(axes)
     panels[0].set_yticks(range(len(lines)), lines, fontsize=9)
     panels[0].set_ylim(len(lines) - 0.4, -0.6)
@@ -70,9 +71,14 @@ def plot_trends(report: Report, path: Path) -> Path:
     """Outcome against the option of the trend: means over seeds with their intervals, a panel for each outcome."""
     outcomes = list(dict.fromkeys(trend.outcome for trend in report.trends))
     picture = Picture(path)
-    figure = picture.figure(3.4 * len(outcomes), 3.3)
-    panels = figure.subplots(1, len(outcomes), squeeze=False)[0]
-    for axes, outcome in zip(panels, outcomes, strict=True):
+    # At most three panels beside each other, which a page shows at a readable size.
+    columns = 3 if len(outcomes) % 3 == 0 else min(len(outcomes), 2)
+    lines = -(-len(outcomes) // columns)
+    figure = picture.figure(3.4 * columns, 3.3 * lines)
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for empty in panels[len(outcomes) :]:
+        empty.set_visible(False)
+    for axes, outcome in zip(panels, outcomes, strict=False):
         shown = [trend for trend in report.trends if trend.outcome == outcome and trend.means][:MOST_CURVES]
         for number, trend in enumerate(shown):
             columns = [values_at(report.rows, trend, value) for value in trend.values]

@@ -93,12 +93,12 @@ def load() -> tuple[Any, Any]:
 
 
 def examples(text: str) -> tuple[Dataset, Dataset]:
-    """Passages of the training addresses, and 32 of those kept for validation."""
+    """Passages of the training addresses, and 16 of those kept for validation."""
     documents = find_documents([text])
     encoded = [document.read().encode() for document in documents]
     parts = split(documents, [hashlib.sha256(one).hexdigest() for one in encoded], [len(one) for one in encoded])
     found = []
-    for part, count in zip(parts, (4000, 32), strict=True):
+    for part, count in zip(parts, (4000, 16), strict=True):
         pieces = [piece for piece in passages(part, count, PASSAGE) if len(piece) > PASSAGE // 2]
         places = [piece.index(" ", PROMPT) if " " in piece[PROMPT:] else PROMPT for piece in pieces]
         pairs = zip(pieces, places, strict=True)
