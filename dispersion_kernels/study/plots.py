@@ -72,10 +72,10 @@ def plot_trends(report: Report, path: Path) -> Path:
     outcomes = list(dict.fromkeys(trend.outcome for trend in report.trends))
     picture = Picture(path)
     # At most three panels beside each other, which a page shows at a readable size.
-    columns = 3 if len(outcomes) % 3 == 0 else min(len(outcomes), 2)
-    lines = -(-len(outcomes) // columns)
-    figure = picture.figure(3.4 * columns, 3.3 * lines)
-    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    across = 3 if len(outcomes) % 3 == 0 else min(len(outcomes), 2)
+    down = -(-len(outcomes) // across)
+    figure = picture.figure(3.4 * across, 3.3 * down)
+    panels = figure.subplots(down, across, squeeze=False).flatten()
     for empty in panels[len(outcomes) :]:
         empty.set_visible(False)
     for axes, outcome in zip(panels, outcomes, strict=False):
