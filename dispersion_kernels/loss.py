@@ -18,6 +18,7 @@ from dispersion_kernels.checks import (
     layers_of,
     refuse_tracing,
 )
+from dispersion_kernels.numerics import loss_dtype
 from dispersion_kernels.operators import dispersion_loss, without_autocast
 from dispersion_kernels.options import LossOptions, Reduction, check_options
 from dispersion_kernels.potentials import (
@@ -104,7 +105,8 @@ def fused_dispersion_loss(
     Args:
         z: hidden states ``[B, L, F]``, ``[L, F]``, or ``[T, F]`` packed with ``cu_seqlens``; or a list, one per layer,
             whose losses are averaged on the first one's device, where ``mask``, ``document_ids`` and ``cu_seqlens``
-            are. fp64, fp32, bf16 or fp16; any strides; F >= 2. Sums are fp32 (fp64 for fp64).
+            are. fp64, fp32, bf16 or fp16; any strides; F >= 2. Sums are fp32 (fp64 for fp64). On a GPU under autocast
+            fp32 is rounded to autocast's dtype; within ``torch.autocast("cuda", enabled=False)`` it is not.
         potential: ``"angular_spread"``, ``"orthogonalization"``, ``"l2_repel"``, ``"decorrelation"``, ``"uniformity"``,
             ``"perplexity_entropy"``, ``"dispersive_l2"``, or a :class:`Potential`.
         tau: temperature of the named potential; None for its default. Other fields: ``AngularSpread(clamp=0.1)``.
@@ -170,6 +172,7 @@ def loss_and_error(
                 "materialise them, or give all on meta"
             )
         _check_inputs(layer, *(beside(tensor, layer, first) for tensor in (mask, cu_seqlens, document_ids)))
+    layers = [layer.to(loss_dtype(layer)) for layer in layers]
     if isinstance(options.sampling, SampledPairs):
         _check_sampled(options.sampling, mask, cu_seqlens, document_ids, options.impl)
     if len(layers) == 1 or _run_together(layers, options):

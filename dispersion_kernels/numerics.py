@@ -45,6 +45,20 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def dtype_under_autocast(dtype: torch.dtype, device_type: str, autocast: torch.dtype | None) -> torch.dtype:
+    """Dtype in which the loss takes hidden states of ``dtype``: on a GPU that of autocast, as a matrix product does,
+    which leaves fp64 alone, too; elsewhere their own. ``autocast`` is None where it is off."""
+    if autocast is None or device_type != "cuda" or dtype == torch.float64:
+        return dtype
+    return autocast
+
+
+def loss_dtype(z: Tensor) -> torch.dtype:
+    """Dtype in which the loss takes ``z`` here and now: :func:`dtype_under_autocast`."""
+    on = z.is_cuda and torch.is_autocast_enabled("cuda")
+    return dtype_under_autocast(z.dtype, z.device.type, torch.get_autocast_dtype("cuda") if on else None)
+
+
 def statistics_dtype(device: torch.device) -> torch.dtype:
     """Dtype of per-sequence numbers, of which there are few: fp64; fp32 on MPS, which has no fp64."""
     return torch.float32 if device.type == "mps" else torch.float64

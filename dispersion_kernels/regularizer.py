@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dispersion_kernels.blocks import find_stack, hidden_states_of, layer_numbers
 from dispersion_kernels.loss import loss_and_error
+from dispersion_kernels.numerics import loss_dtype
 from dispersion_kernels.operators import graph_is_kept
 from dispersion_kernels.options import check_options
 from dispersion_kernels.potentials import Potential, temperature_of
@@ -397,7 +398,7 @@ class _Layer(_Hook):
             selection = forward.selection
         if torch.compiler.is_compiling():
             # _WithTerm is not needed: the compiler fuses the addition of the two gradients.
-            value = regularizer._value(_narrowed(z), selection, recompute=not regularizer._keep_gradients)
+            value = regularizer._value(z, selection, recompute=not regularizer._keep_gradients)
             if forward is None:
                 regularizer._scrap = value
             else:
@@ -405,7 +406,7 @@ class _Layer(_Hook):
             return None
         if not z.requires_grad:
             if forward is not None:
-                value = regularizer._value(_narrowed(z), selection)
+                value = regularizer._value(z, selection)
                 regularizer._pending = _Term(regularizer._pending, self, forward, value)
             return None
         z, value = _WithTerm.apply(z, regularizer, forward, selection)
@@ -426,7 +427,7 @@ class _WithTerm(torch.autograd.Function):
         # else is an attribute of ctx, which the recomputing forward need not compute.
         ctx.regularizer, ctx.forward_call, ctx.selection, ctx.kept = regularizer, forward, selection, None
         ctx.seed = int(torch.randint(2**62, (), device="cpu")) if regularizer._random else None
-        ctx.dtype = _narrow_dtype(z)
+        ctx.dtype = loss_dtype(z)
         # A new tensor, because autograd would refuse in-place writes to an input that is returned as it is.
         same = z.detach()
         if regularizer._keep_gradients:
@@ -475,15 +476,6 @@ def _leaf_and_loss(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
         leaf = z.detach().requires_grad_()
         return leaf, ctx.regularizer._value(leaf.to(ctx.dtype), ctx.selection, ctx.seed)
-
-
-def _narrow_dtype(z: Tensor) -> torch.dtype:
-    """Dtype in which the loss takes ``z``: autocast's on a GPU under autocast, else that of ``z``."""
-    return torch.get_autocast_dtype("cuda") if z.is_cuda and torch.is_autocast_enabled("cuda") else z.dtype
-
-
-def _narrowed(z: Tensor) -> Tensor:
-    return z.to(_narrow_dtype(z))
 
 
 def _replaced(output: Any, z: Tensor) -> Any:

@@ -30,7 +30,9 @@ from dispersion_kernels import (
     Uniformity,
     condensation,
     fused_dispersion_loss,
+    loss,
 )
+from dispersion_kernels.numerics import dtype_under_autocast
 
 EVERY = ["reference", *IMPLS]
 GPU_KERNELS = ("triton", "cuda")
@@ -206,3 +208,37 @@ class TestKernels:
             loss, grad = relative_errors(evaluate(z, potential, impl=impl), oracle(z, potential))
             assert loss < 2e-6
             assert grad < (1e-5 if dtype == torch.float32 else 2**-7)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device_type", "autocast", "expected"),
+    [
+        (torch.float32, "cuda", None, torch.float32),
+        (torch.float32, "cuda", torch.bfloat16, torch.bfloat16),
+        (torch.float32, "cuda", torch.float16, torch.float16),
+        (torch.bfloat16, "cuda", torch.float16, torch.float16),
+        (torch.float64, "cuda", torch.bfloat16, torch.float64),
+        (torch.float32, "cpu", torch.bfloat16, torch.float32),
+        (torch.float32, "meta", torch.bfloat16, torch.float32),
+    ],
+)
+def test_dtype_under_autocast(
+    dtype: torch.dtype, device_type: str, autocast: torch.dtype | None, expected: torch.dtype
+) -> None:
+    assert dtype_under_autocast(dtype, device_type, autocast) == expected
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_hidden_states_are_rounded_as_under_autocast(autocast: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of rounded hidden states, and a gradient in the dtype of those given."""
+    monkeypatch.setattr(loss, "loss_dtype", lambda z: dtype_under_autocast(z.dtype, "cuda", autocast))
+    z = torch.randn(2, 40, 16, requires_grad=True)
+    value = fused_dispersion_loss([z, z], impl="torch")
+    (grad,) = torch.autograd.grad(value, z)
+    monkeypatch.undo()
+    rounded = z.detach().to(autocast).requires_grad_()
+    expected = fused_dispersion_loss([rounded, rounded], impl="torch")
+    assert torch.equal(value, expected)
+    assert grad.dtype == torch.float32
+    (expected_grad,) = torch.autograd.grad(expected, rounded)
+    torch.testing.assert_close(grad, expected_grad.float(), rtol=0, atol=0)
