@@ -339,8 +339,12 @@ def _token_factor(upstream: Tensor, cu_seqlens: Tensor | None, length: int) -> T
 def _finished(ctx: Any, grads: Sequence[Tensor | None], scale: Tensor, factor: Tensor) -> list[Tensor | None]:
     """Gradient of each layer in the tokens' dtype, rounded once: ``grads`` ``[B, L, F]`` per layer times ``scale``
     ``[layers, B, L]`` and ``factor``, which broadcasts to ``[B, L]``. In place where the graph is freed afterwards."""
+    unobserved, options = _unobserved(*grads, scale, factor), ctx.call.options
+    scaled = BACKENDS[choose(options.impl, scale, options.potential)].scaled if unobserved else None
+    if scaled is not None:
+        return scaled(grads, scale, factor, ctx.dtype)
     is_fp32_on_cpu = scale.is_cpu and scale.dtype == torch.float32
-    if is_fp32_on_cpu and _unobserved(*grads, scale, factor) and cpu.unavailable_reason() is None:
+    if unobserved and is_fp32_on_cpu and cpu.unavailable_reason() is None:
         in_place = ctx.recompute or not (ctx.hooked or graph_is_kept())
         factor = factor.flatten().contiguous()  # the gradient of a sum has stride 0
         finished = cpu.scaled(grads, scale, factor, ctx.dtype, in_place=in_place)

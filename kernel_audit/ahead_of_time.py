@@ -135,14 +135,19 @@ def record(
     arch: str,
     precision: str | None = None,
 ) -> list[Launch]:
-    """Launches of a call on ``arch``; none of them is run."""
+    """Launches of a call on ``arch`` and, with ``with_grad``, of its backward; none of them is run."""
     launches: list[Launch] = []
 
     def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]) -> None:
         launches.append(Launch(kernel, grid, arguments, options))
 
-    kernels = TritonKernels(layers[0], arch, precision, run)
-    launch.dispersion(layers, potential, pair_ids, cu_seqlens, with_grad, kernels)
+    def kernels(z: Tensor) -> TritonKernels:
+        return TritonKernels(z, arch, precision, run)
+
+    requested = [with_grad] * len(layers)
+    loss, gradients, scale = launch.run(kernels, layers, pair_ids, cu_seqlens, potential, "mean", requested)
+    if scale is not None:
+        launch.scaled(kernels, gradients, scale, loss, layers[0].dtype)
     return launches
 
 

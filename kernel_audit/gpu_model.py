@@ -60,9 +60,12 @@ TOKENS = 8192
 LAUNCH = 2.5e-6
 EFFICIENCY = 0.7
 LIBRARY_TILE = 128
-# Number of small operations around the launcher: the loss of the layers and its weight, and in backward the factor of
-# each token.
-AROUND = 8
+# Bytes that a kernel moves an element of the tokens, which have ``size`` bytes; the gradient has 4.
+BYTES: dict[str, Callable[[int], int]] = {
+    "row_statistics_kernel": lambda size: size,
+    "project_kernel": lambda size: size + 8,
+    "scaled_kernel": lambda size: 4 + size,
+}
 # Peak memory of the naive version, in L x L matrices, measured on a CPU (docs/results/memory-cpu.csv).
 NAIVE_MATRICES = 8.3
 # Share of the 16-bit rate that a training step reaches, and its FLOPs per token and parameter.
@@ -258,8 +261,10 @@ def _training(cards: list[Card]) -> str:
         "trainer rounds what the loss takes of it to bf16, and the first column has the time of that, in forward and "
         "backward. The others: the loss of the fp32 hidden states, its products in tf32 or in true fp32, as "
         "`torch.set_float32_matmul_precision` says (`high`; `highest`, PyTorch's default), and of bf16 ones in a call "
-        "a layer. The goal is 5% of the step. What forward keeps for backward is an fp32 activation a layer, the size "
-        "of the residual stream under autocast. Milliseconds, and the share of the step, at best and estimate:",
+        "a layer. All have autograd's addition of the gradient to that of the residual stream, in fp32, or in bf16 in "
+        "the last column. The goal is 5% of the step. What forward keeps for backward is an fp32 activation a layer, "
+        "the size of the residual stream under autocast. Milliseconds, and the share of the step, at best and "
+        "estimate:",
         "",
         "| | step | the trainer: rounded to bf16 | fp32, `high` | fp32, `highest` | bf16, a call a layer |",
         "|---|---|---|---|---|---|",
@@ -270,16 +275,22 @@ def _training(cards: list[Card]) -> str:
         rounding = Time()
         for _ in range(2 * config.layers):  # rounding of the hidden states, and of the gradient back to fp32
             _add_moved(rounding, card, (4 + 2) * tokens * config.width)
-        ways: list[tuple[torch.dtype, str | None, int, Time]] = [
-            (torch.bfloat16, None, config.layers, rounding),
-            (torch.float32, "tf32", config.layers, Time()),
-            (torch.float32, "tf32x3", config.layers, Time()),
-            (torch.bfloat16, None, 1, Time()),
+        # Autograd adds the gradient to that of the residual stream, which has ``size`` bytes a number.
+        added = {size: Time() for size in (2, 4)}
+        for size, of_layers in added.items():
+            for _ in range(config.layers):
+                _add_moved(of_layers, card, 3 * size * tokens * config.width)
+        ways: list[tuple[torch.dtype, str | None, int, list[Time]]] = [
+            (torch.bfloat16, None, config.layers, [rounding, added[4]]),
+            (torch.float32, "tf32", config.layers, [added[4]]),
+            (torch.float32, "tf32x3", config.layers, [added[4]]),
+            (torch.bfloat16, None, 1, [added[2]]),
         ]
         for dtype, precision, together, around in ways:
             one = time_of_ours(card, batch, config.context, config.width, dtype, precision, together)
             calls = config.layers // together
-            best, estimate = around.best + calls * one.best, around.estimate + calls * one.estimate
+            best = calls * one.best + sum(part.best for part in around)
+            estimate = calls * one.estimate + sum(part.estimate for part in around)
             cells.append(f"{_ms(best)} to {_ms(estimate)}, {best / step:.1%} to {estimate / step:.1%}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
@@ -305,17 +316,12 @@ def time_of_ours(
             row = examined(card.arch, name, features, precision or SHORT[dtype])
             _add_tiles(time, card, row, launch, size)
         else:
-            moved = {"row_statistics_kernel": size * tokens, "project_kernel": (size + 8) * tokens}.get(name, 0)
-            _add_moved(time, card, moved)
+            _add_moved(time, card, BYTES.get(name, lambda size: 0)(size) * tokens)
     for operation in work.operations:
         if operation.product is None:
             _add_moved(time, card, operation.read + operation.written)
         else:
             _add_product(time, card, operation, card.rate(library), size)
-    for _ in range(AROUND):
-        _add_moved(time, card, 0)
-    for _ in range(layers):  # backward: the gradient times the factor of each token, rounded
-        _add_moved(time, card, (4 + size) * tokens // layers)
     return time
 
 

@@ -7,12 +7,12 @@
 #define DK_PAIR_TILES_PARAMETERS                                                                                       \
   const char *z, const __grid_constant__ dk::LayerOffsets layers, int64_t stride_b, int64_t stride_l,                  \
       const float *inverse, const float *weight_inverse, const float *extra, const float *shift, const int *pair_ids,  \
-      const int *pair_id_ranges, dk::DK_ELEMENT::Stored *weights, dk::DK_ELEMENT::Stored *mirror,                      \
+      dk::DK_ELEMENT::Stored *weights, dk::DK_ELEMENT::Stored *mirror,                                                 \
       int64_t weights_row_stride, int64_t weights_stride, float *sums, float *maxima, int64_t sums_stride,             \
       int first_sum, int first_row, int batch, int length, int features, int first_i, int first_j, int tiles_i,        \
       int tiles_j, int triangle, float p0, float p1, float p2, float p3
 #define DK_PAIR_TILES_ARGUMENTS                                                                                        \
-  z, layers, stride_b, stride_l, inverse, weight_inverse, extra, shift, pair_ids, pair_id_ranges, weights, mirror,     \
+  z, layers, stride_b, stride_l, inverse, weight_inverse, extra, shift, pair_ids, weights, mirror,                     \
       weights_row_stride, weights_stride, sums, maxima, sums_stride, first_sum, first_row, batch, length, features,    \
       first_i, first_j, tiles_i, tiles_j, triangle, p0, p1, p2, p3
 

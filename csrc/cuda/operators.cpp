@@ -244,17 +244,22 @@ std::optional<TensorMaps> tensor_maps(const std::vector<Tensor>& layers, bool bf
 
 // ---- operators
 
-void row_statistics(std::string kernel, std::vector<Tensor> layers, Tensor norm, Tensor inverse, Tensor extra,
-                    double eps, double q, int64_t transform, int64_t stream) {
+void row_statistics(std::string kernel, std::vector<Tensor> layers, std::optional<Tensor> partners, Tensor norm,
+                    Tensor inverse, Tensor extra, std::vector<Tensor> cleaned, double eps, double q, int64_t transform,
+                    int64_t stream) {
   const Tokens tokens(layers);
+  STD_TORCH_CHECK(cleaned.empty() || cleaned.size() == layers.size(), "there must be a copy of each layer, got ",
+                  cleaned.size(), " of ", layers.size(), " layers");
   launch(kernel, norm, stream, blocks(tokens.length, kTokensOfProgram), tokens.rows, 1, tokens.z, tokens.layers,
-         tokens.stride_b, tokens.stride_l, output<float>(norm), output<float>(inverse), output<float>(extra),
-         tokens.batch, tokens.length, tokens.features, float(eps), float(q), int(transform));
+         tokens.stride_b, tokens.stride_l, pointer<int>(partners), output<float>(norm), output<float>(inverse),
+         output<float>(extra), cleaned.empty() ? nullptr : output<char>(cleaned[0]), offsets(cleaned),
+         cleaned.empty() ? int64_t(0) : cleaned[0].stride(1), tokens.batch, tokens.length, tokens.features, float(eps),
+         float(q), int(transform));
 }
 
 void pair_tiles(std::string kernel, std::vector<Tensor> layers, Tensor inverse, Tensor weight_inverse, Tensor extra,
-                std::optional<Tensor> shift, std::optional<Tensor> pair_ids, std::optional<Tensor> pair_id_ranges,
-                std::optional<Tensor> weights, std::optional<Tensor> mirror, Tensor sums, std::optional<Tensor> maxima,
+                std::optional<Tensor> shift, std::optional<Tensor> pair_ids, std::optional<Tensor> weights,
+                std::optional<Tensor> mirror, Tensor sums, std::optional<Tensor> maxima,
                 int64_t rows, int64_t programs, int64_t tiles_i, int64_t tiles_j, bool triangle, int64_t first_row,
                 int64_t first_i, int64_t first_j, int64_t first_sum, double p0, double p1, double p2, double p3,
                 int64_t stream) {
@@ -262,7 +267,7 @@ void pair_tiles(std::string kernel, std::vector<Tensor> layers, Tensor inverse, 
   const auto launch_pairs = [&](const std::string& name, const auto&... more) {
     launch(name, sums, stream, programs, rows, 1, tokens.z, tokens.layers, tokens.stride_b, tokens.stride_l,
            pointer<float>(inverse), pointer<float>(weight_inverse), pointer<float>(extra), pointer<float>(shift),
-           pointer<int>(pair_ids), pointer<int>(pair_id_ranges), output<void>(weights), output<void>(mirror),
+           pointer<int>(pair_ids), output<void>(weights), output<void>(mirror),
            weights ? weights->stride(0) : int64_t(0), weights ? weights->stride(1) : int64_t(0), output<float>(sums),
            output<float>(maxima), sums.stride(0), int(first_sum), int(first_row), tokens.batch, tokens.length,
            tokens.features, int(first_i), int(first_j), int(tiles_i), int(tiles_j), int(triangle), float(p0), float(p1),
@@ -295,22 +300,42 @@ void row_sweep(std::string kernel, std::vector<Tensor> layers, Tensor inverse, T
          tokens.features, float(p0), float(p1), float(p2), float(p3));
 }
 
-void sequence_sums(Tensor norm, Tensor sums, std::optional<Tensor> maxima, std::optional<Tensor> bounds, Tensor total,
-                   std::optional<Tensor> shift, int64_t length, int64_t stream) {
-  launch("dk_sequence_sums", total, stream, total.size(1), total.size(0), 1, pointer<float>(norm),
-         pointer<float>(sums), pointer<float>(maxima), pointer<int>(bounds), output<double>(total),
-         output<float>(shift), int(length), sums.size(1));
+void sequence_losses(Tensor norm, Tensor sums, std::optional<Tensor> maxima, std::optional<Tensor> bounds,
+                     std::optional<Tensor> counts, std::optional<Tensor> tokens, Tensor loss, Tensor scale,
+                     std::optional<Tensor> shift, int64_t length, int64_t batch, int64_t first_sequence,
+                     int64_t divisor, bool of_tokens, bool diagonal, bool logarithm, bool divide_by_sequences,
+                     double constant, double factor, int64_t stream) {
+  launch("dk_sequence_losses", loss, stream, loss.size(1), loss.size(0), 1, pointer<float>(norm), pointer<float>(sums),
+         pointer<float>(maxima), pointer<int>(bounds), pointer<int64_t>(counts), pointer<int64_t>(tokens),
+         output<double>(loss), output<float>(scale), output<float>(shift), int(length), sums.size(1), int(batch),
+         int(first_sequence), counts ? int(counts->size(0)) : 0, int(divisor), int(of_tokens), int(diagonal),
+         int(logarithm), int(divide_by_sequences), constant, factor);
 }
 
 void project(std::string kernel, std::vector<Tensor> layers, Tensor norm, Tensor inverse, Tensor extra,
-             std::optional<Tensor> weight_sums, std::vector<Tensor> gradients, int64_t transform, int64_t stream) {
+             std::optional<Tensor> weight_sums, Tensor scale, std::optional<Tensor> segment,
+             std::optional<Tensor> partners, std::vector<Tensor> gradients, Tensor factors, int64_t transform,
+             int64_t stream) {
   const Tokens tokens(layers);
   STD_TORCH_CHECK(!gradients.empty(), "project needs a gradient of each layer");
   check_gradients(gradients, layers);
   launch(kernel, norm, stream, blocks(tokens.length, kTokensOfProgram), tokens.rows, 1, tokens.z, tokens.layers,
          tokens.stride_b, tokens.stride_l, pointer<float>(norm), pointer<float>(inverse), pointer<float>(extra),
-         pointer<float>(weight_sums), output<float>(gradients[0]), offsets(gradients), tokens.batch, tokens.length,
-         tokens.features, int(transform));
+         pointer<float>(weight_sums), pointer<float>(scale), pointer<int64_t>(segment), pointer<int>(partners),
+         output<float>(gradients[0]), offsets(gradients), output<float>(factors), int(scale.size(1)), tokens.batch,
+         tokens.length, tokens.features, int(transform));
+}
+
+void scaled(std::string kernel, std::vector<Tensor> gradients, Tensor scale, Tensor factor, std::vector<Tensor> outputs,
+            int64_t stream) {
+  STD_TORCH_CHECK(!outputs.empty(), "scaled needs an output of each gradient");
+  check_gradients(gradients, outputs);
+  const Tensor& first = outputs[0];
+  const int64_t tokens = first.size(0) * first.size(1);
+  launch(kernel, scale, stream, blocks(tokens, kTokensOfProgram), int64_t(outputs.size()), 1,
+         pointer<float>(gradients[0]), offsets(gradients), pointer<float>(scale), pointer<float>(factor),
+         factor.stride(0), factor.stride(1), output<char>(first), offsets(outputs), int(first.size(0)),
+         int(first.size(1)), int(first.size(2)));
 }
 
 }  // namespace
@@ -326,11 +351,11 @@ extern "C" __attribute__((visibility("default"))) void dispersion_kernels_watch_
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dispersion_kernels, m) {
   m.def(
-      "cuda_row_statistics(str kernel, Tensor[] layers, Tensor(a!) norm, Tensor(b!) inverse, Tensor(c!) extra, "
-      "float eps, float q, int transform, int stream) -> ()");
+      "cuda_row_statistics(str kernel, Tensor[] layers, Tensor? partners, Tensor(a!) norm, Tensor(b!) inverse, "
+      "Tensor(c!) extra, Tensor(d!)[] cleaned, float eps, float q, int transform, int stream) -> ()");
   m.def(
       "cuda_pair_tiles(str kernel, Tensor[] layers, Tensor inverse, Tensor weight_inverse, Tensor extra, "
-      "Tensor? shift, Tensor? pair_ids, Tensor? pair_id_ranges, Tensor(a!)? weights, Tensor(b!)? mirror, "
+      "Tensor? shift, Tensor? pair_ids, Tensor(a!)? weights, Tensor(b!)? mirror, "
       "Tensor(c!) sums, Tensor(d!)? maxima, int rows, int programs, int tiles_i, int tiles_j, bool triangle, "
       "int first_row, int first_i, int first_j, int first_sum, float p0, float p1, float p2, float p3, "
       "int stream) -> ()");
@@ -340,11 +365,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dispersion_kernels, m) {
       "Tensor? average, Tensor(a!)? sums, Tensor(b!)? maxima, Tensor(c!)? weight_sums, Tensor(d!)[] gradients, "
       "int tile_rows, float p0, float p1, float p2, float p3, int stream) -> ()");
   m.def(
-      "cuda_sequence_sums(Tensor norm, Tensor sums, Tensor? maxima, Tensor? bounds, Tensor(a!) total, "
-      "Tensor(b!)? shift, int length, int stream) -> ()");
+      "cuda_sequence_losses(Tensor norm, Tensor sums, Tensor? maxima, Tensor? bounds, Tensor? counts, Tensor? tokens, "
+      "Tensor(a!) loss, Tensor(b!) scale, Tensor(c!)? shift, int length, int batch, int first_sequence, int divisor, "
+      "bool of_tokens, bool diagonal, bool logarithm, bool divide_by_sequences, float constant, float factor, "
+      "int stream) -> ()");
   m.def(
       "cuda_project(str kernel, Tensor[] layers, Tensor norm, Tensor inverse, Tensor extra, Tensor? weight_sums, "
-      "Tensor(a!)[] gradients, int transform, int stream) -> ()");
+      "Tensor scale, Tensor? segment, Tensor? partners, Tensor(a!)[] gradients, Tensor(b!) factors, int transform, "
+      "int stream) -> ()");
+  m.def(
+      "cuda_scaled(str kernel, Tensor[] gradients, Tensor scale, Tensor factor, Tensor(a!)[] outputs, int stream) "
+      "-> ()");
 }
 
 // Registered for every device, because of the tests; launch() raises for tensors that are not on a CUDA device.
@@ -352,6 +383,7 @@ STABLE_TORCH_LIBRARY_IMPL(dispersion_kernels, CompositeExplicitAutograd, m) {
   m.impl("cuda_row_statistics", TORCH_BOX(&dk::row_statistics));
   m.impl("cuda_pair_tiles", TORCH_BOX(&dk::pair_tiles));
   m.impl("cuda_row_sweep", TORCH_BOX(&dk::row_sweep));
-  m.impl("cuda_sequence_sums", TORCH_BOX(&dk::sequence_sums));
+  m.impl("cuda_sequence_losses", TORCH_BOX(&dk::sequence_losses));
   m.impl("cuda_project", TORCH_BOX(&dk::project));
+  m.impl("cuda_scaled", TORCH_BOX(&dk::scaled));
 }

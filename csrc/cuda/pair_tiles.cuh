@@ -33,7 +33,7 @@ struct PairTilesShape {
 //
 // blockIdx.x numbers the pairs of tiles: of the upper triangle of tiles_i x tiles_i, folded to a rectangle, or, without
 // `triangle`, of tiles_i x tiles_j. Tile 0 begins at token first_i or first_j. blockIdx.y + first_row is the row.
-// `shift`, `pair_ids`, `pair_id_ranges` and `mirror` may be null.
+// `shift`, `pair_ids` and `mirror` may be null.
 template <class T, class Potential, PairTiles kMode>
 DK_DEVICE void pair_tiles(const PairTilesCall<T>& call) {
   using Shape = PairTilesShape<T>;

@@ -20,7 +20,7 @@ struct PairTilesCall {
   const LayerOffsets& layers;
   int64_t stride_b, stride_l;
   const float *inverse, *weight_inverse, *extra, *shift;
-  const int *pair_ids, *pair_id_ranges;
+  const int* pair_ids;
   Stored *weights, *mirror;
   int64_t weights_row_stride, weights_stride;
   float *sums, *maxima;
@@ -77,14 +77,33 @@ DK_DEVICE PairOfBlock pair_of_block(const PairTilesCall<T>& call) {
   return pair;
 }
 
+// Least and largest pair id of a tile; the least is above the largest where no token pairs. Every warp reads them all:
+// waiting for another would take as long.
+template <int kBlock>
+DK_DEVICE int2 range_of_pair_ids(const int* pair_ids, int begin, int length) {
+  int least = INT_MAX, largest = -1;
+#pragma unroll
+  for (int n = 0; n < kBlock / 32; ++n) {
+    const int token = begin + 32 * n + int(threadIdx.x) % 32, pair_id = token < length ? pair_ids[token] : -1;
+    if (pair_id >= 0) least = min(least, pair_id);
+    largest = max(largest, pair_id);
+  }
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    least = min(least, __shfl_xor_sync(0xffffffffu, least, lanes));
+    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+  }
+  return make_int2(least, largest);
+}
+
 // Whether the two tiles may have tokens of the same pair id.
 template <class T, int kBlock>
 DK_DEVICE bool pair_ids_overlap(const PairTilesCall<T>& call, const PairOfBlock& pair) {
-  if (call.pair_id_ranges == nullptr) return true;
-  const int* ranges = call.pair_id_ranges + int64_t(pair.b) * 2 * ((call.length + kBlock - 1) / kBlock);
-  const int* range_i = ranges + 2 * (pair.begin_i / kBlock);
-  const int* range_j = ranges + 2 * (pair.begin_j / kBlock);
-  return range_i[0] <= range_j[1] && range_j[0] <= range_i[1];
+  if (call.pair_ids == nullptr) return true;
+  const int* pair_ids = call.pair_ids + int64_t(pair.b) * call.length;
+  const int2 i = range_of_pair_ids<kBlock>(pair_ids, pair.begin_i, call.length);
+  const int2 j = range_of_pair_ids<kBlock>(pair_ids, pair.begin_j, call.length);
+  return i.x <= j.y && j.x <= i.y;
 }
 
 // Shared memory in which a tile's slopes are arranged for stores of 16 bytes.

@@ -78,6 +78,7 @@ DK_DEVICE uint32_t round_to_tf32(float x) {
 struct BFloat16 {
   using Stored = uint16_t;
   static DK_DEVICE float to_float(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
+  static DK_DEVICE uint16_t from_float(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
   static DK_DEVICE uint32_t pack(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
@@ -97,6 +98,7 @@ struct BFloat16 {
 struct Float16 {
   using Stored = uint16_t;
   static DK_DEVICE float to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+  static DK_DEVICE uint16_t from_float(float x) { return __half_as_ushort(__float2half_rn(x)); }
   static DK_DEVICE uint32_t pack(float low, float high) {
     const __half2 pair = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
@@ -123,6 +125,7 @@ DK_DEVICE void multiply_tf32(float (&sums)[4], const uint32_t (&a)[4], uint32_t 
 struct TF32 {
   using Stored = float;
   static DK_DEVICE float to_float(float x) { return x; }
+  static DK_DEVICE float from_float(float x) { return x; }
   static DK_DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     uint32_t rounded[4];
 #pragma unroll

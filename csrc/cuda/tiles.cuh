@@ -7,6 +7,7 @@
 #pragma once
 
 #include <float.h>
+#include <limits.h>
 
 #include "../scalar.h"
 // after scalar.h, whose functions it calls

@@ -34,11 +34,13 @@ DK_DEVICE uint32_t key_of(float x, int feature) {
 // kNormalize: r = |z|, inverse 1 / (r + eps) or 0, extra a tiny number that equal tokens share and other tokens hardly
 // ever do, or -q for a zero token. kStandardize: r = |z - mean|, inverse 1 / r, or 0 for a constant token, extra mean
 // sqrt(F). kNone: r = |z|, inverse 1, extra q r^2. r is infinite, and the loss NaN, where later results leave the range
-// of fp32.
+// of fp32. With `partners`, which may be null, all three are 0 for a token without a partner, and inverse and extra for
+// one that is not finite; the tokens, these as 0, are copied to `cleaned`, [B, L, F] of each layer, if it is not null.
 template <class T>
 DK_DEVICE void row_statistics(const char* z, const LayerOffsets& layers, int64_t stride_b, int64_t stride_l,
-                              float* norms, float* inverses, float* extras, int batch, int length, int features,
-                              float eps, float q, int transform) {
+                              const int* partners, float* norms, float* inverses, float* extras, char* cleaned,
+                              const LayerOffsets& cleaned_layers, int64_t cleaned_stride, int batch, int length,
+                              int features, float eps, float q, int transform) {
   const int lane = threadIdx.x % 32, row = blockIdx.y;
   const int token = blockIdx.x * kTokensOfProgram + int(threadIdx.x) / 32;
   if (token >= length) return;
@@ -65,7 +67,6 @@ DK_DEVICE void row_statistics(const char* z, const LayerOffsets& layers, int64_t
   }
   squares = sum_of_warp(squares);
   key = sum_of_warp(key);
-  if (lane != 0) return;
   float norm = sqrtf(squares), inverse = 1.0f, extra = squares * q;
   if (Transform(transform) == Transform::kNormalize) {
     // With a larger eps such a token counts as 0. A key of 0 means a zero token; another token has it once in 2^32.
@@ -80,19 +81,34 @@ DK_DEVICE void row_statistics(const char* z, const LayerOffsets& layers, int64_t
   } else if (fmaxf(squares, extra) > kLargestSquare) {
     norm = INFINITY;
   }
+  if (partners != nullptr) {
+    const int64_t in_batch = int64_t(row % batch) * length + token;
+    if (partners[in_batch] <= 0) norm = 0.0f;
+    const bool left_out = partners[in_batch] <= 0 || !(norm < INFINITY);
+    if (left_out) inverse = extra = 0.0f;
+    if (cleaned != nullptr) {
+      typename T::Stored* to =
+          reinterpret_cast<typename T::Stored*>(cleaned + cleaned_layers.offset[row / batch]) + in_batch * cleaned_stride;
+      for (int f = lane; f < features; f += 32) to[f] = left_out ? typename T::Stored() : x.z[f];
+    }
+  }
+  if (lane != 0) return;
   const int64_t at = int64_t(row) * length + token;
   norms[at] = norm;
   inverses[at] = inverse;
   extras[at] = extra;
 }
 
-// Gradient through the row transform, without its scale, in place of G = u. kNormalize: u - x (x . u) / (r inverse);
+// Gradient through the row transform, without its scale, in place of G = u; and for each token the scale of its
+// sequence times its inverse norm, or 0 without a partner. `segments`, the sequence of each token, and `partners` may be
+// null; each row has `sequences` scales. kNormalize: u - x (x . u) / (r inverse);
 // kStandardize: the same for u - mean(u); kNone: w z - G, with w the sum of the token's weights.
 template <class T>
 DK_DEVICE void project(const char* z, const LayerOffsets& layers, int64_t stride_b, int64_t stride_l,
                        const float* norms, const float* inverses, const float* extras, const float* weight_sums,
-                       float* gradient, const LayerOffsets& gradients, int batch, int length, int features,
-                       int transform) {
+                       const float* scales, const int64_t* segments, const int* partners, float* gradient,
+                       const LayerOffsets& gradients, float* factors, int sequences, int batch, int length,
+                       int features, int transform) {
   const int lane = threadIdx.x % 32, row = blockIdx.y;
   const int token = blockIdx.x * kTokensOfProgram + int(threadIdx.x) / 32;
   if (token >= length) return;
@@ -100,6 +116,11 @@ DK_DEVICE void project(const char* z, const LayerOffsets& layers, int64_t stride
   float* u = gradient + gradients.offset[row / batch] / int64_t(sizeof(float)) +
              (int64_t(row % batch) * length + token) * features;
   const int64_t at = int64_t(row) * length + token;
+  if (lane == 0) {
+    const float scale = scales[int64_t(row) * sequences + (segments == nullptr ? 0 : segments[token])];
+    const bool paired = partners == nullptr || partners[int64_t(row % batch) * length + token] > 0;
+    factors[at] = paired ? scale * inverses[at] : 0.0f;
+  }
   if (Transform(transform) == Transform::kNone) {
     const float weight_sum = weight_sums[at];
     for (int f = lane; f < features; f += 32) u[f] = weight_sum * x[f] - u[f];
@@ -120,9 +141,10 @@ DK_DEVICE void project(const char* z, const LayerOffsets& layers, int64_t stride
   for (int f = lane; f < features; f += 32) u[f] = (u[f] - mean_u) - (x[f] - mean_x) * product;
 }
 
-// dk_sequence_sums: total of the partial sums of one sequence (blockIdx.x) of one row (blockIdx.y), in fp64, relative
-// to the largest maximum, which goes to `shifts`; NaN if a norm is not finite. The order of additions is fixed.
-// `maxima` (and with it `shifts`) and `bounds` may be null.
+// dk_sequence_losses: loss of one sequence (blockIdx.x) of one row (blockIdx.y) and the scale of its gradient, from the
+// total of the partial sums, in fp64, relative to the largest maximum, which goes to `shifts`; NaN if a norm is not
+// finite. The order of additions is fixed. `maxima` (and with it `shifts`), `bounds`, `counts` and `tokens` may be null;
+// the rest of the arguments are described in gpu/launch.py, SequenceLossesCall.
 constexpr int kSumThreads = 256;
 static_assert(kSumThreads % 32 == 0 && (kSumThreads & (kSumThreads - 1)) == 0, "halves are added, down to one thread");
 
@@ -139,8 +161,11 @@ DK_DEVICE double sum_of_threads(double x, double* shared) {
 }  // namespace dk
 
 extern "C" __global__ void __launch_bounds__(dk::kSumThreads)
-    dk_sequence_sums(const float* norms, const float* sums, const float* maxima, const int* bounds, double* totals,
-                     float* shifts, int length, int64_t sums_stride) {
+    dk_sequence_losses(const float* norms, const float* sums, const float* maxima, const int* bounds,
+                       const int64_t* counts, const int64_t* tokens, double* losses, float* scales, float* shifts,
+                       int length, int64_t sums_stride, int batch, int first_sequence, int all_sequences, int divisor,
+                       int of_tokens, int diagonal, int logarithm, int divide_by_sequences, double constant,
+                       double factor) {
   __shared__ double thread_sums[dk::kSumThreads];
   const int64_t row = blockIdx.y;
   const int begin = bounds == nullptr ? 0 : bounds[blockIdx.x];
@@ -164,25 +189,88 @@ extern "C" __global__ void __launch_bounds__(dk::kSumThreads)
     total += double(sums[row * sums_stride + n] * scale);
   }
   total = dk::sum_of_threads(total, thread_sums);
+  double weight = 1.0 / divisor;
+  if (divide_by_sequences) {
+    __syncthreads();  // all threads have read the total
+    int counted = 0;
+    for (int n = int(threadIdx.x); n < all_sequences; n += dk::kSumThreads) counted += counts[n] > 0;
+    const double sequences = dk::sum_of_threads(counted, thread_sums);
+    if (sequences > 1.0) weight /= sequences;
+  }
   if (threadIdx.x != 0) return;
-  totals[row * gridDim.x + blockIdx.x] = total;
-  if (maxima != nullptr) shifts[row * gridDim.x + blockIdx.x] = largest;
+  const int number = first_sequence + (bounds == nullptr ? int(row % batch) : int(blockIdx.x));
+  double count = of_tokens ? length : double(length) * (length - 1), with_itself = length;
+  if (counts != nullptr) {
+    count = double(counts[number]);
+    if (diagonal) with_itself = double(tokens[number]);
+  }
+  const bool nothing = count == 0.0;
+  if (diagonal) {
+    count += with_itself;
+    total += with_itself;
+  }
+  if (count < 1.0) count = 1.0;
+  double loss, scale;
+  if (logarithm) {
+    loss = log(total) - log(count) + constant;
+    if (maxima != nullptr) loss += double(largest) * 0.6931471805599453;
+    scale = factor / total;
+  } else {
+    loss = total / count;
+    scale = factor / count;
+  }
+  if (loss != loss) scale = loss;
+  const int64_t at = row * gridDim.x + blockIdx.x;
+  losses[at] = nothing ? 0.0 : loss * weight;
+  scales[at] = nothing ? 0.0f : float(scale * weight);
+  if (maxima != nullptr) shifts[at] = largest;
 }
+
+namespace dk {
+
+// Gradients, [B, L, F] fp32 of each layer (blockIdx.y), times `scales`, [layers, B, L], and `factors`, [B, L], in T.
+template <class T>
+DK_DEVICE void scaled(const float* gradient, const LayerOffsets& gradients, const float* scales, const float* factors,
+                      int64_t factor_stride_b, int64_t factor_stride_l, char* output, const LayerOffsets& outputs,
+                      int batch, int length, int features) {
+  const int lane = threadIdx.x % 32, layer = blockIdx.y;
+  const int64_t tokens = int64_t(batch) * length;
+  const int64_t token = int64_t(blockIdx.x) * kTokensOfProgram + int(threadIdx.x) / 32;
+  if (token >= tokens) return;
+  const float scale = scales[layer * tokens + token] *
+                      factors[token / length * factor_stride_b + token % length * factor_stride_l];
+  const float* from = gradient + gradients.offset[layer] / int64_t(sizeof(float)) + token * features;
+  typename T::Stored* to =
+      reinterpret_cast<typename T::Stored*>(output + outputs.offset[layer]) + token * features;
+  for (int f = lane; f < features; f += 32) to[f] = T::from_float(from[f] * scale);
+}
+
+}  // namespace dk
 
 #define DK_DEFINE(T, name)                                                                                            \
   extern "C" __global__ void __launch_bounds__(32 * dk::kTokensOfProgram) dk_row_statistics_##name(                   \
       const char* z, const __grid_constant__ dk::LayerOffsets layers, int64_t stride_b, int64_t stride_l,             \
-      float* norms, float* inverses, float* extras, int batch, int length, int features, float eps, float q,          \
-      int transform) {                                                                                                \
-    dk::row_statistics<dk::T>(z, layers, stride_b, stride_l, norms, inverses, extras, batch, length, features, eps,   \
-                              q, transform);                                                                          \
+      const int* partners, float* norms, float* inverses, float* extras, char* cleaned,                               \
+      const __grid_constant__ dk::LayerOffsets cleaned_layers, int64_t cleaned_stride, int batch, int length,         \
+      int features, float eps, float q, int transform) {                                                              \
+    dk::row_statistics<dk::T>(z, layers, stride_b, stride_l, partners, norms, inverses, extras, cleaned,              \
+                              cleaned_layers, cleaned_stride, batch, length, features, eps, q, transform);            \
   }                                                                                                                   \
   extern "C" __global__ void __launch_bounds__(32 * dk::kTokensOfProgram) dk_project_##name(                          \
       const char* z, const __grid_constant__ dk::LayerOffsets layers, int64_t stride_b, int64_t stride_l,             \
-      const float* norms, const float* inverses, const float* extras, const float* weight_sums, float* gradient,      \
-      const __grid_constant__ dk::LayerOffsets gradients, int batch, int length, int features, int transform) {       \
-    dk::project<dk::T>(z, layers, stride_b, stride_l, norms, inverses, extras, weight_sums, gradient, gradients,      \
-                       batch, length, features, transform);                                                           \
+      const float* norms, const float* inverses, const float* extras, const float* weight_sums, const float* scales,  \
+      const int64_t* segments, const int* partners, float* gradient,                                                  \
+      const __grid_constant__ dk::LayerOffsets gradients, float* factors, int sequences, int batch, int length,       \
+      int features, int transform) {                                                                                  \
+    dk::project<dk::T>(z, layers, stride_b, stride_l, norms, inverses, extras, weight_sums, scales, segments,         \
+                       partners, gradient, gradients, factors, sequences, batch, length, features, transform);        \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(32 * dk::kTokensOfProgram) dk_scaled_##name(                           \
+      const float* gradient, const __grid_constant__ dk::LayerOffsets gradients, const float* scales,                 \
+      const float* factors, int64_t factor_stride_b, int64_t factor_stride_l, char* output,                           \
+      const __grid_constant__ dk::LayerOffsets outputs, int batch, int length, int features) {                        \
+    dk::scaled<dk::T>(gradient, gradients, scales, factors, factor_stride_b, factor_stride_l, output, outputs, batch, \
+                      length, features);                                                                              \
   }
 DK_DEFINE(BFloat16, bf16)
 DK_DEFINE(Float16, fp16)
@@ -197,6 +285,9 @@ dk::Kernels dk::token_kernels() {
                                    DK_LIST(dk_project_bf16),
                                    DK_LIST(dk_project_fp16),
                                    DK_LIST(dk_project_fp32),
-                                   {"dk_sequence_sums", (const void*)dk_sequence_sums, kSumThreads, 0, 0}};
+                                   DK_LIST(dk_scaled_bf16),
+                                   DK_LIST(dk_scaled_fp16),
+                                   DK_LIST(dk_scaled_fp32),
+                                   {"dk_sequence_losses", (const void*)dk_sequence_losses, kSumThreads, 0, 0}};
   return {kernels, int(sizeof kernels / sizeof *kernels)};
 }

@@ -20,7 +20,14 @@ from torch import Tensor
 
 from dispersion_kernels.backends.cpu import build_info
 from dispersion_kernels.backends.gpu.epilogues import Epilogue
-from dispersion_kernels.backends.gpu.launch import Inputs, PairTilesCall, RowSweepCall, Tokens, fp32_precision
+from dispersion_kernels.backends.gpu.launch import (
+    PairTilesCall,
+    ProjectCall,
+    RowSweepCall,
+    SequenceLossesCall,
+    Tokens,
+    fp32_precision,
+)
 
 _TRANSFORMS = {"normalize": 0, "standardize": 1, "none": 2}
 LIBRARY = Path(__file__).parents[1] / "_cuda.so"
@@ -42,7 +49,7 @@ def _load() -> str | None:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"{LIBRARY} cannot be loaded: {error}"
-    for name in ("row_statistics", "pair_tiles", "row_sweep", "sequence_sums", "project"):
+    for name in ("row_statistics", "pair_tiles", "row_sweep", "sequence_losses", "project", "scaled"):
         # The operators write to their arguments and return nothing, so their fake versions do nothing.
         torch.library.register_fake(f"dispersion_kernels::cuda_{name}", lambda *args, **kwargs: None)
     return None
@@ -97,13 +104,24 @@ class CudaKernels:
         """``shape`` itself: the shapes are compiled in."""
         return shape
 
-    def row_statistics(self, tokens: Tokens, epilogue: Epilogue, norm: Tensor, inverse: Tensor, extra: Tensor) -> None:
+    def row_statistics(
+        self,
+        tokens: Tokens,
+        epilogue: Epilogue,
+        partners: Tensor | None,
+        norm: Tensor,
+        inverse: Tensor,
+        extra: Tensor,
+        cleaned: Sequence[Tensor],
+    ) -> None:
         torch.ops.dispersion_kernels.cuda_row_statistics(
             f"dk_row_statistics_{self._storage}",
             _layers(tokens),
+            partners,
             norm,
             inverse,
             extra,
+            list(cleaned),
             epilogue.eps,
             epilogue.q,
             _TRANSFORMS[epilogue.transform],
@@ -121,7 +139,6 @@ class CudaKernels:
             inputs.statistics.extra,
             call.shift,
             inputs.pair_ids,
-            call.pair_id_ranges,
             call.weights,
             call.mirror,
             call.sums,
@@ -168,29 +185,51 @@ class CudaKernels:
             self.stream,
         )
 
-    def sequence_sums(
-        self,
-        length: int,
-        norm: Tensor,
-        sums: Tensor,
-        maxima: Tensor | None,
-        bounds: Tensor | None,
-        total: Tensor,
-        shift: Tensor | None,
-    ) -> None:
-        torch.ops.dispersion_kernels.cuda_sequence_sums(norm, sums, maxima, bounds, total, shift, length, self.stream)
+    def sequence_losses(self, call: SequenceLossesCall) -> None:
+        torch.ops.dispersion_kernels.cuda_sequence_losses(
+            call.norm,
+            call.sums,
+            call.maxima,
+            call.bounds,
+            call.counts,
+            call.tokens,
+            call.loss,
+            call.scale,
+            call.shift,
+            call.length,
+            call.batch,
+            call.first_sequence,
+            call.divisor,
+            call.of_tokens,
+            call.diagonal,
+            call.logarithm,
+            call.divide_by_sequences,
+            call.constant,
+            call.factor,
+            self.stream,
+        )
 
-    def project(self, inputs: Inputs, weight_sums: Tensor | None, gradients: Sequence[Tensor]) -> None:
+    def project(self, call: ProjectCall) -> None:
+        inputs, statistics = call.inputs, call.inputs.statistics
         torch.ops.dispersion_kernels.cuda_project(
             f"dk_project_{self._storage}",
             _layers(inputs.tokens),
-            inputs.statistics.norm,
-            inputs.statistics.inverse,
-            inputs.statistics.extra,
-            weight_sums,
-            list(gradients),
+            statistics.norm,
+            statistics.inverse,
+            statistics.extra,
+            call.weight_sums,
+            call.scale,
+            call.segment,
+            call.partners,
+            list(call.gradients),
+            call.factors,
             _TRANSFORMS[inputs.epilogue.transform],
             self.stream,
+        )
+
+    def scaled(self, gradients: Sequence[Tensor], scale: Tensor, factor: Tensor, outputs: Sequence[Tensor]) -> None:
+        torch.ops.dispersion_kernels.cuda_scaled(
+            f"dk_scaled_{self._storage}", list(gradients), scale, factor, list(outputs), self.stream
         )
 
     @property

@@ -14,6 +14,9 @@ from dispersion_kernels.potentials import Potential
 Losses = tuple[Tensor, Sequence[Tensor | None], Tensor | None]
 # Arguments: layers, pair_ids, cu_seqlens, potential, reduction, and, per layer, whether its gradient is requested.
 Run = Callable[[Sequence[Tensor], Tensor | None, Tensor | None, Potential, str, Sequence[bool]], Losses]
+# Gradient of each layer in the tokens' dtype, rounded once. Arguments: gradients without their scale, ``[B, L, F]`` per
+# layer, None where not requested; the scale, ``[layers, B, L]``; another factor, which broadcasts to ``[B, L]``; dtype.
+Scaled = Callable[[Sequence[Tensor | None], Tensor, Tensor, torch.dtype], list[Tensor | None]]
 
 
 def joined_scales(scales: Sequence[Tensor | None]) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dispersion_kernels.backends import cpu, cuda, torch_tiled
 from dispersion_kernels.backends.gpu import launch
-from dispersion_kernels.backends.interface import Run
+from dispersion_kernels.backends.interface import Run, Scaled
 from dispersion_kernels.checks import check_tensor
 from dispersion_kernels.options import check_impl
 from dispersion_kernels.potentials import Potential, is_built_in, resolve_potential
@@ -38,6 +38,8 @@ class Backend:
     sampler: Callable[[Potential, SampledPairs, Tensor, Tensor | None], Sampler | None] = lambda *_: None
     """Sampler of the backend's own for a potential, options, tokens ``[B, L, F]`` and cu_seqlens; None where
     :mod:`dispersion_kernels.sampling.torch_sampler` is to sample over ``run``."""
+    scaled: Scaled | None = None
+    """Last step of backward, in one launch; None where PyTorch's operations do it."""
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,15 @@ def _triton_kernels(z: Tensor) -> TritonKernels:
     return TritonKernels(z)
 
 
+def _gpu_backend(
+    why_not: Callable[[Tensor, Potential], str | None], kernels_for: Callable[[Tensor], launch.Kernels]
+) -> Backend:
+    return Backend(why_not, partial(launch.run, kernels_for), scaled=partial(launch.scaled, kernels_for))
+
+
 BACKENDS = {
-    "triton": Backend(_why_not_triton, partial(launch.run, _triton_kernels)),
-    "cuda": Backend(_why_not_cuda, partial(launch.run, cuda.CudaKernels)),
+    "triton": _gpu_backend(_why_not_triton, _triton_kernels),
+    "cuda": _gpu_backend(_why_not_cuda, cuda.CudaKernels),
     "cpu": Backend(_why_not_cpu, cpu.run, cpu_sampler.sampler),
     "torch": Backend(lambda *_: None, torch_tiled.run),
 }

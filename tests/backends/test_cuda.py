@@ -106,25 +106,36 @@ def _statistics() -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
 @built
 def test_operators(launches: list[str]) -> None:
     layers, *statistics = _statistics()
-    arguments = ("dk_row_statistics_fp32", layers, *statistics, 0.01, 0.0, 0, 0)
+    arguments = ("dk_row_statistics_fp32", layers, None, *statistics, [], 0.01, 0.0, 0, 0)
     torch.library.opcheck(
         torch.ops.dispersion_kernels.cuda_row_statistics.default,
         arguments,
         test_utils=("test_schema", "test_faketensor"),
     )
-    total = torch.zeros(4, 1, dtype=torch.float64)
+    loss, scale = torch.zeros(4, 1, dtype=torch.float64), torch.zeros(4, 1)
     torch.library.opcheck(
-        torch.ops.dispersion_kernels.cuda_sequence_sums.default,
-        (statistics[0], statistics[1], None, None, total, None, 5, 0),
+        torch.ops.dispersion_kernels.cuda_sequence_losses.default,
+        (*statistics[:2], *[None] * 4, loss, scale, None, 5, 2, 0, 4, False, False, True, False, 0.0, 1.0, 0),
         test_utils=("test_schema", "test_faketensor"),
     )
     gradients = [torch.zeros(2, 5, 8), torch.zeros(2, 5, 8)]
     torch.library.opcheck(
         torch.ops.dispersion_kernels.cuda_project.default,
-        ("dk_project_fp32", layers, *statistics, None, gradients, 0, 0),
+        ("dk_project_fp32", layers, *statistics, None, scale, None, None, gradients, statistics[0].clone(), 0, 0),
         test_utils=("test_schema", "test_faketensor"),
     )
-    assert set(launches) == {"dk_row_statistics_fp32", "dk_sequence_sums", "dk_project_fp32"}
+    outputs = [torch.zeros(2, 5, 8), torch.zeros(2, 5, 8)]
+    torch.library.opcheck(
+        torch.ops.dispersion_kernels.cuda_scaled.default,
+        ("dk_scaled_fp32", gradients, statistics[0], torch.ones(2, 5), outputs, 0),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    assert set(launches) == {
+        "dk_row_statistics_fp32",
+        "dk_sequence_losses",
+        "dk_project_fp32",
+        "dk_scaled_fp32",
+    }
 
 
 @built
@@ -149,7 +160,9 @@ def test_what_a_watcher_raises() -> None:
 
     layers, *statistics = _statistics()
     with pytest.raises(ValueError, match="dk_row_statistics_fp32"), cuda.watch_launches(watch, "sm_80"):
-        torch.ops.dispersion_kernels.cuda_row_statistics("dk_row_statistics_fp32", layers, *statistics, 0.0, 0.0, 0, 0)
+        torch.ops.dispersion_kernels.cuda_row_statistics(
+            "dk_row_statistics_fp32", layers, None, *statistics, [], 0.0, 0.0, 0, 0
+        )
 
 
 @built
@@ -157,14 +170,18 @@ def test_operators_refuse_what_they_cannot_run(launches: list[str]) -> None:
     run = torch.ops.dispersion_kernels.cuda_row_statistics
     layers, *statistics = _statistics()
     with pytest.raises(RuntimeError, match="there is no CUDA kernel dk_nothing"):
-        run("dk_nothing", layers, *statistics, 0.0, 0.0, 0, 0)
+        run("dk_nothing", layers, None, *statistics, [], 0.0, 0.0, 0, 0)
     with pytest.raises(RuntimeError, match="same sizes and strides"):
-        run("dk_row_statistics_fp32", [layers[0], layers[1][:1]], *statistics, 0.0, 0.0, 0, 0)
+        run("dk_row_statistics_fp32", [layers[0], layers[1][:1]], None, *statistics, [], 0.0, 0.0, 0, 0)
     with pytest.raises(RuntimeError, match="next to each other"):
-        run("dk_row_statistics_fp32", [layers[0].mT], *statistics, 0.0, 0.0, 0, 0)
+        run("dk_row_statistics_fp32", [layers[0].mT], None, *statistics, [], 0.0, 0.0, 0, 0)
     with pytest.raises(RuntimeError, match="at most 64 layers"):
-        run("dk_row_statistics_fp32", layers * 40, *statistics, 0.0, 0.0, 0, 0)
-    project = torch.ops.dispersion_kernels.cuda_project
+        run("dk_row_statistics_fp32", layers * 40, None, *statistics, [], 0.0, 0.0, 0, 0)
+    with pytest.raises(RuntimeError, match="a copy of each layer, got 1 of 2 layers"):
+        run("dk_row_statistics_fp32", layers, None, *statistics, layers[:1], 0.0, 0.0, 0, 0)
+    with pytest.raises(RuntimeError, match="scaled needs an output of each gradient"):
+        torch.ops.dispersion_kernels.cuda_scaled("dk_scaled_fp32", [], statistics[0], statistics[0], [], 0)
+    project, scale = torch.ops.dispersion_kernels.cuda_project, torch.zeros(4, 1)
     for gradients, message in (
         ([], "needs a gradient of each layer"),
         ([torch.zeros(2, 5, 8)], "a gradient of each layer, got 1 of 2 layers"),
@@ -172,7 +189,7 @@ def test_operators_refuse_what_they_cannot_run(launches: list[str]) -> None:
         ([torch.zeros(2, 5, 8), torch.zeros(2, 8, 5).mT], "contiguous and of the layers' sizes"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            project("dk_project_fp32", layers, *statistics, None, gradients, 0, 0)
+            project("dk_project_fp32", layers, *statistics, None, scale, None, None, gradients, statistics[0], 0, 0)
     with pytest.raises(RuntimeError, match="dk_row_sweep_tf32_gaussian_loss has 64 tokens, got 32"):
         torch.ops.dispersion_kernels.cuda_row_sweep(
             *("dk_row_sweep_tf32_gaussian_loss", layers, *statistics), *[None] * 10, [], 32, *[0.0] * 4, 0
@@ -185,4 +202,6 @@ def test_operators_refuse_what_they_cannot_run(launches: list[str]) -> None:
 def test_a_launch_needs_a_gpu() -> None:
     layers, *statistics = _statistics()
     with pytest.raises(RuntimeError, match="dk_row_statistics_fp32: its tensors are not on a CUDA device"):
-        torch.ops.dispersion_kernels.cuda_row_statistics("dk_row_statistics_fp32", layers, *statistics, 0.0, 0.0, 0, 0)
+        torch.ops.dispersion_kernels.cuda_row_statistics(
+            "dk_row_statistics_fp32", layers, None, *statistics, [], 0.0, 0.0, 0, 0
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dispersion_kernels import segments
+from dispersion_kernels import AngularSpread, segments
 from dispersion_kernels.backends import cuda
 from dispersion_kernels.backends.gpu import launch
 
@@ -129,3 +130,73 @@ def test_bounds_on_the_cpu_are_copied_once_for_the_same_values() -> None:
     bounds.numpy()[1] = 4  # of which PyTorch sees nothing
     assert segments.on_device(bounds, meta) is not copy
     assert segments.on_device(bounds, torch.device("cpu")) is bounds
+
+
+@pytest.mark.parametrize("features", [128, 768], ids=["fused", "workspace"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("layers", [1, 12])
+def test_launches_and_operations_of_a_call(layers: int, reduction: str, features: int) -> None:
+    """Forward takes at most 8 and backward at most 2, for any number of layers, beside the library's products, one a
+    layer, and, where the slopes of all rows do not fit the workspace, a launch for each filling of it."""
+    forward, backward, operations = _recorded([(8, 1024, features)] * layers, reduction)
+    assert backward == ["scaled_kernel"]
+    products = [name for name in operations if "bmm" in name]
+    fillings = forward.count("pair_tiles_kernel")
+    if features == 128:
+        assert (products, fillings) == ([], 0)
+    else:
+        assert len(products) == layers
+        assert fillings == math.ceil(8 * layers * 2 * 1024**2 / launch.WORKSPACE_BYTES)
+    assert len(forward) + len(operations) - len(products) - max(0, fillings - 1) <= 6
+
+
+def test_operations_of_a_padding_mask() -> None:
+    """A mask costs at most 15 operations, none of which sorts twice or goes over the tokens' features."""
+    shapes = [(8, 1024, 768)] * 2
+    forward, backward, operations = _recorded(shapes, "mean")
+    mask = torch.ones(8, 1024, dtype=torch.bool, device="meta")
+    masked_forward, masked_backward, masked_operations = _recorded(shapes, "mean", mask)
+    assert (masked_forward, masked_backward) == (forward, backward)
+    assert len(masked_operations) - len(operations) <= 15
+    assert sum("sort" in name.replace("searchsorted", "") for name in masked_operations) == 1
+
+
+def _recorded(
+    shapes: list[tuple[int, int, int]], reduction: str, mask: Tensor | None = None
+) -> tuple[list[str], list[str], list[str]]:
+    """Names of Triton's kernels in forward and in backward, and of PyTorch's operations other than views and
+    allocations; on tensors without memory."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from dispersion_kernels.backends.triton.backend import TritonKernels
+
+    launched: list[str] = []
+
+    def kernels(z: Tensor) -> TritonKernels:
+        return TritonKernels(z, "sm_90", run=lambda kernel, *_: launched.append(kernel.__name__))
+
+    z = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+    with Operations() as operations:
+        pair_ids = segments.make_pair_ids(mask, None)
+        requested = [True] * len(z)
+        loss, gradients, scale = launch.run(kernels, z, pair_ids, None, AngularSpread(), reduction, requested)
+        forward = list(launched)
+        assert scale is not None
+        factor = loss if loss.dim() == 0 else loss.unsqueeze(1)
+        launch.scaled(kernels, gradients, scale, factor, torch.bfloat16)
+    return forward, launched[len(forward) :], operations.names
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that launch a kernel on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        # Widening of 16-bit factors, before a product, is for devices whose products have no fp32 result.
+        widens = name == "aten::_to_copy" and args[0].dim() == 3 and args[0].element_size() == 2
+        if not (func.is_view or widens or name.startswith(("aten::empty", "aten::new_empty"))):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))

@@ -26,9 +26,8 @@ from torch import Tensor
 
 from dispersion_kernels.backends.gpu.epilogues import Epilogue, epilogue_of
 from dispersion_kernels.backends.interface import Losses
-from dispersion_kernels.numerics import log_mean_loss, loss_weight, mean_loss
 from dispersion_kernels.potentials import L2Repel, PerplexityEntropy, Potential
-from dispersion_kernels.segments import on_device, pair_id_counts, segment_of_token, within_segments
+from dispersion_kernels.segments import on_device, segment_of_token, within_segments
 
 # Size of the workspace of slopes: small enough for the last-level cache, large enough to fill the machine.
 WORKSPACE_BYTES = 32 << 20
@@ -37,7 +36,6 @@ WORKSPACE_BYTES = 32 << 20
 _FUSED_FEATURES = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
 # CUDA's gridDim.y limit.
 MAX_ROWS = 65_535
-_LN2 = math.log(2)
 _NO_PAIR_ID = 2**31 - 1
 
 
@@ -153,8 +151,6 @@ class PairTilesCall(NamedTuple):
     """Largest exponents, ``[rows, programs]``, that ``sums`` are relative to; output."""
     shift: Tensor | None
     """Number that is subtracted from the exponents of a row, ``[rows, 1]``."""
-    pair_id_ranges: Tensor | None
-    """Least and largest pair id of each tile, ``[B, tiles, 2]`` int32."""
     weights: Tensor | None
     """Slopes times the inverse norm of the column, ``[rows, N, N]`` in the dtype of the tokens; output. N is a multiple
     of the block; elements beyond the last token may be written, too."""
@@ -187,8 +183,89 @@ class RowSweepCall(NamedTuple):
     """Gradient of each layer, ``[B, L, F]``, without its scale and the row transform; output. Empty for none."""
 
 
+@dataclass(frozen=True)
+class Partners:
+    """Tokens that pair with each other, from pair ids; of a part of the batch, where a call is split."""
+
+    pair_ids: Tensor
+    """Pair ids, ``[B, L]`` int32: equal where tokens of a row pair; -1 for none."""
+    counts: Tensor
+    """Number of partners of each token, ``[B, L]`` int32."""
+    all_counts: Tensor
+    """``counts`` of the whole batch."""
+    pairs: Tensor
+    """Number of ordered pairs of each sequence of the whole batch, int64."""
+    cu_seqlens: Tensor | None
+    first_sequence: int = 0
+    """Place in the whole batch of the part's first sequence."""
+
+    @functools.cached_property
+    def tokens(self) -> Tensor:
+        """Number of tokens with a partner of each sequence of the whole batch, int64."""
+        return _over_sequences(self.all_counts > 0, self.cu_seqlens)
+
+
+class SequenceLossesCall(NamedTuple):
+    """Arguments of ``sequence_losses``, which computes each sequence's loss and the scale of its gradient from partial
+    sums. Without partners a sequence is a row, whose tokens all pair."""
+
+    length: int
+    batch: int
+    norm: Tensor
+    """Norms, ``[rows, L]``; a sequence with one that is not finite has loss NaN."""
+    sums: Tensor
+    """Partial sums, ``[rows, N]``; with ``bounds`` N is L, and a sequence has the sums of its tokens."""
+    maxima: Tensor | None
+    """Exponents that ``sums`` are relative to, ``[rows, N]``."""
+    bounds: Tensor | None
+    """cu_seqlens ``[S + 1]`` int32."""
+    counts: Tensor | None
+    """Number of terms of each sequence's mean, int64; None for that of a whole row."""
+    first_sequence: int
+    """Place in ``counts`` and ``tokens`` of the first sequence."""
+    tokens: Tensor | None
+    """Number of tokens with a partner of each sequence, int64, with ``counts`` and ``diagonal``; else None."""
+    of_tokens: bool
+    """Whether the mean is over tokens, rather than over pairs."""
+    diagonal: bool
+    """Whether the mean has a term 1 for each token with itself, which ``sums`` and ``counts`` lack."""
+    logarithm: bool
+    """Whether the loss is the logarithm of the mean, plus ``constant``, and not the mean."""
+    constant: float
+    factor: float
+    """Factor of the scale: scale = factor d loss / d sum."""
+    divisor: int
+    """Number by which loss and scale are divided."""
+    divide_by_sequences: bool
+    """Whether they are also divided by the number of sequences with a term, of those in ``counts``."""
+    loss: Tensor
+    """Losses, ``[rows, S]`` fp64; 0 for a sequence without a term; output."""
+    scale: Tensor
+    """Scales, ``[rows, S]`` fp32; output."""
+    shift: Tensor | None
+    """Largest of ``maxima``, which ``scale`` is relative to, ``[rows, S]``; output."""
+
+
+class ProjectCall(NamedTuple):
+    """Arguments of ``project``, which computes the gradient through the row transform, in place, and its factor."""
+
+    inputs: Inputs
+    weight_sums: Tensor | None
+    """Sums of the weights, ``[rows, L]``, for the transform ``none``."""
+    scale: Tensor
+    """Scale of each sequence, ``[rows, S]``."""
+    segment: Tensor | None
+    """Sequence of each token, ``[L]`` int64; None for one sequence a row."""
+    partners: Tensor | None
+    """Number of partners of each token, ``[B, L]`` int32; None where all tokens of a row pair."""
+    gradients: Sequence[Tensor]
+    """Gradients, as those of ``row_sweep``; input and output."""
+    factors: Tensor
+    """Scale of the sequence times the inverse norm, ``[rows, L]``; 0 for a token without a partner; output."""
+
+
 class Kernels(Protocol):
-    """Interface of a backend for one dtype: five kernels and the sizes of their tiles.
+    """Interface of a backend for one dtype: six kernels and the sizes of their tiles.
 
     Statistics and sums are fp32. Outputs that are None are not computed, inputs that are None not read.
     """
@@ -208,33 +285,34 @@ class Kernels(Protocol):
         decision."""
 
     def row_statistics(
-        self, tokens: Tokens, epilogue: Epilogue, norm: Tensor, inverse: Tensor, extra: Tensor
-    ) -> None: ...
+        self,
+        tokens: Tokens,
+        epilogue: Epilogue,
+        partners: Tensor | None,
+        norm: Tensor,
+        inverse: Tensor,
+        extra: Tensor,
+        cleaned: Sequence[Tensor],
+    ) -> None:
+        """Computes the :class:`Statistics`. With ``partners``, ``[B, L]`` int32, those of a token without a partner are
+        0, and of one that is not finite inverse and extra. ``cleaned``: copies ``[B, L, W]`` of the layers in which
+        these tokens are 0; empty for none."""
 
     def pair_tiles(self, call: PairTilesCall) -> Any: ...
     def row_sweep(self, call: RowSweepCall) -> Any: ...
+    def sequence_losses(self, call: SequenceLossesCall) -> None: ...
+    def project(self, call: ProjectCall) -> None: ...
 
-    def sequence_sums(
-        self,
-        length: int,
-        norm: Tensor,
-        sums: Tensor,
-        maxima: Tensor | None,
-        bounds: Tensor | None,
-        total: Tensor,
-        shift: Tensor | None,
-    ) -> None: ...
-
-    def project(self, inputs: Inputs, weight_sums: Tensor | None, gradients: Sequence[Tensor]) -> None: ...
+    def scaled(self, gradients: Sequence[Tensor], scale: Tensor, factor: Tensor, outputs: Sequence[Tensor]) -> None:
+        """Computes ``outputs``, ``[B, L, F]`` in the kernels' dtype: ``gradients``, fp32, times ``scale``, ``[layers,
+        B, L]``, and ``factor``, ``[B, L]`` of any strides."""
 
 
 class SequenceLosses(NamedTuple):
-    """SequenceLosses and gradients of all layers."""
+    """Losses and gradients of all layers."""
 
     loss: Tensor
-    """Loss of each sequence, ``[layers, S]`` fp64; 0 without a pair."""
-    pairs: Tensor
-    """Number of ordered pairs of each sequence, ``[S]`` int64."""
+    """Weighted loss of each sequence, ``[layers, S]`` fp64; 0 without a pair."""
     gradients: list[Tensor]
     """Gradient of each layer without its scale, ``[B, L, F]`` fp32; empty if no gradient was asked for."""
     scale: Tensor | None
@@ -263,12 +341,34 @@ def run(
 ) -> Losses:
     """:data:`~dispersion_kernels.backends.interface.Run` of the kernels that ``kernels_for`` makes for tokens."""
     with torch.cuda.device_of(layers[0]):  # Triton launches on the current device
-        kernels = kernels_for(layers[0])
-        loss, pairs, gradients, scale = dispersion(layers, potential, pair_ids, cu_seqlens, any(with_grad), kernels)
-    weight = loss_weight(len(layers), reduction, (pairs > 0).sum())
-    total = (loss.sum(0) if reduction == "none" else loss.sum()) * weight
-    grads = [gradients[n] if need else None for n, need in enumerate(with_grad)]
-    return total.float(), grads, None if scale is None else scale * weight
+        loss, gradients, scale = dispersion(
+            layers, potential, pair_ids, cu_seqlens, any(with_grad), kernels_for(layers[0]), reduction
+        )
+    total = loss.sum(0) if reduction == "none" else loss.sum()
+    return total.float(), [gradients[n] if need else None for n, need in enumerate(with_grad)], scale
+
+
+def scaled(
+    kernels_for: Callable[[Tensor], Kernels],
+    gradients: Sequence[Tensor | None],
+    scale: Tensor,
+    factor: Tensor,
+    dtype: torch.dtype,
+) -> list[Tensor | None]:
+    """:data:`~dispersion_kernels.backends.interface.Scaled` of the kernels that ``kernels_for`` makes for tokens."""
+    outputs = [None if gradient is None else torch.empty_like(gradient, dtype=dtype) for gradient in gradients]
+    layers = [n for n, output in enumerate(outputs) if output is not None]
+    given = [gradient for gradient in gradients if gradient is not None]
+    taken = [output for output in outputs if output is not None]
+    if not taken or taken[0].numel() == 0:
+        return outputs
+    scale = scale if len(layers) == len(outputs) else torch.stack([scale[n] for n in layers])
+    with torch.cuda.device_of(scale):
+        kernels = kernels_for(taken[0])
+        for n in range(0, len(taken), kernels.max_layers):
+            some = slice(n, n + kernels.max_layers)
+            kernels.scaled(given[some], scale[some], factor.expand(scale.shape[1:]), taken[some])
+    return outputs
 
 
 def dispersion(
@@ -278,46 +378,64 @@ def dispersion(
     cu_seqlens: Tensor | None,
     with_grad: bool,
     kernels: Kernels,
+    reduction: str = "none",
 ) -> SequenceLosses:
-    """Loss of each sequence of each layer and, if asked, its gradient.
+    """Loss of each sequence of each layer and, if asked, its gradient, times the weight that the loss has in the
+    reduction: :func:`~dispersion_kernels.numerics.loss_weight`.
 
     Args:
         layers: hidden states ``[B, L, F]``, all alike.
         potential, pair_ids, cu_seqlens: as in :mod:`dispersion_kernels.segments`.
         with_grad: whether to compute the gradient.
         kernels: the kernels of the backend.
+        reduction: as in :func:`fused_dispersion_loss`.
     """
     batch, length, _ = layers[0].shape
     if batch == 0 or length < 2:
         return _nothing(layers, cu_seqlens, with_grad)
-    if len(layers) > kernels.max_layers:
-        halves = layers[: len(layers) // 2], layers[len(layers) // 2 :]
-        return _join_layers([dispersion(half, potential, pair_ids, cu_seqlens, with_grad, kernels) for half in halves])
-    if batch > 1 and len(layers) * batch > MAX_ROWS:
-        parts = [slice(0, batch // 2), slice(batch // 2, batch)]
-        return _join_batches(
-            [
-                dispersion(
-                    [z[part] for z in layers],
-                    potential,
-                    None if pair_ids is None else pair_ids[part],
-                    None,
-                    with_grad,
-                    kernels,
-                )
-                for part in parts
-            ]
-        )
     if cu_seqlens is not None:
         cu_seqlens = on_device(cu_seqlens, layers[0].device).to(torch.int32)  # the dtype that compiled kernels read
         pair_ids = within_segments(pair_ids, cu_seqlens, length)
-    call = _Call(layers, potential, pair_ids, cu_seqlens, kernels)
+    partners = None if pair_ids is None else _partners(pair_ids, cu_seqlens)
+    by_sequences = reduction == "mean" and partners is not None
+    divisor = len(layers) * (batch if reduction == "mean" and partners is None else 1)
+    return _dispersion(layers, _Request(potential, partners, divisor, by_sequences, with_grad, kernels))
+
+
+class _Request(NamedTuple):
+    """Arguments of a call beside the layers."""
+
+    potential: Potential
+    partners: Partners | None
+    divisor: int
+    divide_by_sequences: bool
+    with_grad: bool
+    kernels: Kernels
+
+
+def _dispersion(layers: Sequence[Tensor], request: _Request) -> SequenceLosses:
+    """Losses in as many parts as launches need."""
+    batch, partners = layers[0].shape[0], request.partners
+    if len(layers) > request.kernels.max_layers:
+        halves = layers[: len(layers) // 2], layers[len(layers) // 2 :]
+        return _joined([_dispersion(half, request) for half in halves], 0)
+    if batch > 1 and len(layers) * batch > MAX_ROWS:
+        losses = []
+        for part in (slice(0, batch // 2), slice(batch // 2, batch)):
+            of_part = partners
+            if partners is not None:
+                ids, counts = partners.pair_ids[part], partners.counts[part]
+                first = partners.first_sequence + part.start
+                of_part = replace(partners, pair_ids=ids, counts=counts, first_sequence=first)
+            losses.append(_dispersion([z[part] for z in layers], request._replace(partners=of_part)))
+        return _joined(losses, 1)
+    call = _Call(layers, request)
     call.row_statistics()
-    if isinstance(potential, PerplexityEntropy):
-        loss, scale = call.perplexity_entropy(potential, with_grad)
+    if isinstance(request.potential, PerplexityEntropy):
+        loss, scale = call.perplexity_entropy(request.potential)
     else:
-        loss, scale = call.pair_sums(with_grad)
-    return call.finish(loss, scale, with_grad)
+        loss, scale = call.pair_sums()
+    return call.finish(loss, scale)
 
 
 def aligned(layers: Sequence[Tensor], alignment: int) -> list[Tensor]:
@@ -352,80 +470,59 @@ def _nothing(layers: Sequence[Tensor], cu_seqlens: Tensor | None, with_grad: boo
     sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     return SequenceLosses(
         torch.zeros(len(layers), sequences, dtype=torch.float64, device=z.device),
-        torch.zeros(sequences, dtype=torch.int64, device=z.device),
         [torch.zeros_like(z, dtype=torch.float32) for z in layers] if with_grad else [],
         torch.zeros(len(layers), *z.shape[:2], dtype=torch.float32, device=z.device) if with_grad else None,
     )
 
 
-def _join_layers(parts: list[SequenceLosses]) -> SequenceLosses:
+def _joined(parts: list[SequenceLosses], dimension: int) -> SequenceLosses:
+    """Results of parts of the layers (dimension 0) or of the batch (dimension 1)."""
     scales = [part.scale for part in parts if part.scale is not None]
+    gradients = [part.gradients for part in parts]
+    pieces = zip(*gradients, strict=True)
     return SequenceLosses(
-        torch.cat([part.loss for part in parts]),
-        parts[0].pairs,
-        [gradient for part in parts for gradient in part.gradients],
-        torch.cat(scales) if scales else None,
-    )
-
-
-def _join_batches(parts: list[SequenceLosses]) -> SequenceLosses:
-    scales = [part.scale for part in parts if part.scale is not None]
-    return SequenceLosses(
-        torch.cat([part.loss for part in parts], 1),
-        torch.cat([part.pairs for part in parts]),
-        [torch.cat(pieces) for pieces in zip(*(part.gradients for part in parts), strict=True)],
-        torch.cat(scales, 1) if scales else None,
+        torch.cat([part.loss for part in parts], dimension),
+        list(itertools.chain(*gradients))
+        if dimension == 0
+        else [torch.cat(pieces_of_layer) for pieces_of_layer in pieces],
+        torch.cat(scales, dimension) if scales else None,
     )
 
 
 class _Call:
     """State that the kernels of one call share."""
 
-    def __init__(
-        self,
-        layers: Sequence[Tensor],
-        potential: Potential,
-        pair_ids: Tensor | None,
-        cu_seqlens: Tensor | None,
-        kernels: Kernels,
-    ) -> None:
+    def __init__(self, layers: Sequence[Tensor], request: _Request) -> None:
         z = layers[0]
-        self.layers = aligned(layers, kernels.alignment)
-        self.potential, self.cu_seqlens, self.kernels = potential, cu_seqlens, kernels
+        self.request, self.potential, self.kernels = request, request.potential, request.kernels
+        self.layers = aligned(layers, self.kernels.alignment)
         self.batch, self.length, self.features = z.shape
         self.rows = self.batch * len(layers)
         self.device, self.dtype = z.device, z.dtype
-        self.epilogue: Epilogue = epilogue_of(potential, self.features, narrow_range=z.dtype == torch.float16)
-        self.partners: Tensor | None = None
-        self.pair_ids: Tensor | None = None
-        self._pair_id_ranges: dict[int, Tensor] = {}
-        if pair_ids is not None:
-            self.partners = pair_id_counts(pair_ids) - 1
-            self.pair_ids = _dense(pair_ids)
-        self.segment = None if cu_seqlens is None else segment_of_token(cu_seqlens, self.length)
+        self.epilogue: Epilogue = epilogue_of(self.potential, self.features, narrow_range=z.dtype == torch.float16)
+        self.partners = request.partners
+        self.cu_seqlens = None if self.partners is None else self.partners.cu_seqlens
+        self.segment = None if self.cu_seqlens is None else segment_of_token(self.cu_seqlens, self.length)
         # Sequences per row, S in shapes: 1, or the number of segments of cu_seqlens.
-        self.sequences = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
+        self.sequences = 1 if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
 
     # ---- statistics
 
     def row_statistics(self) -> None:
-        norm, inverse, extra = self._row_statistics()
-        if self.partners is not None:
-            # Tokens without a partner must neither reach other tokens through 0 * NaN nor make the loss NaN. Tokens
-            # with a partner that are not finite make the loss NaN, but do not reach other tokens.
-            alone = self.partners <= 0
-            norm.view(-1, self.batch, self.length).masked_fill_(alone, 0.0)
-            left_out = ~norm.isfinite().view(-1, self.batch, self.length) | alone
-            inverse.view(left_out.shape).masked_fill_(left_out, 0.0)
-            extra.view(left_out.shape).masked_fill_(left_out, 0.0)
-            masked = [z.masked_fill(out.unsqueeze(-1), 0.0) for z, out in zip(self.layers, left_out, strict=True)]
-            self.layers = aligned(masked, self.kernels.alignment)
+        # Tokens without a partner must neither reach other tokens through 0 * NaN nor make the loss NaN. Tokens with a
+        # partner that are not finite make the loss NaN, but do not reach other tokens. Without a gradient the epilogue
+        # leaves their pairs out.
+        centred = self.epilogue.transform == "none" and self.dtype == torch.float32
+        clean = self.partners is not None and (self.request.with_grad or centred)
+        cleaned = [z.new_empty(self.batch, self.length, z.shape[2]) for z in self.layers] if clean else []
+        norm, inverse, extra = self._row_statistics(cleaned)
+        self.layers = cleaned or self.layers
         self.tokens = self.layers
-        if self.epilogue.transform == "none" and self.dtype == torch.float32:
+        if centred:
             # Subtracting the mean leaves distances as they are and makes them cancel less. In 16 bits the difference
             # would be rounded.
             self.layers = aligned([z - z.mean(1, keepdim=True) for z in self.layers], self.kernels.alignment)
-            _, _, extra = self._row_statistics()
+            _, _, extra = self._row_statistics([])
         weight_inverse, weight_scale = inverse, None
         if self.dtype == torch.float16:
             largest = inverse.amax(1, keepdim=True)
@@ -433,49 +530,57 @@ class _Call:
             weight_scale = torch.exp2(self.epilogue.weight_exponent - largest_exponent)
             weight_inverse = inverse * weight_scale
         self.statistics = Statistics(norm, inverse, extra, weight_inverse, weight_scale)
-        self.inputs = Inputs(Tokens(self.layers, self.features), self.epilogue, self.statistics, self.pair_ids)
+        pair_ids = None if self.partners is None else self.partners.pair_ids
+        self.inputs = Inputs(Tokens(self.layers, self.features), self.epilogue, self.statistics, pair_ids)
 
-    def _row_statistics(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _row_statistics(self, cleaned: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         norm, inverse, extra = (self._empty_statistic() for _ in range(3))
-        self.kernels.row_statistics(Tokens(self.layers, self.features), self.epilogue, norm, inverse, extra)
+        tokens, counts = Tokens(self.layers, self.features), None if self.partners is None else self.partners.counts
+        self.kernels.row_statistics(tokens, self.epilogue, counts, norm, inverse, extra, cleaned)
         return norm, inverse, extra
 
     # ---- potentials that are a sum over pairs
 
-    def pair_sums(self, with_grad: bool) -> tuple[Tensor, Tensor]:
+    def pair_sums(self) -> tuple[Tensor, Tensor]:
         """Loss and scale of each sequence of each row, ``[rows, S]``; G goes to ``self.gradients``."""
-        epilogue, potential = self.epilogue, self.potential
-        packed = self.cu_seqlens is not None
-        total: Tensor | None = None
+        packed, with_grad = self.cu_seqlens is not None, self.request.with_grad
         maximum: Tensor | None = None
-        if epilogue.online or not with_grad:
-            total, maximum = self._loss_of_rows() if packed else self._loss_of_tiles()
+        if self.epilogue.online or not with_grad:
+            sums, maxima = self._loss_of_rows() if packed else self._loss_of_tiles()
+            loss, scale, maximum = self._pair_losses(sums, maxima)
         if with_grad:
             fused = packed or self.features <= _FUSED_FEATURES[self.dtype]
             sums = self._gradient_fused(maximum) if fused else self._gradient_by_workspace(maximum)
-            total = sums if total is None else total
-        assert total is not None
-        count = self._pairs.clamp(min=1).double()
-        if not epilogue.exponential:
-            return mean_loss(potential, total, count)
-        shift = torch.full_like(total, epilogue.shift)
-        if maximum is not None:
-            shift += maximum * _LN2
-        if getattr(potential, "include_diagonal", False):
-            total = total + self._paired_tokens
-        return log_mean_loss(potential, total.log() + shift, shift, count)
+            if not self.epilogue.online:
+                loss, scale, _ = self._pair_losses(sums, None)
+        return loss, scale
+
+    def _pair_losses(self, sums: Tensor, maxima: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Loss and scale of each sequence from the sums of psi, and, with ``maxima``, the exponents they are relative
+        to."""
+        potential, epilogue = self.potential, self.epilogue
+        return self._sequence_losses(
+            sums,
+            maxima,
+            of_tokens=False,
+            diagonal=getattr(potential, "include_diagonal", False),
+            # d loss / d sum is 1 / sum for the logarithm of the mean, else 1 / count; a pair is in the sum twice.
+            logarithm=epilogue.exponential or potential.reduction == "log_mean",
+            constant=epilogue.shift + potential.loss_offset,
+            factor=2 * epilogue.kappa,
+        )
 
     def _loss_of_tiles(self) -> tuple[Tensor, Tensor | None]:
         shape = self._tile_shape()
         region = self._triangle(shape, self.rows)
         sums, maxima = self._partial_sums(region.programs)
         self._pair_tiles(shape, region, sums, maxima)
-        return self._sequence_sums(sums, maxima)
+        return sums, maxima
 
     def _loss_of_rows(self) -> tuple[Tensor, Tensor | None]:
         sums, maxima = self._partial_sums(self.length)
         self._row_sweep(self._row_shape(False), "online" if self.epilogue.online else "loss", sums=sums, maxima=maxima)
-        return self._sequence_sums(sums, maxima)
+        return sums, maxima
 
     def _gradient_fused(self, maximum: Tensor | None) -> Tensor:
         sums = self._empty_statistic()
@@ -489,7 +594,7 @@ class _Call:
         )
         shift = None if maximum is None else self._spread(maximum).contiguous()
         self._row_sweep(shape, "gradient", sums=sums, shift=shift)
-        return self._sequence_sums(sums, None)[0]
+        return sums
 
     def _gradient_by_workspace(self, maximum: Tensor | None) -> Tensor:
         shape = self._tile_shape()
@@ -517,7 +622,7 @@ class _Call:
                 _product_(self.gradients[layer][batches], weights, z, add=False)
                 if self.weight_sums is not None:
                     torch.sum(weights, 2, dtype=torch.float32, out=self.weight_sums[begin:end])
-        return self._sequence_sums(sums, None)[0]
+        return sums
 
     def _blocks_by_workspace(self, shape: TileShape, maximum: Tensor | None) -> Tensor:
         """Workspace strategy with one row at a time, in pairs of blocks whose slopes fill the workspace."""
@@ -561,11 +666,11 @@ class _Call:
                     _product_(gradient[:, side_tokens], weights, z[:, other_tokens], add=other > 0)
                     if self.weight_sums is not None:
                         self.weight_sums[row, side_tokens] += weights[0].sum(1, dtype=torch.float32)
-        return self._sequence_sums(sums, None)[0]
+        return sums
 
     # ---- perplexity_entropy
 
-    def perplexity_entropy(self, potential: PerplexityEntropy, with_grad: bool) -> tuple[Tensor, Tensor]:
+    def perplexity_entropy(self, potential: PerplexityEntropy) -> tuple[Tensor, Tensor]:
         """Loss and scale as in :meth:`pair_sums`, in three passes; the last two read each token's largest exponent and
         sum, which the first computes."""
         shape = self._row_shape(True)
@@ -575,86 +680,55 @@ class _Call:
         if self.partners is None:
             average = torch.full_like(total, 1 / (self.length - 1))
         else:
-            average = (1 / self.partners.clamp(min=1).float()).repeat(len(self.layers), 1)
-        anchors = self._paired_tokens.clamp(min=1)
+            average = (1 / self.partners.counts.clamp(min=1).float()).repeat(len(self.layers), 1)
         known = Entropy(largest, total, average, potential.eps, None)
         self._row_sweep(shape, "entropy", sums=entropy, maxima=expected, entropy=known)
         entropy += (average + potential.eps).log2()
         if self.partners is not None:
-            entropy.view(-1, self.batch, self.length).masked_fill_(self.partners <= 0, 0.0)
-        if with_grad:
+            entropy.view(-1, self.batch, self.length).masked_fill_(self.partners.counts <= 0, 0.0)
+        if self.request.with_grad:
             self.weight_sums = self._empty_statistic()
             self.gradients = [self._empty_gradient() for _ in self.layers]
             self._row_sweep(shape, "entropy_gradient", entropy=replace(known, expected=expected))
-        return self._sequence_sums(entropy, None)[0] / anchors, 1 / anchors
+        loss, scale, _ = self._token_losses(entropy, self.epilogue.kappa)
+        return loss, scale
+
+    def _token_losses(self, values: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Mean of the values of a sequence's tokens with a partner, ``[rows, L]``, as a loss."""
+        return self._sequence_losses(
+            values, None, of_tokens=True, diagonal=False, logarithm=False, constant=0.0, factor=factor
+        )
 
     # ---- from the sums to the loss and its gradient
 
-    def finish(self, loss: Tensor, scale: Tensor, with_grad: bool) -> SequenceLosses:
-        """Final losses, the gradient through the row transform, and the factor of each token."""
-        pairs = self._pairs
-        empty = pairs == 0
-        # Masked before any other use: without a pair the scale may be infinite.
-        scale = (scale * self.epilogue.kappa).masked_fill(empty, 0.0).masked_fill(loss.isnan(), math.nan)
-        penalty = None
+    def finish(self, loss: Tensor, scale: Tensor) -> SequenceLosses:
+        """Losses, the gradient through the row transform, and the factor of each token."""
+        count, square_scale = len(self.layers), None
         if isinstance(self.potential, L2Repel) and self.potential.norm_weight:
-            penalty = self.potential.norm_weight / (self._paired_tokens.clamp(min=1) * self.features)
-            loss = loss + penalty * self._sequence_sums(self.statistics.norm.square(), None)[0]
+            squares, square_scale, _ = self._token_losses(self.statistics.norm.square(), 2.0)
+            per_feature = self.potential.norm_weight / self.features
+            loss, square_scale = loss + per_feature * squares, per_feature * square_scale
         # From [rows, S] to [layers, batch], or to [layers, S] with cu_seqlens.
-        loss = loss.masked_fill(empty, 0.0).view(len(self.layers), -1)
-        pairs = pairs[: self.batch].flatten()
-        if not with_grad:
-            return SequenceLosses(loss, pairs, [], None)
-        self._project()
-        factors = self._paired_token_values(scale)
-        if self.epilogue.transform != "none":
-            factors *= self.statistics.inverse.view(factors.shape)
+        loss = loss.view(count, -1)
+        if not self.request.with_grad:
+            return SequenceLosses(loss, [], None)
         if self.statistics.weight_scale is not None:
-            factors /= self.statistics.weight_scale.view(len(self.layers), self.batch, 1)
-        if penalty is not None:
-            square_scales = self._paired_token_values(2 * penalty)
-            for gradient, z, factor, square_scale in zip(
-                self.gradients, self.tokens, factors, square_scales, strict=True
-            ):
-                gradient.mul_(factor.unsqueeze(2)).addcmul_(z[:, :, : self.features], square_scale.unsqueeze(2))
+            scale = scale / self.statistics.weight_scale
+        factors, counts = self._empty_statistic(), None if self.partners is None else self.partners.counts
+        self.kernels.project(
+            ProjectCall(self.inputs, self.weight_sums, scale, self.segment, counts, self.gradients, factors)
+        )
+        factors = factors.view(count, self.batch, self.length)
+        if square_scale is not None:
+            square_scales = self._spread(square_scale).reshape(factors.shape)
+            if counts is not None:
+                square_scales = square_scales.masked_fill(counts <= 0, 0.0)
+            for gradient, z, factor, of_square in zip(self.gradients, self.tokens, factors, square_scales, strict=True):
+                gradient.mul_(factor.unsqueeze(2)).addcmul_(z[:, :, : self.features], of_square.unsqueeze(2))
             factors = torch.ones_like(factors)
-        return SequenceLosses(loss, pairs, self.gradients, factors)
-
-    def _paired_token_values(self, sequence_values: Tensor) -> Tensor:
-        """Values of tokens, ``[layers, batch, L]`` fp32, from values of sequences, ``[rows, S]``; 0 for tokens without
-        a partner."""
-        token_values = self._spread(sequence_values).float().reshape(len(self.layers), self.batch, self.length)
-        return token_values if self.partners is None else token_values.masked_fill(self.partners <= 0, 0.0)
-
-    def _project(self) -> None:
-        self.kernels.project(self.inputs, self.weight_sums, self.gradients)
+        return SequenceLosses(loss, self.gradients, factors)
 
     # ---- sequences of a row: one, or the segments of cu_seqlens
-
-    @functools.cached_property
-    def _pairs(self) -> Tensor:
-        """Number of ordered pairs of each sequence, ``[rows, S]`` int64, with the diagonal if the potential has it."""
-        with_itself = int(getattr(self.potential, "include_diagonal", False))
-        if self.partners is None:
-            count = self.length * (self.length - 1 + with_itself)
-            return torch.full((self.rows, 1), count, dtype=torch.int64, device=self.device)
-        return self._over_sequences((self.partners + with_itself).masked_fill(self.partners <= 0, 0))
-
-    @functools.cached_property
-    def _paired_tokens(self) -> Tensor:
-        """Number of tokens with a partner, ``[rows, S]`` fp64."""
-        if self.partners is None:
-            return torch.full((self.rows, 1), float(self.length), dtype=torch.float64, device=self.device)
-        return self._over_sequences((self.partners > 0).long()).double()
-
-    def _over_sequences(self, token_values: Tensor) -> Tensor:
-        """Sums over sequences, ``[rows, S]``, of integers ``[batch, L]``."""
-        if self.segment is None:
-            sums = token_values.sum(1, keepdim=True)
-        else:
-            sums = torch.zeros(1, self.sequences, dtype=torch.int64, device=self.device)
-            sums.index_add_(1, self.segment, token_values)
-        return sums.repeat(len(self.layers), 1)
 
     def _spread(self, sequence_values: Tensor) -> Tensor:
         """Values of tokens, ``[rows, L]``, from values of their sequences, ``[rows, S]``."""
@@ -664,15 +738,51 @@ class _Call:
 
     # ---- launches
 
-    def _sequence_sums(self, sums: Tensor, maxima: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Totals of the sequences, ``[rows, S]`` fp64, and, with ``maxima``, the exponents they are relative to."""
-        sequences = self.sequences
-        total = torch.empty(self.rows, sequences, dtype=torch.float64, device=self.device)
-        shift = None if maxima is None else torch.empty(self.rows, sequences, dtype=torch.float32, device=self.device)
-        if sequences == 0:
-            return total, shift
-        self.kernels.sequence_sums(self.length, self.statistics.norm, sums, maxima, self.cu_seqlens, total, shift)
-        return total, shift
+    def _sequence_losses(
+        self,
+        sums: Tensor,
+        maxima: Tensor | None,
+        *,
+        of_tokens: bool,
+        diagonal: bool,
+        logarithm: bool,
+        constant: float,
+        factor: float,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Loss and scale, ``[rows, S]`` fp64 and fp32, and, with ``maxima``, the exponents they are relative to."""
+        shape, partners = (self.rows, self.sequences), self.partners
+        loss = torch.empty(shape, dtype=torch.float64, device=self.device)
+        scale = torch.empty(shape, dtype=torch.float32, device=self.device)
+        shift = None if maxima is None else torch.empty_like(scale)
+        counts, tokens = None, None
+        if partners is not None:
+            counts = partners.tokens if of_tokens else partners.pairs
+            tokens = partners.tokens if diagonal else None
+        if self.sequences > 0:
+            self.kernels.sequence_losses(
+                SequenceLossesCall(
+                    length=self.length,
+                    batch=self.batch,
+                    norm=self.statistics.norm,
+                    sums=sums,
+                    maxima=maxima,
+                    bounds=self.cu_seqlens,
+                    counts=counts,
+                    first_sequence=0 if partners is None else partners.first_sequence,
+                    tokens=tokens,
+                    of_tokens=of_tokens,
+                    diagonal=diagonal,
+                    logarithm=logarithm,
+                    constant=constant,
+                    factor=factor,
+                    divisor=self.request.divisor,
+                    divide_by_sequences=self.request.divide_by_sequences,
+                    loss=loss,
+                    scale=scale,
+                    shift=shift,
+                )
+            )
+        return loss, scale, shift
 
     def _pair_tiles(
         self,
@@ -684,18 +794,7 @@ class _Call:
         weights: Tensor | None = None,
         mirror: Tensor | None = None,
     ) -> Any:
-        ranges = self._cached_pair_id_ranges(shape.block)
-        return self.kernels.pair_tiles(
-            PairTilesCall(self.inputs, shape, region, sums, maxima, shift, ranges, weights, mirror)
-        )
-
-    def _cached_pair_id_ranges(self, block: int) -> Tensor | None:
-        """Ranges of the pair ids of tiles of ``block`` tokens; cached, because a row in blocks takes many launches."""
-        if self.pair_ids is None:
-            return None
-        if block not in self._pair_id_ranges:
-            self._pair_id_ranges[block] = _pair_id_ranges(self.pair_ids, block)
-        return self._pair_id_ranges[block]
+        return self.kernels.pair_tiles(PairTilesCall(self.inputs, shape, region, sums, maxima, shift, weights, mirror))
 
     def _triangle(self, shape: TileShape, rows: int, first_row: int = 0) -> Region:
         """Region of all pairs of tiles of ``rows`` rows."""
@@ -714,14 +813,14 @@ class _Call:
             sums, _ = self._partial_sums(region.programs)
             return self._pair_tiles(candidate, region, sums, None, weights=workspace, mirror=workspace)
 
-        shape = self.kernels.tile_shape(self.pair_ids is not None)
+        shape = self.kernels.tile_shape(self.partners is not None)
         if tokens == 0:
             return shape
         tuned: TileShape = self.kernels.tuned("workspace", self._tuned_for(), shape, launch)
         return tuned
 
     def _tuned_for(self) -> tuple[Any, ...]:
-        pairs = "pair_ids" if self.pair_ids is not None else "whole"
+        pairs = "pair_ids" if self.partners is not None else "whole"
         return self.potential.name(), self.dtype, self.features, self.length, pairs
 
     def _row_shape(self, gradient: bool) -> RowShape:
@@ -737,7 +836,7 @@ class _Call:
         shift: Tensor | None = None,
         entropy: Entropy | None = None,
     ) -> Any:
-        with_grad = which in ("gradient", "entropy_gradient")
+        with_grad, pair_ids = which in ("gradient", "entropy_gradient"), self.inputs.pair_ids
         return self.kernels.row_sweep(
             RowSweepCall(
                 self.inputs,
@@ -746,7 +845,7 @@ class _Call:
                 sums,
                 maxima,
                 shift,
-                None if self.pair_ids is None else _tile_ranges(self.pair_ids, shape.block_m, shape.block_n),
+                None if pair_ids is None else _tile_ranges(pair_ids, shape.block_m, shape.block_n),
                 entropy,
                 self.weight_sums if with_grad else None,
                 self.gradients if with_grad else (),
@@ -808,10 +907,25 @@ def _runs_of_layers(begin: int, end: int, batch: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cuts))
 
 
-def _dense(pair_ids: Tensor) -> Tensor:
-    """``pair_ids`` as int32, in the same order: equal ids stay equal, negative ones negative."""
+def _partners(pair_ids: Tensor, cu_seqlens: Tensor | None) -> Partners:
+    """Partners of all tokens from ``pair_ids`` ``[B, L]``. The place of an id in their order takes the place of the id:
+    equal ids stay equal, in the same order."""
+    pair_ids = pair_ids.contiguous()  # avoids a warning of searchsorted, which copies otherwise
     ordered = pair_ids.sort(dim=1).values
-    return torch.searchsorted(ordered, pair_ids.contiguous()).int().masked_fill_(pair_ids < 0, -1)
+    places = torch.searchsorted(ordered, pair_ids, out_int32=True)
+    counts = torch.searchsorted(ordered, pair_ids, right=True, out_int32=True).sub_(places).sub_(1)
+    left_out = pair_ids < 0
+    places.masked_fill_(left_out, -1)
+    counts.masked_fill_(left_out, 0)
+    return Partners(places, counts, counts, _over_sequences(counts, cu_seqlens), cu_seqlens)
+
+
+def _over_sequences(token_values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Sums over sequences, ``[S]`` int64, of integers or flags of tokens ``[B, L]``."""
+    if cu_seqlens is None:
+        return token_values.sum(1, dtype=torch.int64)
+    sums = torch.zeros(cu_seqlens.numel() - 1, dtype=torch.int64, device=token_values.device)
+    return sums.index_add_(0, segment_of_token(cu_seqlens, token_values.shape[1]), token_values[0].long())
 
 
 def _pair_id_ranges(pair_ids: Tensor, block: int) -> Tensor:

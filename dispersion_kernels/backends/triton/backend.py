@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,15 @@ import triton
 from torch import Tensor
 
 from dispersion_kernels.backends.gpu.epilogues import Epilogue
-from dispersion_kernels.backends.gpu.launch import Inputs, PairTilesCall, RowSweepCall, Tokens, fp32_precision
+from dispersion_kernels.backends.gpu.launch import (
+    Inputs,
+    PairTilesCall,
+    ProjectCall,
+    RowSweepCall,
+    SequenceLossesCall,
+    Tokens,
+    fp32_precision,
+)
 from dispersion_kernels.backends.triton import epilogues, kernels, tuning
 from dispersion_kernels.backends.triton.configs import (
     RowConfig,
@@ -77,16 +86,29 @@ class TritonKernels:
         candidates: list[Any] = tile_candidates(shape) if isinstance(shape, TileConfig) else row_candidates(shape)
         return tuning.best("; ".join(map(str, key)), candidates, launch)
 
-    def row_statistics(self, tokens: Tokens, epilogue: Epilogue, norm: Tensor, inverse: Tensor, extra: Tensor) -> None:
+    def row_statistics(
+        self,
+        tokens: Tokens,
+        epilogue: Epilogue,
+        partners: Tensor | None,
+        norm: Tensor,
+        inverse: Tensor,
+        extra: Tensor,
+        cleaned: Sequence[Tensor],
+    ) -> None:
         self._launch_on_tokens(
             kernels.row_statistics_kernel,
             tokens,
             epilogue,
+            partners_ptr=norm if partners is None else partners,
             norm_ptr=norm,
             inverse_ptr=inverse,
             extra_ptr=extra,
+            cleaned=tuple(cleaned) if cleaned else (norm,) * len(tokens.layers),
             eps=epilogue.eps,
             q=epilogue.q,
+            HAS_PARTNERS=partners is not None,
+            CLEAN=len(cleaned) > 0,
         )
 
     def pair_tiles(self, call: PairTilesCall) -> Any:
@@ -98,7 +120,6 @@ class TritonKernels:
             call.inputs.tokens,
             **self._input_arguments(call.inputs),
             shift_ptr=unused if call.shift is None else call.shift,
-            pair_id_range_ptr=unused if call.pair_id_ranges is None else call.pair_id_ranges,
             weights_ptr=unused if weights is None else weights,
             mirror_ptr=unused if call.mirror is None else call.mirror,
             weights_row_stride=0 if weights is None else weights.stride(0),
@@ -160,34 +181,42 @@ class TritonKernels:
             num_stages=shape.num_stages,
         )
 
-    def sequence_sums(
-        self,
-        length: int,
-        norm: Tensor,
-        sums: Tensor,
-        maxima: Tensor | None,
-        bounds: Tensor | None,
-        total: Tensor,
-        shift: Tensor | None,
-    ) -> None:
+    def sequence_losses(self, call: SequenceLossesCall) -> None:
+        norm = call.norm
+        constant = ctypes.c_float(call.constant).value  # floats are passed on as fp32
         arguments = {
             "norm_ptr": norm,
-            "sums_ptr": sums,
-            "maxima_ptr": sums if maxima is None else maxima,
-            "bounds_ptr": norm if bounds is None else bounds,
-            "total_ptr": total,
-            "shift_ptr": total if shift is None else shift,
-            "length": length,
-            "sums_stride": sums.shape[1],
-            "ONLINE": maxima is not None,
-            "HAS_BOUNDS": bounds is not None,
+            "sums_ptr": call.sums,
+            "maxima_ptr": norm if call.maxima is None else call.maxima,
+            "bounds_ptr": norm if call.bounds is None else call.bounds,
+            "counts_ptr": norm if call.counts is None else call.counts,
+            "tokens_ptr": norm if call.tokens is None else call.tokens,
+            "loss_ptr": call.loss,
+            "scale_ptr": call.scale,
+            "shift_ptr": norm if call.shift is None else call.shift,
+            "length": call.length,
+            "sums_stride": call.sums.shape[1],
+            "batch": call.batch,
+            "first_sequence": call.first_sequence,
+            "all_sequences": 0 if call.counts is None else call.counts.shape[0],
+            "divisor": call.divisor,
+            "constant": constant,
+            "constant_rest": call.constant - constant,
+            "factor": call.factor,
+            "ONLINE": call.maxima is not None,
+            "HAS_BOUNDS": call.bounds is not None,
+            "HAS_COUNTS": call.counts is not None,
+            "OF_TOKENS": call.of_tokens,
+            "DIAGONAL": call.diagonal,
+            "LOGARITHM": call.logarithm,
+            "DIVIDE_BY_SEQUENCES": call.divide_by_sequences,
             "BLOCK": 1024,
         }
-        rows, sequences = total.shape
-        self.run(kernels.sequence_sums_kernel, (sequences, rows), arguments, {"num_warps": 4})
+        rows, sequences = call.loss.shape
+        self.run(kernels.sequence_losses_kernel, (sequences, rows), arguments, {"num_warps": 4})
 
-    def project(self, inputs: Inputs, weight_sums: Tensor | None, gradients: Sequence[Tensor]) -> None:
-        statistics = inputs.statistics
+    def project(self, call: ProjectCall) -> None:
+        inputs, statistics = call.inputs, call.inputs.statistics
         self._launch_on_tokens(
             kernels.project_kernel,
             inputs.tokens,
@@ -195,9 +224,36 @@ class TritonKernels:
             norm_ptr=statistics.norm,
             inverse_ptr=statistics.inverse,
             extra_ptr=statistics.extra,
-            weight_sums_ptr=statistics.norm if weight_sums is None else weight_sums,
-            gradients=tuple(gradients),
+            weight_sums_ptr=statistics.norm if call.weight_sums is None else call.weight_sums,
+            scale_ptr=call.scale,
+            segment_ptr=statistics.norm if call.segment is None else call.segment,
+            partners_ptr=statistics.norm if call.partners is None else call.partners,
+            gradients=tuple(call.gradients),
+            factors_ptr=call.factors,
+            sequences=call.scale.shape[1],
+            HAS_SEGMENTS=call.segment is not None,
+            HAS_PARTNERS=call.partners is not None,
         )
+
+    def scaled(self, gradients: Sequence[Tensor], scale: Tensor, factor: Tensor, outputs: Sequence[Tensor]) -> None:
+        batch, length, features = outputs[0].shape
+        block = tokens_of_a_program(self.arch)
+        arguments = {
+            "gradients": tuple(gradients),
+            "scale_ptr": scale,
+            "factor_ptr": factor,
+            "outputs": tuple(outputs),
+            "factor_stride_b": factor.stride(0),
+            "factor_stride_l": factor.stride(1),
+            "batch": batch,
+            "length": length,
+            "features": features,
+            "LAYERS": len(outputs),
+            "BLOCK_M": block,
+            "BLOCK_F": _block_of_features(features),
+        }
+        grid = (triton.cdiv(batch * length, block), len(outputs))
+        self.run(kernels.scaled_kernel, grid, arguments, {"num_warps": 4})
 
     def _input_arguments(self, inputs: Inputs) -> dict[str, Any]:
         """Arguments that both kernels over pairs have."""
@@ -231,7 +287,7 @@ class TritonKernels:
             features=tokens.features,
             TRANSFORM=epilogue.transform,
             BLOCK_M=block,
-            BLOCK_F=min(512, max(16, triton.next_power_of_2(tokens.features))),
+            BLOCK_F=_block_of_features(tokens.features),
             num_warps=4,
         )
 
@@ -257,6 +313,12 @@ class TritonKernels:
             **rest,
         )
         return self.run(kernel, grid, arguments, {"num_warps": num_warps, "num_stages": num_stages})
+
+
+def _block_of_features(features: int) -> int:
+    """Features of a token that a program reads at a time."""
+    block: int = min(512, max(16, triton.next_power_of_2(features)))
+    return block
 
 
 def _precision(dtype: torch.dtype, arch: str) -> str:

@@ -38,9 +38,11 @@ def row_statistics_kernel(
     layers,
     stride_b,
     stride_l,
+    partners_ptr,
     norm_ptr,
     inverse_ptr,
     extra_ptr,
+    cleaned,
     batch,
     length,
     features,
@@ -48,6 +50,8 @@ def row_statistics_kernel(
     eps,
     q,
     TRANSFORM: tl.constexpr,
+    HAS_PARTNERS: tl.constexpr,
+    CLEAN: tl.constexpr,
     LAYERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -58,7 +62,8 @@ def row_statistics_kernel(
     ``normalize``: r = |z|, inverse 1 / (r + eps) or 0, extra a tiny number that equal tokens share and other tokens
     hardly ever do, or -q for a zero token. ``standardize``: r = |z - mean|, inverse 1 / r, or 0 for a constant token,
     extra mean sqrt(F). ``none``: r = |z|, inverse 1, extra q r^2. r is infinite, and the loss NaN, where later results
-    leave the range of fp32.
+    leave the range of fp32. With ``HAS_PARTNERS`` all three are 0 for a token without a partner, and inverse and extra
+    for one that is not finite; ``CLEAN`` copies the tokens, these as 0, to ``cleaned``.
     """
     row = tl.program_id(1)
     z = _layer_pointer(layers, row // batch, LAYERS) + (row % batch).to(tl.int64) * stride_b
@@ -110,6 +115,19 @@ def row_statistics_kernel(
         inverse = tl.full((BLOCK_M,), 1.0, tl.float32)
         extra = squares * q
         norm = tl.where(tl.maximum(squares, extra) > _LARGEST_SQUARE, float("inf"), norm)
+    if HAS_PARTNERS:
+        in_batch = (row % batch).to(tl.int64) * length + tokens
+        paired = tl.load(partners_ptr + in_batch, mask=valid, other=0) > 0
+        norm = tl.where(paired, norm, 0.0)
+        paired = paired & (norm < float("inf"))
+        inverse = tl.where(paired, inverse, 0.0)
+        extra = tl.where(paired, extra, 0.0)
+        if CLEAN:
+            to = _layer_pointer(cleaned, row // batch, LAYERS) + in_batch[:, None] * width
+            for start in range(0, width, BLOCK_F):
+                inside = (start + f < width)[None, :]
+                x = tl.load(z + (start + f)[None, :], mask=paired[:, None] & inside, other=0.0)
+                tl.store(to + (start + f)[None, :], x, mask=valid[:, None] & inside)
     out = row.to(tl.int64) * length + tokens
     tl.store(norm_ptr + out, norm, mask=valid)
     tl.store(inverse_ptr + out, inverse, mask=valid)
@@ -219,7 +237,6 @@ def pair_tiles_kernel(
     extra_ptr,
     shift_ptr,
     pair_ids_ptr,
-    pair_id_range_ptr,
     weights_ptr,
     mirror_ptr,
     weights_row_stride,
@@ -298,11 +315,10 @@ def pair_tiles_kernel(
     valid_j = j < length
 
     if HAS_PAIR_IDS:
-        ranges = pair_id_range_ptr + (row % batch).to(tl.int64) * 2 * tl.cdiv(length, BLOCK)
-        range_i = ranges + 2 * (first_i // BLOCK + tile_i)
-        range_j = ranges + 2 * (first_j // BLOCK + tile_j)
-        meets = (tl.load(range_i) <= tl.load(range_j + 1)) & (tl.load(range_j) <= tl.load(range_i + 1))
-        if not meets:
+        pair_ids_ptr += (row % batch).to(tl.int64) * length
+        least_i, largest_i = _pair_id_range(pair_ids_ptr, i, valid_i)
+        least_j, largest_j = _pair_id_range(pair_ids_ptr, j, valid_j)
+        if (least_i > largest_j) | (least_j > largest_i):
             tl.store(sums_ptr + sum_at, 0.0)
             if ONLINE:
                 tl.store(maxima_ptr + sum_at, _NO_EXPONENT)
@@ -316,7 +332,6 @@ def pair_tiles_kernel(
     read_j = tl.minimum(j, length - 1).to(tl.int64) * stride_l
     c = _products(z, read_i, read_j, width, BLOCK, BLOCK, BLOCK_K, EVEN_K, PRECISION)
     if HAS_PAIR_IDS:
-        pair_ids_ptr += (row % batch).to(tl.int64) * length
         pair_ids_i = tl.load(pair_ids_ptr + i, mask=valid_i, other=-1)
         # Tokens of a negative id pair with no token, not even with one of the same id.
         pair_ids_i = tl.where(pair_ids_i < 0, -2, pair_ids_i)
@@ -367,6 +382,13 @@ def pair_tiles_kernel(
         if not diagonal:
             mirrored = (slope * scale_i[:, None]).to(weights_ptr.dtype.element_ty)
             tl.store(to_j, tl.trans(mirrored))
+
+
+@triton.jit
+def _pair_id_range(pair_ids_ptr, tokens, valid):
+    """Least and largest pair id of the tokens; the least is above the largest where none pairs."""
+    pair_ids = tl.load(pair_ids_ptr + tokens, mask=valid, other=-1)
+    return tl.min(tl.where(pair_ids < 0, 2147483647, pair_ids)), tl.max(pair_ids)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -583,22 +605,40 @@ def _information(p, average, eps):
     return h, h - eps / shifted * 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["length", "sums_stride"])
-def sequence_sums_kernel(
+@triton.jit(
+    do_not_specialize=["length", "sums_stride", "batch", "first_sequence", "all_sequences", "divisor"],
+)
+def sequence_losses_kernel(
     norm_ptr,
     sums_ptr,
     maxima_ptr,
     bounds_ptr,
-    total_ptr,
+    counts_ptr,
+    tokens_ptr,
+    loss_ptr,
+    scale_ptr,
     shift_ptr,
     length,
     sums_stride,
+    batch,
+    first_sequence,
+    all_sequences,
+    divisor,
+    constant,
+    constant_rest,
+    factor,
     ONLINE: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    OF_TOKENS: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    LOGARITHM: tl.constexpr,
+    DIVIDE_BY_SEQUENCES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Kernel for the total of the partial sums of one sequence of one row, in fp64, relative to the largest maximum,
-    which goes to ``shift``; NaN if a norm is not finite. The order of additions is fixed."""
+    """Kernel for the loss of one sequence of one row and the scale of its gradient, from the total of the partial sums,
+    in fp64, relative to the largest maximum, which goes to ``shift``; NaN if a norm is not finite. The order of
+    additions is fixed."""
     sequence = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     if HAS_BOUNDS:
@@ -632,13 +672,44 @@ def sequence_sums_kernel(
             m = tl.load(maxima_ptr + row * sums_stride + place, mask=place < end, other=_NO_EXPONENT)
             s *= tl.exp2(m - shift)
         total += s.to(tl.float64)
+    mean_of = tl.sum(total, 0) + tl.sum(poison, 0).to(tl.float64)
+    tokens = length.to(tl.float64)
+    if HAS_COUNTS:
+        number = first_sequence + (sequence if HAS_BOUNDS else (row % batch).to(tl.int32))
+        count = tl.load(counts_ptr + number).to(tl.float64)
+        if DIAGONAL:
+            tokens = tl.load(tokens_ptr + number).to(tl.float64)
+    else:
+        count = tokens if OF_TOKENS else tokens * (tokens - 1.0)
+    nothing = count == 0.0
+    if DIAGONAL:
+        count += tokens
+        mean_of += tokens
+    count = tl.maximum(count, 1.0)
+    if LOGARITHM:
+        loss = tl.log(mean_of) - tl.log(count) + constant + constant_rest
+        if ONLINE:
+            loss += shift.to(tl.float64) * 0.6931471805599453
+        scale = factor / mean_of
+    else:
+        loss = mean_of / count
+        scale = factor / count
+    weight = 1.0 / divisor.to(tl.float64)
+    if DIVIDE_BY_SEQUENCES:
+        counted = tl.zeros((BLOCK,), tl.int32)
+        for start in range(0, all_sequences, BLOCK):
+            place = start + block
+            counted += (tl.load(counts_ptr + place, mask=place < all_sequences, other=0) > 0).to(tl.int32)
+        weight /= tl.maximum(tl.sum(counted, 0), 1).to(tl.float64)
+    scale = tl.where(loss == loss, scale * weight, float("nan"))
     out = row * tl.num_programs(0) + sequence
-    tl.store(total_ptr + out, tl.sum(total, 0) + tl.sum(poison, 0).to(tl.float64))
+    tl.store(loss_ptr + out, tl.where(nothing, 0.0, loss * weight))
+    tl.store(scale_ptr + out, tl.where(nothing, 0.0, scale).to(tl.float32))
     if ONLINE:
         tl.store(shift_ptr + out, shift)
 
 
-@triton.jit(do_not_specialize=["batch", "length"])
+@triton.jit(do_not_specialize=["sequences", "batch", "length"])
 def project_kernel(
     layers,
     stride_b,
@@ -647,17 +718,25 @@ def project_kernel(
     inverse_ptr,
     extra_ptr,
     weight_sums_ptr,
+    scale_ptr,
+    segment_ptr,
+    partners_ptr,
     gradients,
+    factors_ptr,
+    sequences,
     batch,
     length,
     features,
     width,
     TRANSFORM: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    HAS_PARTNERS: tl.constexpr,
     LAYERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """Kernel for the gradient through the row transform, without its scale, in place of G = u.
+    """Kernel for the gradient through the row transform, without its scale, in place of G = u; and for each token the
+    scale of its sequence times its inverse norm, to ``factors``, or 0 without a partner.
 
     ``normalize``: u - x (x . u) / (r inverse); ``standardize``: the same for u - mean(u); ``none``: w z - G, with w
     the sum of the token's weights.
@@ -671,11 +750,19 @@ def project_kernel(
     z += tl.minimum(tokens, length - 1).to(tl.int64)[:, None] * stride_l
     out = _layer_pointer(gradients, layer, LAYERS) + ((row % batch).to(tl.int64) * length + tokens)[:, None] * features
     statistics = row.to(tl.int64) * length + tokens
+    inverse = tl.load(inverse_ptr + statistics, mask=valid, other=0.0)
+    sequence = tl.zeros((BLOCK_M,), tl.int64)
+    if HAS_SEGMENTS:
+        sequence = tl.load(segment_ptr + tokens, mask=valid, other=0)
+    factor = tl.load(scale_ptr + row.to(tl.int64) * sequences + sequence) * inverse
+    if HAS_PARTNERS:
+        in_batch = (row % batch).to(tl.int64) * length + tokens
+        factor = tl.where(tl.load(partners_ptr + in_batch, mask=valid, other=0) > 0, factor, 0.0)
+    tl.store(factors_ptr + statistics, factor, mask=valid)
     if TRANSFORM == "none":
         weight_sum = tl.load(weight_sums_ptr + statistics, mask=valid, other=0.0)
     else:
         norm = tl.load(norm_ptr + statistics, mask=valid, other=0.0)
-        inverse = tl.load(inverse_ptr + statistics, mask=valid, other=0.0)
         ratio = tl.where(norm * inverse > 0, 1.0 / tl.where(norm * inverse > 0, norm * inverse, 1.0), 0.0)
         product = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
         total = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
@@ -702,3 +789,38 @@ def project_kernel(
         else:
             u = (u - mean_u[:, None]) - (x - mean_z[:, None]) * product_sum[:, None]
         tl.store(out + (start + f)[None, :], u, mask=inside)
+
+
+@triton.jit(do_not_specialize=["batch", "length", "factor_stride_b", "factor_stride_l"])
+def scaled_kernel(
+    gradients,
+    scale_ptr,
+    factor_ptr,
+    outputs,
+    factor_stride_b,
+    factor_stride_l,
+    batch,
+    length,
+    features,
+    LAYERS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """Kernel for the gradients of all layers times scale and factor, in the dtype of the outputs."""
+    layer = tl.program_id(1)
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = tokens < batch.to(tl.int64) * length
+    f = tl.arange(0, BLOCK_F)
+    scale = tl.load(scale_ptr + layer.to(tl.int64) * batch * length + tokens, mask=valid, other=0.0)
+    at = (tokens // length) * factor_stride_b + (tokens % length) * factor_stride_l
+    scale *= tl.load(factor_ptr + at, mask=valid, other=0.0)
+    gradient = _layer_pointer(gradients, layer, LAYERS) + tokens[:, None] * features
+    output = _layer_pointer(outputs, layer, LAYERS) + tokens[:, None] * features
+    for start in range(0, features, BLOCK_F):
+        inside = valid[:, None] & (start + f < features)[None, :]
+        g = tl.load(gradient + (start + f)[None, :], mask=inside, other=0.0) * scale[:, None]
+        if _INTERPRETED and output.dtype.element_ty == tl.bfloat16:
+            # The interpreter cuts off what bf16 does not hold: half a unit in the last place, added before, rounds.
+            bits = g.to(tl.int32, bitcast=True)
+            g = tl.where(g == g, (bits + (0x7FFF + ((bits >> 16) & 1))).to(tl.float32, bitcast=True), g)
+        tl.store(output + (start + f)[None, :], g.to(output.dtype.element_ty), mask=inside)
