@@ -462,8 +462,26 @@ def test_layers_and_batches_in_one_launch(features: int, backend: str) -> None:
     losses = dispersion(layers, AngularSpread(), backend)
     assert losses.scale is not None
     for z, loss, gradient, scale in zip(layers, losses.loss, losses.gradients, losses.scale, strict=True):
-        answer = Answer(loss.float(), (gradient * scale.unsqueeze(-1)).to(z.dtype))
+        # Each layer has half of the weight.
+        answer = Answer(2 * loss.float(), (2 * gradient * scale.unsqueeze(-1)).to(z.dtype))
         assert_as_accurate_as_naive(z, AngularSpread(), answer, oracle(z, AngularSpread()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_gradients_scaled(dtype: torch.dtype, backend: str) -> None:
+    """One layer without a gradient, and a factor for each sequence or for each token."""
+    gradients = [torch.randn(2, 5, 36), None, torch.randn(2, 5, 36)]
+    scale = torch.randn(3, 2, 5)
+    name, arch = backend.split("-")
+    with KERNELS[name](torch.empty(1, dtype=dtype), arch) as kernels:
+        for factor in (torch.tensor(3.0), torch.randn(2, 1), torch.randn(5)):
+            found = launch.scaled(lambda _: kernels, gradients, scale, factor, dtype)
+            assert found[1] is None
+            for gradient, output, of_layer in zip(gradients, found, scale, strict=True):
+                if gradient is not None:
+                    assert output is not None
+                    assert torch.equal(output, (gradient * (of_layer * factor).unsqueeze(2)).to(dtype))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -64,7 +64,7 @@ def tile_config(arch: str, dtype: torch.dtype, precision: str, has_pair_ids: boo
     if has_pair_ids or (arch == "gfx90a" and dtype != torch.float32):
         # Smaller tiles: the mask of a 128 x 128 tile takes all remaining registers (on gfx90a, the scalar ones).
         if precision == "tf32x3":
-            return TileConfig(64, 32, 8, 2)
+            return TileConfig(64, 32, 8, 3)
         return TileConfig(64, 32 if dtype == torch.float32 else 64, 8 if arch == "sm_120" else 4, 3)
     if dtype != torch.float32:
         return TileConfig(128, 64, 8, 3)
