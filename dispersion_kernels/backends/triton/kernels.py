@@ -822,5 +822,6 @@ def scaled_kernel(
         if _INTERPRETED and output.dtype.element_ty == tl.bfloat16:
             # The interpreter cuts off what bf16 does not hold: half a unit in the last place, added before, rounds.
             bits = g.to(tl.int32, bitcast=True)
-            g = tl.where(g == g, (bits + (0x7FFF + ((bits >> 16) & 1))).to(tl.float32, bitcast=True), g)
+            bits = (bits + (0x7FFF + ((bits >> 16) & 1))) & -0x10000
+            g = tl.where(g == g, bits.to(tl.float32, bitcast=True), g)
         tl.store(output + (start + f)[None, :], g.to(output.dtype.element_ty), mask=inside)
