@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,30 +73,27 @@ def measure(run: Run, folder: Path, batches: int, draws: int) -> list[dict[str, 
     data = load_tokens(options)
     parameters = list(model.parameters())
     torch.manual_seed(options.seed)
-    text, dispersed = Spread(), Spread()
-    step = Spread()
-    samples = {name: [] for name in METHODS}
+    text, dispersed, step = Spread(), Spread(), Spread()
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in METHODS}
+
+    def gradient(loss: Tensor) -> Tensor:
+        found = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True, allow_unused=True)
+        return torch.cat([one.flatten() for one in found]).double()
+
     for number in range(batches):
         starts = training_windows(
             data.train, options.context, options.batch_size, seed=options.seed, step=options.steps + number
         )
         output = model(*windows_at(data.train, starts, options.context), True)
-
-        def gradient(loss: Tensor) -> Tensor:
-            found = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True, allow_unused=True)
-            return torch.cat([one.flatten() for one in found]).double()
-
-        def dispersion(hidden: list[Tensor] = output.hidden, **sampling: Any) -> Tensor:
-            return gradient(options.dispersion_weight * fused_dispersion_loss(hidden, **sampling))
-
-        e, a = gradient(output.loss), dispersion()
+        loss = partial(fused_dispersion_loss, output.hidden)
+        e, a = gradient(output.loss), gradient(options.dispersion_weight * loss())
         text.add(e)
         dispersed.add(a)
         step.add(e + a)
         for name, sampling in METHODS.items():
             spread = Spread()
             for _ in range(draws):
-                spread.add(dispersion(sampling=sampling))
+                spread.add(gradient(options.dispersion_weight * loss(sampling=sampling)))
             samples[name].append((spread.variance(), (spread.mean() - a).square().sum().item()))
     norm = math.sqrt(dispersed.mean_square())
     rows = []
