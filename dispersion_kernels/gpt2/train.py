@@ -356,15 +356,7 @@ class Run:
         if self.regularizer is not None:
             return torch.stack(list(self.regularizer.values.values()))
         with self.autocast():
-            return torch.stack([self.dispersion(z) for z in self.dispersed(hidden)])
-
-    def dispersed(self, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Hidden states ``[B, L, width]`` of the chosen layers as the loss takes them: on a GPU in autocast's dtype, as
-        in :class:`DispersionRegularizer`. Under autocast the residual stream is fp32; the matrix products of the blocks
-        round it likewise, and fp32 products in the loss would cost a quarter of a step."""
-        narrow = self.device.type == "cuda" and self.options.dtype != "float32"
-        chosen = [hidden[layer - 1] for layer in self.layers]
-        return [z.to(DTYPES[self.options.dtype]) for z in chosen] if narrow else chosen
+            return torch.stack([self.dispersion(hidden[layer - 1]) for layer in self.layers])
 
     def gradients_synchronised(self, now: bool) -> contextlib.AbstractContextManager[None]:
         if isinstance(self.forward, DistributedDataParallel) and not now:

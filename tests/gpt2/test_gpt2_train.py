@@ -7,7 +7,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -165,19 +164,6 @@ def test_the_loss_disperses(run, tmp_path):
         name: json.loads((tmp_path / name / "results.json").read_text())["cosine_mean"] for name in ("without", "with")
     }
     assert cosine["with"] < cosine["without"] - 0.05
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "expected"),
-    [("cuda", "bfloat16", torch.bfloat16), ("cuda", "float32", torch.float32), ("cpu", "bfloat16", torch.float32)],
-)
-def test_the_loss_takes_what_autocast_would_on_a_gpu(device, dtype, expected):
-    hidden = [torch.randn(1, 2, 4) for _ in range(3)]
-    run = SimpleNamespace(device=torch.device(device), options=SimpleNamespace(dtype=dtype), layers=[1, 3])
-    dispersed = train.Run.dispersed(run, hidden)
-    assert [z.dtype for z in dispersed] == [expected] * 2
-    for z, chosen in zip(dispersed, (hidden[0], hidden[2]), strict=True):
-        torch.testing.assert_close(z, chosen.to(expected), rtol=0, atol=0)
 
 
 def test_without_weight_the_dispersion_is_measured_and_has_no_effect(run, tmp_path):
