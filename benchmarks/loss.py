@@ -75,10 +75,10 @@ def run(quick: bool, cases: list[tuple[int, int, int]] | None = None) -> list[di
     rows = []
     for shape in cases or (CASES[device.type][-2:] if quick else CASES[device.type]):
         torch._dynamo.reset()  # because the limit on recompilations counts all shapes
-        of_case = [row for one in runs if one.names for row in _case(shape, one, device, quick)]
-        rows += of_case
-        limits = [row["limit_ms"] for row in of_case if "limit_ms" in row]
-        cells = [_cell(of_case, *column) for column in columns]
+        case_rows = [row for one in runs if one.names for row in _case(shape, one, device, quick)]
+        rows += case_rows
+        limits = [row["limit_ms"] for row in case_rows if "limit_ms" in row]
+        cells = [_cell(case_rows, *column) for column in columns]
         print(f"| {', '.join(map(str, shape))} | {limits[0]:.2f} | {' | '.join(cells)} |", flush=True)
     return rows
 
@@ -93,11 +93,11 @@ class Run(NamedTuple):
 
 
 def _cell(rows: list[dict[str, Any]], *column: str) -> str:
-    of_variant = {row["mode"]: row for row in rows if (row["variant"], row["dtype"], row["isa"]) == column}
-    first = of_variant["f+b"]
+    column_rows = {row["mode"]: row for row in rows if (row["variant"], row["dtype"], row["isa"]) == column}
+    first = column_rows["f+b"]
     if first["status"] != "timed":
         return str(first["status"])
-    return f"{first['ratio']:.2f} ({of_variant['forward']['ratio']:.2f}; {of_variant['loss']['ratio']:.2f})"
+    return f"{first['ratio']:.2f} ({column_rows['forward']['ratio']:.2f}; {column_rows['loss']['ratio']:.2f})"
 
 
 @dataclass

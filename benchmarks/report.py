@@ -567,10 +567,10 @@ def regularizer_table(rows: list[Row]) -> str:
 def condensation_table(rows: list[Row]) -> str:
     lines = []
     for row in rows:
-        of_forward = f"{float(row['of_forward']):.1%}" if row["of_forward"] else "-"
+        forward_fraction = f"{float(row['of_forward']):.1%}" if row["of_forward"] else "-"
         peak = f"{float(row['peak_bytes']) / 2**20:,.0f}" if row["peak_bytes"] else "-"
         cells = [row["variant"], f"{float(row['ms']):.2f} ({float(row['q1_ms']):.2f}, {float(row['q3_ms']):.2f})"]
-        lines.append([*cells, f"{float(row['of_ours']):.1f}", of_forward, peak])
+        lines.append([*cells, f"{float(row['of_ours']):.1f}", forward_fraction, peak])
     return table(["way", "ms", "of `measure_condensation`", "of the forward", "peak, MiB"], lines)
 
 

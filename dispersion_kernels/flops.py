@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from dispersion_kernels.sampling import SampledPairs, Sampling
-from dispersion_kernels.sampling.estimate import evaluates_all
+from dispersion_kernels.options import LossOptions
+from dispersion_kernels.sampling import SampledPairs
 from dispersion_kernels.sampling.partition import block_tokens, mean_length
+from dispersion_kernels.sampling.threshold import evaluates_all
 
 
 def register(operator: Any, formula: Callable[..., int]) -> None:
@@ -32,12 +33,10 @@ def register(operator: Any, formula: Callable[..., int]) -> None:
         known.setdefault(operator, formula)
 
 
-def count(
-    layers: Sequence[Tensor], cu_seqlens: Tensor | None, sampling: Sampling | None, with_grad: Sequence[bool]
-) -> int:
+def count(layers: Sequence[Tensor], cu_seqlens: Tensor | None, options: LossOptions, with_grad: Sequence[bool]) -> int:
     """FLOPs of the loss of ``layers`` ``[B, L, F]``, and of their gradients where ``with_grad`` has True."""
-    lengths, largest = _lengths(layers[0], cu_seqlens), layers[0].shape[1]
-    if isinstance(sampling, SampledPairs) and not evaluates_all(sampling, layers[0], cu_seqlens):
+    lengths, largest, sampling = _lengths(layers[0], cu_seqlens), layers[0].shape[1], options.sampling
+    if isinstance(sampling, SampledPairs) and not evaluates_all(options, layers[0], cu_seqlens):
         largest = block_tokens(sampling.fraction, mean_length(layers[0], cu_seqlens)) if sampling.fraction else 0
     pairs = sum(length * min(length, largest) for length in lengths)
     return sum(2 * (3 if need else 1) * pairs * z.shape[2] for z, need in zip(layers, with_grad, strict=True))

@@ -34,7 +34,8 @@ from dispersion_kernels.potentials import (
     temperature_of,
 )
 from dispersion_kernels.sampling import SampledPairs, SampledTokens, Sampling
-from dispersion_kernels.sampling.estimate import draw, evaluates_all
+from dispersion_kernels.sampling.estimate import draw
+from dispersion_kernels.sampling.threshold import evaluates_all
 from dispersion_kernels.segments import make_pair_ids, on_device, sample_packed_tokens, sample_tokens, warn_of_no_pair
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -236,7 +237,7 @@ def _loss_of_alike(
     # Under a compiler the operator calls ``evaluates_all``: a call here would be a guard, and a compilation, for each
     # length.
     elif isinstance(sampling, SampledPairs) and (
-        torch.compiler.is_compiling() or not evaluates_all(sampling, z, cu_seqlens)
+        torch.compiler.is_compiling() or not evaluates_all(options, z, cu_seqlens)
     ):
         draws = draw(layers, sampling.fraction, generator)
         loss, error = dispersion_loss(layers, pair_ids, cu_seqlens, options, draws, with_error)

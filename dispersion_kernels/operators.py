@@ -33,7 +33,8 @@ from dispersion_kernels.potentials import (
     temperature_of,
 )
 from dispersion_kernels.sampling import SampledPairs
-from dispersion_kernels.sampling.estimate import Draws, estimate, evaluates_all
+from dispersion_kernels.sampling.estimate import Draws, estimate
+from dispersion_kernels.sampling.threshold import evaluates_all
 from dispersion_kernels.segments import check_cu_seqlens, on_device, segment_of_token
 from dispersion_kernels.temperature import slope_of_temperature
 
@@ -430,7 +431,7 @@ def _dispersion_loss_fake(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor
 
 def _flop_formula(*arguments: Any, out_val: Any = None) -> int:
     layers, tensors, call = _unpacked(*arguments)
-    return flops.count(layers, tensors.cu_seqlens, call.options.sampling, call.with_grad)
+    return flops.count(layers, tensors.cu_seqlens, call.options, call.with_grad)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -490,7 +491,7 @@ def _run(layers: Sequence[Tensor], tensors: _Tensors, call: _Call) -> _Result:
     backend = BACKENDS[choose(options.impl, z, potential)]
     with without_autocast(z.device):
         # Under a compiler the caller leaves this question to the operator.
-        if isinstance(sampling, SampledPairs) and not evaluates_all(sampling, z, cu_seqlens):
+        if isinstance(sampling, SampledPairs) and not evaluates_all(options, z, cu_seqlens):
             return _run_sampled(layers, tensors, call, backend, sampling)
         loss, grads, scale = backend.run(
             layers, tensors.pair_ids, cu_seqlens, for_backends(potential), options.reduction, call.with_grad

@@ -277,9 +277,9 @@ def _training(cards: list[Card]) -> str:
             _add_moved(rounding, card, (4 + 2) * tokens * config.width)
         # Autograd adds the gradient to that of the residual stream, which has ``size`` bytes a number.
         added = {size: Time() for size in (2, 4)}
-        for size, of_layers in added.items():
+        for size, time in added.items():
             for _ in range(config.layers):
-                _add_moved(of_layers, card, 3 * size * tokens * config.width)
+                _add_moved(time, card, 3 * size * tokens * config.width)
         ways: list[tuple[torch.dtype, str | None, int, list[Time]]] = [
             (torch.bfloat16, None, config.layers, [rounding, added[4]]),
             (torch.float32, "tf32", config.layers, [added[4]]),

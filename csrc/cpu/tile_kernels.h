@@ -967,8 +967,9 @@ void scale(const dk_scale_args& args, int64_t layer, int64_t begin, int64_t end)
 namespace dk {
 namespace {
 
-constexpr TileKernels kTileKernels = {kPanel,  add_rows, pack, within,     between, project,
-                                      finish, fit,      model_sums, sample, expand,  scale, cosines, pack_features, add_products};
+constexpr TileKernels kTileKernels = {kPanel, add_rows,   pack,   within, between, project, finish,
+                                      fit,    model_sums, sample, expand, scale,   cosines, pack_features,
+                                      add_products};
 
 }  // namespace
 }  // namespace dk

@@ -68,7 +68,7 @@ class RowShape:
 
     block_m: int
     block_n: int
-    resident: bool
+    single_slice: bool
 
 
 class CudaKernels:
@@ -158,10 +158,10 @@ class CudaKernels:
 
     def row_sweep(self, call: RowSweepCall) -> None:
         inputs, entropy = call.inputs, call.entropy
-        resident = "_resident" if call.gradients and call.shape.resident else ""
+        single_slice = "_resident" if call.gradients and call.shape.single_slice else ""
         p0, p1, p2, p3 = inputs.epilogue.p
         torch.ops.dispersion_kernels.cuda_row_sweep(
-            f"dk_row_sweep_{self.element}_{inputs.epilogue.function}_{call.which}{resident}",
+            f"dk_row_sweep_{self.element}_{inputs.epilogue.function}_{call.which}{single_slice}",
             _layers(inputs.tokens),
             inputs.statistics.inverse,
             inputs.statistics.weight_inverse,

@@ -112,10 +112,10 @@ def select_texts(mask: Tensor, content: Tensor) -> tuple[Texts, list[int]]:
         tokens = attended.nonzero().flatten()
         if tokens.numel() < 2:
             continue
-        content = is_content[tokens]
-        orders.append(row * mask.shape[1] + torch.cat([tokens[~content], tokens[content]]))
+        text_content = is_content[tokens]
+        orders.append(row * mask.shape[1] + torch.cat([tokens[~text_content], tokens[text_content]]))
         begin, end = end, end + tokens.numel()
-        bounds.append((begin, end - int(content.sum()), end))
+        bounds.append((begin, end - int(text_content.sum()), end))
         chosen.append(row)
     order = torch.cat(orders) if orders else torch.empty(0, dtype=torch.int64, device="cpu")
     begins, splits, ends = torch.tensor(bounds, dtype=torch.int64, device="cpu").view(-1, 3).unbind(1)

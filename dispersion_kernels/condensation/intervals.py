@@ -76,8 +76,8 @@ def kendall(values: Array, depths: npt.NDArray[Any]) -> Any:
     where all values are equal."""
     first, second = np.triu_indices(len(depths), 1)
     signs = np.sign(values[..., second] - values[..., first])
-    depth_ranks = np.sign(depths[second] - depths[first])
-    return _ratio((signs * depth_ranks).sum(-1), np.sqrt((signs != 0).sum(-1) * float(len(first))))
+    depth_signs = np.sign(depths[second] - depths[first])
+    return _ratio((signs * depth_signs).sum(-1), np.sqrt((signs != 0).sum(-1) * float(len(first))))
 
 
 def _ratio(numerator: Any, denominator: Any) -> Any:

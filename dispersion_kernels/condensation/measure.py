@@ -212,9 +212,8 @@ class Run:
             if tap.sums is None:
                 continue
             text_means, content_means = zip(*tap.sums.text_means, strict=True)
-            all_tokens = cast(
-                CosineStatistics, tap.sums.cosines(False, mean_interval(text_means))
-            )  # each text has a pair
+            # Each text has a pair.
+            all_tokens = cast(CosineStatistics, tap.sums.cosines(False, mean_interval(text_means)))
             content_tokens = tap.sums.cosines(True, mean_interval(content_means))
             layers.append(Layer(tap.name, all_tokens, content_tokens, *tap.sums.geometry()))
         blocks = [tap for tap in self.taps if tap.sums is not None and tap.name not in (EMBEDDING, FINAL_NORM)]

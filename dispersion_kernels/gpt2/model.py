@@ -168,9 +168,10 @@ class MLP(nn.Module):
         return x
 
 
-# Names in config.json. transformers refuses the second, which it would otherwise compute as the first.
+# Names in config.json. transformers' AutoModel knows no second one.
 MODEL_TYPES = {"layernorm": "gpt2", "rmsnorm": "gpt2-rmsnorm"}
-# Matrices that Hugging Face stores as Conv1D, [in, out]; nn.Linear is [out, in].
+# Matrices that Hugging Face stores as Conv1D, [in, out]; nn.Linear is [out, in]. With RMSNorm they are stored as
+# [out, in], so that transformers' GPT-2 refuses their shapes: it would compute LayerNorm.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # Constants in older files, which are not loaded.
 BUFFERS = (".attn.bias", ".attn.masked_bias")
@@ -204,7 +205,7 @@ def load_weights(path: str | Path, *, dropout: float = 0.0, heads: int | None = 
     if unknown := weights.keys() - wanted.keys():
         raise ValueError(f"{file}: tensor {min(unknown)} is not one of GPT-2's ({len(unknown)} such in all)")
     for name, tensor in weights.items():
-        transposed = name.endswith(TRANSPOSED)
+        transposed = is_transposed(name, config)
         expected = wanted[name].t().shape if transposed else wanted[name].shape
         if tensor.shape != expected:
             raise ValueError(f"{file}: tensor {name} has shape {list(tensor.shape)}, expected {list(expected)}")
@@ -260,13 +261,13 @@ def config_of(weights: dict[str, Tensor], file: Path, *, heads: int | None, drop
     heads = heads or published.get((layers, width))
     if heads is None:
         raise ValueError(f"{file} does not say how many heads it has: put its config.json beside it, or give heads")
-    mlp_width, context = shapes["h.0.mlp.c_fc.weight"][1], shapes["wpe.weight"][0]
+    mlp_width, context = shapes["h.0.mlp.c_fc.weight"][kind == "layernorm"], shapes["wpe.weight"][0]
     return GPT2Config(layers, width, heads, mlp_width, context, vocab, dropout, kind)
 
 
 def save_weights(model: GPT2, folder: str | Path) -> Path:
     """Writes ``model.safetensors`` and ``config.json`` for ``transformers.GPT2LMHeadModel.from_pretrained``, which has
-    no RMSNorm: of a model with it, only :func:`load_weights` reads them."""
+    no RMSNorm: it refuses a model with it, which :func:`load_weights` alone reads."""
     from safetensors.torch import save
 
     folder = Path(folder)
@@ -296,4 +297,8 @@ def save_weights(model: GPT2, folder: str | Path) -> Path:
 def exported(model: GPT2) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in model.state_dict().items():
         tensor = tensor.detach().cpu()
-        yield name, tensor.t() if name.endswith(TRANSPOSED) else tensor
+        yield name, tensor.t() if is_transposed(name, model.config) else tensor
+
+
+def is_transposed(name: str, config: GPT2Config) -> bool:
+    return config.norm == "layernorm" and name.endswith(TRANSPOSED)

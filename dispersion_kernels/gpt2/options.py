@@ -31,7 +31,7 @@ RECIPES = {
 WEIGHTS = ("init_from", "teacher")
 SHAPE = ("layers", "width", "heads", "mlp_width", "context", "norm")
 # Options of a model that begins at random, which weights decide.
-OF_WEIGHTS = ("preset", "layers", "width", "mlp_width", "norm", "init_std")
+DECIDED_BY_WEIGHTS = ("preset", "layers", "width", "mlp_width", "norm", "init_std")
 # Options that a resumed run cannot change, because the saved state would not fit or would change its meaning. The text
 # is compared by the key of its tokens.
 FIXED = ("preset", *SHAPE, "dropout", "init_std", "init_from", "tokenizer", "vocab_size", "seed", "compare", "teacher")
@@ -127,10 +127,10 @@ def complete(options: argparse.Namespace) -> argparse.Namespace:
         defaults["mlp_width"] = 4 * (options.width or preset.width)
         defaults["init_std"] = INIT_STD
     else:
-        for name in OF_WEIGHTS:
+        for name in DECIDED_BY_WEIGHTS:
             if getattr(options, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} cannot be given with --init-from, whose weights have a shape; leave it out")
+                raise ValueError(f"{flag} cannot be given with --init-from, whose weights decide it; leave it out")
     defaults.update(zip(RECIPE, RECIPES[options.preset or "from weights"], strict=True))
     for name, value in defaults.items():
         if getattr(options, name) is None:
@@ -222,7 +222,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) 
     add("--mlp-width", type=at_least(1), metavar="N", help="(default: 4 * width)")
     add("--context", type=at_least(2), metavar="N", help="tokens a window")
     add("--norm", choices=NORMS, help="(default: layernorm, GPT-2's)")
-    add("--init-std", type=number(0), metavar="X", help="standard deviation of the initial weights (default: 0.02)")
+    add("--init-std", type=number(1e-6), metavar="X", help="standard deviation of the initial weights (default: 0.02)")
     add("--dropout", type=number(0, below=1), default=0.0, metavar="P")
     add(
         "--init-from",

@@ -26,9 +26,9 @@ class SampledPairs:
 
     Args:
         fraction: fraction of the pairs, from 0 to 1 inclusive. 1 evaluates all pairs. 0 takes the model alone, in time
-            linear in L, for whole sequences; its bias is 0.7 to 1.9% of the gradient on hidden states of GPT-2 and
-            SmolLM2 at tau = 1, and 3 to 14% at tau = 0.1. On a GPU all pairs are evaluated up to the length at which an
-            estimate should be faster (docs/sampling.md).
+            linear in L, for whole sequences; the bias of the low-rank model is 0.7 to 1.9% of the gradient on hidden
+            states of GPT-2 and SmolLM2 at tau = 1, and 3 to 14% at tau = 0.1. GPU kernels evaluate all pairs up to the
+            length at which an estimate should be faster (docs/sampling.md).
         control_variate: ``"low_rank"``: parabola in an estimate of c from 16 directions near the tokens' principal
             directions, in 64 B L F FLOPs. ``"full_rank"``: parabola in c itself, for whole sequences of tokens that are
             alike in all directions, in 4 to 8 B L F^2 FLOPs. ``"none"``: no model, for a fraction above 0.

@@ -21,12 +21,9 @@ from dispersion_kernels.sampling import SampledPairs
 from dispersion_kernels.sampling.control_variate import FIT_GROUPS, FIT_TOKENS, fit, noise
 from dispersion_kernels.sampling.partition import (
     Partition,
-    block_tokens,
     blocks_of_same_size,
-    mean_length,
     partition_of,
 )
-from dispersion_kernels.sampling.threshold import all_pairs_are_faster
 from dispersion_kernels.sampling.torch_sampler import sample
 from dispersion_kernels.segments import uniform
 
@@ -72,14 +69,6 @@ class Request(NamedTuple):
 
 # A backend's own sampler; it returns the loss of each sequence and ``per_pair``, ``[Y S]``, as ``corrected_losses``.
 Sampler = Callable[[Request], tuple[Tensor, Tensor]]
-
-
-def evaluates_all(sampling: SampledPairs, z: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether all pairs of tokens ``[B, L, F]`` are evaluated: the batch is empty, a block would be a whole sequence,
-    or, on a GPU, all pairs take less time."""
-    length = mean_length(z, cu_seqlens)
-    whole = z.shape[0] == 0 or length <= block_tokens(sampling.fraction, length)
-    return whole or all_pairs_are_faster(z, length, sampling.control_variate)
 
 
 def draw(layers: Sequence[Tensor], fraction: float, generator: torch.Generator | None) -> Draws:

@@ -17,13 +17,13 @@ from typing import Any
 
 from ..gpt2.data import load_data
 from ..gpt2.model import weights_file
-from ..gpt2.options import OF_WEIGHTS, SavedParser, build_parser, complete
+from ..gpt2.options import DECIDED_BY_WEIGHTS, SavedParser, build_parser, complete
 from ..gpt2.options import WEIGHTS as WEIGHT_OPTIONS
 
 # Options of the trainer that a sweep sets itself.
 OWN = ("out", "resume", "compare")
 # Options that come from a file of weights, where there is one, in place of the defaults of the sweep.
-DECIDED_BY_WEIGHTS = tuple(name.replace("_", "-") for name in OF_WEIGHTS)
+FROM_WEIGHTS = tuple(name.replace("_", "-") for name in DECIDED_BY_WEIGHTS)
 # Options whose value may be a table that selects a run of another experiment.
 WEIGHTS = tuple(name.replace("_", "-") for name in WEIGHT_OPTIONS)
 # Options that are replaced by the key of the tokens in the hash of a run's settings.
@@ -146,7 +146,7 @@ class Reader:
         variants = self.variants(where, table.get("variant", {}))
         given = [own, *variants.values()]
         from_weights = any("init-from" in options for options in given)
-        inherited = {k: v for k, v in defaults.items() if not (from_weights and k in DECIDED_BY_WEIGHTS)}
+        inherited = {k: v for k, v in defaults.items() if not (from_weights and k in FROM_WEIGHTS)}
         settings = {"seed": 0, **inherited, **own}
         axes = {key: value for key, value in settings.items() if is_axis(key, value)}
         for key, values in axes.items():

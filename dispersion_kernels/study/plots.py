@@ -143,7 +143,7 @@ def plot_curves(report: Report, path: Path) -> Path:
                 if differences:
                     band(line[3], steps, list(zip(*differences, strict=True)), number, label)
         where = name_of("", dict(context))
-        clock = members[0][1][0]["clock"]
+        clock = members[0][1][0].get("clock", "wall")
         for axes, x, y in zip(
             line,
             ("step", f"{clock} seconds of training", "layer", "step"),

@@ -365,6 +365,11 @@ def values_of(outcome: str, rows: list[Row], others: list[Row]) -> dict[int, flo
         return {row["seed"]: row[outcome] for row in rows if row[outcome] is not None}
     if not rows or not others:
         return {}
+    if len({row.get("clock", "wall") for row in (*rows, *others)}) > 1:
+        raise ValueError(
+            "validation_loss_at_equal_time: some runs have the processor's time of a step and some the wall clock's; "
+            "run them again with one --log-interval, of at least 2"
+        )
     end = min(step_seconds(group) * group[0]["curve"]["step"][-1] for group in (rows, others))
     return {
         row["seed"]: float(np.interp(step, row["curve"]["step"], row["curve"]["validation_loss"]))

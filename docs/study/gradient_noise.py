@@ -48,10 +48,14 @@ def main() -> None:
     parser.add_argument("plan", type=Path, help="TOML file of the study")
     parser.add_argument("results", type=Path, help="folder of its runs")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of gradient-noise.json and .md")
-    parser.add_argument("--batches", type=int, default=8)
-    parser.add_argument("--draws", type=int, default=4)
+    parser.add_argument("--batches", type=int, default=8, help="2 or more (default: %(default)s)")
+    parser.add_argument("--draws", type=int, default=4, help="of each batch, 2 or more (default: %(default)s)")
     options = parser.parse_args()
-    experiment = next(one for one in read_plan(options.plan) if one.name == "tokens")
+    if min(options.batches, options.draws) < 2:
+        parser.error(f"a variance takes --batches and --draws of at least 2, got {options.batches} and {options.draws}")
+    experiment = next((one for one in read_plan(options.plan) if one.name == "tokens"), None)
+    if experiment is None:
+        parser.error(f"{options.plan} has no experiment tokens, whose runs end with the weights; give the study's plan")
     identities = Identities()
     rows = []
     for run in experiment.runs:

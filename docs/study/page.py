@@ -28,6 +28,8 @@ def main(arguments: list[str]) -> int:
     text = PAGE.read_text("utf-8")
     made = filled(text)
     if "--check" in arguments:
+        if text != made:
+            print(f"{PAGE} is not what {RESULTS} makes; run python docs/study/page.py", file=sys.stderr)
         return int(text != made)
     PAGE.write_text(made, "utf-8")
     return 0
@@ -36,7 +38,12 @@ def main(arguments: list[str]) -> int:
 def filled(text: str) -> str:
     parts = {**experiments(RESULTS), **experiments(RESULTS / "sft"), "pretrained": pretrained(), "noise": noise()}
 
+    plan = re.findall(r"^\[experiment\.([\w-]+)\]", (FOLDER / "study.toml").read_text("utf-8"), re.M)
+    known = {*plan, "sft", "runs-results", "runs-sft", *parts}
+
     def part(match: re.Match[str]) -> str:
+        if match[1] not in known:
+            raise ValueError(f"{PAGE}: <!-- {match[1]} --> is none of {', '.join(sorted(known))}")
         return f"<!-- {match[1]} -->\n{parts.get(match[1], '*Not run yet.*')}\n<!-- end -->"
 
     return re.sub(r"<!-- ([\w-]+) -->\n(?:(?!<!--).)*<!-- end -->", part, text, flags=re.DOTALL)

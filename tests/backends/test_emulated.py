@@ -279,7 +279,7 @@ def dispersion(
     pair_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     with_grad: bool = True,
-) -> launch.SequenceLosses:
+) -> launch.Result:
     name, arch = backend.split("-")
     with KERNELS[name](layers[0], arch) as kernels:
         return launch.dispersion(layers, potential, pair_ids, cu_seqlens, with_grad, kernels)

@@ -136,8 +136,8 @@ def test_bounds_on_the_cpu_are_copied_once_for_the_same_values() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("layers", [1, 12])
 def test_launches_and_operations_of_a_call(layers: int, reduction: str, features: int) -> None:
-    """Forward takes at most 8 and backward at most 2, for any number of layers, beside the library's products, one a
-    layer, and, where the slopes of all rows do not fit the workspace, a launch for each filling of it."""
+    """Forward takes at most 6 and backward one, for any number of layers, beside the library's products, one a layer,
+    and, where the slopes of all rows do not fit the workspace, a launch for each filling of it."""
     forward, backward, operations = _recorded([(8, 1024, features)] * layers, reduction)
     assert backward == ["scaled_kernel"]
     products = [name for name in operations if "bmm" in name]
@@ -200,3 +200,11 @@ class Operations(TorchDispatchMode):
         if not (func.is_view or widens or name.startswith(("aten::empty", "aten::new_empty"))):
             self.names.append(name)
         return func(*args, **(kwargs or {}))
+
+
+def test_a_sequence_without_a_pair_has_contiguous_gradients() -> None:
+    """The kernel of backward takes contiguous gradients, whatever the layout of the tokens."""
+    z = torch.randn(8, 4).T.unsqueeze(1)
+    for layers in ([z], [z, z]):
+        _, gradients, _ = launch.run(lambda _: None, layers, None, None, AngularSpread(), "mean", [True] * len(layers))
+        assert all(gradient.is_contiguous() for gradient in gradients)

@@ -12,9 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dispersion_kernels import SampledPairs
-from dispersion_kernels.options import check_options
+from dispersion_kernels.options import LossOptions, check_options
 from dispersion_kernels.sampling import ControlVariate, threshold
-from dispersion_kernels.sampling.estimate import draw, estimate, evaluates_all
+from dispersion_kernels.sampling.estimate import draw, estimate
+from dispersion_kernels.sampling.threshold import evaluates_all
 
 SECONDS_PER_OPERATION = threshold.SECONDS_PER_OPERATION
 # Operations that launch nothing.
@@ -33,6 +34,10 @@ class Counted(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
+def sampled(control_variate: ControlVariate = "low_rank", impl: str = "auto") -> LossOptions:
+    return check_options("angular_spread", 1.0, SampledPairs(1 / 16, control_variate), "mean", False, impl)
+
+
 @pytest.mark.parametrize("control_variate", get_args(ControlVariate))
 def test_operations_are_as_many_as_said(control_variate: ControlVariate) -> None:
     def no_sweep(layers: Any, *_: Any) -> Any:
@@ -40,7 +45,7 @@ def test_operations_are_as_many_as_said(control_variate: ControlVariate) -> None
         return torch.zeros(z.shape[0]), [torch.zeros_like(z)], torch.zeros(1, *z.shape[:2])
 
     layers = [torch.randn(1, 2048, 64)]
-    options = check_options("angular_spread", 1.0, SampledPairs(1 / 16, control_variate), "mean", False, "torch")
+    options = sampled(control_variate, "torch")
     with Counted() as counted:
         draws = draw(layers, 1 / 16, None)
         estimate(layers, None, None, options, draws, True, False, no_sweep)
@@ -50,6 +55,7 @@ def test_operations_are_as_many_as_said(control_variate: ControlVariate) -> None
 def on_gpu(length: int, dtype: torch.dtype, patch: pytest.MonkeyPatch, **properties: int) -> Tensor:
     """Tokens ``[1, length, 768]`` without memory, on a GPU with these properties."""
     patch.setattr(torch.cuda, "is_available", lambda: True)
+    patch.setattr(torch.cuda, "get_device_capability", lambda device: (properties["major"], properties["minor"]))
     patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
     patch.setattr(threshold, "SECONDS_PER_OPERATION", SECONDS_PER_OPERATION)
     threshold._peak_rate.cache_clear()
@@ -65,11 +71,11 @@ RTX_4090 = {"major": 8, "minor": 9, "multi_processor_count": 128, "clock_rate": 
 @pytest.mark.parametrize(
     ("properties", "dtype", "length"),
     [
-        # By hand: sqrt(1.6 ms * 0.4 * peak / (6 * 768)), with peaks of 312, 989 and 165 TFLOP/s in 16 bits.
-        (A100, torch.bfloat16, 6_583),
-        (H100, torch.bfloat16, 11_720),
-        (RTX_4090, torch.float16, 4_788),
-        (H100, torch.float32, 4_785),
+        # By hand: sqrt(1.6 ms * 0.4 * peak / (3 * 768)), with peaks of 312, 989 and 165 TFLOP/s in 16 bits.
+        (A100, torch.bfloat16, 9_310),
+        (H100, torch.bfloat16, 16_575),
+        (RTX_4090, torch.float16, 6_771),
+        (H100, torch.float32, 6_767),
     ],
     ids=str,
 )
@@ -78,12 +84,15 @@ def test_all_pairs_up_to_a_length(
 ) -> None:
     for tokens, expected in ((int(0.97 * length), True), (int(1.03 * length), False)):
         z = on_gpu(tokens, dtype, monkeypatch, **properties)
-        assert evaluates_all(SampledPairs(1 / 16), z, None) == expected
-    # A plain estimate takes a sixth of the operations.
-    assert not evaluates_all(SampledPairs(1 / 16, "none"), on_gpu(length // 2, dtype, monkeypatch, **properties), None)
+        assert evaluates_all(sampled(), z, None) == expected
+    # A plain estimate takes a sixth of the operations, and the torch backend does not reach these rates.
+    z = on_gpu(length // 2, dtype, monkeypatch, **properties)
+    assert not evaluates_all(sampled("none"), z, None)
+    assert not evaluates_all(sampled(impl="torch"), z, None)
+    assert not evaluates_all(sampled(), on_gpu(length // 2, torch.float64, monkeypatch, **properties), None)
     threshold._peak_rate.cache_clear()
 
 
 def test_a_cpu_samples_at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threshold, "SECONDS_PER_OPERATION", 1.0)
-    assert not evaluates_all(SampledPairs(1 / 16), torch.empty(1, 1024, 64), None)
+    assert not evaluates_all(sampled(), torch.empty(1, 1024, 64), None)

@@ -190,3 +190,13 @@ def test_wrong_results_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (tmp_path / "results.json").write_text(content)
         assert command.main(["stats", str(tmp_path)]) == 2
         assert "is not the results.json of a sweep in format 1" in capsys.readouterr().err
+
+
+def test_times_of_two_clocks_are_not_compared() -> None:
+    rows = [
+        {"seed": 0, "clock": clock, "step_seconds": 1.0, "curve": {"step": [10], "validation_loss": [5.0]}}
+        for clock in ("processor", "wall")
+    ]
+    with pytest.raises(ValueError, match="some runs have the processor's time of a step and some the wall clock's"):
+        stats.values_of("validation_loss_at_equal_time", rows[:1], rows[1:])
+    assert stats.values_of("validation_loss_at_equal_time", rows[:1], rows[:1]) == {0: 5.0}

@@ -308,7 +308,7 @@ class Kernels(Protocol):
         B, L]``, and ``factor``, ``[B, L]`` of any strides."""
 
 
-class SequenceLosses(NamedTuple):
+class Result(NamedTuple):
     """Losses and gradients of all layers."""
 
     loss: Tensor
@@ -379,7 +379,7 @@ def dispersion(
     with_grad: bool,
     kernels: Kernels,
     reduction: str = "none",
-) -> SequenceLosses:
+) -> Result:
     """Loss of each sequence of each layer and, if asked, its gradient, times the weight that the loss has in the
     reduction: :func:`~dispersion_kernels.numerics.loss_weight`.
 
@@ -402,6 +402,16 @@ def dispersion(
     return _dispersion(layers, _Request(potential, partners, divisor, by_sequences, with_grad, kernels))
 
 
+def _nothing(layers: Sequence[Tensor], cu_seqlens: Tensor | None, with_grad: bool) -> Result:
+    z = layers[0]
+    sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    return Result(
+        torch.zeros(len(layers), sequences, dtype=torch.float64, device=z.device),
+        [z.new_zeros(z.shape, dtype=torch.float32) for z in layers] if with_grad else [],
+        torch.zeros(len(layers), *z.shape[:2], dtype=torch.float32, device=z.device) if with_grad else None,
+    )
+
+
 class _Request(NamedTuple):
     """Arguments of a call beside the layers."""
 
@@ -413,7 +423,7 @@ class _Request(NamedTuple):
     kernels: Kernels
 
 
-def _dispersion(layers: Sequence[Tensor], request: _Request) -> SequenceLosses:
+def _dispersion(layers: Sequence[Tensor], request: _Request) -> Result:
     """Losses in as many parts as launches need."""
     batch, partners = layers[0].shape[0], request.partners
     if len(layers) > request.kernels.max_layers:
@@ -422,12 +432,12 @@ def _dispersion(layers: Sequence[Tensor], request: _Request) -> SequenceLosses:
     if batch > 1 and len(layers) * batch > MAX_ROWS:
         losses = []
         for part in (slice(0, batch // 2), slice(batch // 2, batch)):
-            of_part = partners
+            chosen = partners
             if partners is not None:
                 ids, counts = partners.pair_ids[part], partners.counts[part]
                 first = partners.first_sequence + part.start
-                of_part = replace(partners, pair_ids=ids, counts=counts, first_sequence=first)
-            losses.append(_dispersion([z[part] for z in layers], request._replace(partners=of_part)))
+                chosen = replace(partners, pair_ids=ids, counts=counts, first_sequence=first)
+            losses.append(_dispersion([z[part] for z in layers], request._replace(partners=chosen)))
         return _joined(losses, 1)
     call = _Call(layers, request)
     call.row_statistics()
@@ -465,22 +475,12 @@ def aligned(layers: Sequence[Tensor], alignment: int) -> list[Tensor]:
     return copies
 
 
-def _nothing(layers: Sequence[Tensor], cu_seqlens: Tensor | None, with_grad: bool) -> SequenceLosses:
-    z = layers[0]
-    sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    return SequenceLosses(
-        torch.zeros(len(layers), sequences, dtype=torch.float64, device=z.device),
-        [torch.zeros_like(z, dtype=torch.float32) for z in layers] if with_grad else [],
-        torch.zeros(len(layers), *z.shape[:2], dtype=torch.float32, device=z.device) if with_grad else None,
-    )
-
-
-def _joined(parts: list[SequenceLosses], dimension: int) -> SequenceLosses:
+def _joined(parts: list[Result], dimension: int) -> Result:
     """Results of parts of the layers (dimension 0) or of the batch (dimension 1)."""
     scales = [part.scale for part in parts if part.scale is not None]
     gradients = [part.gradients for part in parts]
     pieces = zip(*gradients, strict=True)
-    return SequenceLosses(
+    return Result(
         torch.cat([part.loss for part in parts], dimension),
         list(itertools.chain(*gradients))
         if dimension == 0
@@ -701,7 +701,7 @@ class _Call:
 
     # ---- from the sums to the loss and its gradient
 
-    def finish(self, loss: Tensor, scale: Tensor) -> SequenceLosses:
+    def finish(self, loss: Tensor, scale: Tensor) -> Result:
         """Losses, the gradient through the row transform, and the factor of each token."""
         count, square_scale = len(self.layers), None
         if isinstance(self.potential, L2Repel) and self.potential.norm_weight:
@@ -711,7 +711,7 @@ class _Call:
         # From [rows, S] to [layers, batch], or to [layers, S] with cu_seqlens.
         loss = loss.view(count, -1)
         if not self.request.with_grad:
-            return SequenceLosses(loss, [], None)
+            return Result(loss, [], None)
         if self.statistics.weight_scale is not None:
             scale = scale / self.statistics.weight_scale
         factors, counts = self._empty_statistic(), None if self.partners is None else self.partners.counts
@@ -723,10 +723,12 @@ class _Call:
             square_scales = self._spread(square_scale).reshape(factors.shape)
             if counts is not None:
                 square_scales = square_scales.masked_fill(counts <= 0, 0.0)
-            for gradient, z, factor, of_square in zip(self.gradients, self.tokens, factors, square_scales, strict=True):
-                gradient.mul_(factor.unsqueeze(2)).addcmul_(z[:, :, : self.features], of_square.unsqueeze(2))
+            for gradient, z, factor, square_factor in zip(
+                self.gradients, self.tokens, factors, square_scales, strict=True
+            ):
+                gradient.mul_(factor.unsqueeze(2)).addcmul_(z[:, :, : self.features], square_factor.unsqueeze(2))
             factors = torch.ones_like(factors)
-        return SequenceLosses(loss, self.gradients, factors)
+        return Result(loss, self.gradients, factors)
 
     # ---- sequences of a row: one, or the segments of cu_seqlens
 
