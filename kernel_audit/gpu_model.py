@@ -258,15 +258,14 @@ def _training(cards: list[Card]) -> str:
         f"A step of GPT-2 ({weights / 1e6:.0f} M parameters) on {batch} x {config.context:,} tokens takes "
         f"{flops / 1e12:.1f} TFLOP, here at {UTILISATION:.0%} of the 16-bit rate. Beside it the loss on all "
         f"{config.layers} layers, in one call with a list of them. Under autocast the residual stream is fp32; the "
-        "trainer rounds what the loss takes of it to bf16, and the first column has the time of that, in forward and "
-        "backward. The others: the loss of the fp32 hidden states, its products in tf32 or in true fp32, as "
+        "loss takes it rounded to bf16, and the first column has the time of that, in forward and backward. The others: the loss of the fp32 hidden states, its products in tf32 or in true fp32, as "
         "`torch.set_float32_matmul_precision` says (`high`; `highest`, PyTorch's default), and of bf16 ones in a call "
         "a layer. All have autograd's addition of the gradient to that of the residual stream, in fp32, or in bf16 in "
         "the last column. The goal is 5% of the step. What forward keeps for backward is an fp32 activation a layer, "
         "the size of the residual stream under autocast. Milliseconds, and the share of the step, at best and "
         "estimate:",
         "",
-        "| | step | the trainer: rounded to bf16 | fp32, `high` | fp32, `highest` | bf16, a call a layer |",
+        "| | step | under autocast: rounded to bf16 | fp32, `high` | fp32, `highest` | bf16, a call a layer |",
         "|---|---|---|---|---|---|",
     ]
     for card in cards:
