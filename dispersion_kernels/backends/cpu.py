@@ -433,9 +433,10 @@ def moments(
     requested = _available_isa()
     stride = _matrix_stride(z)
     order, features, height = _int64_list("order", order), z.shape[1], len(blocks[0]) if blocks else 0
-    if height == 0 or len(blocks) != math.ceil(features / height):
-        wanted = math.ceil(features / height) if height else "at least 1"
-        raise ValueError(f"blocks must be {wanted}, of {height} rows each but for the last, got {len(blocks)}")
+    if height == 0:
+        raise ValueError(f"blocks must be one or more matrices of one or more rows, got {len(blocks)} of none")
+    if len(blocks) != math.ceil(features / height):
+        raise ValueError(f"blocks of {height} rows must be {math.ceil(features / height)}, got {len(blocks)}")
     expected: list[tuple[str, torch.Tensor, torch.dtype, tuple[int, ...]]]
     expected = [("shift", shift, torch.float32, (features,)), ("total", total, torch.float64, (features,))]
     for number, block in enumerate(blocks):

@@ -204,6 +204,7 @@ def test_moments_refuse_what_does_not_fit() -> None:
         ((z, order.int(), shift, total, blocks), "order must be a one-dimensional int64"),
         ((z, order, shift.double(), total, blocks), "shift must be contiguous, torch.float32"),
         ((z, order, shift, total[:2], blocks), r"total must be contiguous, torch.float64, \(3,\)"),
+        ((z, order, shift, total, []), "blocks must be one or more matrices"),
         ((z, order, shift, total, blocks[:1]), "blocks of 2 rows must be 2, got 1"),
         ((z, order, shift, total, [blocks[0], blocks[0]]), r"blocks\[1\] must be contiguous, torch.float64, \(1, 1\)"),
     ):
