@@ -25,6 +25,18 @@ int32_t with_kernels(const Args& args, const Valid& valid, const Work& work) {
   }
 }
 
+// The hidden states of a call other than dk_dispersion, in the form that a Job reads.
+template <class Args>
+dk_args tokens_of(const Args& args) {
+  dk_args tokens = {};
+  tokens.z = args.z;
+  tokens.row_stride = args.row_stride;
+  tokens.rows = args.rows;
+  tokens.features = args.features;
+  tokens.dtype = args.dtype;
+  return tokens;
+}
+
 // The reduction from psi to the loss: log(mean psi) + offset, or mean psi. kappa is the constant factor of dpsi/ds.
 struct Reduction {
   bool logarithm;

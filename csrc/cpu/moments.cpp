@@ -25,11 +25,7 @@ class MomentCall {
  public:
   MomentCall(const dk_moments_args& args, const TileKernels& kernels) : args_(args), kernels_(kernels) {
     threads_ = {args.parallel_for, std::max(1, int(args.threads))};
-    tokens_.z = args.z;
-    tokens_.row_stride = args.row_stride;
-    tokens_.rows = args.rows;
-    tokens_.features = args.features;
-    tokens_.dtype = args.dtype;
+    tokens_ = tokens_of(args);
     job_.args = &tokens_;
     job_.padded_features = round_up(args.features, kernels.panel);
     const int64_t longest = kLargestTile / kernels.panel * kernels.panel;

@@ -650,8 +650,8 @@ class _SampledArgs(_Call):
     ]
 
 
-class _CosinesArgs(_Call):
-    """Fields of ``dk_cosines_args`` of ``csrc/cpu/dispersion.h`` after those of :class:`_Call`."""
+class _TokensCall(_Call):
+    """Fields after those of :class:`_Call` that ``dk_cosines_args`` and ``dk_moments_args`` have in common."""
 
     _fields_ = [
         ("z", ctypes.c_void_p),
@@ -660,6 +660,13 @@ class _CosinesArgs(_Call):
         ("order", ctypes.c_void_p),
         ("tokens", ctypes.c_int64),
         ("features", ctypes.c_int64),
+    ]
+
+
+class _CosinesArgs(_TokensCall):
+    """Fields of ``dk_cosines_args`` of ``csrc/cpu/dispersion.h`` after those of :class:`_TokensCall`."""
+
+    _fields_ = [
         ("begins", ctypes.c_void_p),
         ("splits", ctypes.c_void_p),
         ("ends", ctypes.c_void_p),
@@ -669,16 +676,10 @@ class _CosinesArgs(_Call):
     ]
 
 
-class _MomentsArgs(_Call):
-    """Fields of ``dk_moments_args`` of ``csrc/cpu/dispersion.h`` after those of :class:`_Call`."""
+class _MomentsArgs(_TokensCall):
+    """Fields of ``dk_moments_args`` of ``csrc/cpu/dispersion.h`` after those of :class:`_TokensCall`."""
 
     _fields_ = [
-        ("z", ctypes.c_void_p),
-        ("row_stride", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
-        ("order", ctypes.c_void_p),
-        ("tokens", ctypes.c_int64),
-        ("features", ctypes.c_int64),
         ("shift", ctypes.c_void_p),
         ("block_rows", ctypes.c_int64),
         ("total", ctypes.c_void_p),

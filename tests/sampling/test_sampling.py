@@ -110,7 +110,7 @@ def test_unbiased(case: str, control_variate: ControlVariate, monkeypatch: pytes
     exact = oracle(z, potential, **options)
     drawn = evaluate(z, potential, sampling=SampledPairs(0.2, control_variate), impl="torch", **options)
     if case == "packed":
-        # Of the four sequences of a copy the first is estimated, and the others are evaluated whole.
+        # The first of the four sequences of a copy is estimated; the others are evaluated whole.
         torch.testing.assert_close(drawn.loss.view(copies, 4)[:, 1:], exact.loss.view(copies, 4)[:, 1:])
         exact, drawn = (Answer(answer.loss[::4], answer.grad.view(copies, 50, -1)[:, :40]) for answer in (exact, drawn))
     if potential.reduction == "log_mean":
