@@ -1,8 +1,9 @@
 """Operator that ``torch.compile`` and ``torch.library`` see, and the ``autograd.Function`` over it.
 
 Forward computes the loss and, where a gradient will be needed, the gradient without its factor per token, in fp32 (fp64
-for fp64). Backward multiplies by that factor and the upstream gradient at once and rounds once to the tokens' dtype, so
-that a GradScaler's factor is included before an fp16 gradient could underflow.
+for fp64); of the GPU kernels also without the row transform. Backward does the rest: multiplies by that factor and the
+upstream gradient at once and rounds once to the tokens' dtype, so that a GradScaler's factor is included before an fp16
+gradient could underflow.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defin
 
 from dispersion_kernels import flops
 from dispersion_kernels.backends import cpu
+from dispersion_kernels.backends.gpu.launch import finish_by_operations, gradient_dtype
+from dispersion_kernels.backends.interface import Finish
 from dispersion_kernels.backends.registry import BACKENDS, Backend, choose
 from dispersion_kernels.numerics import accumulation_dtype, in_blocks, loss_weight
 from dispersion_kernels.options import LossOptions
@@ -125,7 +128,8 @@ class _Result(NamedTuple):
     loss: Tensor
     grads: Sequence[Tensor | None]
     """``[B, L, F]`` per layer, or, of sampled pairs, one ``[layers, B, L, F]``: d loss / d z (for ``"none"``, of the
-    loss of z's sequence) without the factor ``scale``."""
+    loss of z's sequence) without the factor ``scale``, and, of all pairs and a backend with ``finish``, the row
+    transform."""
     scale: Tensor | None
     """``[layers, B, L]``: factor per token of ``grads``."""
     slope: Tensor | None = None
@@ -233,7 +237,14 @@ def _keep(
     if ctx.recompute:
         ctx.save_for_backward(*tensors, *layers)
     else:
-        ctx.save_for_backward(tensors.cu_seqlens, result.loss, result.slope, result.scale, *result.grads)
+        read = () if _finish(call, layers[0]) is None else layers
+        ctx.save_for_backward(tensors.cu_seqlens, result.loss, result.slope, result.scale, *read, *result.grads)
+
+
+def _finish(call: _Call, z: Tensor) -> Finish | None:
+    """Function that completes the gradients of the call's backend; None where they lack nothing but their scale."""
+    options = call.options
+    return None if options.sampling is not None else BACKENDS[choose(options.impl, z, options.potential)].finish
 
 
 def _gradients(ctx: Any, upstream: Tensor | None) -> Sequence[Tensor | None]:
@@ -251,8 +262,9 @@ def _gradients(ctx: Any, upstream: Tensor | None) -> Sequence[Tensor | None]:
         cu_seqlens, scale, grads, slope = tensors.cu_seqlens, result.scale, result.grads, result.slope
         causes = layers if ctx.temperature is None else [*layers, ctx.temperature]
     else:
-        cu_seqlens, loss, slope, scale, *grads = saved
-        causes = [loss]
+        cu_seqlens, loss, slope, scale, *rest = saved
+        count = len(ctx.needed) if ctx.call.options.sampling is None else 1
+        layers, grads, causes = rest[:-count], rest[-count:], [loss]
     if any(ctx.needed):
         assert scale is not None
         if ctx.call.options.sampling is not None:
@@ -260,7 +272,8 @@ def _gradients(ctx: Any, upstream: Tensor | None) -> Sequence[Tensor | None]:
             assert together is not None
             grads = together.unbind()
         needed = [grad if need else None for grad, need in zip(grads, ctx.needed, strict=True)]
-        gradients[_COUNT:] = _finished(ctx, needed, scale, _token_factor(upstream, cu_seqlens, scale.shape[2]))
+        factor = _token_factor(upstream, cu_seqlens, scale.shape[2])
+        gradients[_COUNT:] = _finished(ctx, needed, layers, scale, factor)
     if ctx.temperature is not None:
         assert slope is not None
         gradients[2] = (upstream * slope).sum().to(ctx.temperature)
@@ -337,13 +350,17 @@ def _token_factor(upstream: Tensor, cu_seqlens: Tensor | None, length: int) -> T
     return upstream[segment_of_token(on_device(cu_seqlens, upstream.device), length)]
 
 
-def _finished(ctx: Any, grads: Sequence[Tensor | None], scale: Tensor, factor: Tensor) -> list[Tensor | None]:
-    """Gradient of each layer in the tokens' dtype, rounded once: ``grads`` ``[B, L, F]`` per layer times ``scale``
-    ``[layers, B, L]`` and ``factor``, which broadcasts to ``[B, L]``. In place where the graph is freed afterwards."""
-    unobserved, options = _unobserved(*grads, scale, factor), ctx.call.options
-    scaled = BACKENDS[choose(options.impl, scale, options.potential)].scaled if unobserved else None
-    if scaled is not None:
-        return scaled(grads, scale, factor, ctx.dtype)
+def _finished(
+    ctx: Any, grads: Sequence[Tensor | None], layers: Sequence[Tensor], scale: Tensor, factor: Tensor
+) -> list[Tensor | None]:
+    """Gradient of each layer in the tokens' dtype, rounded once: ``grads`` ``[B, L, F]`` per layer, with ``layers``
+    through the row transform where they lack it, times ``scale`` ``[layers, B, L]`` and ``factor``, which broadcasts to
+    ``[B, L]``. In place where the graph is freed afterwards."""
+    unobserved, options = _unobserved(*grads, *layers, scale, factor), ctx.call.options
+    finish = _finish(ctx.call, layers[0]) if layers else None
+    if finish is not None:
+        finish = finish if unobserved else finish_by_operations
+        return finish(grads, layers, scale, factor, options.potential, ctx.dtype)
     is_fp32_on_cpu = scale.is_cpu and scale.dtype == torch.float32
     if unobserved and is_fp32_on_cpu and cpu.unavailable_reason() is None:
         in_place = ctx.recompute or not (ctx.hooked or graph_is_kept())
@@ -423,7 +440,11 @@ def _dispersion_loss_fake(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor
     dtype, sampled, with_grad = accumulation_dtype(z.dtype), call.options.sampling is not None, any(call.with_grad)
     loss = z.new_empty(sequences if call.options.reduction == "none" else (), dtype=dtype)
     shapes = [(len(layers), *z.shape)] if sampled else [layer.shape for layer in layers]
-    grads = [loss.new_empty(shape if need else 0) for shape, need in zip(shapes, call.with_grad, strict=not sampled)]
+    of_g = dtype if _finish(call, z) is None else gradient_dtype(z, call.options.potential, bounds)
+    grads = [
+        loss.new_empty(shape, dtype=of_g) if need else loss.new_empty(0)
+        for shape, need in zip(shapes, call.with_grad, strict=not sampled)
+    ]
     scale = loss.new_empty((len(layers), *z.shape[:2]) if with_grad else 0)
     slope = loss.new_empty(loss.shape if call.with_slope else 0)
     return loss, grads, scale, slope, loss.new_empty(len(layers) if sampled else 0)
@@ -493,7 +514,8 @@ def _run(layers: Sequence[Tensor], tensors: _Tensors, call: _Call) -> _Result:
         # Under a compiler the caller leaves this question to the operator.
         if isinstance(sampling, SampledPairs) and not evaluates_all(options, z, cu_seqlens):
             return _run_sampled(layers, tensors, call, backend, sampling)
-        loss, grads, scale = backend.run(
+        run = backend.run if sampling is None else backend.run_whole
+        loss, grads, scale = run(
             layers, tensors.pair_ids, cu_seqlens, for_backends(potential), options.reduction, call.with_grad
         )
         slope = _slope(layers, tensors, potential, options.reduction).to(loss.dtype) if call.with_slope else None
@@ -517,7 +539,7 @@ def _run_sampled(
         Draws(tensors.shuffle, tensors.fit),
         any(call.with_grad),
         call.with_error,
-        backend.run,
+        backend.run_whole,
         backend.sampler(potential, sampling, layers[0], tensors.cu_seqlens),
     )
     dtype = accumulation_dtype(layers[0].dtype)

@@ -134,6 +134,7 @@ def record(
     with_grad: bool,
     arch: str,
     precision: str | None = None,
+    sms: int | None = None,
 ) -> list[Launch]:
     """Launches of a call on ``arch`` and, with ``with_grad``, of its backward; none of them is run."""
     launches: list[Launch] = []
@@ -142,12 +143,12 @@ def record(
         launches.append(Launch(kernel, grid, arguments, options))
 
     def kernels(z: Tensor) -> TritonKernels:
-        return TritonKernels(z, arch, precision, run)
+        return TritonKernels(z, arch, precision, run, sms)
 
     requested = [with_grad] * len(layers)
     loss, gradients, scale = launch.run(kernels, layers, pair_ids, cu_seqlens, potential, "mean", requested)
     if scale is not None:
-        launch.scaled(kernels, gradients, scale, loss, layers[0].dtype)
+        launch.finish(kernels, gradients, layers, scale, loss, potential, layers[0].dtype)
     return launches
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from dispersion_kernels.backends import cuda
 from dispersion_kernels.backends.gpu import launch
 from kernel_audit.shipped import Call, calls
@@ -44,7 +46,10 @@ def _launched(call: Call, arch: str) -> Iterator[Variant]:
     launches: list[cuda.Launch] = []
     with cuda.watch_launches(launches.append, arch):
         kernels = cuda.CudaKernels(call.layers[0], call.precision or "tf32x3")
-        launch.dispersion(call.layers, call.potential, call.pair_ids, call.cu_seqlens, call.with_grad, kernels)
+        found = launch.dispersion(call.layers, call.potential, call.pair_ids, call.cu_seqlens, call.with_grad, kernels)
+        if found.scale is not None:
+            one, dtype = torch.tensor(1.0), call.layers[0].dtype
+            launch.finish(lambda _: kernels, found.gradients, call.layers, found.scale, one, call.potential, dtype)
     for launched in launches:
         yield _variant(launched, arch, call.layers[0].shape[2])
 

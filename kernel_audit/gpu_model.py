@@ -63,8 +63,8 @@ LIBRARY_TILE = 128
 # Bytes that a kernel moves an element of the tokens, which have ``size`` bytes; the gradient has 4.
 BYTES: dict[str, Callable[[int], int]] = {
     "row_statistics_kernel": lambda size: size,
-    "project_kernel": lambda size: size + 8,
-    "scaled_kernel": lambda size: 4 + size,
+    "differences_kernel": lambda size: size + 8,
+    "token_gradients_kernel": lambda size: 4 + 2 * size,
 }
 # Peak memory of the naive version, in L x L matrices, measured on a CPU (docs/results/memory-cpu.csv).
 NAIVE_MATRICES = 8.3
@@ -90,8 +90,8 @@ that is longer; `angular_spread`.
   compiled kernel ([full static report](static-report.md)) times tiles, with the library's products under tensor, at the
   data sheet's rates and on all SMs.
 - *L2, memory*: milliseconds that the bytes take: through L2 the tokens that each tile reads, none of them taken for a
-  hit in L1, and the slopes, written to the workspace of 32 MiB and read by the library; through memory the tokens, the
-  gradient in fp32, the sums and the gradient in the input's dtype.
+  hit in L1, and the slopes, written to the workspace and read by the library; through memory the tokens, G (the
+  gradient before the row transform), the sums and the gradient in the input's dtype.
 - *at best*: each kernel takes as long as its busiest pipe or its L2 traffic, with as many tiles on every SM as on the
   busiest (wave quantisation); the library's products run at the data sheet's rate.
 - *estimate*: the tensor cores reach {EFFICIENCY:.0%} of the data sheet's rate, in the library's products, too, whose
@@ -262,8 +262,8 @@ def _training(cards: list[Card]) -> str:
         "The others: the loss of the fp32 hidden states, its products in tf32 or in true fp32, as "
         "`torch.set_float32_matmul_precision` says (`high`; `highest`, PyTorch's default), and of bf16 ones in a call "
         "a layer. All have autograd's addition of the gradient to that of the residual stream, in fp32, or in bf16 in "
-        "the last column. The goal is 5% of the step. What forward keeps for backward is an fp32 activation a layer, "
-        "the size of the residual stream under autocast. Milliseconds, and the share of the step, at best and "
+        "the last column. The goal is 5% of the step. What forward keeps for backward is a bf16 activation a layer, "
+        "and under autocast the rounded hidden state. Milliseconds, and the share of the step, at best and "
         "estimate:",
         "",
         "| | step | under autocast: rounded to bf16 | fp32, `high` | fp32, `highest` | bf16, a call a layer |",
@@ -307,7 +307,7 @@ def time_of_ours(
 ) -> Time:
     """Time of forward and backward of the Triton kernels. ``precision`` is of fp32 products, ``"tf32"`` or
     ``"tf32x3"``."""
-    work = record(card.arch, batch, length, features, dtype, precision, layers)
+    work = record(card.arch, card.device.sms, batch, length, features, dtype, precision, layers)
     library = {torch.bfloat16: "16-bit", torch.float32: "tf32" if precision == "tf32" else "fp32"}[dtype]
     time, size, tokens = Time(), dtype.itemsize, layers * batch * length * features
     for launch in work.launches:
@@ -387,7 +387,7 @@ def time_of_naive(card: Card, batch: int, length: int, features: int, dtype: tor
 
 @cache
 def record(
-    arch: str, batch: int, length: int, features: int, dtype: torch.dtype, precision: str | None, layers: int
+    arch: str, sms: int, batch: int, length: int, features: int, dtype: torch.dtype, precision: str | None, layers: int
 ) -> Work:
     """Launches and operations of the launcher on ``arch`` for loss and gradient, recorded on tensors without memory."""
     # Imported here, because it needs Triton.
@@ -395,7 +395,7 @@ def record(
 
     z = [torch.empty(batch, length, features, dtype=dtype, device="meta") for _ in range(layers)]
     with Recorder() as recorder:
-        launches = record_launches(z, variants.POTENTIAL, None, None, True, arch, precision or "ieee")
+        launches = record_launches(z, variants.POTENTIAL, None, None, True, arch, precision or "ieee", sms)
     return Work(launches, recorder.operations)
 
 

@@ -15,6 +15,9 @@ struct LayerOffsets {
 // Tokens per block of the kernels that read each token by itself; each token has one warp.
 constexpr int kTokensOfProgram = 4;
 
+// Tokens per block of the kernel for the diagonal of the weights, and those of a block, and of a row, that it reads.
+constexpr int kDiagonalTokens = 128, kDiagonalSample = 16;
+
 // Size of a box that Hopper's copy engine brings: tokens, and bytes of each.
 constexpr int kHopperTokens = 128, kHopperRowBytes = 128;
 

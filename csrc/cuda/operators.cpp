@@ -279,6 +279,15 @@ void pair_tiles(std::string kernel, std::vector<Tensor> layers, Tensor inverse, 
   launch_pairs(kernel);
 }
 
+void diagonal(std::vector<Tensor> layers, Tensor inverse, Tensor extra, Tensor weights, int64_t rows, int64_t first_row,
+              int64_t transform, int64_t stream) {
+  const Tokens tokens(layers);
+  launch("dk_diagonal_bf16", inverse, stream, blocks(tokens.length, kDiagonalTokens), rows, 1, tokens.z, tokens.layers,
+         tokens.stride_b, tokens.stride_l, pointer<float>(inverse), pointer<float>(extra), output<void>(weights),
+         weights.stride(0), weights.stride(1), int(first_row), tokens.batch, tokens.length, tokens.features,
+         int(transform));
+}
+
 void row_sweep(std::string kernel, std::vector<Tensor> layers, Tensor inverse, Tensor weight_inverse, Tensor extra,
                std::optional<Tensor> shift, std::optional<Tensor> pair_ids, std::optional<Tensor> tile_ranges,
                std::optional<Tensor> largest, std::optional<Tensor> total, std::optional<Tensor> expected,
@@ -300,42 +309,41 @@ void row_sweep(std::string kernel, std::vector<Tensor> layers, Tensor inverse, T
          tokens.features, float(p0), float(p1), float(p2), float(p3));
 }
 
-void sequence_losses(Tensor norm, Tensor sums, std::optional<Tensor> maxima, std::optional<Tensor> bounds,
-                     std::optional<Tensor> counts, std::optional<Tensor> tokens, Tensor loss, Tensor scale,
+void sequence_losses(Tensor norm, Tensor inverse, std::optional<Tensor> partners, Tensor sums,
+                     std::optional<Tensor> maxima, std::optional<Tensor> bounds, std::optional<Tensor> counts,
+                     std::optional<Tensor> tokens, Tensor loss, std::optional<Tensor> token_scale,
                      std::optional<Tensor> shift, int64_t length, int64_t batch, int64_t first_sequence,
                      int64_t divisor, bool of_tokens, bool diagonal, bool logarithm, bool divide_by_sequences,
                      double constant, double factor, int64_t stream) {
-  launch("dk_sequence_losses", loss, stream, loss.size(1), loss.size(0), 1, pointer<float>(norm), pointer<float>(sums),
-         pointer<float>(maxima), pointer<int>(bounds), pointer<int64_t>(counts), pointer<int64_t>(tokens),
-         output<double>(loss), output<float>(scale), output<float>(shift), int(length), sums.size(1), int(batch),
-         int(first_sequence), counts ? int(counts->size(0)) : 0, int(divisor), int(of_tokens), int(diagonal),
-         int(logarithm), int(divide_by_sequences), constant, factor);
+  launch("dk_sequence_losses", loss, stream, loss.size(1), loss.size(0), 1, pointer<float>(norm),
+         pointer<float>(inverse), pointer<int>(partners), pointer<float>(sums), pointer<float>(maxima),
+         pointer<int>(bounds), pointer<int64_t>(counts), pointer<int64_t>(tokens), output<double>(loss),
+         output<float>(token_scale), output<float>(shift), int(length), sums.size(1), int(batch), int(first_sequence),
+         counts ? int(counts->size(0)) : 0, int(divisor), int(of_tokens), int(diagonal), int(logarithm),
+         int(divide_by_sequences), constant, factor);
 }
 
-void project(std::string kernel, std::vector<Tensor> layers, Tensor norm, Tensor inverse, Tensor extra,
-             std::optional<Tensor> weight_sums, Tensor scale, std::optional<Tensor> segment,
-             std::optional<Tensor> partners, std::vector<Tensor> gradients, Tensor factors, int64_t transform,
-             int64_t stream) {
+void differences(std::string kernel, std::vector<Tensor> layers, Tensor weight_sums, std::vector<Tensor> gradients,
+                 int64_t stream) {
   const Tokens tokens(layers);
-  STD_TORCH_CHECK(!gradients.empty(), "project needs a gradient of each layer");
+  STD_TORCH_CHECK(!gradients.empty(), "differences needs a gradient of each layer");
   check_gradients(gradients, layers);
-  launch(kernel, norm, stream, blocks(tokens.length, kTokensOfProgram), tokens.rows, 1, tokens.z, tokens.layers,
-         tokens.stride_b, tokens.stride_l, pointer<float>(norm), pointer<float>(inverse), pointer<float>(extra),
-         pointer<float>(weight_sums), pointer<float>(scale), pointer<int64_t>(segment), pointer<int>(partners),
-         output<float>(gradients[0]), offsets(gradients), output<float>(factors), int(scale.size(1)), tokens.batch,
-         tokens.length, tokens.features, int(transform));
+  launch(kernel, weight_sums, stream, blocks(tokens.length, kTokensOfProgram), tokens.rows, 1, tokens.z, tokens.layers,
+         tokens.stride_b, tokens.stride_l, pointer<float>(weight_sums), output<float>(gradients[0]),
+         offsets(gradients), tokens.batch, tokens.length, tokens.features);
 }
 
-void scaled(std::string kernel, std::vector<Tensor> gradients, Tensor scale, Tensor factor, std::vector<Tensor> outputs,
-            int64_t stream) {
-  STD_TORCH_CHECK(!outputs.empty(), "scaled needs an output of each gradient");
-  check_gradients(gradients, outputs);
-  const Tensor& first = outputs[0];
-  const int64_t tokens = first.size(0) * first.size(1);
-  launch(kernel, scale, stream, blocks(tokens, kTokensOfProgram), int64_t(outputs.size()), 1,
+void token_gradients(std::string kernel, std::vector<Tensor> layers, std::vector<Tensor> gradients, Tensor scale,
+                     Tensor factor, std::vector<Tensor> outputs, double eps, int64_t transform, int64_t stream) {
+  const Tokens tokens(layers);
+  STD_TORCH_CHECK(!gradients.empty() && !outputs.empty(), "token_gradients needs a gradient and an output of each layer");
+  check_gradients(gradients, layers);
+  check_gradients(outputs, layers);
+  launch(kernel, scale, stream, blocks(int64_t(tokens.batch) * tokens.length, kTokensOfProgram),
+         int64_t(layers.size()), 1, tokens.z, tokens.layers, tokens.stride_b, tokens.stride_l,
          pointer<float>(gradients[0]), offsets(gradients), pointer<float>(scale), pointer<float>(factor),
-         factor.stride(0), factor.stride(1), output<char>(first), offsets(outputs), int(first.size(0)),
-         int(first.size(1)), int(first.size(2)));
+         factor.stride(0), factor.stride(1), output<char>(outputs[0]), offsets(outputs), tokens.batch, tokens.length,
+         tokens.features, float(eps), int(transform));
 }
 
 }  // namespace
@@ -360,30 +368,32 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dispersion_kernels, m) {
       "int first_row, int first_i, int first_j, int first_sum, float p0, float p1, float p2, float p3, "
       "int stream) -> ()");
   m.def(
+      "cuda_diagonal(Tensor[] layers, Tensor inverse, Tensor extra, Tensor(a!) weights, int rows, int first_row, "
+      "int transform, int stream) -> ()");
+  m.def(
       "cuda_row_sweep(str kernel, Tensor[] layers, Tensor inverse, Tensor weight_inverse, Tensor extra, "
       "Tensor? shift, Tensor? pair_ids, Tensor? tile_ranges, Tensor? largest, Tensor? total, Tensor? expected, "
       "Tensor? average, Tensor(a!)? sums, Tensor(b!)? maxima, Tensor(c!)? weight_sums, Tensor(d!)[] gradients, "
       "int tile_rows, float p0, float p1, float p2, float p3, int stream) -> ()");
   m.def(
-      "cuda_sequence_losses(Tensor norm, Tensor sums, Tensor? maxima, Tensor? bounds, Tensor? counts, Tensor? tokens, "
-      "Tensor(a!) loss, Tensor(b!) scale, Tensor(c!)? shift, int length, int batch, int first_sequence, int divisor, "
-      "bool of_tokens, bool diagonal, bool logarithm, bool divide_by_sequences, float constant, float factor, "
-      "int stream) -> ()");
+      "cuda_sequence_losses(Tensor norm, Tensor inverse, Tensor? partners, Tensor sums, Tensor? maxima, Tensor? bounds, "
+      "Tensor? counts, Tensor? tokens, Tensor(a!) loss, Tensor(b!)? token_scale, Tensor(c!)? shift, int length, "
+      "int batch, int first_sequence, int divisor, bool of_tokens, bool diagonal, bool logarithm, "
+      "bool divide_by_sequences, float constant, float factor, int stream) -> ()");
   m.def(
-      "cuda_project(str kernel, Tensor[] layers, Tensor norm, Tensor inverse, Tensor extra, Tensor? weight_sums, "
-      "Tensor scale, Tensor? segment, Tensor? partners, Tensor(a!)[] gradients, Tensor(b!) factors, int transform, "
-      "int stream) -> ()");
+      "cuda_differences(str kernel, Tensor[] layers, Tensor weight_sums, Tensor(a!)[] gradients, int stream) -> ()");
   m.def(
-      "cuda_scaled(str kernel, Tensor[] gradients, Tensor scale, Tensor factor, Tensor(a!)[] outputs, int stream) "
-      "-> ()");
+      "cuda_token_gradients(str kernel, Tensor[] layers, Tensor[] gradients, Tensor scale, Tensor factor, "
+      "Tensor(a!)[] outputs, float eps, int transform, int stream) -> ()");
 }
 
 // Registered for every device, because of the tests; launch() raises for tensors that are not on a CUDA device.
 STABLE_TORCH_LIBRARY_IMPL(dispersion_kernels, CompositeExplicitAutograd, m) {
   m.impl("cuda_row_statistics", TORCH_BOX(&dk::row_statistics));
   m.impl("cuda_pair_tiles", TORCH_BOX(&dk::pair_tiles));
+  m.impl("cuda_diagonal", TORCH_BOX(&dk::diagonal));
   m.impl("cuda_row_sweep", TORCH_BOX(&dk::row_sweep));
   m.impl("cuda_sequence_losses", TORCH_BOX(&dk::sequence_losses));
-  m.impl("cuda_project", TORCH_BOX(&dk::project));
-  m.impl("cuda_scaled", TORCH_BOX(&dk::scaled));
+  m.impl("cuda_differences", TORCH_BOX(&dk::differences));
+  m.impl("cuda_token_gradients", TORCH_BOX(&dk::token_gradients));
 }

@@ -19,14 +19,16 @@ import torch
 from torch import Tensor
 
 from dispersion_kernels.backends.cpu import build_info
-from dispersion_kernels.backends.gpu.epilogues import Epilogue
 from dispersion_kernels.backends.gpu.launch import (
+    DiagonalCall,
     PairTilesCall,
-    ProjectCall,
+    RowStatisticsCall,
     RowSweepCall,
     SequenceLossesCall,
+    TokenGradientsCall,
     Tokens,
     fp32_precision,
+    multiprocessors,
 )
 
 _TRANSFORMS = {"normalize": 0, "standardize": 1, "none": 2}
@@ -49,7 +51,15 @@ def _load() -> str | None:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"{LIBRARY} cannot be loaded: {error}"
-    for name in ("row_statistics", "pair_tiles", "row_sweep", "sequence_losses", "project", "scaled"):
+    for name in (
+        "row_statistics",
+        "pair_tiles",
+        "diagonal",
+        "row_sweep",
+        "sequence_losses",
+        "differences",
+        "token_gradients",
+    ):
         # The operators write to their arguments and return nothing, so their fake versions do nothing.
         torch.library.register_fake(f"dispersion_kernels::cuda_{name}", lambda *args, **kwargs: None)
     return None
@@ -88,6 +98,7 @@ class CudaKernels:
         self.dtype = z.dtype
         self.is_fp32 = z.dtype == torch.float32
         self.element = (precision or fp32_precision()) if self.is_fp32 else _ELEMENTS[z.dtype]
+        self.multiprocessors = multiprocessors(z.device)
         self.alignment = 16 // z.dtype.itemsize  # elements per copy, which is of 16 bytes
         # Kernels are queued on the current stream.
         self.stream = torch.cuda.current_stream(z.device).cuda_stream if z.is_cuda else 0
@@ -104,27 +115,18 @@ class CudaKernels:
         """``shape`` itself: the shapes are compiled in."""
         return shape
 
-    def row_statistics(
-        self,
-        tokens: Tokens,
-        epilogue: Epilogue,
-        partners: Tensor | None,
-        norm: Tensor,
-        inverse: Tensor,
-        extra: Tensor,
-        cleaned: Sequence[Tensor],
-    ) -> None:
+    def row_statistics(self, call: RowStatisticsCall) -> None:
         torch.ops.dispersion_kernels.cuda_row_statistics(
             f"dk_row_statistics_{self._storage}",
-            _layers(tokens),
-            partners,
-            norm,
-            inverse,
-            extra,
-            list(cleaned),
-            epilogue.eps,
-            epilogue.q,
-            _TRANSFORMS[epilogue.transform],
+            _layers(call.tokens),
+            call.partners,
+            call.norm,
+            call.inverse,
+            call.extra,
+            list(call.cleaned),
+            call.epilogue.eps,
+            call.epilogue.q,
+            _TRANSFORMS[call.epilogue.transform],
             self.stream,
         )
 
@@ -153,6 +155,18 @@ class CudaKernels:
             region.first_j,
             region.first_sum,
             *inputs.epilogue.p,
+            self.stream,
+        )
+
+    def diagonal(self, call: DiagonalCall) -> None:
+        torch.ops.dispersion_kernels.cuda_diagonal(
+            _layers(call.inputs.tokens),
+            call.inputs.statistics.inverse,
+            call.inputs.statistics.extra,
+            call.weights,
+            call.rows,
+            call.first_row,
+            _TRANSFORMS[call.inputs.epilogue.transform],
             self.stream,
         )
 
@@ -188,13 +202,15 @@ class CudaKernels:
     def sequence_losses(self, call: SequenceLossesCall) -> None:
         torch.ops.dispersion_kernels.cuda_sequence_losses(
             call.norm,
+            call.inverse,
+            call.partners,
             call.sums,
             call.maxima,
             call.bounds,
             call.counts,
             call.tokens,
             call.loss,
-            call.scale,
+            call.token_scale,
             call.shift,
             call.length,
             call.batch,
@@ -209,27 +225,25 @@ class CudaKernels:
             self.stream,
         )
 
-    def project(self, call: ProjectCall) -> None:
-        inputs, statistics = call.inputs, call.inputs.statistics
-        torch.ops.dispersion_kernels.cuda_project(
-            f"dk_project_{self._storage}",
-            _layers(inputs.tokens),
-            statistics.norm,
-            statistics.inverse,
-            statistics.extra,
-            call.weight_sums,
-            call.scale,
-            call.segment,
-            call.partners,
-            list(call.gradients),
-            call.factors,
-            _TRANSFORMS[inputs.epilogue.transform],
-            self.stream,
+    def differences(self, tokens: Tokens, weight_sums: Tensor, gradients: Sequence[Tensor]) -> None:
+        torch.ops.dispersion_kernels.cuda_differences(
+            f"dk_differences_{self._storage}", _layers(tokens), weight_sums, list(gradients), self.stream
         )
 
-    def scaled(self, gradients: Sequence[Tensor], scale: Tensor, factor: Tensor, outputs: Sequence[Tensor]) -> None:
-        torch.ops.dispersion_kernels.cuda_scaled(
-            f"dk_scaled_{self._storage}", list(gradients), scale, factor, list(outputs), self.stream
+    def token_gradients(self, call: TokenGradientsCall) -> None:
+        gradient, output = (
+            "fp32" if one.dtype == torch.float32 else self._storage for one in (call.gradients[0], call.outputs[0])
+        )
+        torch.ops.dispersion_kernels.cuda_token_gradients(
+            f"dk_token_gradients_{self._storage}_{gradient}_{output}",
+            _layers(call.tokens),
+            list(call.gradients),
+            call.scale,
+            call.factor,
+            list(call.outputs),
+            call.eps,
+            _TRANSFORMS[call.transform],
+            self.stream,
         )
 
     @property

@@ -9,14 +9,17 @@ from torch import Tensor
 
 from dispersion_kernels.potentials import Potential
 
-# Losses of layers ``[B, L, F]`` by a backend: mean over the layers of their reduced losses; per layer the gradient
-# without its scale, ``[B, L, F]``; and the scale, ``[layers, B, L]``. The latter two are None where not requested.
+# Losses of layers ``[B, L, F]`` by a backend: mean over the layers of their reduced losses; G per layer, ``[B, L, F]``:
+# the gradient without its scale and, of backends with ``Finish``, the row transform; and the scale, ``[layers, B, L]``.
+# The latter two are None where not requested.
 Losses = tuple[Tensor, Sequence[Tensor | None], Tensor | None]
 # Arguments: layers, pair_ids, cu_seqlens, potential, reduction, and, per layer, whether its gradient is requested.
 Run = Callable[[Sequence[Tensor], Tensor | None, Tensor | None, Potential, str, Sequence[bool]], Losses]
-# Gradient of each layer in the tokens' dtype, rounded once. Arguments: gradients without their scale, ``[B, L, F]`` per
-# layer, None where not requested; the scale, ``[layers, B, L]``; another factor, which broadcasts to ``[B, L]``; dtype.
-Scaled = Callable[[Sequence[Tensor | None], Tensor, Tensor, torch.dtype], list[Tensor | None]]
+# Gradient of each layer in a dtype, rounded once. Arguments: G per layer, None where not requested; the layers; the
+# scale; another factor, which broadcasts to ``[B, L]``; potential; dtype.
+Finish = Callable[
+    [Sequence[Tensor | None], Sequence[Tensor], Tensor, Tensor, Potential, torch.dtype], list[Tensor | None]
+]
 
 
 def joined_scales(scales: Sequence[Tensor | None]) -> Tensor | None:

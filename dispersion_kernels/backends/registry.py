@@ -7,7 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dispersion_kernels.backends import cpu, cuda, torch_tiled
 from dispersion_kernels.backends.gpu import launch
-from dispersion_kernels.backends.interface import Run, Scaled
+from dispersion_kernels.backends.interface import Finish, Losses, Run
 from dispersion_kernels.checks import check_tensor
 from dispersion_kernels.options import check_impl
 from dispersion_kernels.potentials import Potential, is_built_in, resolve_potential
@@ -38,8 +38,24 @@ class Backend:
     sampler: Callable[[Potential, SampledPairs, Tensor, Tensor | None], Sampler | None] = lambda *_: None
     """Sampler of the backend's own for a potential, options, tokens ``[B, L, F]`` and cu_seqlens; None where
     :mod:`dispersion_kernels.sampling.torch_sampler` is to sample over ``run``."""
-    scaled: Scaled | None = None
-    """Last step of backward, in one launch; None where PyTorch's operations do it."""
+    finish: Finish | None = None
+    """Last step of backward, in one launch; None where G lacks nothing but the scale."""
+
+    def run_whole(
+        self,
+        layers: Sequence[Tensor],
+        pair_ids: Tensor | None,
+        cu_seqlens: Tensor | None,
+        potential: Potential,
+        reduction: str,
+        with_grad: Sequence[bool],
+    ) -> Losses:
+        """:attr:`run` with G that lacks nothing but the scale."""
+        loss, grads, scale = self.run(layers, pair_ids, cu_seqlens, potential, reduction, with_grad)
+        if self.finish is None or scale is None:
+            return loss, grads, scale
+        one = torch.ones_like(scale)
+        return loss, self.finish(grads, layers, scale, one[0], potential, scale.dtype), one
 
 
 @dataclass(frozen=True)
@@ -188,7 +204,7 @@ def _triton_kernels(z: Tensor) -> TritonKernels:
 def _gpu_backend(
     why_not: Callable[[Tensor, Potential], str | None], kernels_for: Callable[[Tensor], launch.Kernels]
 ) -> Backend:
-    return Backend(why_not, partial(launch.run, kernels_for), scaled=partial(launch.scaled, kernels_for))
+    return Backend(why_not, partial(launch.run, kernels_for), finish=partial(launch.finish, kernels_for))
 
 
 BACKENDS = {

@@ -112,29 +112,38 @@ def test_operators(launches: list[str]) -> None:
         arguments,
         test_utils=("test_schema", "test_faketensor"),
     )
-    loss, scale = torch.zeros(4, 1, dtype=torch.float64), torch.zeros(4, 1)
+    loss, scale = torch.zeros(4, 1, dtype=torch.float64), torch.zeros(4, 5)
     torch.library.opcheck(
         torch.ops.dispersion_kernels.cuda_sequence_losses.default,
-        (*statistics[:2], *[None] * 4, loss, scale, None, 5, 2, 0, 4, False, False, True, False, 0.0, 1.0, 0),
+        (
+            *(*statistics[:2], None, statistics[2], *[None] * 4, loss, scale, None, 5, 2, 0, 4),
+            *(False, False, True, False, 0.0, 1.0, 0),
+        ),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    torch.library.opcheck(
+        torch.ops.dispersion_kernels.cuda_diagonal.default,
+        ([z.bfloat16() for z in layers], *statistics[:2], torch.zeros(4, 8, 8, dtype=torch.bfloat16), 4, 0, 0, 0),
         test_utils=("test_schema", "test_faketensor"),
     )
     gradients = [torch.zeros(2, 5, 8), torch.zeros(2, 5, 8)]
     torch.library.opcheck(
-        torch.ops.dispersion_kernels.cuda_project.default,
-        ("dk_project_fp32", layers, *statistics, None, scale, None, None, gradients, statistics[0].clone(), 0, 0),
+        torch.ops.dispersion_kernels.cuda_differences.default,
+        ("dk_differences_fp32", layers, statistics[0], gradients, 0),
         test_utils=("test_schema", "test_faketensor"),
     )
     outputs = [torch.zeros(2, 5, 8), torch.zeros(2, 5, 8)]
     torch.library.opcheck(
-        torch.ops.dispersion_kernels.cuda_scaled.default,
-        ("dk_scaled_fp32", gradients, statistics[0], torch.ones(2, 5), outputs, 0),
+        torch.ops.dispersion_kernels.cuda_token_gradients.default,
+        ("dk_token_gradients_fp32_fp32_fp32", layers, gradients, scale, torch.ones(2, 5), outputs, 0.0, 0, 0),
         test_utils=("test_schema", "test_faketensor"),
     )
     assert set(launches) == {
         "dk_row_statistics_fp32",
         "dk_sequence_losses",
-        "dk_project_fp32",
-        "dk_scaled_fp32",
+        "dk_diagonal_bf16",
+        "dk_differences_fp32",
+        "dk_token_gradients_fp32_fp32_fp32",
     }
 
 
@@ -179,9 +188,13 @@ def test_operators_refuse_what_they_cannot_run(launches: list[str]) -> None:
         run("dk_row_statistics_fp32", layers * 40, None, *statistics, [], 0.0, 0.0, 0, 0)
     with pytest.raises(RuntimeError, match="a copy of each layer, got 1 of 2 layers"):
         run("dk_row_statistics_fp32", layers, None, *statistics, layers[:1], 0.0, 0.0, 0, 0)
-    with pytest.raises(RuntimeError, match="scaled needs an output of each gradient"):
-        torch.ops.dispersion_kernels.cuda_scaled("dk_scaled_fp32", [], statistics[0], statistics[0], [], 0)
-    project, scale = torch.ops.dispersion_kernels.cuda_project, torch.zeros(4, 1)
+    differences, token_gradients = (
+        getattr(torch.ops.dispersion_kernels, f"cuda_{name}") for name in ("differences", "token_gradients")
+    )
+    with pytest.raises(RuntimeError, match="needs a gradient and an output of each layer"):
+        token_gradients(
+            "dk_token_gradients_fp32_fp32_fp32", layers, layers, statistics[0], statistics[0], [], 0.0, 0, 0
+        )
     for gradients, message in (
         ([], "needs a gradient of each layer"),
         ([torch.zeros(2, 5, 8)], "a gradient of each layer, got 1 of 2 layers"),
@@ -189,7 +202,7 @@ def test_operators_refuse_what_they_cannot_run(launches: list[str]) -> None:
         ([torch.zeros(2, 5, 8), torch.zeros(2, 8, 5).mT], "contiguous and of the layers' sizes"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            project("dk_project_fp32", layers, *statistics, None, scale, None, None, gradients, statistics[0], 0, 0)
+            differences("dk_differences_fp32", layers, statistics[0], gradients, 0)
     with pytest.raises(RuntimeError, match="dk_row_sweep_tf32_gaussian_loss has 64 tokens, got 32"):
         torch.ops.dispersion_kernels.cuda_row_sweep(
             *("dk_row_sweep_tf32_gaussian_loss", layers, *statistics), *[None] * 10, [], 32, *[0.0] * 4, 0

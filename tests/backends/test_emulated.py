@@ -285,13 +285,22 @@ def dispersion(
         return launch.dispersion(layers, potential, pair_ids, cu_seqlens, with_grad, kernels)
 
 
+def finished(losses: launch.Result, layers: list[Tensor], potential: Potential, backend: str) -> list[Tensor]:
+    """Gradient of each layer in its dtype."""
+    assert losses.scale is not None
+    name, arch = backend.split("-")
+    with KERNELS[name](layers[0], arch) as kernels:
+        found = launch.finish(
+            lambda _: kernels, losses.gradients, layers, losses.scale, torch.tensor(1.0), potential, layers[0].dtype
+        )
+    return [gradient for gradient in found if gradient is not None]
+
+
 def evaluate(
     z: Tensor, potential: Potential, backend: str, pair_ids: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Answer:
     losses = dispersion([z], potential, backend, pair_ids, cu_seqlens)
-    assert losses.scale is not None
-    gradient = losses.gradients[0] * losses.scale[0].unsqueeze(-1)
-    return Answer(losses.loss[0].float(), gradient.to(z.dtype).reshape(z.shape))
+    return Answer(losses.loss[0].float(), finished(losses, [z], potential, backend)[0])
 
 
 def check(z: Tensor, potential: Potential, backend: str) -> None:
@@ -460,28 +469,48 @@ def test_published_value(variant: str, backend: str) -> None:
 def test_layers_and_batches_in_one_launch(features: int, backend: str) -> None:
     layers = [tokens(2, 67, features) for _ in range(2)]
     losses = dispersion(layers, AngularSpread(), backend)
-    assert losses.scale is not None
-    for z, loss, gradient, scale in zip(layers, losses.loss, losses.gradients, losses.scale, strict=True):
+    gradients = finished(losses, layers, AngularSpread(), backend)
+    for z, loss, gradient in zip(layers, losses.loss, gradients, strict=True):
         # Each layer has half of the weight.
-        answer = Answer(2 * loss.float(), (2 * gradient * scale.unsqueeze(-1)).to(z.dtype))
+        answer = Answer(2 * loss.float(), 2 * gradient)
         assert_as_accurate_as_naive(z, AngularSpread(), answer, oracle(z, AngularSpread()))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_gradients_scaled(dtype: torch.dtype, backend: str) -> None:
-    """One layer without a gradient, and a factor for each sequence or for each token."""
-    gradients = [torch.randn(2, 5, 36), None, torch.randn(2, 5, 36)]
+@pytest.mark.parametrize(
+    ("potential", "dtype", "gradient_dtype", "features"),
+    [
+        (AngularSpread(eps=1e-3), torch.bfloat16, torch.bfloat16, 36),
+        (AngularSpread(eps=1e-3), torch.bfloat16, torch.float32, 1100),
+        (Decorrelation(), torch.float16, torch.float32, 36),
+        (Decorrelation(), torch.float32, torch.float32, 1100),
+        (L2Repel(), torch.bfloat16, torch.float32, 36),
+    ],
+    ids=["bf16", "bf16-wide", "fp16-standardize", "fp32-standardize", "none"],
+)
+def test_last_step_of_backward(
+    potential: Potential, dtype: torch.dtype, gradient_dtype: torch.dtype, features: int, backend: str
+) -> None:
+    """One layer without a gradient, tokens that are not aligned, a token of scale 0 that is NaN, as padding may be, and
+    a factor for each sequence or for each token; against the operations that compilers take."""
+    shape = (2, 5, features)
+    gradients = [torch.randn(shape).to(gradient_dtype), None, torch.randn(shape).to(gradient_dtype)]
+    layers = [torch.randn(2, 5, features + 1).to(dtype)[:, :, 1:] for _ in range(3)]
     scale = torch.randn(3, 2, 5)
+    layers[2][1, 2], scale[2, 1, 2] = torch.nan, 0.0
     name, arch = backend.split("-")
-    with KERNELS[name](torch.empty(1, dtype=dtype), arch) as kernels:
+    with KERNELS[name](layers[0], arch) as kernels:
         for factor in (torch.tensor(3.0), torch.randn(2, 1), torch.randn(5)):
-            found = launch.scaled(lambda _: kernels, gradients, scale, factor, dtype)
-            assert found[1] is None
-            for gradient, output, of_layer in zip(gradients, found, scale, strict=True):
-                if gradient is not None:
-                    assert output is not None
-                    assert torch.equal(output, (gradient * (of_layer * factor).unsqueeze(2)).to(dtype))
+            for output in {dtype, torch.float32}:
+                arguments = (gradients, layers, scale, factor, potential, output)
+                found = launch.finish(lambda _: kernels, *arguments)
+                assert found[1] is None
+                for got, expected in zip(found, launch.finish_by_operations(*arguments), strict=True):
+                    if got is not None:
+                        assert got.dtype == output
+                        torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(output).eps, atol=1e-5)
+    assert found[2] is not None
+    assert not found[2][1, 2].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -506,7 +535,11 @@ def test_sampled_pairs(backend: str) -> None:
 
     def emulated(layers: Sequence[Tensor], ids: Tensor | None, bounds: Tensor | None, *options: Any) -> Losses:
         losses = dispersion(layers, AngularSpread(), backend, pair_ids=ids, cu_seqlens=bounds)
-        return losses.loss[0], losses.gradients, losses.scale
+        assert losses.scale is not None
+        ones, name, arch = torch.ones_like(losses.scale), *backend.split("-")
+        with KERNELS[name](layers[0], arch) as kernels:
+            arguments = (losses.gradients, layers, losses.scale, ones[0], AngularSpread(), torch.float32)
+            return losses.loss[0], launch.finish(lambda _: kernels, *arguments), ones
 
     def in_float64(layers: Sequence[Tensor], ids: Tensor | None, bounds: Tensor | None, *options: Any) -> Losses:
         result = sweep(layers[0], AngularSpread(), ids, bounds, True)

@@ -66,19 +66,22 @@ def test_fp32_products_follow_each_of_pytorchs_settings(
 
 
 @pytest.mark.parametrize("allowed", [False, True])
-def test_fp16_products_accumulate_in_fp32_whatever_the_process_allows(allowed: bool) -> None:
+def test_products_accumulate_in_fp32_whatever_the_process_allows(allowed: bool) -> None:
     def fail() -> None:
         with launch.fp32_accumulation():
             assert not MATMUL.allow_fp16_accumulation
+            assert not MATMUL.allow_bf16_reduced_precision_reduction
             raise ValueError("inside")
 
-    MATMUL.allow_fp16_accumulation = allowed
+    before = MATMUL.allow_bf16_reduced_precision_reduction
+    MATMUL.allow_fp16_accumulation = MATMUL.allow_bf16_reduced_precision_reduction = allowed
     try:
         with pytest.raises(ValueError, match="inside"):
             fail()
         assert MATMUL.allow_fp16_accumulation == allowed
+        assert MATMUL.allow_bf16_reduced_precision_reduction == allowed
     finally:
-        MATMUL.allow_fp16_accumulation = False
+        MATMUL.allow_fp16_accumulation, MATMUL.allow_bf16_reduced_precision_reduction = False, before
 
 
 @pytest.mark.parametrize("kind", ["packed", "masked", "unsorted"])
@@ -136,10 +139,10 @@ def test_bounds_on_the_cpu_are_copied_once_for_the_same_values() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("layers", [1, 12])
 def test_launches_and_operations_of_a_call(layers: int, reduction: str, features: int) -> None:
-    """Forward takes at most 6 and backward one, for any number of layers, beside the library's products, one a layer,
-    and, where the slopes of all rows do not fit the workspace, a launch for each filling of it."""
+    """Forward takes at most 6 (fused: 5) and backward one, for any number of layers, beside the library's products, one
+    a layer, and, where the slopes of all rows do not fit the workspace, two launches for each further filling of it."""
     forward, backward, operations = _recorded([(8, 1024, features)] * layers, reduction)
-    assert backward == ["scaled_kernel"]
+    assert backward == ["token_gradients_kernel"]
     products = [name for name in operations if "bmm" in name]
     fillings = forward.count("pair_tiles_kernel")
     if features == 128:
@@ -147,7 +150,25 @@ def test_launches_and_operations_of_a_call(layers: int, reduction: str, features
     else:
         assert len(products) == layers
         assert fillings == math.ceil(8 * layers * 2 * 1024**2 / launch.WORKSPACE_BYTES)
-    assert len(forward) + len(operations) - len(products) - max(0, fillings - 1) <= 6
+    launches = len(forward) + len(operations) - len(products) - 2 * max(0, fillings - 1)
+    assert launches <= (5 if features == 128 else 6)
+
+
+@pytest.mark.parametrize(("multiprocessors", "tiles"), [(108, 18), (128, 21), (132, 22), (148, 24)])
+def test_blocks_fill_the_multiprocessors(multiprocessors: int, tiles: int) -> None:
+    """A100, RTX 4090, H100, B200: six tiles of 128 features for each of a block's tiles of tokens make a whole wave."""
+    most = math.isqrt(launch.WORKSPACE_BYTES // 4)
+    assert launch.block_size(32_768, 768, 128, most, multiprocessors) == 128 * tiles
+    assert 0.97 < 6 * tiles / multiprocessors <= 1
+
+
+@pytest.mark.parametrize(
+    ("length", "tile", "most"), [(5000, 64, 2172), (261, 64, 64), (10**7, 128, 3072), (129, 128, 128)]
+)
+def test_blocks_hold_whole_tiles_and_fit(length: int, tile: int, most: int) -> None:
+    size = launch.block_size(length, 1600, tile, most, 132)
+    assert size % tile == 0
+    assert tile <= size <= most
 
 
 def test_operations_of_a_padding_mask() -> None:
@@ -182,7 +203,7 @@ def _recorded(
         forward = list(launched)
         assert scale is not None
         factor = loss if loss.dim() == 0 else loss.unsqueeze(1)
-        launch.scaled(kernels, gradients, scale, factor, torch.bfloat16)
+        launch.finish(kernels, gradients, z, scale, factor, AngularSpread(), torch.bfloat16)
     return forward, launched[len(forward) :], operations.names
 
 

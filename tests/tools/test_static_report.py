@@ -286,7 +286,7 @@ def test_lengths_and_strides_that_share_their_kernels() -> None:
     assert kernels(1024, 776) == kernels(32, 776) == kernels(1024, 776, 2)
     assert kernels(1024, 768) == kernels(1024, 768, 2)
     # One token has no pair, and a gradient of 0.
-    assert {kernel.split()[0] for kernel in kernels(1, 768)} == {"scaled_kernel"}
+    assert {kernel.split()[0] for kernel in kernels(1, 768)} == {"token_gradients_kernel"}
 
 
 def test_narrow_accesses() -> None:

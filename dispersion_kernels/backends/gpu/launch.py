@@ -29,11 +29,16 @@ from dispersion_kernels.backends.interface import Losses
 from dispersion_kernels.potentials import L2Repel, PerplexityEntropy, Potential
 from dispersion_kernels.segments import on_device, segment_of_token, within_segments
 
-# Size of the workspace of slopes: small enough for the last-level cache, large enough to fill the machine.
-WORKSPACE_BYTES = 32 << 20
+# Size of the workspace of slopes: small enough for the last-level cache, large enough to fill the machine. A B200's 148
+# multiprocessors are busy with two blocks of 3,072 x 3,072 slopes in 16 bits.
+WORKSPACE_BYTES = 36 << 20
 # Most features for which the fused kernel, with 4 L^2 F FLOPs, should cost less than the workspace, with 3 L^2 F
 # and the traffic of slopes.
 _FUSED_FEATURES = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
+# Most tokens of a tile of ``pair_tiles``; also of the tiles of the library's products, which have as many features.
+_LARGEST_TILE = 128
+# Costs in units of a library tile's 128 products a multiprocessor: of a tile's epilogue in ``pair_tiles``, of a launch.
+_EPILOGUE, _LAUNCH = 6, 3
 # CUDA's gridDim.y limit.
 MAX_ROWS = 65_535
 _NO_PAIR_ID = 2**31 - 1
@@ -158,6 +163,23 @@ class PairTilesCall(NamedTuple):
     """``weights`` of the pairs (j, i); output."""
 
 
+class DiagonalCall(NamedTuple):
+    """Arguments of ``diagonal``, which computes the diagonal of the weights of tokens x: minus an estimate of x . G,
+    times the inverse norm.
+
+    The row transform takes the part along the token out of G, whatever its size; where that part is by far the larger,
+    as of condensed tokens, G in 16 bits would have few digits for the rest. The diagonal takes most of that part out
+    before G is rounded. It need not be exact: an estimate from a few pairs of a tile of tokens serves the whole tile.
+    """
+
+    inputs: Inputs
+    rows: int
+    first_row: int
+    """Row of ``weights[0]``."""
+    weights: Tensor
+    """Weights, ``[rows, N, N]``, as from ``pair_tiles``; the diagonal is output."""
+
+
 class RowSweepCall(NamedTuple):
     """Arguments of ``row_sweep``, which computes sums of each token over its pairs, ``[rows, L]``, and its gradient."""
 
@@ -205,14 +227,34 @@ class Partners:
         return _over_sequences(self.all_counts > 0, self.cu_seqlens)
 
 
+class RowStatisticsCall(NamedTuple):
+    """Arguments of ``row_statistics``, which computes the :class:`Statistics`."""
+
+    tokens: Tokens
+    epilogue: Epilogue
+    partners: Tensor | None
+    """Number of partners of each token, ``[B, L]`` int32: all statistics of a token without one are 0, and inverse and
+    extra of a token that is not finite. None where all tokens of a row pair."""
+    norm: Tensor
+    inverse: Tensor
+    extra: Tensor
+    cleaned: Sequence[Tensor]
+    """Copies ``[B, L, W]`` of the layers, in which tokens with an inverse of 0 for want of a partner or because they
+    are not finite are 0; output. Empty for none."""
+
+
 class SequenceLossesCall(NamedTuple):
-    """Arguments of ``sequence_losses``, which computes each sequence's loss and the scale of its gradient from partial
-    sums. Without partners a sequence is a row, whose tokens all pair."""
+    """Arguments of ``sequence_losses``, which computes each sequence's loss and its tokens' scale from partial sums.
+    Without partners a sequence is a row, whose tokens all pair."""
 
     length: int
     batch: int
     norm: Tensor
     """Norms, ``[rows, L]``; a sequence with one that is not finite has loss NaN."""
+    inverse: Tensor
+    """Inverse norms, ``[rows, L]``."""
+    partners: Tensor | None
+    """Number of partners of each token, ``[B, L]`` int32; None where all tokens of a row pair."""
     sums: Tensor
     """Partial sums, ``[rows, N]``; with ``bounds`` N is L, and a sequence has the sums of its tokens."""
     maxima: Tensor | None
@@ -233,45 +275,49 @@ class SequenceLossesCall(NamedTuple):
     """Whether the loss is the logarithm of the mean, plus ``constant``, and not the mean."""
     constant: float
     factor: float
-    """Factor of the scale: scale = factor d loss / d sum."""
+    """Factor of a sequence's scale: factor d loss / d sum."""
     divisor: int
     """Number by which loss and scale are divided."""
     divide_by_sequences: bool
     """Whether they are also divided by the number of sequences with a term, of those in ``counts``."""
     loss: Tensor
     """Losses, ``[rows, S]`` fp64; 0 for a sequence without a term; output."""
-    scale: Tensor
-    """Scales, ``[rows, S]`` fp32; output."""
+    token_scale: Tensor | None
+    """Scale of a token: that of its sequence times the inverse norm, ``[rows, L]`` fp32; 0 for a token without a
+    partner; output."""
     shift: Tensor | None
-    """Largest of ``maxima``, which ``scale`` is relative to, ``[rows, S]``; output."""
+    """Largest of ``maxima``, which the scale is relative to, ``[rows, S]``; output."""
 
 
-class ProjectCall(NamedTuple):
-    """Arguments of ``project``, which computes the gradient through the row transform, in place, and its factor."""
+class TokenGradientsCall(NamedTuple):
+    """Arguments of ``token_gradients``, which computes the gradients of the tokens from G: through the row transform,
+    times scale and factor, rounded once."""
 
-    inputs: Inputs
-    weight_sums: Tensor | None
-    """Sums of the weights, ``[rows, L]``, for the transform ``none``."""
-    scale: Tensor
-    """Scale of each sequence, ``[rows, S]``."""
-    segment: Tensor | None
-    """Sequence of each token, ``[L]`` int64; None for one sequence a row."""
-    partners: Tensor | None
-    """Number of partners of each token, ``[B, L]`` int32; None where all tokens of a row pair."""
+    tokens: Tokens
+    transform: str
+    """Row transform that G lacks: ``"normalize"`` or ``"standardize"``; ``"none"`` where it lacks none."""
+    eps: float
+    """Term that ``normalize`` adds to a norm."""
     gradients: Sequence[Tensor]
-    """Gradients, as those of ``row_sweep``; input and output."""
-    factors: Tensor
-    """Scale of the sequence times the inverse norm, ``[rows, L]``; 0 for a token without a partner; output."""
+    """G of each layer, as from ``row_sweep``; not read for tokens of scale 0, whose gradient is 0."""
+    scale: Tensor
+    """Scale of each token, ``[layers, B, L]`` fp32."""
+    factor: Tensor
+    """Another factor, ``[B, L]`` fp32 of any strides."""
+    outputs: Sequence[Tensor]
+    """Gradient of each layer, ``[B, L, F]``; output."""
 
 
 class Kernels(Protocol):
-    """Interface of a backend for one dtype: six kernels and the sizes of their tiles.
+    """Interface of a backend for one dtype: its kernels and the sizes of their tiles.
 
     Statistics and sums are fp32. Outputs that are None are not computed, inputs that are None not read.
     """
 
     max_layers: int
     """Most layers of one launch."""
+    multiprocessors: int
+    """Multiprocessors of the device."""
 
     @property
     def alignment(self) -> int:
@@ -284,28 +330,18 @@ class Kernels(Protocol):
         """``shape``, or a shape that is faster on the device, found by timing ``launch``; ``what`` is the key of the
         decision."""
 
-    def row_statistics(
-        self,
-        tokens: Tokens,
-        epilogue: Epilogue,
-        partners: Tensor | None,
-        norm: Tensor,
-        inverse: Tensor,
-        extra: Tensor,
-        cleaned: Sequence[Tensor],
-    ) -> None:
-        """Computes the :class:`Statistics`. With ``partners``, ``[B, L]`` int32, those of a token without a partner are
-        0, and of one that is not finite inverse and extra. ``cleaned``: copies ``[B, L, W]`` of the layers in which
-        these tokens are 0; empty for none."""
-
+    def row_statistics(self, call: RowStatisticsCall) -> None: ...
     def pair_tiles(self, call: PairTilesCall) -> Any: ...
+
+    def diagonal(self, call: DiagonalCall) -> None: ...
     def row_sweep(self, call: RowSweepCall) -> Any: ...
     def sequence_losses(self, call: SequenceLossesCall) -> None: ...
-    def project(self, call: ProjectCall) -> None: ...
 
-    def scaled(self, gradients: Sequence[Tensor], scale: Tensor, factor: Tensor, outputs: Sequence[Tensor]) -> None:
-        """Computes ``outputs``, ``[B, L, F]`` in the kernels' dtype: ``gradients``, fp32, times ``scale``, ``[layers,
-        B, L]``, and ``factor``, ``[B, L]`` of any strides."""
+    def differences(self, tokens: Tokens, weight_sums: Tensor, gradients: Sequence[Tensor]) -> None:
+        """Computes w z - G in place of G = ``gradients``, with w = ``weight_sums``, the sum of the token's weights,
+        ``[rows, L]``: the gradient of potentials of the distance."""
+
+    def token_gradients(self, call: TokenGradientsCall) -> None: ...
 
 
 class Result(NamedTuple):
@@ -314,7 +350,8 @@ class Result(NamedTuple):
     loss: Tensor
     """Weighted loss of each sequence, ``[layers, S]`` fp64; 0 without a pair."""
     gradients: list[Tensor]
-    """Gradient of each layer without its scale, ``[B, L, F]`` fp32; empty if no gradient was asked for."""
+    """G of each layer, ``[B, L, F]`` in :func:`gradient_dtype`: the gradient without its scale and, but for
+    ``row_transform="none"``, the row transform, which :func:`finish` computes; empty if no gradient was asked for."""
     scale: Tensor | None
     """Factor of each token's gradient, ``[layers, B, L]`` fp32."""
 
@@ -348,26 +385,85 @@ def run(
     return total.float(), [gradients[n] if need else None for n, need in enumerate(with_grad)], scale
 
 
-def scaled(
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; those of an H100 for another device, on which launches are only examined."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def is_fused(features: int, dtype: torch.dtype, cu_seqlens: Tensor | None) -> bool:
+    """Whether the gradient is computed by the fused kernel, rather than with a workspace."""
+    return cu_seqlens is not None or features <= _FUSED_FEATURES[dtype]
+
+
+def gradient_dtype(z: Tensor, potential: Potential, cu_seqlens: Tensor | None) -> torch.dtype:
+    """Dtype of G for tokens ``[B, L, F]``: bf16, which halves the bytes, where one product of bf16 tokens makes all of
+    it and the row transform takes the part along the token out of it; else fp32."""
+    if z.dtype != torch.bfloat16 or potential.row_transform == "none" or is_fused(z.shape[2], z.dtype, cu_seqlens):
+        return torch.float32
+    slopes = (_LARGEST_TILE * _blocks(z.shape[1], _LARGEST_TILE)) ** 2 * z.dtype.itemsize
+    return torch.bfloat16 if slopes <= WORKSPACE_BYTES else torch.float32
+
+
+def finish(
     kernels_for: Callable[[Tensor], Kernels],
     gradients: Sequence[Tensor | None],
+    layers: Sequence[Tensor],
     scale: Tensor,
     factor: Tensor,
+    potential: Potential,
     dtype: torch.dtype,
 ) -> list[Tensor | None]:
-    """:data:`~dispersion_kernels.backends.interface.Scaled` of the kernels that ``kernels_for`` makes for tokens."""
+    """:data:`~dispersion_kernels.backends.interface.Finish` of the kernels that ``kernels_for`` makes for tokens."""
     outputs = [None if gradient is None else torch.empty_like(gradient, dtype=dtype) for gradient in gradients]
-    layers = [n for n, output in enumerate(outputs) if output is not None]
+    numbers = [n for n, output in enumerate(outputs) if output is not None]
+    if not numbers or layers[0].numel() == 0:
+        return outputs
+    scale = scale if len(numbers) == len(outputs) else torch.stack([scale[n] for n in numbers])
+    read = aligned([layers[n] for n in numbers], 1)
     given = [gradient for gradient in gradients if gradient is not None]
     taken = [output for output in outputs if output is not None]
-    if not taken or taken[0].numel() == 0:
-        return outputs
-    scale = scale if len(layers) == len(outputs) else torch.stack([scale[n] for n in layers])
     with torch.cuda.device_of(scale):
-        kernels = kernels_for(taken[0])
+        kernels = kernels_for(read[0])
         for n in range(0, len(taken), kernels.max_layers):
             some = slice(n, n + kernels.max_layers)
-            kernels.scaled(given[some], scale[some], factor.expand(scale.shape[1:]), taken[some])
+            kernels.token_gradients(
+                TokenGradientsCall(
+                    Tokens(read[some], read[0].shape[2]),
+                    potential.row_transform,
+                    potential.norm_eps,
+                    given[some],
+                    scale[some],
+                    factor.expand(scale.shape[1:]),
+                    taken[some],
+                )
+            )
+    return outputs
+
+
+def finish_by_operations(
+    gradients: Sequence[Tensor | None],
+    layers: Sequence[Tensor],
+    scale: Tensor,
+    factor: Tensor,
+    potential: Potential,
+    dtype: torch.dtype,
+) -> list[Tensor | None]:
+    """:func:`finish` in PyTorch's operations, for compilers and transforms, which fuse them or see through them."""
+    outputs: list[Tensor | None] = []
+    for gradient, z, token_scale in zip(gradients, layers, scale.unsqueeze(3), strict=True):
+        if gradient is None:
+            outputs.append(None)
+            continue
+        u = gradient.to(scale.dtype)
+        if potential.row_transform != "none":
+            x = z.to(scale.dtype)
+            if potential.row_transform == "standardize":
+                x, u = x - x.mean(2, keepdim=True), u - u.mean(2, keepdim=True)
+            norm = torch.linalg.vector_norm(x, dim=2, keepdim=True)
+            squares = norm * (norm + potential.norm_eps)
+            u = u - x * ((u * x).sum(2, keepdim=True) * torch.where(squares > 0, 1 / squares, 0.0))
+        # Tokens of scale 0 may be NaN.
+        outputs.append(torch.where(token_scale == 0, 0.0, u * (token_scale * factor.unsqueeze(-1))).to(dtype))
     return outputs
 
 
@@ -501,6 +597,8 @@ class _Call:
         self.device, self.dtype = z.device, z.dtype
         self.epilogue: Epilogue = epilogue_of(self.potential, self.features, narrow_range=z.dtype == torch.float16)
         self.partners = request.partners
+        # Number of partners of each token.
+        self.counts = None if self.partners is None else self.partners.counts
         self.cu_seqlens = None if self.partners is None else self.partners.cu_seqlens
         self.segment = None if self.cu_seqlens is None else segment_of_token(self.cu_seqlens, self.length)
         # Sequences per row, S in shapes: 1, or the number of segments of cu_seqlens.
@@ -535,29 +633,31 @@ class _Call:
 
     def _row_statistics(self, cleaned: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         norm, inverse, extra = (self._empty_statistic() for _ in range(3))
-        tokens, counts = Tokens(self.layers, self.features), None if self.partners is None else self.partners.counts
-        self.kernels.row_statistics(tokens, self.epilogue, counts, norm, inverse, extra, cleaned)
+        tokens = Tokens(self.layers, self.features)
+        self.kernels.row_statistics(
+            RowStatisticsCall(tokens, self.epilogue, self.counts, norm, inverse, extra, cleaned)
+        )
         return norm, inverse, extra
 
     # ---- potentials that are a sum over pairs
 
-    def pair_sums(self) -> tuple[Tensor, Tensor]:
-        """Loss and scale of each sequence of each row, ``[rows, S]``; G goes to ``self.gradients``."""
+    def pair_sums(self) -> tuple[Tensor, Tensor | None]:
+        """Loss of each sequence of each row, ``[rows, S]``, and scale of each token, ``[rows, L]``; G goes to
+        ``self.gradients``."""
         packed, with_grad = self.cu_seqlens is not None, self.request.with_grad
         maximum: Tensor | None = None
         if self.epilogue.online or not with_grad:
             sums, maxima = self._loss_of_rows() if packed else self._loss_of_tiles()
             loss, scale, maximum = self._pair_losses(sums, maxima)
         if with_grad:
-            fused = packed or self.features <= _FUSED_FEATURES[self.dtype]
+            fused = is_fused(self.features, self.dtype, self.cu_seqlens)
             sums = self._gradient_fused(maximum) if fused else self._gradient_by_workspace(maximum)
             if not self.epilogue.online:
                 loss, scale, _ = self._pair_losses(sums, None)
         return loss, scale
 
-    def _pair_losses(self, sums: Tensor, maxima: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Loss and scale of each sequence from the sums of psi, and, with ``maxima``, the exponents they are relative
-        to."""
+    def _pair_losses(self, sums: Tensor, maxima: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """:meth:`_sequence_losses` from the sums of psi, and, with ``maxima``, the exponents they are relative to."""
         potential, epilogue = self.potential, self.epilogue
         return self._sequence_losses(
             sums,
@@ -609,11 +709,16 @@ class _Call:
     def _rows_by_workspace(self, shape: TileShape, maximum: Tensor | None, padded: int, together: int) -> Tensor:
         """Workspace strategy with several rows at a time; the workspace holds all slopes of a row."""
         sums, _ = self._partial_sums(self._triangle(shape, 1).programs)
-        workspace = torch.empty(min(together, self.rows), padded, padded, dtype=self.dtype, device=self.device)
+        together = min(together, self.rows)
+        if together > self.batch:
+            together -= together % self.batch  # a product for each layer, of all its rows
+        workspace = torch.empty(together, padded, padded, dtype=self.dtype, device=self.device)
         for first in range(0, self.rows, together):
             rows = min(together, self.rows - first)
             region = self._triangle(shape, rows, first)
             self._pair_tiles(shape, region, sums, None, maximum, weights=workspace, mirror=workspace)
+            if self.gradients[0].dtype == torch.bfloat16:
+                self.kernels.diagonal(DiagonalCall(self.inputs, rows, first, workspace))
             for begin, end in _runs_of_layers(first, first + rows, self.batch):
                 weights = workspace[begin - first : end - first, : self.length, : self.length]
                 layer, b = divmod(begin, self.batch)
@@ -626,8 +731,8 @@ class _Call:
 
     def _blocks_by_workspace(self, shape: TileShape, maximum: Tensor | None) -> Tensor:
         """Workspace strategy with one row at a time, in pairs of blocks whose slopes fill the workspace."""
-        size = math.isqrt(WORKSPACE_BYTES // (2 * self.dtype.itemsize)) // shape.block * shape.block
-        size = max(size, shape.block)
+        most = max(math.isqrt(WORKSPACE_BYTES // (2 * self.dtype.itemsize)), shape.block)
+        size = block_size(self.length, self.features, shape.block, most, self.kernels.multiprocessors)
         bounds = [(begin, min(begin + size, self.length)) for begin in range(0, self.length, size)]
         tiles = [_blocks(end - begin, shape.block) for begin, end in bounds]
         programs = {
@@ -670,22 +775,22 @@ class _Call:
 
     # ---- perplexity_entropy
 
-    def perplexity_entropy(self, potential: PerplexityEntropy) -> tuple[Tensor, Tensor]:
+    def perplexity_entropy(self, potential: PerplexityEntropy) -> tuple[Tensor, Tensor | None]:
         """Loss and scale as in :meth:`pair_sums`, in three passes; the last two read each token's largest exponent and
         sum, which the first computes."""
         shape = self._row_shape(True)
         total, largest, entropy, expected = (self._empty_statistic() for _ in range(4))
         self._row_sweep(shape, "partition", sums=total, maxima=largest)
         total.masked_fill_(total == 0, 1.0)  # a token without a partner has no P
-        if self.partners is None:
+        if self.counts is None:
             average = torch.full_like(total, 1 / (self.length - 1))
         else:
-            average = (1 / self.partners.counts.clamp(min=1).float()).repeat(len(self.layers), 1)
+            average = (1 / self.counts.clamp(min=1).float()).repeat(len(self.layers), 1)
         known = Entropy(largest, total, average, potential.eps, None)
         self._row_sweep(shape, "entropy", sums=entropy, maxima=expected, entropy=known)
         entropy += (average + potential.eps).log2()
-        if self.partners is not None:
-            entropy.view(-1, self.batch, self.length).masked_fill_(self.partners.counts <= 0, 0.0)
+        if self.counts is not None:
+            entropy.view(-1, self.batch, self.length).masked_fill_(self.counts <= 0, 0.0)
         if self.request.with_grad:
             self.weight_sums = self._empty_statistic()
             self.gradients = [self._empty_gradient() for _ in self.layers]
@@ -693,7 +798,7 @@ class _Call:
         loss, scale, _ = self._token_losses(entropy, self.epilogue.kappa)
         return loss, scale
 
-    def _token_losses(self, values: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _token_losses(self, values: Tensor, factor: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Mean of the values of a sequence's tokens with a partner, ``[rows, L]``, as a loss."""
         return self._sequence_losses(
             values, None, of_tokens=True, diagonal=False, logarithm=False, constant=0.0, factor=factor
@@ -701,34 +806,32 @@ class _Call:
 
     # ---- from the sums to the loss and its gradient
 
-    def finish(self, loss: Tensor, scale: Tensor) -> Result:
-        """Losses, the gradient through the row transform, and the factor of each token."""
+    def finish(self, loss: Tensor, scale: Tensor | None) -> Result:
+        """Losses, G or, without a row transform, the gradient, and the scale of each token."""
         count, square_scale = len(self.layers), None
         if isinstance(self.potential, L2Repel) and self.potential.norm_weight:
-            squares, square_scale, _ = self._token_losses(self.statistics.norm.square(), 2.0)
             per_feature = self.potential.norm_weight / self.features
-            loss, square_scale = loss + per_feature * squares, per_feature * square_scale
+            squares, square_scale, _ = self._token_losses(self.statistics.norm.square(), 2.0 * per_feature)
+            loss = loss + per_feature * squares
         # From [rows, S] to [layers, batch], or to [layers, S] with cu_seqlens.
         loss = loss.view(count, -1)
-        if not self.request.with_grad:
+        if scale is None:
             return Result(loss, [], None)
         if self.statistics.weight_scale is not None:
             scale = scale / self.statistics.weight_scale
-        factors, counts = self._empty_statistic(), None if self.partners is None else self.partners.counts
-        self.kernels.project(
-            ProjectCall(self.inputs, self.weight_sums, scale, self.segment, counts, self.gradients, factors)
-        )
-        factors = factors.view(count, self.batch, self.length)
+        scale = scale.view(count, self.batch, self.length)
+        if self.epilogue.transform == "none":
+            assert self.weight_sums is not None
+            self.kernels.differences(self.inputs.tokens, self.weight_sums, self.gradients)
         if square_scale is not None:
-            square_scales = self._spread(square_scale).reshape(factors.shape)
-            if counts is not None:
-                square_scales = square_scales.masked_fill(counts <= 0, 0.0)
-            for gradient, z, factor, square_factor in zip(
-                self.gradients, self.tokens, factors, square_scales, strict=True
+            square_scale = square_scale.view(scale.shape)
+            for gradient, z, token_scale, token_square_scale in zip(
+                self.gradients, self.tokens, scale, square_scale, strict=True
             ):
-                gradient.mul_(factor.unsqueeze(2)).addcmul_(z[:, :, : self.features], square_factor.unsqueeze(2))
-            factors = torch.ones_like(factors)
-        return Result(loss, self.gradients, factors)
+                gradient.mul_(token_scale.unsqueeze(2))
+                gradient.addcmul_(z[:, :, : self.features], token_square_scale.unsqueeze(2))
+            scale = torch.ones_like(scale)
+        return Result(loss, self.gradients, scale)
 
     # ---- sequences of a row: one, or the segments of cu_seqlens
 
@@ -750,12 +853,13 @@ class _Call:
         logarithm: bool,
         constant: float,
         factor: float,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Loss and scale, ``[rows, S]`` fp64 and fp32, and, with ``maxima``, the exponents they are relative to."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Loss of each sequence, ``[rows, S]`` fp64; scale of each token, ``[rows, L]`` fp32, where a gradient was
+        asked for; and, with ``maxima``, the exponents that the scale is relative to, ``[rows, S]`` fp32."""
         shape, partners = (self.rows, self.sequences), self.partners
         loss = torch.empty(shape, dtype=torch.float64, device=self.device)
-        scale = torch.empty(shape, dtype=torch.float32, device=self.device)
-        shift = None if maxima is None else torch.empty_like(scale)
+        token_scale = self._empty_statistic() if self.request.with_grad else None
+        shift = None if maxima is None else torch.empty(shape, dtype=torch.float32, device=self.device)
         counts, tokens = None, None
         if partners is not None:
             counts = partners.tokens if of_tokens else partners.pairs
@@ -766,6 +870,8 @@ class _Call:
                     length=self.length,
                     batch=self.batch,
                     norm=self.statistics.norm,
+                    inverse=self.statistics.inverse,
+                    partners=self.counts,
                     sums=sums,
                     maxima=maxima,
                     bounds=self.cu_seqlens,
@@ -780,11 +886,11 @@ class _Call:
                     divisor=self.request.divisor,
                     divide_by_sequences=self.request.divide_by_sequences,
                     loss=loss,
-                    scale=scale,
+                    token_scale=token_scale,
                     shift=shift,
                 )
             )
-        return loss, scale, shift
+        return loss, token_scale, shift
 
     def _pair_tiles(
         self,
@@ -862,45 +968,78 @@ class _Call:
         return torch.empty(self.rows, self.length, dtype=torch.float32, device=self.device)
 
     def _empty_gradient(self) -> Tensor:
-        return torch.empty(self.batch, self.length, self.features, dtype=torch.float32, device=self.device)
+        dtype = gradient_dtype(self.layers[0][:, :, : self.features], self.potential, self.cu_seqlens)
+        return torch.empty(self.batch, self.length, self.features, dtype=dtype, device=self.device)
+
+
+@functools.cache
+def block_size(length: int, features: int, tile: int, most: int, multiprocessors: int) -> int:
+    """Tokens of a block for which the tiles of ``pair_tiles`` and of the products take the fewest whole waves of the
+    device's multiprocessors, up to ``most``."""
+    columns = _blocks(features, _LARGEST_TILE)
+
+    def waves(tiles: int) -> int:
+        return _blocks(tiles, multiprocessors)
+
+    def cost(size: int) -> int:
+        whole, (rows, last) = length // size, (_blocks(tokens, _LARGEST_TILE) for tokens in (size, length % size))
+        products = (whole * waves(rows * columns) + waves(last * columns)) * _blocks(length, _LARGEST_TILE)
+        pairs = whole * waves(_programs_of_triangle(rows)) + whole * (whole - 1) // 2 * waves(rows * rows)
+        pairs += waves(_programs_of_triangle(last)) + whole * waves(rows * last)
+        blocks = whole + (last > 0)
+        # Of each pair of blocks a launch and two products, of each diagonal one product.
+        return products + pairs * (columns + _EPILOGUE) + _LAUNCH * blocks * (3 * blocks + 1) // 2
+
+    step = tile * max(1, _LARGEST_TILE // tile)
+    sizes = range(most // step * step or tile, most // 3, -step)
+    return min(sizes, key=cost)
 
 
 def _product_(out: Tensor, weights: Tensor, z: Tensor, add: bool) -> None:
-    """Product ``out (+)= weights @ z``, with an fp32 result, also for 16-bit factors."""
-    if out.dtype == z.dtype:
-        if add:
-            torch.baddbmm(out, weights, z, out=out)
-        else:
-            torch.bmm(weights, z, out=out)
-    elif out.device.type == "cuda" and not torch.version.hip:
-        with fp32_accumulation() if z.dtype == torch.float16 else contextlib.nullcontext():
+    """Product ``out (+)= weights @ z``, summed in fp32, also for 16-bit factors; ``out`` is fp32 or as the factors."""
+    with contextlib.nullcontext() if z.dtype == torch.float32 else fp32_accumulation():
+        if out.dtype == z.dtype:
+            if add:
+                torch.baddbmm(out, weights, z, out=out)
+            else:
+                torch.bmm(weights, z, out=out)
+        elif out.device.type == "cuda" and not torch.version.hip:
             if add:
                 torch.ops.aten.baddbmm.dtype_out(out, weights, z, torch.float32, out=out)
             else:
                 torch.ops.aten.bmm.dtype_out(weights, z, torch.float32, out=out)
-    else:
-        _product_(out, weights.float(), z.float(), add)
+        else:
+            _product_(out, weights.float(), z.float(), add)
 
 
-_FP16_ACCUMULATION = threading.Lock()
+_ACCUMULATION = threading.Lock()
 
 
 @contextlib.contextmanager
 def fp32_accumulation() -> Iterator[None]:
-    """Context in which PyTorch's fp16 matrix products accumulate in fp32: with
-    ``torch.backends.cuda.matmul.allow_fp16_accumulation`` products with an fp32 result raise.
+    """Context in which PyTorch's 16-bit matrix products are summed in fp32.
 
-    The flag is global to the process: the lock keeps one thread from restoring it during another thread's product.
+    With ``torch.backends.cuda.matmul.allow_fp16_accumulation`` fp16 products with an fp32 result raise, and with
+    ``allow_bf16_reduced_precision_reduction``, PyTorch's default, parts of a split bf16 product are rounded before they
+    are added. The flags are global to the process: the lock keeps one thread from restoring them during another
+    thread's product.
     """
-    with _FP16_ACCUMULATION:
-        allowed = torch.backends.cuda.matmul.allow_fp16_accumulation
-        if allowed:
-            torch.backends.cuda.matmul.allow_fp16_accumulation = False
+    matmul = torch.backends.cuda.matmul
+    with _ACCUMULATION:
+        fp16, bf16 = matmul.allow_fp16_accumulation, matmul.allow_bf16_reduced_precision_reduction
+        # Newer versions of PyTorch have a second flag, which the first one's setter sets.
+        split_k = getattr(matmul, "allow_bf16_reduced_precision_reduction_split_k", None)
+        if fp16:
+            matmul.allow_fp16_accumulation = False
+        if bf16:
+            matmul.allow_bf16_reduced_precision_reduction = False
         try:
             yield
         finally:
-            if allowed:
-                torch.backends.cuda.matmul.allow_fp16_accumulation = True
+            if fp16:
+                matmul.allow_fp16_accumulation = True
+            if bf16:
+                matmul.allow_bf16_reduced_precision_reduction = True if split_k is None else (True, split_k)
 
 
 def _runs_of_layers(begin: int, end: int, batch: int) -> list[tuple[int, int]]:

@@ -10,15 +10,17 @@ import torch
 import triton
 from torch import Tensor
 
-from dispersion_kernels.backends.gpu.epilogues import Epilogue
 from dispersion_kernels.backends.gpu.launch import (
+    DiagonalCall,
     Inputs,
     PairTilesCall,
-    ProjectCall,
+    RowStatisticsCall,
     RowSweepCall,
     SequenceLossesCall,
+    TokenGradientsCall,
     Tokens,
     fp32_precision,
+    multiprocessors,
 )
 from dispersion_kernels.backends.triton import epilogues, kernels, tuning
 from dispersion_kernels.backends.triton.configs import (
@@ -47,18 +49,25 @@ class TritonKernels:
         precision: precision of fp32 matrix products, ``"tf32"``, ``"tf32x3"`` or ``"ieee"``; None: that of PyTorch's
             products.
         run: the function that launches a kernel; that of :mod:`kernel_audit.ahead_of_time` records the launch instead.
+        sms: number of multiprocessors to plan for; None: that of the device.
     """
 
     max_layers = 2**31
     alignment = 16  # Triton specialises on whether 16 divides a number
 
     def __init__(
-        self, z: Tensor, arch: str | None = None, precision: str | None = None, run: Callable[..., Any] = run
+        self,
+        z: Tensor,
+        arch: str | None = None,
+        precision: str | None = None,
+        run: Callable[..., Any] = run,
+        sms: int | None = None,
     ) -> None:
         self.device, self.dtype = z.device, z.dtype
         self.arch = architecture(z.device) if arch is None else arch
         self.precision = _precision(z.dtype, self.arch) if precision is None else precision
         self.run = run
+        self.multiprocessors = multiprocessors(z.device) if sms is None else sms
 
     def tile_shape(self, has_pair_ids: bool) -> TileConfig:
         return tile_config(self.arch, self.dtype, self.precision, has_pair_ids)
@@ -86,29 +95,21 @@ class TritonKernels:
         candidates: list[Any] = tile_candidates(shape) if isinstance(shape, TileConfig) else row_candidates(shape)
         return tuning.best("; ".join(map(str, key)), candidates, launch)
 
-    def row_statistics(
-        self,
-        tokens: Tokens,
-        epilogue: Epilogue,
-        partners: Tensor | None,
-        norm: Tensor,
-        inverse: Tensor,
-        extra: Tensor,
-        cleaned: Sequence[Tensor],
-    ) -> None:
+    def row_statistics(self, call: RowStatisticsCall) -> None:
+        norm = call.norm
         self._launch_on_tokens(
             kernels.row_statistics_kernel,
-            tokens,
-            epilogue,
-            partners_ptr=norm if partners is None else partners,
+            call.tokens,
+            partners_ptr=norm if call.partners is None else call.partners,
             norm_ptr=norm,
-            inverse_ptr=inverse,
-            extra_ptr=extra,
-            cleaned=tuple(cleaned) if cleaned else (norm,) * len(tokens.layers),
-            eps=epilogue.eps,
-            q=epilogue.q,
-            HAS_PARTNERS=partners is not None,
-            CLEAN=len(cleaned) > 0,
+            inverse_ptr=call.inverse,
+            extra_ptr=call.extra,
+            cleaned=tuple(call.cleaned) if call.cleaned else (norm,) * len(call.tokens.layers),
+            eps=call.epilogue.eps,
+            q=call.epilogue.q,
+            TRANSFORM=call.epilogue.transform,
+            HAS_PARTNERS=call.partners is not None,
+            CLEAN=len(call.cleaned) > 0,
         )
 
     def pair_tiles(self, call: PairTilesCall) -> Any:
@@ -142,6 +143,27 @@ class TritonKernels:
             EVEN_K=call.inputs.tokens.width % shape.block_k == 0,
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
+        )
+
+    def diagonal(self, call: DiagonalCall) -> None:
+        tokens, statistics = call.inputs.tokens, call.inputs.statistics
+        block, block_k = 128, 64
+        self._launch(
+            kernels.diagonal_kernel,
+            (triton.cdiv(tokens.length, block), call.rows),
+            tokens,
+            inverse_ptr=statistics.inverse,
+            extra_ptr=statistics.extra,
+            weights_ptr=call.weights,
+            weights_row_stride=call.weights.stride(0),
+            weights_stride=call.weights.stride(1),
+            first_row=call.first_row,
+            TRANSFORM=call.inputs.epilogue.transform,
+            BLOCK=block,
+            SAMPLE=16,
+            BLOCK_K=block_k,
+            EVEN_K=tokens.width % block_k == 0,
+            num_warps=1,
         )
 
     def row_sweep(self, call: RowSweepCall) -> Any:
@@ -186,13 +208,15 @@ class TritonKernels:
         constant = ctypes.c_float(call.constant).value  # floats are passed on as fp32
         arguments = {
             "norm_ptr": norm,
+            "inverse_ptr": call.inverse,
+            "partners_ptr": norm if call.partners is None else call.partners,
             "sums_ptr": call.sums,
             "maxima_ptr": norm if call.maxima is None else call.maxima,
             "bounds_ptr": norm if call.bounds is None else call.bounds,
             "counts_ptr": norm if call.counts is None else call.counts,
             "tokens_ptr": norm if call.tokens is None else call.tokens,
             "loss_ptr": call.loss,
-            "scale_ptr": call.scale,
+            "token_scale_ptr": norm if call.token_scale is None else call.token_scale,
             "shift_ptr": norm if call.shift is None else call.shift,
             "length": call.length,
             "sums_stride": call.sums.shape[1],
@@ -206,6 +230,7 @@ class TritonKernels:
             "ONLINE": call.maxima is not None,
             "HAS_BOUNDS": call.bounds is not None,
             "HAS_COUNTS": call.counts is not None,
+            "WITH_SCALE": call.token_scale is not None,
             "OF_TOKENS": call.of_tokens,
             "DIAGONAL": call.diagonal,
             "LOGARITHM": call.logarithm,
@@ -215,45 +240,30 @@ class TritonKernels:
         rows, sequences = call.loss.shape
         self.run(kernels.sequence_losses_kernel, (sequences, rows), arguments, {"num_warps": 4})
 
-    def project(self, call: ProjectCall) -> None:
-        inputs, statistics = call.inputs, call.inputs.statistics
+    def differences(self, tokens: Tokens, weight_sums: Tensor, gradients: Sequence[Tensor]) -> None:
         self._launch_on_tokens(
-            kernels.project_kernel,
-            inputs.tokens,
-            inputs.epilogue,
-            norm_ptr=statistics.norm,
-            inverse_ptr=statistics.inverse,
-            extra_ptr=statistics.extra,
-            weight_sums_ptr=statistics.norm if call.weight_sums is None else call.weight_sums,
-            scale_ptr=call.scale,
-            segment_ptr=statistics.norm if call.segment is None else call.segment,
-            partners_ptr=statistics.norm if call.partners is None else call.partners,
-            gradients=tuple(call.gradients),
-            factors_ptr=call.factors,
-            sequences=call.scale.shape[1],
-            HAS_SEGMENTS=call.segment is not None,
-            HAS_PARTNERS=call.partners is not None,
+            kernels.differences_kernel, tokens, weight_sums_ptr=weight_sums, gradients=tuple(gradients)
         )
 
-    def scaled(self, gradients: Sequence[Tensor], scale: Tensor, factor: Tensor, outputs: Sequence[Tensor]) -> None:
-        batch, length, features = outputs[0].shape
-        block = tokens_of_a_program(self.arch)
-        arguments = {
-            "gradients": tuple(gradients),
-            "scale_ptr": scale,
-            "factor_ptr": factor,
-            "outputs": tuple(outputs),
-            "factor_stride_b": factor.stride(0),
-            "factor_stride_l": factor.stride(1),
-            "batch": batch,
-            "length": length,
-            "features": features,
-            "LAYERS": len(outputs),
-            "BLOCK_M": block,
-            "BLOCK_F": _block_of_features(features),
-        }
-        grid = (triton.cdiv(batch * length, block), len(outputs))
-        self.run(kernels.scaled_kernel, grid, arguments, {"num_warps": 4})
+    def token_gradients(self, call: TokenGradientsCall) -> None:
+        tokens, block = call.tokens, tokens_of_a_program(self.arch)
+        self._launch(
+            kernels.token_gradients_kernel,
+            (triton.cdiv(tokens.batch * tokens.length, block), len(tokens.layers)),
+            tokens,
+            gradients=tuple(call.gradients),
+            scale_ptr=call.scale,
+            factor_ptr=call.factor,
+            outputs=tuple(call.outputs),
+            factor_stride_b=call.factor.stride(0),
+            factor_stride_l=call.factor.stride(1),
+            features=tokens.features,
+            eps=call.eps,
+            TRANSFORM=call.transform,
+            BLOCK_M=block,
+            BLOCK_F=_block_of_features(tokens.features, 1024),
+            num_warps=4,
+        )
 
     def _input_arguments(self, inputs: Inputs) -> dict[str, Any]:
         """Arguments that both kernels over pairs have."""
@@ -276,7 +286,7 @@ class TritonKernels:
             "PRECISION": self.precision,
         }
 
-    def _launch_on_tokens(self, kernel: Any, tokens: Tokens, epilogue: Epilogue, **arguments: Any) -> None:
+    def _launch_on_tokens(self, kernel: Any, tokens: Tokens, **arguments: Any) -> None:
         """Launches a kernel that reads each token by itself."""
         block = tokens_of_a_program(self.arch)
         self._launch(
@@ -285,9 +295,8 @@ class TritonKernels:
             tokens,
             **arguments,
             features=tokens.features,
-            TRANSFORM=epilogue.transform,
             BLOCK_M=block,
-            BLOCK_F=_block_of_features(tokens.features),
+            BLOCK_F=_block_of_features(tokens.features, 512),
             num_warps=4,
         )
 
@@ -315,9 +324,9 @@ class TritonKernels:
         return self.run(kernel, grid, arguments, {"num_warps": num_warps, "num_stages": num_stages})
 
 
-def _block_of_features(features: int) -> int:
+def _block_of_features(features: int, most: int) -> int:
     """Features of a token that a program reads at a time."""
-    block: int = min(512, max(16, triton.next_power_of_2(features)))
+    block: int = min(most, max(16, triton.next_power_of_2(features)))
     return block
 
 

@@ -391,6 +391,52 @@ def _pair_id_range(pair_ids_ptr, tokens, valid):
     return tl.min(tl.where(pair_ids < 0, 2147483647, pair_ids)), tl.max(pair_ids)
 
 
+@triton.jit(do_not_specialize=["first_row", "batch"])
+def diagonal_kernel(
+    layers,
+    stride_b,
+    stride_l,
+    inverse_ptr,
+    extra_ptr,
+    weights_ptr,
+    weights_row_stride,
+    weights_stride,
+    first_row,
+    batch,
+    length,
+    width,
+    TRANSFORM: tl.constexpr,
+    LAYERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """Kernel for the diagonal of the weights of a tile of tokens x: minus an estimate of x . G, which is the mean over
+    the tile, times the inverse norm. The estimate is from every eighth or so of the tile's tokens and ``SAMPLE`` of the
+    row's."""
+    in_round = tl.program_id(1)
+    row = first_row + in_round
+    z = _layer_pointer(layers, row // batch, LAYERS) + (row % batch).to(tl.int64) * stride_b
+    i = tl.program_id(0) * BLOCK + tl.arange(0, SAMPLE) * (BLOCK // SAMPLE)
+    j = (2 * tl.arange(0, SAMPLE) + 1) * length // (2 * SAMPLE)
+    read_i = tl.minimum(i, length - 1).to(tl.int64) * stride_l
+    c = _products(z, read_i, j.to(tl.int64) * stride_l, width, SAMPLE, SAMPLE, BLOCK_K, EVEN_K, "ieee")
+    inverse_ptr += row.to(tl.int64) * length
+    inverse = tl.load(inverse_ptr + i, mask=i < length, other=0.0)
+    if TRANSFORM == "standardize":
+        extra_ptr += row.to(tl.int64) * length
+        c -= tl.load(extra_ptr + i, mask=i < length, other=0.0)[:, None] * tl.load(extra_ptr + j)[None, :]
+    weights_ptr += in_round.to(tl.int64) * weights_row_stride
+    weights = tl.load(weights_ptr + i[:, None] * weights_stride + j[None, :], mask=(i < length)[:, None], other=0.0)
+    total = tl.sum(tl.sum(weights.to(tl.float32) * c, 1) * inverse)
+    along = total * length / (SAMPLE * tl.maximum(tl.sum((inverse > 0).to(tl.int32)), 1))
+    tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inverse = tl.load(inverse_ptr + tokens, mask=tokens < length, other=0.0)
+    diagonal = (-along * inverse).to(weights_ptr.dtype.element_ty)
+    tl.store(weights_ptr + tokens * (weights_stride + 1), diagonal, mask=tokens < length)
+
+
 @triton.jit(do_not_specialize=["batch"])
 def row_sweep_kernel(
     layers,
@@ -610,13 +656,15 @@ def _information(p, average, eps):
 )
 def sequence_losses_kernel(
     norm_ptr,
+    inverse_ptr,
+    partners_ptr,
     sums_ptr,
     maxima_ptr,
     bounds_ptr,
     counts_ptr,
     tokens_ptr,
     loss_ptr,
-    scale_ptr,
+    token_scale_ptr,
     shift_ptr,
     length,
     sums_stride,
@@ -630,13 +678,14 @@ def sequence_losses_kernel(
     ONLINE: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
     HAS_COUNTS: tl.constexpr,
+    WITH_SCALE: tl.constexpr,
     OF_TOKENS: tl.constexpr,
     DIAGONAL: tl.constexpr,
     LOGARITHM: tl.constexpr,
     DIVIDE_BY_SEQUENCES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Kernel for the loss of one sequence of one row and the scale of its gradient, from the total of the partial sums,
+    """Kernel for the loss of one sequence of one row and the scale of its tokens, from the total of the partial sums,
     in fp64, relative to the largest maximum, which goes to ``shift``; NaN if a norm is not finite. The order of
     additions is fixed."""
     sequence = tl.program_id(0)
@@ -704,43 +753,36 @@ def sequence_losses_kernel(
     scale = tl.where(loss == loss, scale * weight, float("nan"))
     out = row * tl.num_programs(0) + sequence
     tl.store(loss_ptr + out, tl.where(nothing, 0.0, loss * weight))
-    tl.store(scale_ptr + out, tl.where(nothing, 0.0, scale).to(tl.float32))
     if ONLINE:
         tl.store(shift_ptr + out, shift)
+    if WITH_SCALE:
+        sequence_scale = tl.where(nothing, 0.0, scale).to(tl.float32)
+        for start in range(begin_token, end_token, BLOCK):
+            token = start + block
+            inside = token < end_token
+            token_scale = tl.load(inverse_ptr + row * length + token, mask=inside, other=0.0) * sequence_scale
+            if HAS_COUNTS:
+                paired = tl.load(partners_ptr + (row % batch) * length + token, mask=inside, other=0) > 0
+                token_scale = tl.where(paired, token_scale, 0.0)
+            tl.store(token_scale_ptr + row * length + token, token_scale, mask=inside)
 
 
-@triton.jit(do_not_specialize=["sequences", "batch", "length"])
-def project_kernel(
+@triton.jit(do_not_specialize=["batch", "length"])
+def differences_kernel(
     layers,
     stride_b,
     stride_l,
-    norm_ptr,
-    inverse_ptr,
-    extra_ptr,
     weight_sums_ptr,
-    scale_ptr,
-    segment_ptr,
-    partners_ptr,
     gradients,
-    factors_ptr,
-    sequences,
     batch,
     length,
     features,
     width,
-    TRANSFORM: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
-    HAS_PARTNERS: tl.constexpr,
     LAYERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """Kernel for the gradient through the row transform, without its scale, in place of G = u; and for each token the
-    scale of its sequence times its inverse norm, to ``factors``, or 0 without a partner.
-
-    ``normalize``: u - x (x . u) / (r inverse); ``standardize``: the same for u - mean(u); ``none``: w z - G, with w
-    the sum of the token's weights.
-    """
+    """Kernel for w z - G, with w the sum of the token's weights, in place of G."""
     row = tl.program_id(1)
     layer = row // batch
     tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -749,50 +791,19 @@ def project_kernel(
     z = _layer_pointer(layers, layer, LAYERS) + (row % batch).to(tl.int64) * stride_b
     z += tl.minimum(tokens, length - 1).to(tl.int64)[:, None] * stride_l
     out = _layer_pointer(gradients, layer, LAYERS) + ((row % batch).to(tl.int64) * length + tokens)[:, None] * features
-    statistics = row.to(tl.int64) * length + tokens
-    inverse = tl.load(inverse_ptr + statistics, mask=valid, other=0.0)
-    sequence = tl.zeros((BLOCK_M,), tl.int64)
-    if HAS_SEGMENTS:
-        sequence = tl.load(segment_ptr + tokens, mask=valid, other=0)
-    factor = tl.load(scale_ptr + row.to(tl.int64) * sequences + sequence) * inverse
-    if HAS_PARTNERS:
-        in_batch = (row % batch).to(tl.int64) * length + tokens
-        factor = tl.where(tl.load(partners_ptr + in_batch, mask=valid, other=0) > 0, factor, 0.0)
-    tl.store(factors_ptr + statistics, factor, mask=valid)
-    if TRANSFORM == "none":
-        weight_sum = tl.load(weight_sums_ptr + statistics, mask=valid, other=0.0)
-    else:
-        norm = tl.load(norm_ptr + statistics, mask=valid, other=0.0)
-        ratio = tl.where(norm * inverse > 0, 1.0 / tl.where(norm * inverse > 0, norm * inverse, 1.0), 0.0)
-        product = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
-        total = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
-        mean_z = tl.zeros((BLOCK_M,), tl.float32)
-        if TRANSFORM == "standardize":
-            mean_z = tl.load(extra_ptr + statistics, mask=valid, other=0.0) / tl.sqrt_rn(features.to(tl.float32))
-        for start in range(0, features, BLOCK_F):
-            inside = valid[:, None] & (start + f < features)[None, :]
-            x = tl.load(z + (start + f)[None, :], mask=(start + f < width)[None, :], other=0.0).to(tl.float32)
-            u = tl.load(out + (start + f)[None, :], mask=inside, other=0.0)
-            product += u * (x - mean_z[:, None])
-            total += u
-        # x - mean sums to 0, so its product with u equals its product with u - mean(u).
-        product_sum = tl.sum(product, 1) * inverse * inverse * ratio
-        mean_u = tl.zeros((BLOCK_M,), tl.float32)
-        if TRANSFORM == "standardize":
-            mean_u = tl.sum(total, 1) / features
+    weight_sum = tl.load(weight_sums_ptr + row.to(tl.int64) * length + tokens, mask=valid, other=0.0)
     for start in range(0, features, BLOCK_F):
         inside = valid[:, None] & (start + f < features)[None, :]
         x = tl.load(z + (start + f)[None, :], mask=(start + f < width)[None, :], other=0.0).to(tl.float32)
-        u = tl.load(out + (start + f)[None, :], mask=inside, other=0.0)
-        if TRANSFORM == "none":
-            u = weight_sum[:, None] * x - u
-        else:
-            u = (u - mean_u[:, None]) - (x - mean_z[:, None]) * product_sum[:, None]
-        tl.store(out + (start + f)[None, :], u, mask=inside)
+        g = tl.load(out + (start + f)[None, :], mask=inside, other=0.0)
+        tl.store(out + (start + f)[None, :], weight_sum[:, None] * x - g, mask=inside)
 
 
 @triton.jit(do_not_specialize=["batch", "length", "factor_stride_b", "factor_stride_l"])
-def scaled_kernel(
+def token_gradients_kernel(
+    layers,
+    stride_b,
+    stride_l,
     gradients,
     scale_ptr,
     factor_ptr,
@@ -802,26 +813,66 @@ def scaled_kernel(
     batch,
     length,
     features,
+    width,
+    eps,
+    TRANSFORM: tl.constexpr,
     LAYERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """Kernel for the gradients of all layers times scale and factor, in the dtype of the outputs."""
+    """Kernel for the gradients of all layers from G = u: through the row transform, times scale and factor, in the
+    dtype of the outputs.
+
+    ``normalize``: u - z (z . u) / (|z| (|z| + eps)); ``standardize``: the same for u - mean(u) and z - mean(z);
+    ``none``: u.
+    """
     layer = tl.program_id(1)
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = tokens < batch.to(tl.int64) * length
     f = tl.arange(0, BLOCK_F)
     scale = tl.load(scale_ptr + layer.to(tl.int64) * batch * length + tokens, mask=valid, other=0.0)
-    at = (tokens // length) * factor_stride_b + (tokens % length) * factor_stride_l
-    scale *= tl.load(factor_ptr + at, mask=valid, other=0.0)
+    # Tokens of scale 0 may be NaN, as padding may.
+    scaled = scale != 0.0
+    b = tokens // length
+    in_sequence = tokens % length
+    scale *= tl.load(factor_ptr + b * factor_stride_b + in_sequence * factor_stride_l, mask=valid, other=0.0)
+    z = _layer_pointer(layers, layer, LAYERS) + (b * stride_b + in_sequence * stride_l)[:, None]
     gradient = _layer_pointer(gradients, layer, LAYERS) + tokens[:, None] * features
     output = _layer_pointer(outputs, layer, LAYERS) + tokens[:, None] * features
+    mean_z = tl.zeros((BLOCK_M,), tl.float32)
+    mean_u = tl.zeros((BLOCK_M,), tl.float32)
+    if TRANSFORM == "standardize":
+        total_z = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+        total_u = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+        for start in range(0, features, BLOCK_F):
+            inside = scaled[:, None] & (start + f < features)[None, :]
+            total_z += tl.load(z + (start + f)[None, :], mask=inside, other=0.0).to(tl.float32)
+            total_u += tl.load(gradient + (start + f)[None, :], mask=inside, other=0.0).to(tl.float32)
+        mean_z = tl.sum(total_z, 1) / features
+        mean_u = tl.sum(total_u, 1) / features
+    if TRANSFORM != "none":
+        products = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+        squares = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+        for start in range(0, features, BLOCK_F):
+            inside = scaled[:, None] & (start + f < features)[None, :]
+            x = tl.load(z + (start + f)[None, :], mask=inside, other=0.0).to(tl.float32)
+            x = tl.where(inside, x - mean_z[:, None], 0.0)
+            # z - mean(z) sums to 0, so its product with u equals its product with u - mean(u).
+            products += tl.load(gradient + (start + f)[None, :], mask=inside, other=0.0).to(tl.float32) * x
+            squares += x * x
+        norm = tl.sqrt_rn(tl.sum(squares, 1))
+        denominator = norm * (norm + eps)
+        along = tl.where(denominator > 0, tl.sum(products, 1) / tl.where(denominator > 0, denominator, 1.0), 0.0)
     for start in range(0, features, BLOCK_F):
-        inside = valid[:, None] & (start + f < features)[None, :]
-        g = tl.load(gradient + (start + f)[None, :], mask=inside, other=0.0) * scale[:, None]
+        inside = (start + f < features)[None, :]
+        u = tl.load(gradient + (start + f)[None, :], mask=scaled[:, None] & inside, other=0.0).to(tl.float32)
+        if TRANSFORM != "none":
+            x = tl.load(z + (start + f)[None, :], mask=scaled[:, None] & inside, other=0.0).to(tl.float32)
+            u = (u - mean_u[:, None]) - (x - mean_z[:, None]) * along[:, None]
+        g = tl.where(scaled[:, None], u * scale[:, None], 0.0)
         if _INTERPRETED and output.dtype.element_ty == tl.bfloat16:
             # The interpreter cuts off what bf16 does not hold: half a unit in the last place, added before, rounds.
             bits = g.to(tl.int32, bitcast=True)
             bits = (bits + (0x7FFF + ((bits >> 16) & 1))) & -0x10000
             g = tl.where(g == g, bits.to(tl.float32, bitcast=True), g)
-        tl.store(output + (start + f)[None, :], g.to(output.dtype.element_ty), mask=inside)
+        tl.store(output + (start + f)[None, :], g.to(output.dtype.element_ty), mask=valid[:, None] & inside)
