@@ -1,9 +1,9 @@
 """Operator that ``torch.compile`` and ``torch.library`` see, and the ``autograd.Function`` over it.
 
 Forward computes the loss and, where a gradient will be needed, the gradient without its factor per token, in fp32 (fp64
-for fp64); of the GPU kernels also without the row transform. Backward does the rest: multiplies by that factor and the
-upstream gradient at once and rounds once to the tokens' dtype, so that a GradScaler's factor is included before an fp16
-gradient could underflow.
+for fp64); the GPU kernels compute the gradient before the row transform, in bf16 where it loses no digits, and keep the
+tokens for the transform. Backward does the rest: multiplies by that factor and the upstream gradient at once and rounds
+once to the tokens' dtype, so that a GradScaler's factor is included before an fp16 gradient could underflow.
 """
 
 from __future__ import annotations
@@ -234,17 +234,28 @@ def _keep(
     ctx.recompute = any(need and not there for need, there in zip(ctx.needed, call.with_grad, strict=True))
     ctx.recompute = ctx.recompute or (ctx.temperature is not None and not call.with_slope)
     ctx.hooked = visible or _hooks_see_what_is_saved()
+    ctx.finish = None if call.options.sampling is not None else finish_of(call.options, layers[0])
     if ctx.recompute:
         ctx.save_for_backward(*tensors, *layers)
     else:
-        read = () if _finish(call, layers[0]) is None else layers
+        read: list[Tensor | None] = []
+        if reads_tokens(call.options, layers[0]):
+            read = [z if need else None for z, need in zip(layers, ctx.needed, strict=True)]
         ctx.save_for_backward(tensors.cu_seqlens, result.loss, result.slope, result.scale, *read, *result.grads)
 
 
-def _finish(call: _Call, z: Tensor) -> Finish | None:
-    """Function that completes the gradients of the call's backend; None where they lack nothing but their scale."""
-    options = call.options
-    return None if options.sampling is not None else BACKENDS[choose(options.impl, z, options.potential)].finish
+def reads_tokens(options: LossOptions, z: Tensor) -> bool:
+    """Whether backward reads the tokens even where forward computed the gradient."""
+    with_transform = options.sampling is None and options.potential.row_transform != "none"
+    return with_transform and finish_of(options, z) is not None
+
+
+def finish_of(options: LossOptions, z: Tensor) -> Finish | None:
+    """Function that completes the gradients of all pairs of the backend for ``z``; None where they lack nothing but
+    their scale."""
+    if z.is_cuda and not torch.cuda.is_available():
+        return None  # a fake tensor, on a device that this machine lacks
+    return BACKENDS[choose(options.impl, z, options.potential)].finish
 
 
 def _gradients(ctx: Any, upstream: Tensor | None) -> Sequence[Tensor | None]:
@@ -356,11 +367,12 @@ def _finished(
     """Gradient of each layer in the tokens' dtype, rounded once: ``grads`` ``[B, L, F]`` per layer, with ``layers``
     through the row transform where they lack it, times ``scale`` ``[layers, B, L]`` and ``factor``, which broadcasts to
     ``[B, L]``. In place where the graph is freed afterwards."""
-    unobserved, options = _unobserved(*grads, *layers, scale, factor), ctx.call.options
-    finish = _finish(ctx.call, layers[0]) if layers else None
-    if finish is not None:
-        finish = finish if unobserved else finish_by_operations
-        return finish(grads, layers, scale, factor, options.potential, ctx.dtype)
+    unobserved = _unobserved(*grads, *layers, scale, factor)
+    if ctx.finish is not None:
+        finish = ctx.finish if unobserved else finish_by_operations
+        with torch.no_grad():  # under create_graph saved layers require gradients
+            finished: list[Tensor | None] = finish(grads, layers, scale, factor, ctx.call.options.potential, ctx.dtype)
+        return finished
     is_fp32_on_cpu = scale.is_cpu and scale.dtype == torch.float32
     if unobserved and is_fp32_on_cpu and cpu.unavailable_reason() is None:
         in_place = ctx.recompute or not (ctx.hooked or graph_is_kept())
@@ -440,7 +452,9 @@ def _dispersion_loss_fake(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor
     dtype, sampled, with_grad = accumulation_dtype(z.dtype), call.options.sampling is not None, any(call.with_grad)
     loss = z.new_empty(sequences if call.options.reduction == "none" else (), dtype=dtype)
     shapes = [(len(layers), *z.shape)] if sampled else [layer.shape for layer in layers]
-    of_g = dtype if _finish(call, z) is None else gradient_dtype(z, call.options.potential, bounds)
+    of_g = dtype
+    if not sampled and tensors.temperature is None and finish_of(call.options, z) is not None:
+        of_g = gradient_dtype(z, call.options.potential, bounds)
     grads = [
         loss.new_empty(shape, dtype=of_g) if need else loss.new_empty(0)
         for shape, need in zip(shapes, call.with_grad, strict=not sampled)
@@ -518,6 +532,9 @@ def _run(layers: Sequence[Tensor], tensors: _Tensors, call: _Call) -> _Result:
         loss, grads, scale = run(
             layers, tensors.pair_ids, cu_seqlens, for_backends(potential), options.reduction, call.with_grad
         )
+        if temperature is not None:
+            # The dtype of G depends on a value that fake tensors do not have.
+            grads = [None if grad is None else grad.to(loss.dtype) for grad in grads]
         slope = _slope(layers, tensors, potential, options.reduction).to(loss.dtype) if call.with_slope else None
     if sampling is None:
         return _Result(loss, grads, scale, slope)

@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from dispersion_kernels.blocks import find_stack, hidden_states_of, layer_numbers
 from dispersion_kernels.loss import loss_and_error
 from dispersion_kernels.numerics import loss_dtype
-from dispersion_kernels.operators import graph_is_kept
+from dispersion_kernels.operators import graph_is_kept, reads_tokens
 from dispersion_kernels.options import check_options
 from dispersion_kernels.potentials import Potential, temperature_of
 from dispersion_kernels.sampling import Sampling
@@ -62,8 +62,8 @@ class DispersionRegularizer:
             ``labels``, is not -100. ``"all"``: all tokens.
         potential, tau, sampling, impl: as in :func:`~dispersion_kernels.fused_dispersion_loss`.
         keep_gradients: compute the gradient in forward and keep it until backward. This takes 3 instead of 4 B L^2 F
-            FLOPs and the memory of one fp32 z per layer. Needed for a model that writes to its blocks' outputs in
-            place.
+            FLOPs and the memory of one fp32 z per layer, on a GPU also that of a copy of z. Needed for a model that
+            writes to its blocks' outputs in place.
 
     On a GPU under autocast the loss takes hidden states in autocast's dtype, as a matrix product does.
 
@@ -474,7 +474,10 @@ class _WithTerm(torch.autograd.Function):
 def _leaf_and_loss(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
     # Identity hooks replace those of checkpointing or offloading, which would compute the gradient again.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
-        leaf = z.detach().requires_grad_()
+        leaf = z.detach()
+        if ctx.regularizer._keep_gradients and ctx.dtype == z.dtype and reads_tokens(ctx.regularizer._options, z):
+            leaf = leaf.clone()  # a model may write to z before backward
+        leaf.requires_grad_()
         return leaf, ctx.regularizer._value(leaf.to(ctx.dtype), ctx.selection, ctx.seed)
 
 

@@ -60,11 +60,13 @@ TOKENS = 8192
 LAUNCH = 2.5e-6
 EFFICIENCY = 0.7
 LIBRARY_TILE = 128
-# Bytes that a kernel moves an element of the tokens, which have ``size`` bytes; the gradient has 4.
-BYTES: dict[str, Callable[[int], int]] = {
-    "row_statistics_kernel": lambda size: size,
-    "differences_kernel": lambda size: size + 8,
-    "token_gradients_kernel": lambda size: 4 + 2 * size,
+# Bytes that a kernel moves an element of the tokens, which have ``size`` bytes, and G ``of_g``. The diagonal of the
+# slopes takes an eighth of the tokens, which the pairs have left in L2.
+BYTES: dict[str, Callable[[int, int], int]] = {
+    "row_statistics_kernel": lambda size, of_g: size,
+    "diagonal_kernel": lambda size, of_g: 0,
+    "sequence_losses_kernel": lambda size, of_g: 0,
+    "token_gradients_kernel": lambda size, of_g: of_g + 2 * size,
 }
 # Peak memory of the naive version, in L x L matrices, measured on a CPU (docs/results/memory-cpu.csv).
 NAIVE_MATRICES = 8.3
@@ -316,7 +318,8 @@ def time_of_ours(
             row = examined(card.arch, name, features, precision or SHORT[dtype])
             _add_tiles(time, card, row, launch, size)
         else:
-            _add_moved(time, card, BYTES.get(name, lambda size: 0)(size) * tokens)
+            of_g = launch.arguments["gradients"][0].element_size() if "gradients" in launch.arguments else 0
+            _add_moved(time, card, BYTES[name](size, of_g) * tokens)
     for operation in work.operations:
         if operation.product is None:
             _add_moved(time, card, operation.read + operation.written)

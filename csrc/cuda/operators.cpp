@@ -282,6 +282,7 @@ void pair_tiles(std::string kernel, std::vector<Tensor> layers, Tensor inverse, 
 void diagonal(std::vector<Tensor> layers, Tensor inverse, Tensor extra, Tensor weights, int64_t rows, int64_t first_row,
               int64_t transform, int64_t stream) {
   const Tokens tokens(layers);
+  STD_TORCH_CHECK(layers[0].element_size() == 2 && weights.element_size() == 2, "diagonal takes bf16 layers and weights");
   launch("dk_diagonal_bf16", inverse, stream, blocks(tokens.length, kDiagonalTokens), rows, 1, tokens.z, tokens.layers,
          tokens.stride_b, tokens.stride_l, pointer<float>(inverse), pointer<float>(extra), output<void>(weights),
          weights.stride(0), weights.stride(1), int(first_row), tokens.batch, tokens.length, tokens.features,
@@ -341,7 +342,7 @@ void token_gradients(std::string kernel, std::vector<Tensor> layers, std::vector
   check_gradients(outputs, layers);
   launch(kernel, scale, stream, blocks(int64_t(tokens.batch) * tokens.length, kTokensOfProgram),
          int64_t(layers.size()), 1, tokens.z, tokens.layers, tokens.stride_b, tokens.stride_l,
-         pointer<float>(gradients[0]), offsets(gradients), pointer<float>(scale), pointer<float>(factor),
+         pointer<char>(gradients[0]), offsets(gradients), pointer<float>(scale), pointer<float>(factor),
          factor.stride(0), factor.stride(1), output<char>(outputs[0]), offsets(outputs), tokens.batch, tokens.length,
          tokens.features, float(eps), int(transform));
 }

@@ -20,6 +20,10 @@ from dispersion_kernels.backends.gpu import launch
 MATMUL = torch.backends.cuda.matmul
 
 
+class Standardized(AngularSpread):
+    row_transform = "standardize"
+
+
 @pytest.fixture
 def _default_precision() -> Iterator[None]:
     yield
@@ -152,6 +156,21 @@ def test_launches_and_operations_of_a_call(layers: int, reduction: str, features
         assert fillings == math.ceil(8 * layers * 2 * 1024**2 / launch.WORKSPACE_BYTES)
     launches = len(forward) + len(operations) - len(products) - 2 * max(0, fillings - 1)
     assert launches <= (5 if features == 128 else 6)
+
+
+@pytest.mark.parametrize("potential", [AngularSpread(eps=0.5), Standardized(eps=0.5)], ids=lambda p: p.row_transform)
+def test_last_step_of_backward_is_the_derivative_of_the_row_transform(potential: AngularSpread) -> None:
+    """Of ``norm_eps``, which ``standardize`` does not use, too."""
+    z, g = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True), torch.randn(2, 5, 8, dtype=torch.float64)
+    if potential.row_transform == "standardize":
+        centred = z - z.mean(2, keepdim=True)
+        inverse = 1 / centred.norm(dim=2)
+    else:
+        centred, inverse = z, 1 / (z.norm(dim=2) + 0.5)
+    (exact,) = torch.autograd.grad((g * centred * inverse.unsqueeze(2)).sum(), z)
+    one = torch.ones(2, 5, dtype=torch.float64)
+    (found,) = launch.finish_by_operations([g], [z.detach()], inverse.detach()[None], one, potential, torch.float64)
+    torch.testing.assert_close(found, exact)
 
 
 @pytest.mark.parametrize(("multiprocessors", "tiles"), [(108, 18), (128, 21), (132, 22), (148, 24)])

@@ -139,6 +139,12 @@ def epilogue_of(potential: Potential, features: int, narrow_range: bool) -> Epil
     )
 
 
+def slope_ratio(potential: AngularSpread) -> float:
+    """Ratio of the largest slope to the smallest, or a little more."""
+    low, high = potential.exponent_range()
+    return math.exp(min(high - low, 700.0)) * _steepest_arccosine(potential.clamp)
+
+
 def _steepest_arccosine(clamp: float) -> float:
     """Largest 1 / sqrt(1 - c^2) of a clipped cosine c."""
     return 1 / math.sqrt(max(1 - (1 - clamp) ** 2, _LEAST_SQUARE))

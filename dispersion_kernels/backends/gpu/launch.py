@@ -24,9 +24,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dispersion_kernels.backends.gpu.epilogues import Epilogue, epilogue_of
+from dispersion_kernels.backends.gpu.epilogues import Epilogue, epilogue_of, slope_ratio
 from dispersion_kernels.backends.interface import Losses
-from dispersion_kernels.potentials import L2Repel, PerplexityEntropy, Potential
+from dispersion_kernels.potentials import AngularSpread, L2Repel, PerplexityEntropy, Potential, is_built_in
 from dispersion_kernels.segments import on_device, segment_of_token, within_segments
 
 # Size of the workspace of slopes: small enough for the last-level cache, large enough to fill the machine. A B200's 148
@@ -35,6 +35,8 @@ WORKSPACE_BYTES = 36 << 20
 # Most features for which the fused kernel, with 4 L^2 F FLOPs, should cost less than the workspace, with 3 L^2 F
 # and the traffic of slopes.
 _FUSED_FEATURES = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
+# Largest ratio of slopes for G in bf16; the default of angular_spread has 2.6.
+_SLOPES_ALIKE = 4.0
 # Most tokens of a tile of ``pair_tiles``; also of the tiles of the library's products, which have as many features.
 _LARGEST_TILE = 128
 # Costs in units of a library tile's 128 products a multiprocessor: of a tile's epilogue in ``pair_tiles``, of a launch.
@@ -332,7 +334,6 @@ class Kernels(Protocol):
 
     def row_statistics(self, call: RowStatisticsCall) -> None: ...
     def pair_tiles(self, call: PairTilesCall) -> Any: ...
-
     def diagonal(self, call: DiagonalCall) -> None: ...
     def row_sweep(self, call: RowSweepCall) -> Any: ...
     def sequence_losses(self, call: SequenceLossesCall) -> None: ...
@@ -397,11 +398,18 @@ def is_fused(features: int, dtype: torch.dtype, cu_seqlens: Tensor | None) -> bo
 
 def gradient_dtype(z: Tensor, potential: Potential, cu_seqlens: Tensor | None) -> torch.dtype:
     """Dtype of G for tokens ``[B, L, F]``: bf16, which halves the bytes, where one product of bf16 tokens makes all of
-    it and the row transform takes the part along the token out of it; else fp32."""
-    if z.dtype != torch.bfloat16 or potential.row_transform == "none" or is_fused(z.shape[2], z.dtype, cu_seqlens):
+    it and rounding takes no more digits from the gradient than one more rounding of the gradient would; else fp32.
+
+    The latter asks for slopes of like size: else a few near tokens, such as equal ones, have most of a token's G, which
+    the estimate of :class:`DiagonalCall` cannot know.
+    """
+    if z.dtype != torch.bfloat16 or is_fused(z.shape[2], z.dtype, cu_seqlens):
+        return torch.float32
+    if not (is_built_in(potential) and isinstance(potential, AngularSpread)):
         return torch.float32
     slopes = (_LARGEST_TILE * _blocks(z.shape[1], _LARGEST_TILE)) ** 2 * z.dtype.itemsize
-    return torch.bfloat16 if slopes <= WORKSPACE_BYTES else torch.float32
+    alike = slope_ratio(potential) <= _SLOPES_ALIKE
+    return torch.bfloat16 if slopes <= WORKSPACE_BYTES and alike else torch.float32
 
 
 def finish(
@@ -416,12 +424,13 @@ def finish(
     """:data:`~dispersion_kernels.backends.interface.Finish` of the kernels that ``kernels_for`` makes for tokens."""
     outputs = [None if gradient is None else torch.empty_like(gradient, dtype=dtype) for gradient in gradients]
     numbers = [n for n, output in enumerate(outputs) if output is not None]
-    if not numbers or layers[0].numel() == 0:
-        return outputs
-    scale = scale if len(numbers) == len(outputs) else torch.stack([scale[n] for n in numbers])
-    read = aligned([layers[n] for n in numbers], 1)
     given = [gradient for gradient in gradients if gradient is not None]
     taken = [output for output in outputs if output is not None]
+    if not taken or taken[0].numel() == 0:
+        return outputs
+    scale = scale if len(numbers) == len(outputs) else torch.stack([scale[n] for n in numbers])
+    # Without a row transform the kernel takes no more than the shape of the tokens.
+    read = taken if potential.row_transform == "none" else aligned([layers[n] for n in numbers], 1)
     with torch.cuda.device_of(scale):
         kernels = kernels_for(read[0])
         for n in range(0, len(taken), kernels.max_layers):
@@ -430,7 +439,7 @@ def finish(
                 TokenGradientsCall(
                     Tokens(read[some], read[0].shape[2]),
                     potential.row_transform,
-                    potential.norm_eps,
+                    _term_of_norm(potential),
                     given[some],
                     scale[some],
                     factor.expand(scale.shape[1:]),
@@ -450,21 +459,25 @@ def finish_by_operations(
 ) -> list[Tensor | None]:
     """:func:`finish` in PyTorch's operations, for compilers and transforms, which fuse them or see through them."""
     outputs: list[Tensor | None] = []
-    for gradient, z, token_scale in zip(gradients, layers, scale.unsqueeze(3), strict=True):
+    for n, (gradient, token_scale) in enumerate(zip(gradients, scale.unsqueeze(3), strict=True)):
         if gradient is None:
             outputs.append(None)
             continue
         u = gradient.to(scale.dtype)
         if potential.row_transform != "none":
-            x = z.to(scale.dtype)
+            x = layers[n].to(scale.dtype)
             if potential.row_transform == "standardize":
                 x, u = x - x.mean(2, keepdim=True), u - u.mean(2, keepdim=True)
             norm = torch.linalg.vector_norm(x, dim=2, keepdim=True)
-            squares = norm * (norm + potential.norm_eps)
+            squares = norm * (norm + _term_of_norm(potential))
             u = u - x * ((u * x).sum(2, keepdim=True) * torch.where(squares > 0, 1 / squares, 0.0))
         # Tokens of scale 0 may be NaN.
         outputs.append(torch.where(token_scale == 0, 0.0, u * (token_scale * factor.unsqueeze(-1))).to(dtype))
     return outputs
+
+
+def _term_of_norm(potential: Potential) -> float:
+    return potential.norm_eps if potential.row_transform == "normalize" else 0.0
 
 
 def dispersion(
@@ -488,7 +501,7 @@ def dispersion(
     """
     batch, length, _ = layers[0].shape
     if batch == 0 or length < 2:
-        return _nothing(layers, cu_seqlens, with_grad)
+        return _nothing(layers, potential, cu_seqlens, with_grad)
     if cu_seqlens is not None:
         cu_seqlens = on_device(cu_seqlens, layers[0].device).to(torch.int32)  # the dtype that compiled kernels read
         pair_ids = within_segments(pair_ids, cu_seqlens, length)
@@ -498,12 +511,13 @@ def dispersion(
     return _dispersion(layers, _Request(potential, partners, divisor, by_sequences, with_grad, kernels))
 
 
-def _nothing(layers: Sequence[Tensor], cu_seqlens: Tensor | None, with_grad: bool) -> Result:
+def _nothing(layers: Sequence[Tensor], potential: Potential, cu_seqlens: Tensor | None, with_grad: bool) -> Result:
     z = layers[0]
+    dtype = gradient_dtype(z, potential, cu_seqlens)
     sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     return Result(
         torch.zeros(len(layers), sequences, dtype=torch.float64, device=z.device),
-        [z.new_zeros(z.shape, dtype=torch.float32) for z in layers] if with_grad else [],
+        [z.new_zeros(z.shape, dtype=dtype) for z in layers] if with_grad else [],
         torch.zeros(len(layers), *z.shape[:2], dtype=torch.float32, device=z.device) if with_grad else None,
     )
 
@@ -541,7 +555,7 @@ def _dispersion(layers: Sequence[Tensor], request: _Request) -> Result:
         loss, scale = call.perplexity_entropy(request.potential)
     else:
         loss, scale = call.pair_sums()
-    return call.finish(loss, scale)
+    return call.result(loss, scale)
 
 
 def aligned(layers: Sequence[Tensor], alignment: int) -> list[Tensor]:
@@ -806,7 +820,7 @@ class _Call:
 
     # ---- from the sums to the loss and its gradient
 
-    def finish(self, loss: Tensor, scale: Tensor | None) -> Result:
+    def result(self, loss: Tensor, scale: Tensor | None) -> Result:
         """Losses, G or, without a row transform, the gradient, and the scale of each token."""
         count, square_scale = len(self.layers), None
         if isinstance(self.potential, L2Repel) and self.potential.norm_weight:
