@@ -254,9 +254,9 @@ DK_DEVICE double sum_of_threads(double x, double* shared) {
 extern "C" __global__ void __launch_bounds__(dk::kSumThreads)
     dk_sequence_losses(const float* norms, const float* inverses, const int* partners, const float* sums,
                        const float* maxima, const int* bounds, const int64_t* counts, const int64_t* tokens,
-                       double* losses, float* token_scales, float* shifts, int length, int64_t sums_stride, int batch, int first_sequence, int all_sequences, int divisor,
-                       int of_tokens, int diagonal, int logarithm, int divide_by_sequences, double constant,
-                       double factor) {
+                       double* losses, float* token_scales, float* shifts, int length, int64_t sums_stride, int batch,
+                       int first_sequence, int all_sequences, int divisor, int of_tokens, int diagonal, int logarithm,
+                       int divide_by_sequences, double constant, double factor) {
   __shared__ double thread_sums[dk::kSumThreads];
   const int64_t row = blockIdx.y;
   const int begin = bounds == nullptr ? 0 : bounds[blockIdx.x];
