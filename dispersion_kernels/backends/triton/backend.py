@@ -261,7 +261,7 @@ class TritonKernels:
             eps=call.eps,
             TRANSFORM=call.transform,
             BLOCK_M=block,
-            BLOCK_F=_block_of_features(tokens.features, 1024),
+            BLOCK_F=_block_of_features(tokens.features),
             num_warps=4,
         )
 
@@ -296,7 +296,7 @@ class TritonKernels:
             **arguments,
             features=tokens.features,
             BLOCK_M=block,
-            BLOCK_F=_block_of_features(tokens.features, 512),
+            BLOCK_F=_block_of_features(tokens.features),
             num_warps=4,
         )
 
@@ -324,9 +324,9 @@ class TritonKernels:
         return self.run(kernel, grid, arguments, {"num_warps": num_warps, "num_stages": num_stages})
 
 
-def _block_of_features(features: int, most: int) -> int:
+def _block_of_features(features: int) -> int:
     """Features of a token that a program reads at a time."""
-    block: int = min(most, max(16, triton.next_power_of_2(features)))
+    block: int = min(512, max(16, triton.next_power_of_2(features)))
     return block
 
 
