@@ -234,27 +234,27 @@ def _keep(
     ctx.recompute = any(need and not there for need, there in zip(ctx.needed, call.with_grad, strict=True))
     ctx.recompute = ctx.recompute or (ctx.temperature is not None and not call.with_slope)
     ctx.hooked = visible or _hooks_see_what_is_saved()
-    ctx.finish = None if call.options.sampling is not None else finish_of(call.options, layers[0])
+    ctx.finish = finish_of(call.options, layers[0])
     if ctx.recompute:
         ctx.save_for_backward(*tensors, *layers)
     else:
         read: list[Tensor | None] = []
-        if reads_tokens(call.options, layers[0]):
+        if ctx.finish is not None and call.options.potential.row_transform != "none":
             read = [z if need else None for z, need in zip(layers, ctx.needed, strict=True)]
         ctx.save_for_backward(tensors.cu_seqlens, result.loss, result.slope, result.scale, *read, *result.grads)
 
 
 def reads_tokens(options: LossOptions, z: Tensor) -> bool:
     """Whether backward reads the tokens even where forward computed the gradient."""
-    with_transform = options.sampling is None and options.potential.row_transform != "none"
-    return with_transform and finish_of(options, z) is not None
+    return options.potential.row_transform != "none" and finish_of(options, z) is not None
 
 
 def finish_of(options: LossOptions, z: Tensor) -> Finish | None:
-    """Function that completes the gradients of all pairs of the backend for ``z``; None where they lack nothing but
-    their scale."""
-    if z.is_cuda and not torch.cuda.is_available():
-        return None  # a fake tensor, on a device that this machine lacks
+    """Function that completes the gradients of the backend for ``z``; None where they lack nothing but their scale, as
+    those of sampled pairs."""
+    # The latter is a fake tensor, on a device that this machine lacks.
+    if options.sampling is not None or (z.is_cuda and not torch.cuda.is_available()):
+        return None
     return BACKENDS[choose(options.impl, z, options.potential)].finish
 
 
@@ -453,7 +453,7 @@ def _dispersion_loss_fake(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor
     loss = z.new_empty(sequences if call.options.reduction == "none" else (), dtype=dtype)
     shapes = [(len(layers), *z.shape)] if sampled else [layer.shape for layer in layers]
     of_g = dtype
-    if not sampled and tensors.temperature is None and finish_of(call.options, z) is not None:
+    if tensors.temperature is None and finish_of(call.options, z) is not None:
         of_g = gradient_dtype(z, call.options.potential, bounds)
     grads = [
         loss.new_empty(shape, dtype=of_g) if need else loss.new_empty(0)

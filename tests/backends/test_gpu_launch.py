@@ -160,7 +160,7 @@ def test_launches_and_operations_of_a_call(layers: int, reduction: str, features
 
 @pytest.mark.parametrize("potential", [AngularSpread(eps=0.5), Standardized(eps=0.5)], ids=lambda p: p.row_transform)
 def test_last_step_of_backward_is_the_derivative_of_the_row_transform(potential: AngularSpread) -> None:
-    """Of ``norm_eps``, which ``standardize`` does not use, too."""
+    """``norm_eps`` is a part of ``normalize`` alone."""
     z, g = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True), torch.randn(2, 5, 8, dtype=torch.float64)
     if potential.row_transform == "standardize":
         centred = z - z.mean(2, keepdim=True)

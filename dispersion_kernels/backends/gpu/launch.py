@@ -1001,7 +1001,7 @@ def block_size(length: int, features: int, tile: int, most: int, multiprocessors
         pairs = whole * waves(_programs_of_triangle(rows)) + whole * (whole - 1) // 2 * waves(rows * rows)
         pairs += waves(_programs_of_triangle(last)) + whole * waves(rows * last)
         blocks = whole + (last > 0)
-        # Of each pair of blocks a launch and two products, of each diagonal one product.
+        # Launches: three of each pair of blocks, ``pair_tiles`` and two products; two of each block with itself.
         return products + pairs * (columns + _EPILOGUE) + _LAUNCH * blocks * (3 * blocks + 1) // 2
 
     step = tile * max(1, _LARGEST_TILE // tile)
