@@ -36,7 +36,14 @@ from dispersion_kernels.potentials import (
 from dispersion_kernels.sampling import SampledPairs, SampledTokens, Sampling
 from dispersion_kernels.sampling.estimate import draw
 from dispersion_kernels.sampling.threshold import evaluates_all
-from dispersion_kernels.segments import make_pair_ids, on_device, sample_packed_tokens, sample_tokens, warn_of_no_pair
+from dispersion_kernels.segments import (
+    check_cu_seqlens,
+    make_pair_ids,
+    on_device,
+    sample_packed_tokens,
+    sample_tokens,
+    warn_of_no_pair,
+)
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,6 +65,7 @@ def fused_dispersion_loss(
     tau: float | Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     document_ids: Tensor | None = None,
     sampling: Sampling | float | None = None,
     generator: torch.Generator | None = None,
@@ -74,6 +82,7 @@ def fused_dispersion_loss(
     tau: float | Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     document_ids: Tensor | None = None,
     sampling: Sampling | float | None = None,
     generator: torch.Generator | None = None,
@@ -89,6 +98,7 @@ def fused_dispersion_loss(
     tau: float | Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     document_ids: Tensor | None = None,
     sampling: Sampling | float | None = None,
     generator: torch.Generator | None = None,
@@ -117,6 +127,9 @@ def fused_dispersion_loss(
         mask: boolean ``z.shape[:-1]``; False takes a token out of all pairs.
         cu_seqlens: int32 ``[S + 1]``, as in flash-attention; ``z[cu_seqlens[s] : cu_seqlens[s + 1]]`` is sequence s.
             Checked here on a CPU, by an assertion on the device on an accelerator.
+        max_seqlen: length of the longest of these sequences, or more, as in flash-attention. With it, or with
+            ``cu_seqlens`` on the CPU, a GPU leaves out most pairs of tokens of different sequences; the value is the
+            same.
         document_ids: integers ``z.shape[:-1]``; tokens of equal id pair, a negative id takes a token out. A row keeps
             one loss, over the pairs that are left; ``cu_seqlens`` gives one loss per document.
         sampling: None for all pairs; a fraction or :class:`SampledPairs` for an unbiased estimate, for potentials of
@@ -141,7 +154,7 @@ def fused_dispersion_loss(
     Example: ``loss = cross_entropy + 0.1 * fused_dispersion_loss(hidden_states, mask=attention_mask.bool())``"""
     options = check_options(potential, tau, sampling, reduction, recompute, impl)
     check_flag("return_stats", return_stats)
-    loss, error = loss_and_error(z, options, mask, cu_seqlens, document_ids, generator, return_stats)
+    loss, error = loss_and_error(z, options, mask, cu_seqlens, max_seqlen, document_ids, generator, return_stats)
     return loss if error is None else (loss, SamplingStats(error))
 
 
@@ -150,6 +163,7 @@ def loss_and_error(
     options: LossOptions,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
     document_ids: Tensor | None,
     generator: torch.Generator | None,
     with_error: bool,
@@ -165,6 +179,8 @@ def loss_and_error(
         check_tensor("document_ids", document_ids, "integers, one a token", "give torch.as_tensor(document_ids)")
     if cu_seqlens is not None:
         check_tensor("cu_seqlens", cu_seqlens, "int32 [S + 1]", "give torch.tensor(cu_seqlens, dtype=torch.int32)")
+    if max_seqlen is not None:
+        _check_max_seqlen(max_seqlen, cu_seqlens)
     first = layers[0]
     for layer in layers:
         if layer.is_meta and not first.is_meta:
@@ -177,7 +193,9 @@ def loss_and_error(
     if isinstance(options.sampling, SampledPairs):
         _check_sampled(options.sampling, mask, cu_seqlens, document_ids, options.impl)
     if len(layers) == 1 or _run_together(layers, options):
-        loss, errors = _loss_of_alike(layers, options, mask, cu_seqlens, document_ids, generator, with_error)
+        loss, errors = _loss_of_alike(
+            layers, options, mask, cu_seqlens, max_seqlen, document_ids, generator, with_error
+        )
     else:
         if options.reduction == "none" and cu_seqlens is None:
             _check_batches(layers)
@@ -185,7 +203,7 @@ def loss_and_error(
         for layer in layers:
             own_mask, own_cu_seqlens, own_ids = (beside(t, layer, first) for t in (mask, cu_seqlens, document_ids))
             layer_loss, layer_error = _loss_of_alike(
-                [layer], options, own_mask, own_cu_seqlens, own_ids, generator, with_error
+                [layer], options, own_mask, own_cu_seqlens, max_seqlen, own_ids, generator, with_error
             )
             layer_losses.append(layer_loss.to(first.device))
             layer_errors.append(layer_error.to(first.device))
@@ -209,6 +227,7 @@ def _loss_of_alike(
     options: LossOptions,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
     document_ids: Tensor | None,
     generator: torch.Generator | None,
     with_error: bool,
@@ -221,6 +240,8 @@ def _loss_of_alike(
         mask = None if mask is None else mask.unsqueeze(0)
         document_ids = None if document_ids is None else document_ids.unsqueeze(0)
     z, sampling = layers[0], options.sampling
+    if max_seqlen is not None and not torch.compiler.is_compiling():
+        max_seqlen = min(max_seqlen, z.shape[1])  # in the range of the operator's integers
     if cu_seqlens is None and z.shape[1] < 2 and not torch.compiler.is_compiling():
         warn_of_no_pair()
     pair_ids = make_pair_ids(mask, document_ids)
@@ -233,16 +254,16 @@ def _loss_of_alike(
             pair_ids = sample_packed_tokens(pair_ids, bounds, z.shape[1], sampling.count, generator)
     error: Tensor | None = None
     if options.impl == "reference":
-        loss = _reference_loss(z, pair_ids, cu_seqlens, options)
+        loss = _reference_loss(z, pair_ids, cu_seqlens, max_seqlen, options)
     # Under a compiler the operator calls ``evaluates_all``: a call here would be a guard, and a compilation, for each
     # length.
     elif isinstance(sampling, SampledPairs) and (
         torch.compiler.is_compiling() or not evaluates_all(options, z, cu_seqlens)
     ):
         draws = draw(layers, sampling.fraction, generator)
-        loss, error = dispersion_loss(layers, pair_ids, cu_seqlens, options, draws, with_error)
+        loss, error = dispersion_loss(layers, pair_ids, cu_seqlens, options, max_seqlen, draws, with_error)
     else:
-        loss, _ = dispersion_loss(layers, pair_ids, cu_seqlens, options)
+        loss, _ = dispersion_loss(layers, pair_ids, cu_seqlens, options, max_seqlen)
     if options.reduction == "none" and one_sequence and cu_seqlens is None:
         loss = loss.squeeze(0)
     return loss, loss.new_zeros(len(layers)) if error is None else error
@@ -334,13 +355,16 @@ class DispersionLoss(nn.Module):
         *,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
         document_ids: Tensor | None = None,
         generator: torch.Generator | None = None,
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, SamplingStats]:
         """Loss of ``z``, or a pair of loss and stats; arguments as in :func:`fused_dispersion_loss`."""
         check_flag("return_stats", return_stats)
-        loss, error = loss_and_error(z, self.options, mask, cu_seqlens, document_ids, generator, return_stats)
+        loss, error = loss_and_error(
+            z, self.options, mask, cu_seqlens, max_seqlen, document_ids, generator, return_stats
+        )
         return loss if error is None else (loss, SamplingStats(error))
 
     @property
@@ -358,7 +382,9 @@ class DispersionLoss(nn.Module):
         )
 
 
-def _reference_loss(z: Tensor, pair_ids: Tensor | None, cu_seqlens: Tensor | None, options: LossOptions) -> Tensor:
+def _reference_loss(
+    z: Tensor, pair_ids: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None, options: LossOptions
+) -> Tensor:
     potential = options.potential
     for values in (pair_ids, cu_seqlens):
         if values is not None and (values.is_meta or type(values).__name__ == "FakeTensor"):
@@ -366,6 +392,8 @@ def _reference_loss(z: Tensor, pair_ids: Tensor | None, cu_seqlens: Tensor | Non
                 "impl='reference' reads the values of mask, document_ids and cu_seqlens, and a meta or fake tensor "
                 "holds none; take impl='torch' or 'auto'"
             )
+    if cu_seqlens is not None and max_seqlen is not None:
+        check_cu_seqlens(cu_seqlens, z.shape[1], max_seqlen)
     with without_autocast(z.device):
         temperature = temperature_of(potential)
         if temperature is not None:
@@ -403,6 +431,17 @@ def _check_sampled(
             raise ValueError(f"fraction=0 is for whole sequences, and {name} was given; take a small one, as 1/64")
         if value is not None and sampling.control_variate == "full_rank":
             raise ValueError(f"full_rank is for whole sequences, and {name} was given; take control_variate='low_rank'")
+
+
+def _check_max_seqlen(max_seqlen: Any, cu_seqlens: Tensor | None) -> None:
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int | torch.SymInt):
+        raise TypeError(f"max_seqlen must be an integer, got {max_seqlen!r}; give int(cu_seqlens.diff().max())")
+    if max_seqlen < 1:
+        raise ValueError(f"max_seqlen must be at least 1, got {max_seqlen}; it is the length of the longest sequence")
+    if cu_seqlens is None:
+        raise ValueError(
+            f"max_seqlen={max_seqlen} was given without cu_seqlens, whose longest sequence it is; give both, or neither"
+        )
 
 
 def _check_inputs(z: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, document_ids: Tensor | None) -> None:

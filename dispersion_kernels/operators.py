@@ -38,7 +38,7 @@ from dispersion_kernels.potentials import (
 from dispersion_kernels.sampling import SampledPairs
 from dispersion_kernels.sampling.estimate import Draws, estimate
 from dispersion_kernels.sampling.threshold import evaluates_all
-from dispersion_kernels.segments import check_cu_seqlens, on_device, segment_of_token
+from dispersion_kernels.segments import check_cu_seqlens, longest_sequence, on_device, segment_of_token
 from dispersion_kernels.temperature import slope_of_temperature
 
 
@@ -47,6 +47,7 @@ def dispersion_loss(
     pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     options: LossOptions,
+    max_seqlen: int | None = None,
     draws: Draws | None = None,
     with_error: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -63,14 +64,14 @@ def dispersion_loss(
     if draws is not None:
         with_grad = [with_error or any(with_grad)] * len(layers)
         tensors = _Tensors(pair_ids, cu_seqlens, None, *draws)
-        return _differentiable(_Call(options, with_grad, False, with_error), tensors, layers, any(needed))
+        return _differentiable(_Call(options, with_grad, False, with_error, max_seqlen), tensors, layers, any(needed))
     if options.sampling is not None:
         options = options._replace(sampling=None)
     temperature, slope_needed = temperature_of(potential), False
     if temperature is not None:
         options = options._replace(potential=at_temperature(potential, 1.0))
         (slope_needed,) = _need_gradients([temperature])
-    call = _Call(options, with_grad, slope_needed and not options.recompute)
+    call = _Call(options, with_grad, slope_needed and not options.recompute, max_seqlen=max_seqlen)
     return _differentiable(call, _Tensors(pair_ids, cu_seqlens, temperature), layers, any(needed) or slope_needed)
 
 
@@ -110,6 +111,7 @@ class _Call(NamedTuple):
     """Flag per layer: whether the forward pass computes the layer's gradient; alike for all layers of sampled pairs."""
     with_slope: bool = False
     with_error: bool = False
+    max_seqlen: int | None = None
 
     def run(self, tensors: _Tensors, layers: Sequence[Tensor], unobserved: bool) -> _Result:
         """Calls the operator. ``unobserved`` calls bypass PyTorch's dispatcher, which takes 20 us or more."""
@@ -268,7 +270,8 @@ def _gradients(ctx: Any, upstream: Tensor | None) -> Sequence[Tensor | None]:
         tensors, layers = _Tensors(*saved[:_COUNT]), saved[_COUNT:]
         with torch.no_grad():
             with_grad = ctx.needed if ctx.call.options.sampling is None else [True] * len(ctx.needed)
-            call = _Call(ctx.call.options, with_grad, with_slope=ctx.temperature is not None)
+            with_slope = ctx.temperature is not None
+            call = _Call(ctx.call.options, with_grad, with_slope, max_seqlen=ctx.call.max_seqlen)
             result = call.run(tensors, layers, _unobserved(*tensors, *layers))
         cu_seqlens, scale, grads, slope = tensors.cu_seqlens, result.scale, result.grads, result.slope
         causes = layers if ctx.temperature is None else [*layers, ctx.temperature]
@@ -414,7 +417,7 @@ _library = torch.library.Library("dispersion_kernels", "FRAGMENT")
 _library.define(
     "dispersion_loss(Tensor[] layers, Tensor? pair_ids, Tensor? cu_seqlens, Tensor? temperature, Tensor? shuffle,"
     " Tensor? fit, str potential, float[] params, str reduction, str impl, float fraction, str control_variate,"
-    " bool[] with_grad, bool with_slope, bool with_error)"
+    " bool[] with_grad, bool with_slope, bool with_error, SymInt? max_seqlen)"
     " -> (Tensor loss, Tensor[] grads, Tensor scale, Tensor slope, Tensor error)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -425,15 +428,15 @@ def _packed(call: _Call) -> tuple[Any, ...]:
     options, sampling = call.options, call.options.sampling
     sampled = (float(sampling.fraction), sampling.control_variate) if isinstance(sampling, SampledPairs) else (1.0, "")
     flags = list(call.with_grad), call.with_slope, call.with_error
-    return *carry(options.potential), options.reduction, options.impl, *sampled, *flags
+    return *carry(options.potential), options.reduction, options.impl, *sampled, *flags, call.max_seqlen
 
 
 def _unpacked(layers: Sequence[Tensor], *arguments: Any) -> tuple[Sequence[Tensor], _Tensors, _Call]:
     """Arguments of :func:`_run` from those of the operator."""
-    potential, params, reduction, impl, fraction, control_variate, *flags = arguments[_COUNT:]
+    potential, params, reduction, impl, fraction, control_variate, *rest = arguments[_COUNT:]
     sampling = SampledPairs(fraction, control_variate) if control_variate else None
     options = LossOptions(carried(potential, params), sampling, reduction, recompute=False, impl=impl)
-    return layers, _Tensors(*arguments[:_COUNT]), _Call(options, *flags)
+    return layers, _Tensors(*arguments[:_COUNT]), _Call(options, *rest)
 
 
 @torch.library.impl(_library, "dispersion_loss", "CompositeExplicitAutograd")
@@ -517,8 +520,11 @@ def _run(layers: Sequence[Tensor], tensors: _Tensors, call: _Call) -> _Result:
     """Outputs of the operator."""
     z, cu_seqlens, temperature = layers[0], tensors.cu_seqlens, tensors.temperature
     options, potential, sampling = call.options, call.options.potential, call.options.sampling
+    max_seqlen = call.max_seqlen
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, z.shape[1])
+        check_cu_seqlens(cu_seqlens, z.shape[1], max_seqlen)
+        if max_seqlen is None and cu_seqlens.is_cpu:
+            max_seqlen = longest_sequence(cu_seqlens)
     if temperature is not None and temperature.is_meta and not z.is_meta:
         raise ValueError(f"tau is a tensor on meta, which holds no value, and z is on {z.device}; give tau a value")
     if temperature is not None and not temperature.is_meta:
@@ -530,7 +536,13 @@ def _run(layers: Sequence[Tensor], tensors: _Tensors, call: _Call) -> _Result:
             return _run_sampled(layers, tensors, call, backend, sampling)
         run = backend.run if sampling is None else backend.run_whole
         loss, grads, scale = run(
-            layers, tensors.pair_ids, cu_seqlens, for_backends(potential), options.reduction, call.with_grad
+            layers,
+            tensors.pair_ids,
+            cu_seqlens,
+            for_backends(potential),
+            options.reduction,
+            call.with_grad,
+            max_seqlen,
         )
         if temperature is not None:
             # The dtype of G depends on a value that fake tensors do not have.

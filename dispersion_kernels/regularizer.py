@@ -188,18 +188,19 @@ class DispersionRegularizer:
                 )
             predicted = labels != IGNORED_LABEL
             mask = predicted if mask is None else mask & predicted
-        return _Selection(mask, cu_seqlens)
+        largest = given.get("max_length_q") if given.get("cu_seq_lens_q") is not None else None
+        return _Selection(mask, cu_seqlens, None if isinstance(largest, Tensor) else largest)
 
     def _value(self, z: Tensor, selection: _Selection, seed: int | None = None, *, recompute: bool = False) -> Tensor:
         """Loss of one layer, ``[]``."""
-        mask, cu_seqlens = selection
+        mask, cu_seqlens, max_seqlen = selection
         if cu_seqlens is not None:
             z = z.flatten(0, -2)
         if mask is not None and z.dim() == 2:
             mask = mask.flatten()
         generator = None if seed is None else torch.Generator(z.device).manual_seed(seed)
         options = self._options._replace(recompute=recompute)
-        return loss_and_error(z, options, mask, cu_seqlens, None, generator, with_error=False)[0]
+        return loss_and_error(z, options, mask, cu_seqlens, max_seqlen, None, generator, with_error=False)[0]
 
     def _abandon_forward(self) -> None:
         """Drops the terms of the current forward, which failed."""
@@ -269,9 +270,11 @@ class _Selection(NamedTuple):
     """``[B, L]`` boolean; None for all tokens."""
     cu_seqlens: Tensor | None
     """``[S + 1]``: bounds of the sequences in the B L tokens; None where they are the rows."""
+    max_seqlen: int | None
+    """Length of the longest of these sequences; None where it is not known."""
 
 
-_ALL = _Selection(None, None)
+_ALL = _Selection(None, None, None)
 
 
 def _no_hook(*_: object) -> None:
@@ -345,7 +348,7 @@ class _Finish(_Hook):
         regularizer._forward = None
 
 
-_KNOWN = ("cu_seq_lens_q", "attention_mask", "position_ids", "input_ids", "inputs_embeds", "labels")
+_KNOWN = ("cu_seq_lens_q", "max_length_q", "attention_mask", "position_ids", "input_ids", "inputs_embeds", "labels")
 
 
 def _known(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -113,8 +113,8 @@ def pair_id_counts(pair_ids: Tensor) -> Tensor:
     return counts.masked_fill(pair_ids < 0, 0)
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
-    """Raises where the bounds do not cut ``tokens`` tokens into sequences.
+def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None = None) -> None:
+    """Raises where the bounds do not cut ``tokens`` tokens into sequences of at most ``max_seqlen``.
 
     An assertion on the device checks the bounds on an accelerator, because reading them would synchronise.
     """
@@ -128,8 +128,22 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
             values = cu_seqlens.tolist()
             shown = values if len(values) <= 16 else f"{values[:8]} ... {values[-8:]}"
             raise ValueError(f"cu_seqlens is {shown}; {remedy}")
+        if max_seqlen is not None and (longest := longest_sequence(cu_seqlens)) > max_seqlen:
+            raise ValueError(
+                f"max_seqlen is {max_seqlen}, and the longest sequence of cu_seqlens has {longest} tokens; give that"
+            )
     else:
         torch._assert_async(valid, f"cu_seqlens is wrong; {remedy}")
+        if max_seqlen is not None:
+            torch._assert_async(
+                (cu_seqlens.diff() <= max_seqlen).all(),
+                f"cu_seqlens has a sequence longer than max_seqlen, {max_seqlen}; give the length of the longest",
+            )
+
+
+def longest_sequence(cu_seqlens: Tensor) -> int:
+    """Length of the longest sequence; the values are read."""
+    return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
 
 
 def on_device(cu_seqlens: Tensor, device: torch.device) -> Tensor:

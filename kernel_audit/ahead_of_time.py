@@ -135,6 +135,7 @@ def record(
     arch: str,
     precision: str | None = None,
     sms: int | None = None,
+    max_seqlen: int | None = None,
 ) -> list[Launch]:
     """Launches of a call on ``arch`` and, with ``with_grad``, of its backward; none of them is run."""
     launches: list[Launch] = []
@@ -146,7 +147,7 @@ def record(
         return TritonKernels(z, arch, precision, run, sms)
 
     requested = [with_grad] * len(layers)
-    loss, gradients, scale = launch.run(kernels, layers, pair_ids, cu_seqlens, potential, "mean", requested)
+    loss, gradients, scale = launch.run(kernels, layers, pair_ids, cu_seqlens, potential, "mean", requested, max_seqlen)
     if scale is not None:
         launch.finish(kernels, gradients, layers, scale, loss, potential, layers[0].dtype)
     return launches
@@ -168,7 +169,14 @@ def _recorded(arch: str, every: bool) -> Iterator[Variant]:
         if call.precision == "tf32" and arch.startswith("gfx"):
             continue
         for recorded in record(
-            call.layers, call.potential, call.pair_ids, call.cu_seqlens, call.with_grad, arch, call.precision
+            call.layers,
+            call.potential,
+            call.pair_ids,
+            call.cu_seqlens,
+            call.with_grad,
+            arch,
+            call.precision,
+            max_seqlen=call.max_seqlen,
         ):
             yield _variant(recorded, call.name, arch, call.layers[0])
 
@@ -187,12 +195,19 @@ def _variant(recorded: Launch, potential: str, arch: str, z: Tensor) -> Variant:
         products = 2.0 * block * block * features
         part = "loss and weights" if arguments["WRITE"] else "loss"
         extras = ", online" if arguments["ONLINE"] else ", shift" if arguments["HAS_SHIFT"] else ""
+        extras += ", band" if arguments["BAND"] else ""
         label, tile, flops = (
             f"{name}, {part}{extras}, {what}",
             (block, block),
-            (products, 2 * products * arguments["WRITE"]),
+            # The product with a band is a kernel of its own.
+            (products, 2 * products * (arguments["WRITE"] and not arguments["BAND"])),
         )
         trips = {0: 1.0, 1: features / block_k}
+    elif "band product" in name:
+        block, block_f = arguments["BLOCK"], arguments["BLOCK_F"]
+        label, tile, flops = f"{name}, {what}", (block, block), (2.0 * block * block * block_f, 0.0)
+        # The code outside of the loop over tiles is charged to the tiles of 1,024 tokens together.
+        trips = {0: block / 1024, 1: block / arguments["BLOCK_K"]}
     elif "row sweep" in name:
         block_m, block_n, block_f = arguments["BLOCK_M"], arguments["BLOCK_N"], arguments["BLOCK_F"]
         gradient_flops = 2.0 * block_m * block_n * block_f if "gradient" in arguments["PASS"] else 0.0

@@ -29,6 +29,7 @@ class Call:
     layers: list[Tensor]
     pair_ids: Tensor | None
     cu_seqlens: Tensor | None
+    max_seqlen: int | None
     with_grad: bool
     precision: str | None
     """Precision of fp32 products: ``"tf32"``, or None for the backend's most accurate."""
@@ -57,7 +58,7 @@ _RAGGED = [(1000, 100, 1), (1023, 776, 1), (1000, 768, 12), (1, 768, 1)]
 
 
 def calls(every: bool = False) -> Iterator[Call]:
-    """Calls with and without pair ids, gradient and packed sequences.
+    """Calls with and without pair ids, gradient and packed sequences, of known and of unknown largest length.
 
     angular_spread in every dtype for few and for many features, in bf16 and fp32 at ragged shapes and for many layers;
     every potential in bf16 at F=768. With ``every``: every potential and dtype for few and for many features, and
@@ -74,4 +75,5 @@ def calls(every: bool = False) -> Iterator[Call]:
                 mask = torch.zeros(1, length, dtype=torch.int64)
                 for pair_ids, bounds in ((None, None), (mask, None), (None, cu_seqlens)):
                     for with_grad in (True, False):
-                        yield Call(name, potential, layers, pair_ids, bounds, with_grad, precision)
+                        yield Call(name, potential, layers, pair_ids, bounds, None, with_grad, precision)
+                yield Call(name, potential, layers, None, cu_seqlens, length, True, precision)

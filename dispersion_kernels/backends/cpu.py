@@ -119,8 +119,9 @@ def run(
     potential: Potential,
     reduction: str,
     with_grad: Sequence[bool],
+    max_seqlen: int | None = None,
 ) -> Losses:
-    """:data:`~dispersion_kernels.backends.interface.Run` of the kernel."""
+    """:class:`~dispersion_kernels.backends.interface.Run` of the kernel."""
     batch, length, _ = layers[0].shape
     runs = host_segments(batch, length, pair_ids, None if cu_seqlens is None else cu_seqlens.cpu())
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1

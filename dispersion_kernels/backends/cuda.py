@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dispersion_kernels.backends.cpu import build_info
 from dispersion_kernels.backends.gpu.launch import (
+    BandProductCall,
     DiagonalCall,
     PairTilesCall,
     RowStatisticsCall,
@@ -90,6 +91,7 @@ class CudaKernels:
     """
 
     max_layers = 64  # kMaxLayers of csrc/cuda/kernels.h
+    has_band = False
 
     def __init__(self, z: Tensor, precision: str | None = None) -> None:
         reason = unavailable_reason()
@@ -157,6 +159,9 @@ class CudaKernels:
             *inputs.epilogue.p,
             self.stream,
         )
+
+    def band_product(self, call: BandProductCall) -> None:
+        raise NotImplementedError("the CUDA kernels have no band of tiles: has_band is False")
 
     def diagonal(self, call: DiagonalCall) -> None:
         torch.ops.dispersion_kernels.cuda_diagonal(

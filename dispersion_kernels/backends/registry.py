@@ -49,9 +49,10 @@ class Backend:
         potential: Potential,
         reduction: str,
         with_grad: Sequence[bool],
+        max_seqlen: int | None = None,
     ) -> Losses:
         """:attr:`run` with G that lacks nothing but the scale."""
-        loss, grads, scale = self.run(layers, pair_ids, cu_seqlens, potential, reduction, with_grad)
+        loss, grads, scale = self.run(layers, pair_ids, cu_seqlens, potential, reduction, with_grad, max_seqlen)
         if self.finish is None or scale is None:
             return loss, grads, scale
         one = torch.ones_like(scale)

@@ -56,8 +56,9 @@ def run(
     potential: Potential,
     reduction: str,
     with_grad: Sequence[bool],
+    max_seqlen: int | None = None,
 ) -> Losses:
-    """:data:`~dispersion_kernels.backends.interface.Run` of the sweep."""
+    """:class:`~dispersion_kernels.backends.interface.Run` of the sweep."""
     losses: list[Tensor] = []
     grads: list[Tensor | None] = []
     scales: list[Tensor | None] = []

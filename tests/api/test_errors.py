@@ -96,6 +96,16 @@ def bounds(*values: int) -> Tensor:
             ValueError,
             "both cu_seqlens and document_ids",
         ),
+        (Z, {"max_seqlen": 6}, ValueError, "max_seqlen=6 was given without cu_seqlens"),
+        (PACKED, {"cu_seqlens": bounds(0, 10), "max_seqlen": 0}, ValueError, "max_seqlen must be at least 1, got 0"),
+        (PACKED, {"cu_seqlens": bounds(0, 10), "max_seqlen": True}, TypeError, "max_seqlen must be an integer, got T"),
+        (PACKED, {"cu_seqlens": bounds(0, 10), "max_seqlen": 10.0}, TypeError, r"got 10.0; give int\(cu_seqlens.diff"),
+        (
+            PACKED,
+            {"cu_seqlens": bounds(0, 7, 10), "max_seqlen": 6},
+            ValueError,
+            "max_seqlen is 6, and the longest sequence of cu_seqlens has 7 tokens",
+        ),
     ],
 )
 def test_wrong_arguments(z: Any, options: dict[str, Any], error: type[Exception], message: str, impl: str) -> None:
@@ -262,5 +272,5 @@ def test_mask_on_another_device() -> None:
 def test_a_potential_that_this_process_does_not_know() -> None:
     with pytest.raises(ValueError, match=r"'elsewhere.Mine' is not known in this process; an exported program"):
         torch.ops.dispersion_kernels.dispersion_loss(
-            [Z], *[None] * 5, "elsewhere.Mine", [], "mean", "torch", 1.0, "", [False], False, False
+            [Z], *[None] * 5, "elsewhere.Mine", [], "mean", "torch", 1.0, "", [False], False, False, None
         )

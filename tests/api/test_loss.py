@@ -373,6 +373,10 @@ def test_packed_sequences_are_sequences(potential: Potential, impl: str) -> None
     torch.testing.assert_close(packed.grad, torch.cat([a.grad for a in apart]), rtol=1e-5, atol=1e-7)
     mean = fused_dispersion_loss(z, potential, cu_seqlens=cu_seqlens, impl=impl)
     torch.testing.assert_close(mean, packed.loss.sum() / 4)
+    for largest in (70, 2**80):
+        known = evaluate(z, potential, cu_seqlens=cu_seqlens, max_seqlen=largest, impl=impl)
+        assert torch.equal(known.loss, packed.loss)
+        assert torch.equal(known.grad, packed.grad)
 
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLS])
@@ -454,7 +458,7 @@ class _Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.dispersion_kernels.dispersion_loss.default:
-            self.with_grad.append(args[-3])
+            self.with_grad.append(args[-4])
         return func(*args, **(kwargs or {}))
 
 

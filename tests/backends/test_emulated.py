@@ -279,10 +279,11 @@ def dispersion(
     pair_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     with_grad: bool = True,
+    max_seqlen: int | None = None,
 ) -> launch.Result:
     name, arch = backend.split("-")
     with KERNELS[name](layers[0], arch) as kernels:
-        return launch.dispersion(layers, potential, pair_ids, cu_seqlens, with_grad, kernels)
+        return launch.dispersion(layers, potential, pair_ids, cu_seqlens, with_grad, kernels, max_seqlen=max_seqlen)
 
 
 def finished(losses: launch.Result, layers: list[Tensor], potential: Potential, backend: str) -> list[Tensor]:
@@ -297,9 +298,14 @@ def finished(losses: launch.Result, layers: list[Tensor], potential: Potential, 
 
 
 def evaluate(
-    z: Tensor, potential: Potential, backend: str, pair_ids: Tensor | None = None, cu_seqlens: Tensor | None = None
+    z: Tensor,
+    potential: Potential,
+    backend: str,
+    pair_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Answer:
-    losses = dispersion([z], potential, backend, pair_ids, cu_seqlens)
+    losses = dispersion([z], potential, backend, pair_ids, cu_seqlens, max_seqlen=max_seqlen)
     return Answer(losses.loss[0].float(), finished(losses, [z], potential, backend)[0])
 
 
@@ -517,6 +523,22 @@ def test_last_step_of_backward(
 def test_blocks_of_a_row(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "WORKSPACE_BYTES", 1)
     check(tokens(1, 261, 136), AngularSpread(), backend)
+
+
+@pytest.mark.parametrize("backend", ["triton-sm_80", "triton-sm_90"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_packed_sequences_of_known_length(dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The band of tiles that pair, in a workspace that is used again for the last tile."""
+    monkeypatch.setattr(launch, "WORKSPACE_BYTES", 1)
+    z, bounds = tokens(1, 390, 136, dtype=dtype), torch.tensor([0, 3, 103, 103, 104, 170, 270, 390], dtype=torch.int32)
+    z[0, 192:256] = torch.nan  # a tile of tokens that a mask leaves out
+    mask = torch.ones(390, dtype=torch.bool)
+    mask[192:256] = False
+    answer = evaluate(z, AngularSpread(), backend, (mask.long() - 1)[None], bounds, 120)
+    known = torch.where(mask[:, None], z[0], 0)
+    exact = oracle(known, AngularSpread(), cu_seqlens=bounds, mask=mask)
+    packed = Answer(answer.loss, answer.grad[0])
+    assert_as_accurate_as_naive(known, AngularSpread(), packed, exact, cu_seqlens=bounds, mask=mask)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

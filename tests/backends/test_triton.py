@@ -42,9 +42,11 @@ from dispersion_kernels import (
     Potential,
     Uniformity,
     fused_dispersion_loss,
+    operators,
     supported,
 )
 from dispersion_kernels.backends import cuda
+from dispersion_kernels.backends.gpu import launch
 
 DEVICE = "cuda" if GPU else "cpu"
 TRITON = importlib.util.find_spec("triton") is not None
@@ -215,6 +217,47 @@ class TestKernels(OnEveryBackend):
         z[40:] *= 2  # sequences whose exponents differ by far must not share a shift
         self.check(z, potential, cu_seqlens=cu_seqlens)
         self.check(z, potential, cu_seqlens=cu_seqlens, mask=torch.rand(len(z), device=DEVICE) > 0.2)
+
+        with pytest.MonkeyPatch.context() as patch:  # as with bounds on a GPU
+            patch.setattr(operators, "longest_sequence", lambda _: None)
+            self.check(z, potential, cu_seqlens=cu_seqlens)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_packed_sequences_of_known_length(self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The band of tiles that pair, in a workspace that holds a part of them."""
+        # A tile that is masked, sequences within a tile, of several tiles, and of all that max_seqlen allows.
+        scale = 2 if GPU else 1  # tiles are twice as large there
+        lengths = scale * torch.tensor([3, 90, 1, 0, 9, 40, 90, 64, 33])
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(DEVICE)
+        layers = [tokens(int(lengths.sum()), 150, dtype=dtype) for _ in range(2)]
+        mask = torch.rand(len(layers[0]), device=DEVICE) > 0.2
+        mask[scale * 128 : scale * 224] = False
+        regions = []
+        launched = launch._Call._pair_tiles
+
+        def pair_tiles(call: Any, shape: Any, region: launch.Region, *rest: Any, **options: Any) -> Any:
+            regions.append((region, launch._blocks(call.length, shape.block)))
+            return launched(call, shape, region, *rest, **options)
+
+        monkeypatch.setattr(launch._Call, "_pair_tiles", pair_tiles)
+        for workspace in (launch.WORKSPACE_BYTES, 1):
+            monkeypatch.setattr(launch, "WORKSPACE_BYTES", workspace)
+            for potential in (AngularSpread(), Uniformity(t=2.0), Decorrelation())[
+                : 3 if dtype == torch.float32 else 1
+            ]:
+                self.check(layers[0], potential, cu_seqlens=bounds, max_seqlen=scale * 100, mask=mask)
+            for z in layers:
+                z.requires_grad_()
+            alone = [fused_dispersion_loss(z, cu_seqlens=bounds, max_seqlen=scale * 90, impl=self.impl) for z in layers]
+            together = fused_dispersion_loss(layers, cu_seqlens=bounds, max_seqlen=scale * 90, impl=self.impl)
+            torch.testing.assert_close(together, sum(alone) / 2)
+            expected = torch.autograd.grad(sum(alone) / 2, layers)
+            for gradient, one in zip(torch.autograd.grad(together, layers), expected, strict=True):
+                torch.testing.assert_close(gradient, one, rtol=0, atol=1e-2 * one.abs().max().item())
+        if self.impl == "triton":
+            parts = {region.band is not None and tiles > region.band.ring for region, tiles in regions}
+            assert parts == {False, True}
+            assert all(region.band is not None for region, _ in regions if region.programs > 1)
 
     @pytest.mark.parametrize("pairs", [0.25, 0.0])
     @pytest.mark.parametrize("length", [132, 131])
@@ -419,8 +462,12 @@ class TestKernels(OnEveryBackend):
             layers = [tokens(*shape, dtype=dtype).requires_grad_() for _ in range(2)]
             others = (None, None, temperature, None, None, potential.name(), potential.params())
             for with_grad in ([True, True], [False, False]):  # kept, or computed again in backward
-                arguments = (layers, *others, "mean", self.impl, 1.0, "", with_grad, False, False)
+                arguments = (layers, *others, "mean", self.impl, 1.0, "", with_grad, False, False, None)
                 torch.library.opcheck(operator, arguments)
+        packed, bounds = [tokens(1, 40, 150).requires_grad_()], torch.tensor([0, 30, 40], dtype=torch.int32)
+        others = (None, bounds.to(DEVICE), None, None, None, "angular_spread", AngularSpread().params())
+        arguments = (packed, *others, "mean", self.impl, 1.0, "", [True], False, False, 30)
+        torch.library.opcheck(operator, arguments)
 
     @pytest.mark.parametrize("potential", [AngularSpread(), Decorrelation(), L2Repel()], ids=lambda p: p.name())
     def test_under_transforms(self, potential: Potential) -> None:

@@ -29,17 +29,18 @@ def test_opcheck(potential: Potential, impl: str) -> None:
     cu_seqlens = torch.tensor([0, 4, 20], dtype=torch.int32)
     operator = torch.ops.dispersion_kernels.dispersion_loss.default
     others, all_pairs = (None, None, None, potential.name(), potential.params()), (1.0, "")
-    for layers, pair_ids, bounds, reduction in (
-        ([z, z + 1], None, None, "mean"),
-        ([z.bfloat16()], ids, None, "none"),
-        ([z[:1]], None, cu_seqlens, "sum"),
+    for layers, pair_ids, bounds, largest, reduction in (
+        ([z, z + 1], None, None, None, "mean"),
+        ([z.bfloat16()], ids, None, None, "none"),
+        ([z[:1]], None, cu_seqlens, None, "sum"),
+        ([z[:1]], None, cu_seqlens, 16, "mean"),
     ):
         for with_grad in ([True] * len(layers), [False] * len(layers)):
-            args = (layers, pair_ids, bounds, *others, reduction, impl, *all_pairs, with_grad, False, False)
+            args = (layers, pair_ids, bounds, *others, reduction, impl, *all_pairs, with_grad, False, False, largest)
             torch.library.opcheck(operator, args)
     differentiable = [z.clone().requires_grad_(), z + 1]
     for with_grad in ([True, False], [False, False]):  # kept, or swept again in backward
-        args = (differentiable, ids, None, *others, "none", impl, *all_pairs, with_grad, False, False)
+        args = (differentiable, ids, None, *others, "none", impl, *all_pairs, with_grad, False, False, None)
         torch.library.opcheck(operator, args)
 
 

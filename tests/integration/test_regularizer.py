@@ -451,7 +451,9 @@ def test_packed_documents_have_a_loss_each(given: str) -> None:
     cu_seqlens = torch.tensor([0, 7, 19, 30], dtype=torch.int32)
     positions = torch.cat([torch.arange(7), torch.arange(12), torch.arange(11)])[None]
     arguments = (
-        {"cu_seq_lens_q": cu_seqlens} if given == "cu_seq_lens_q" else {"position_ids": positions, "input_ids": batch}
+        {"cu_seq_lens_q": cu_seqlens, "max_length_q": 12}
+        if given == "cu_seq_lens_q"
+        else {"position_ids": positions, "input_ids": batch}
     )
     reg = DispersionRegularizer(model, weight=WEIGHT)
     bounds = cu_seqlens if len(batch) == 1 else torch.cat([cu_seqlens, cu_seqlens[1:] + 30])
@@ -465,6 +467,15 @@ def test_packed_documents_have_a_loss_each(given: str) -> None:
         for piece in pieces:
             model(piece)
         torch.testing.assert_close(reg.loss(), packed)
+
+
+def test_the_largest_length_is_handed_on() -> None:
+    model, batch = Padded(), tokens(batch=1, length=30)
+    reg = DispersionRegularizer(model, weight=WEIGHT)
+    bounds = torch.tensor([0, 7, 19, 30], dtype=torch.int32)
+    with pytest.raises(ValueError, match="max_seqlen is 11, and the longest sequence of cu_seqlens has 12 tokens"):
+        model(batch, cu_seq_lens_q=bounds, max_length_q=11)
+    reg.remove()
 
 
 def test_whole_rows_of_positions_are_no_documents() -> None:

@@ -394,7 +394,7 @@ def test_operator_and_compiler(sampling: SampledPairs) -> None:
     ids = torch.randint(-1, 2, (2, 300)) if fraction and control_variate != "full_rank" else None
     for pair_ids, with_grad in ((None, True), (ids, True), (None, False)):
         options = ("angular_spread", [1.0, 0.25, 0.01], "mean", "auto", fraction, control_variate)
-        args = (z, pair_ids, None, None, *draws, *options, [with_grad] * 2, False, with_grad)
+        args = (z, pair_ids, None, None, *draws, *options, [with_grad] * 2, False, with_grad, None)
         torch.library.opcheck(torch.ops.dispersion_kernels.dispersion_loss.default, args)
         differentiable = ([x.clone().requires_grad_() for x in z], *args[1:])
         torch.library.opcheck(torch.ops.dispersion_kernels.dispersion_loss.default, differentiable)

@@ -1,10 +1,12 @@
 """The launcher of the GPU backends: the strategy, the schedule and the order of the kernels.
 
 *Workspace*: the similarities of the upper triangle of tiles, whose slopes go to a workspace of bounded size, and
-library matrix products of the workspace with the tokens; 3 L^2 F FLOPs per row. *Fused*: one kernel that keeps a tile's
-gradient in registers and stores no slope, for few features and for packed sequences; 2 (1 + n) L^2 F FLOPs per row,
-where n is the number of slices of the features. The launcher reads no value back from the device, and every launch
-depends on shapes alone, so a CUDA graph can capture a call.
+library matrix products of the workspace with the tokens; 3 L^2 F FLOPs per row. *Band*: the same for packed sequences
+of a known largest length, whose tiles pair with few others; the workspace holds those alone, and the product is a
+kernel that leaves out tiles without a common sequence. *Fused*: one kernel that keeps a tile's gradient in registers
+and stores no slope, for few features and for packed sequences of unknown length; 2 (1 + n) L^2 F FLOPs per row, where n
+is the number of slices of the features. The launcher reads no value back from the device, and every launch depends on
+shapes and the largest length alone, so a CUDA graph can capture a call.
 
 A *row* is one sequence of L tokens of one layer: row r is batch ``r % batch`` of layer ``r // batch``. A backend
 implements :class:`Kernels`.
@@ -32,6 +34,8 @@ from dispersion_kernels.segments import on_device, segment_of_token, within_segm
 # Size of the workspace of slopes: small enough for the last-level cache, large enough to fill the machine. A B200's 148
 # multiprocessors are busy with two blocks of 3,072 x 3,072 slopes in 16 bits.
 WORKSPACE_BYTES = 36 << 20
+# Largest workspace of the band strategy, for sequences of a few thousand tokens; those beyond are fused.
+_BAND_BYTES = 4 * WORKSPACE_BYTES
 # Most features for which the fused kernel, with 4 L^2 F FLOPs, should cost less than the workspace, with 3 L^2 F
 # and the traffic of slopes.
 _FUSED_FEATURES = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
@@ -92,12 +96,25 @@ class Statistics:
 
 
 @dataclass(frozen=True)
+class Band:
+    """The pairs of tiles at most ``reach`` apart, and the workspace of their slopes: ``[rows, ring * block, (2 reach +
+    1) * block]``, where the tokens of tile I are at ``I % ring``, and their pairs with J at ``J - I + reach``."""
+
+    reach: int
+    ring: int
+    tile_ranges: Tensor
+    """As those of :class:`RowSweepCall`, for tiles of ``block`` tokens. Pairs of tiles in neither's range are left
+    out, also of the workspace."""
+
+
+@dataclass(frozen=True)
 class Region:
     """The pairs of tiles of one launch of ``pair_tiles``."""
 
     rows: int
     programs: int
-    """Programs per row: the triangle of ``tiles_i`` folded to a rectangle, or ``tiles_i * tiles_j``."""
+    """Programs per row: the triangle of ``tiles_i`` folded to a rectangle, ``tiles_i * tiles_j``, or, of a band,
+    ``tiles_i * (reach + 1)``."""
     tiles_i: int
     tiles_j: int = 0
     triangle: bool = True
@@ -105,6 +122,8 @@ class Region:
     first_i: int = 0
     first_j: int = 0
     first_sum: int = 0
+    band: Band | None = None
+    """With ``triangle`` false: the pairs of ``tiles_i`` tiles with themselves and the next ``reach`` tiles."""
 
 
 class TileShape(Protocol):
@@ -153,7 +172,7 @@ class PairTilesCall(NamedTuple):
     """:class:`TileShape` of the backend."""
     region: Region
     sums: Tensor
-    """Partial sums of psi, ``[rows, programs]``; output."""
+    """Partial sums of psi, ``[rows, programs]``, of a band ``[rows, reach + 1, L]``, one a token; output."""
     maxima: Tensor | None
     """Largest exponents, ``[rows, programs]``, that ``sums`` are relative to; output."""
     shift: Tensor | None
@@ -180,6 +199,25 @@ class DiagonalCall(NamedTuple):
     """Row of ``weights[0]``."""
     weights: Tensor
     """Weights, ``[rows, N, N]``, as from ``pair_tiles``; the diagonal is output."""
+
+
+class BandProductCall(NamedTuple):
+    """Arguments of ``band_product``, which computes G of ``tiles`` tiles of tokens: the product of a band's weights and
+    the tokens."""
+
+    inputs: Inputs
+    shape: Any
+    """:class:`TileShape` that ``weights`` were written with."""
+    band: Band
+    rows: int
+    first_row: int
+    """Row of ``weights[0]``."""
+    first_tile: int
+    tiles: int
+    weights: Tensor
+    """Weights, as from ``pair_tiles``."""
+    gradients: Sequence[Tensor]
+    """G of each layer, ``[B, L, F]`` fp32; output."""
 
 
 class RowSweepCall(NamedTuple):
@@ -320,6 +358,8 @@ class Kernels(Protocol):
     """Most layers of one launch."""
     multiprocessors: int
     """Multiprocessors of the device."""
+    has_band: bool
+    """Whether there is ``band_product``, and ``pair_tiles`` of a band."""
 
     @property
     def alignment(self) -> int:
@@ -334,6 +374,7 @@ class Kernels(Protocol):
 
     def row_statistics(self, call: RowStatisticsCall) -> None: ...
     def pair_tiles(self, call: PairTilesCall) -> Any: ...
+    def band_product(self, call: BandProductCall) -> None: ...
     def diagonal(self, call: DiagonalCall) -> None: ...
     def row_sweep(self, call: RowSweepCall) -> Any: ...
     def sequence_losses(self, call: SequenceLossesCall) -> None: ...
@@ -376,11 +417,12 @@ def run(
     potential: Potential,
     reduction: str,
     with_grad: Sequence[bool],
+    max_seqlen: int | None = None,
 ) -> Losses:
-    """:data:`~dispersion_kernels.backends.interface.Run` of the kernels that ``kernels_for`` makes for tokens."""
+    """:class:`~dispersion_kernels.backends.interface.Run` of the kernels that ``kernels_for`` makes for tokens."""
     with torch.cuda.device_of(layers[0]):  # Triton launches on the current device
         loss, gradients, scale = dispersion(
-            layers, potential, pair_ids, cu_seqlens, any(with_grad), kernels_for(layers[0]), reduction
+            layers, potential, pair_ids, cu_seqlens, any(with_grad), kernels_for(layers[0]), reduction, max_seqlen
         )
     total = loss.sum(0) if reduction == "none" else loss.sum()
     return total.float(), [gradients[n] if need else None for n, need in enumerate(with_grad)], scale
@@ -392,7 +434,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def is_fused(features: int, dtype: torch.dtype, cu_seqlens: Tensor | None) -> bool:
-    """Whether the gradient is computed by the fused kernel, rather than with a workspace."""
+    """Whether the gradient is computed without a workspace of whole rows."""
     return cu_seqlens is not None or features <= _FUSED_FEATURES[dtype]
 
 
@@ -488,6 +530,7 @@ def dispersion(
     with_grad: bool,
     kernels: Kernels,
     reduction: str = "none",
+    max_seqlen: int | None = None,
 ) -> Result:
     """Loss of each sequence of each layer and, if asked, its gradient, times the weight that the loss has in the
     reduction: :func:`~dispersion_kernels.numerics.loss_weight`.
@@ -497,7 +540,7 @@ def dispersion(
         potential, pair_ids, cu_seqlens: as in :mod:`dispersion_kernels.segments`.
         with_grad: whether to compute the gradient.
         kernels: the kernels of the backend.
-        reduction: as in :func:`fused_dispersion_loss`.
+        reduction, max_seqlen: as in :func:`fused_dispersion_loss`.
     """
     batch, length, _ = layers[0].shape
     if batch == 0 or length < 2:
@@ -508,7 +551,7 @@ def dispersion(
     partners = None if pair_ids is None else _partners(pair_ids, cu_seqlens)
     by_sequences = reduction == "mean" and partners is not None
     divisor = len(layers) * (batch if reduction == "mean" and partners is None else 1)
-    return _dispersion(layers, _Request(potential, partners, divisor, by_sequences, with_grad, kernels))
+    return _dispersion(layers, _Request(potential, partners, divisor, by_sequences, with_grad, kernels, max_seqlen))
 
 
 def _nothing(layers: Sequence[Tensor], potential: Potential, cu_seqlens: Tensor | None, with_grad: bool) -> Result:
@@ -531,6 +574,7 @@ class _Request(NamedTuple):
     divide_by_sequences: bool
     with_grad: bool
     kernels: Kernels
+    max_seqlen: int | None
 
 
 def _dispersion(layers: Sequence[Tensor], request: _Request) -> Result:
@@ -664,8 +708,12 @@ class _Call:
             sums, maxima = self._loss_of_rows() if packed else self._loss_of_tiles()
             loss, scale, maximum = self._pair_losses(sums, maxima)
         if with_grad:
-            fused = is_fused(self.features, self.dtype, self.cu_seqlens)
-            sums = self._gradient_fused(maximum) if fused else self._gradient_by_workspace(maximum)
+            if not is_fused(self.features, self.dtype, self.cu_seqlens):
+                sums = self._gradient_by_workspace(maximum)
+            elif (band := self._band()) is not None:
+                sums = self._gradient_by_band(*band)
+            else:
+                sums = self._gradient_fused(maximum)
             if not self.epilogue.online:
                 loss, scale, _ = self._pair_losses(sums, None)
         return loss, scale
@@ -709,6 +757,54 @@ class _Call:
         shift = None if maximum is None else self._spread(maximum).contiguous()
         self._row_sweep(shape, "gradient", sums=sums, shift=shift)
         return sums
+
+    def _band(self) -> tuple[TileShape, Band] | None:
+        """Tiles and band of packed sequences of a known largest length; None where the fused kernel is to serve."""
+        largest = self.request.max_seqlen
+        if largest is None or self.inputs.pair_ids is None or not self.kernels.has_band:
+            return None
+        if self.features <= _FUSED_FEATURES[self.dtype] or self.epilogue.online or self.epilogue.transform == "none":
+            return None
+        shape = self._tile_shape()
+        tiles = _blocks(self.length, shape.block)
+        reach = min((largest + shape.block - 2) // shape.block, tiles - 1)
+        of_a_tile = (2 * reach + 1) * shape.block**2 * self.dtype.itemsize
+        ring = min(tiles, max(WORKSPACE_BYTES // of_a_tile, 2 * (reach + 1)))
+        if ring * of_a_tile > _BAND_BYTES:
+            return None
+        return shape, Band(reach, ring, _tile_ranges(self.inputs.pair_ids, shape.block, shape.block))
+
+    def _gradient_by_band(self, shape: TileShape, band: Band) -> Tensor:
+        """Band strategy, in parts of as many tiles as the workspace holds beside the ``reach`` tiles after them, which
+        have slopes of earlier tiles by then."""
+        self.weight_sums = None
+        self.gradients = [self._empty_gradient() for _ in self.layers]
+        tiles = _blocks(self.length, shape.block)
+        part = tiles if band.ring == tiles else band.ring - band.reach
+        height, width = band.ring * shape.block, (2 * band.reach + 1) * shape.block
+        together = max(1, min(self.rows, WORKSPACE_BYTES // (height * width * self.dtype.itemsize)))
+        workspace = torch.empty(together, height, width, dtype=self.dtype, device=self.device)
+        sums = torch.empty(self.rows, band.reach + 1, self.length, dtype=torch.float32, device=self.device)
+        for first_row in range(0, self.rows, together):
+            rows = min(together, self.rows - first_row)
+            for first in range(0, tiles, part):
+                count = min(part, tiles - first)
+                begin = first * shape.block
+                region = Region(
+                    rows=rows,
+                    programs=count * (band.reach + 1),
+                    tiles_i=count,
+                    triangle=False,
+                    first_row=first_row,
+                    first_i=begin,
+                    first_j=begin,
+                    band=band,
+                )
+                self._pair_tiles(shape, region, sums, None, weights=workspace, mirror=workspace)
+                self.kernels.band_product(
+                    BandProductCall(self.inputs, shape, band, rows, first_row, first, count, workspace, self.gradients)
+                )
+        return sums.sum(1)
 
     def _gradient_by_workspace(self, maximum: Tensor | None) -> Tensor:
         shape = self._tile_shape()

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from dispersion_kernels.backends.gpu.launch import (
+    BandProductCall,
     DiagonalCall,
     Inputs,
     PairTilesCall,
@@ -27,6 +28,7 @@ from dispersion_kernels.backends.triton.configs import (
     RowConfig,
     TileConfig,
     architecture,
+    band_config,
     row_candidates,
     row_config,
     tile_candidates,
@@ -54,6 +56,7 @@ class TritonKernels:
 
     max_layers = 2**31
     alignment = 16  # Triton specialises on whether 16 divides a number
+    has_band = True
 
     def __init__(
         self,
@@ -114,7 +117,7 @@ class TritonKernels:
 
     def pair_tiles(self, call: PairTilesCall) -> Any:
         shape, region, sums, weights = call.shape, call.region, call.sums, call.weights
-        unused = call.inputs.statistics.norm
+        unused, band = call.inputs.statistics.norm, call.region.band
         return self._launch(
             kernels.pair_tiles_kernel,
             (region.programs, region.rows),
@@ -127,20 +130,49 @@ class TritonKernels:
             weights_stride=0 if weights is None else weights.stride(1),
             sums_ptr=sums,
             maxima_ptr=sums if call.maxima is None else call.maxima,
-            sums_stride=sums.shape[1],
+            sums_stride=sums.stride(0),
             first_sum=region.first_sum,
             first_row=region.first_row,
             first_i=region.first_i,
             first_j=region.first_j,
             tiles_i=region.tiles_i,
             tiles_j=region.tiles_j,
+            tile_range_ptr=unused if band is None else band.tile_ranges,
+            reach=0 if band is None else band.reach,
+            ring=0 if band is None else band.ring,
             ONLINE=call.maxima is not None,
             HAS_SHIFT=call.shift is not None,
             WRITE=weights is not None,
             TRIANGLE=region.triangle,
+            BAND=band is not None,
             BLOCK=shape.block,
             BLOCK_K=shape.block_k,
             EVEN_K=call.inputs.tokens.width % shape.block_k == 0,
+            num_warps=shape.num_warps,
+            num_stages=shape.num_stages,
+        )
+
+    def band_product(self, call: BandProductCall) -> Any:
+        tokens, band, weights = call.inputs.tokens, call.band, call.weights
+        shape = band_config(self.arch, self.dtype, self.precision, tokens.features, call.shape.block)
+        return self._launch(
+            kernels.band_product_kernel,
+            (call.tiles * triton.cdiv(tokens.features, shape.block_f), call.rows),
+            tokens,
+            weights_ptr=weights,
+            weights_row_stride=weights.stride(0),
+            weights_stride=weights.stride(1),
+            tile_range_ptr=band.tile_ranges,
+            gradients=tuple(call.gradients),
+            first_row=call.first_row,
+            first_tile=call.first_tile,
+            reach=band.reach,
+            ring=band.ring,
+            features=tokens.features,
+            BLOCK=call.shape.block,
+            BLOCK_K=shape.block_k,
+            BLOCK_F=shape.block_f,
+            PRECISION=self.precision,
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
         )

@@ -36,6 +36,16 @@ class RowConfig:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class BandConfig:
+    """Configuration of ``band_product_kernel``; its tiles have as many tokens as those of the slopes."""
+
+    block_k: int
+    block_f: int
+    num_warps: int
+    num_stages: int
+
+
 _INTERPRETER = "interpreter"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
 
@@ -100,6 +110,16 @@ def row_config(
         return RowConfig(64, 32 if arch == "sm_100" else 64, 64, width, True, 4, 2)
     # Narrow tiles for the loss alone on sm_100, where wide ones spill with pair ids.
     return RowConfig(64, 32 if arch == "sm_100" and not gradient else 64, 64, 256, False, 8, 2)
+
+
+def band_config(arch: str, dtype: torch.dtype, precision: str, features: int, block: int) -> BandConfig:
+    """Configuration for the product of the slopes of a band and the tokens."""
+    width = max(16, 1 << (features - 1).bit_length())
+    if arch == _INTERPRETER:
+        return BandConfig(32, min(width, 64), 1, 1)
+    if dtype == torch.float32:
+        return BandConfig(32, min(width, 64 if precision == "tf32x3" else 128), 4, 2)
+    return BandConfig(32, min(width, 256), 4, 2 if arch.startswith("gfx") else 3)
 
 
 def tile_candidates(config: TileConfig) -> list[TileConfig]:

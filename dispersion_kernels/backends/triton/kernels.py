@@ -227,7 +227,7 @@ def _apply_potential(
 
 # do_not_specialize: numbers that differ from call to call, each of which would compile a kernel. The length is not
 # among them: if 16 divides it, statistics are loaded for several tokens at a time.
-@triton.jit(do_not_specialize=["sums_stride", "first_sum", "first_row", "tiles_i", "tiles_j", "batch"])
+@triton.jit(do_not_specialize=["sums_stride", "first_sum", "first_row", "tiles_i", "tiles_j", "reach", "ring", "batch"])
 def pair_tiles_kernel(
     layers,
     stride_b,
@@ -237,6 +237,7 @@ def pair_tiles_kernel(
     extra_ptr,
     shift_ptr,
     pair_ids_ptr,
+    tile_range_ptr,
     weights_ptr,
     mirror_ptr,
     weights_row_stride,
@@ -253,6 +254,8 @@ def pair_tiles_kernel(
     first_j,
     tiles_i,
     tiles_j,
+    reach,
+    ring,
     p0,
     p1,
     p2,
@@ -266,6 +269,7 @@ def pair_tiles_kernel(
     HAS_PAIR_IDS: tl.constexpr,
     WRITE: tl.constexpr,
     TRIANGLE: tl.constexpr,
+    BAND: tl.constexpr,
     LAYERS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -278,6 +282,10 @@ def pair_tiles_kernel(
     The program's number numbers the pairs of tiles: of the upper triangle of ``tiles_i`` x ``tiles_i``, folded to a
     rectangle, or, without ``TRIANGLE``, of ``tiles_i`` x ``tiles_j``. Tile 0 begins at token ``first_i`` or
     ``first_j``. ``ONLINE``: the sum is relative to the largest exponent of the tile, which goes to ``maxima``.
+
+    ``BAND``: the pairs of ``tiles_i`` tiles with themselves and the next ``reach`` tiles. ``sums`` has a sum for each
+    token of I, ``[reach + 1, L]`` a row. ``weights`` is ``[ring, BLOCK, 2 * reach + 1, BLOCK]`` a row: tile I is at
+    ``I % ring``, and its pairs with J at ``J - I + reach``. Pairs of tiles in neither's tile range are not written.
     """
     number = tl.program_id(0)
     in_round = tl.program_id(1)
@@ -292,34 +300,57 @@ def pair_tiles_kernel(
         # The middle line of an odd number has no partner.
         nobody = second & (tile_i == line)
         diagonal = tile_i == tile_j
+    elif BAND:
+        tile_i = number // (reach + 1)
+        tile_j = tile_i + number % (reach + 1)
+        nobody = first_i + tile_j * BLOCK >= length
+        diagonal = tile_i == tile_j
     else:
         tile_i = number // tiles_j
         tile_j = number % tiles_j
         nobody = False
         diagonal = first_i + tile_i * BLOCK == first_j + tile_j * BLOCK
-    sum_at = row.to(tl.int64) * sums_stride + first_sum + number
+    i = first_i + tile_i * BLOCK + tl.arange(0, BLOCK)
+    j = first_j + tile_j * BLOCK + tl.arange(0, BLOCK)
+    valid_i = i < length
+    valid_j = j < length
+    sum_at = row.to(tl.int64) * sums_stride
+    if BAND:
+        sum_at += (tile_j - tile_i) * length + i
+    else:
+        sum_at += first_sum + number
     if nobody:
-        tl.store(sums_ptr + sum_at, 0.0)
+        _store_sum(sums_ptr + sum_at, 0.0, valid_i, BAND)
         if ONLINE:
             tl.store(maxima_ptr + sum_at, _NO_EXPONENT)
         return
     z = _layer_pointer(layers, row // batch, LAYERS) + (row % batch).to(tl.int64) * stride_b
-    i = first_i + tile_i * BLOCK + tl.arange(0, BLOCK)
-    j = first_j + tile_j * BLOCK + tl.arange(0, BLOCK)
     statistics = row.to(tl.int64) * length
     to_i = weights_ptr + in_round.to(tl.int64) * weights_row_stride
     to_j = mirror_ptr + in_round.to(tl.int64) * weights_row_stride
-    to_i += (i - first_i)[:, None] * weights_stride + (j - first_j)[None, :]
-    to_j += (j - first_j)[:, None] * weights_stride + (i - first_i)[None, :]
-    valid_i = i < length
-    valid_j = j < length
+    if BAND:
+        number_i = first_i // BLOCK + tile_i
+        number_j = first_i // BLOCK + tile_j
+        lane = tl.arange(0, BLOCK)
+        apart = tile_j - tile_i
+        to_i += (number_i % ring * BLOCK + lane)[:, None] * weights_stride + ((reach + apart) * BLOCK + lane)[None, :]
+        to_j += (number_j % ring * BLOCK + lane)[:, None] * weights_stride + ((reach - apart) * BLOCK + lane)[None, :]
+        ranges = tile_range_ptr + 2 * (row % batch).to(tl.int64) * tl.cdiv(length, BLOCK)
+        of_i = (tl.load(ranges + 2 * number_i) <= number_j) & (number_j < tl.load(ranges + 2 * number_i + 1))
+        of_j = (tl.load(ranges + 2 * number_j) <= number_i) & (number_i < tl.load(ranges + 2 * number_j + 1))
+        if not (of_i | of_j):
+            _store_sum(sums_ptr + sum_at, 0.0, valid_i, BAND)
+            return
+    else:
+        to_i += (i - first_i)[:, None] * weights_stride + (j - first_j)[None, :]
+        to_j += (j - first_j)[:, None] * weights_stride + (i - first_i)[None, :]
 
     if HAS_PAIR_IDS:
         pair_ids_ptr += (row % batch).to(tl.int64) * length
         least_i, largest_i = _pair_id_range(pair_ids_ptr, i, valid_i)
         least_j, largest_j = _pair_id_range(pair_ids_ptr, j, valid_j)
         if (least_i > largest_j) | (least_j > largest_i):
-            tl.store(sums_ptr + sum_at, 0.0)
+            _store_sum(sums_ptr + sum_at, 0.0, valid_i, BAND)
             if ONLINE:
                 tl.store(maxima_ptr + sum_at, _NO_EXPONENT)
             if WRITE:
@@ -372,8 +403,8 @@ def pair_tiles_kernel(
     else:
         psi = u
         slope = v
-    total = tl.sum(psi)
-    tl.store(sums_ptr + sum_at, tl.where(diagonal, total, 2 * total))
+    total = tl.sum(psi, 1) if BAND else tl.sum(psi)
+    _store_sum(sums_ptr + sum_at, tl.where(diagonal, total, 2 * total), valid_i, BAND)
     if WRITE:
         scale_i = tl.load(weight_inverse_ptr + statistics + i, mask=valid_i, other=0.0)
         scale_j = tl.load(weight_inverse_ptr + statistics + j, mask=valid_j, other=0.0)
@@ -382,6 +413,14 @@ def pair_tiles_kernel(
         if not diagonal:
             mirrored = (slope * scale_i[:, None]).to(weights_ptr.dtype.element_ty)
             tl.store(to_j, tl.trans(mirrored))
+
+
+@triton.jit
+def _store_sum(to, value, valid, OF_TOKENS: tl.constexpr):
+    if OF_TOKENS:
+        tl.store(to, value, mask=valid)
+    else:
+        tl.store(to, value)
 
 
 @triton.jit
@@ -435,6 +474,56 @@ def diagonal_kernel(
     inverse = tl.load(inverse_ptr + tokens, mask=tokens < length, other=0.0)
     diagonal = (-along * inverse).to(weights_ptr.dtype.element_ty)
     tl.store(weights_ptr + tokens * (weights_stride + 1), diagonal, mask=tokens < length)
+
+
+@triton.jit(do_not_specialize=["first_row", "first_tile", "reach", "ring", "batch"])
+def band_product_kernel(
+    layers,
+    stride_b,
+    stride_l,
+    weights_ptr,
+    weights_row_stride,
+    weights_stride,
+    tile_range_ptr,
+    gradients,
+    first_row,
+    first_tile,
+    reach,
+    ring,
+    batch,
+    length,
+    features,
+    width,
+    LAYERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Kernel for a slice of ``BLOCK_F`` features of G_i = sum_j weights_ij z_j of a tile of tokens, over the tiles in
+    its tile range; ``weights`` are those that ``pair_tiles`` writes with ``BAND``."""
+    slices = tl.cdiv(features, BLOCK_F)
+    tile = first_tile + tl.program_id(0) // slices
+    f = tl.program_id(0) % slices * BLOCK_F + tl.arange(0, BLOCK_F)
+    in_round = tl.program_id(1)
+    row = first_row + in_round
+    layer = row // batch
+    z = _layer_pointer(layers, layer, LAYERS) + (row % batch).to(tl.int64) * stride_b
+    ranges = tile_range_ptr + 2 * ((row % batch).to(tl.int64) * tl.cdiv(length, BLOCK) + tile)
+    begin = tl.maximum(tl.load(ranges), tile - reach) * BLOCK
+    end = tl.minimum(tl.load(ranges + 1), tile + reach + 1) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    k = tl.arange(0, BLOCK_K)
+    weights = weights_ptr + in_round.to(tl.int64) * weights_row_stride
+    weights += (tile % ring * BLOCK + lane)[:, None] * weights_stride + ((reach - tile) * BLOCK + k)[None, :]
+    gradient = tl.zeros((BLOCK, BLOCK_F), tl.float32)
+    for start in range(begin, end, BLOCK_K):
+        read = tl.minimum(start + k, length - 1).to(tl.int64) * stride_l
+        z_j = tl.load(z + read[:, None] + f[None, :], mask=(f < width)[None, :], other=0.0)
+        gradient = _dot(tl.load(weights + start), z_j, gradient, PRECISION)
+    i = tile * BLOCK + lane
+    out = _layer_pointer(gradients, layer, LAYERS) + ((row % batch).to(tl.int64) * length + i)[:, None] * features
+    tl.store(out + f[None, :], gradient, mask=(i < length)[:, None] & (f < features)[None, :])
 
 
 @triton.jit(do_not_specialize=["batch"])
