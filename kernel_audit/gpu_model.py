@@ -27,6 +27,7 @@ from benchmarks.loss import SHORT, forward_backward, out_of_memory
 from benchmarks.machine import describe, write_text
 from benchmarks.timing import interleaved, quartiles
 from dispersion_kernels.gpt2.model import PRESETS
+from kernel_audit import host_time
 from kernel_audit.static_report import DEVICES, Device, Row, examine
 
 
@@ -72,6 +73,9 @@ BYTES: dict[str, Callable[[int, int], int]] = {
 NAIVE_MATRICES = 8.3
 # Share of the 16-bit rate that a training step reaches, and its FLOPs per token and parameter.
 UTILISATION, STEP_FLOPS = 0.4, 6
+# Figures of the host in microseconds.
+_FIGURES = {**host_time.HOST._asdict(), "driver": host_time.DRIVER, "dispatch": host_time.DISPATCH}
+US = {name: round(1e6 * seconds) for name, seconds in _FIGURES.items()}
 
 HEAD = f"""\
 # GPU time on paper
@@ -99,8 +103,18 @@ that is longer; `angular_spread`.
 - *estimate*: the tensor cores reach {EFFICIENCY:.0%} of the data sheet's rate, in the library's products, too, whose
   {LIBRARY_TILE} x {LIBRARY_TILE} tiles come in whole waves; the epilogue does not overlap with the products of its
   tile, and the workspace goes through device memory, as if L2 held none of it.
-- Both add {LAUNCH * 1e6:g} us for each launch and for each small operation. The host's own time, Python and launches,
-  is left out: it hides behind a model's other kernels, but not where the loss is all that runs.
+- Both add {LAUNCH * 1e6:g} us for each launch and for each small operation. The host's own time is left out of them: it
+  hides behind a model's other kernels, but not where the loss is all that runs.
+- *host*: the time in which the host issues forward and backward of that layer. Where it is longer than the time on the
+  GPU, the host bounds a loss that runs alone. Measured by `python -m kernel_audit.host_time` without a GPU, on a
+  machine that other work kept busy, too ({host_time.MACHINE}):
+  CPU time of the public function and its backward on CPU tensors, with Triton's launch up to its launcher in C, and
+  without the kernels and the library's products; a fit, within 5%, to five calls of one layer and of twelve:
+  {US["call"]} us a call, {US["layer"]} a layer, {US["step"]} a launch or operation for its
+  arguments, and {US["launch"]} more a launch in Triton. Assumed, as usual figures:
+  {US["driver"]} us a launch for Triton's launcher in C and the driver, and {US["dispatch"]} us an operation for
+  PyTorch's dispatch on CUDA tensors. In none of it: a first call, which compiles; autograd's change of threads and its
+  own operations; queries of the device.
 - *naive*: the materialised version in the same dtype, eager: the bytes that its operations read and write, recorded in
   the same way, at the device's bandwidth, or its products' FLOPs at {EFFICIENCY:.0%} of the rate where they take
   longer; its launches counted once, as if it took all sequences at a time. Its peak is taken as {NAIVE_MATRICES} L x L
@@ -108,7 +122,7 @@ that is longer; `angular_spread`.
 - Latencies, clocks that fall under load, power limits, bank conflicts and TLB misses are in none of it.
 """
 COLUMNS = (
-    "L (B) | launches | tensor | fma | xu | alu | lsu | L2 | memory | at best, ms | estimate, ms | "
+    "L (B) | launches | tensor | fma | xu | alu | lsu | L2 | memory | at best, ms | estimate, ms | host, ms | "
     "naive moves, GB | its peak, GiB | naive, ms | naive / estimate"
 )
 PIPES = ("tensor", "fma", "xu", "alu", "lsu", "L2", "memory")
@@ -131,12 +145,13 @@ class Work(NamedTuple):
 
 @dataclass
 class Time:
-    """Predicted seconds, and busy seconds of each of ``PIPES``."""
+    """Predicted seconds, busy seconds of each of ``PIPES``, and seconds in which the host issues the call."""
 
     best: float = 0.0
     estimate: float = 0.0
     pipes: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     launches: int = 0
+    host: float = 0.0
 
     def add(self, best: float, estimate: float) -> None:
         self.best += best + LAUNCH
@@ -232,6 +247,7 @@ def _cells(card: Card, features: int, length: int) -> list[str]:
         *(_ms(ours.pipes[pipe]) for pipe in PIPES),
         _ms(ours.best),
         _ms(ours.estimate),
+        _ms(ours.host),
         f"{moved / 1e9:,.2f}",
         f"{peak:,.2f}",
         *([_ms(naive), f"{naive / ours.estimate:.1f}"] if peak <= 80 else ["-", "-"]),
@@ -264,12 +280,14 @@ def _training(cards: list[Card]) -> str:
         "The others: the loss of the fp32 hidden states, its products in tf32 or in true fp32, as "
         "`torch.set_float32_matmul_precision` says (`high`; `highest`, PyTorch's default), and of bf16 ones in a call "
         "a layer. All have autograd's addition of the gradient to that of the residual stream, in fp32, or in bf16 in "
-        "the last column. The goal is 5% of the step. What forward keeps for backward is a bf16 activation a layer, "
-        "and under autocast the rounded hidden state. Milliseconds, and the share of the step, at best and "
+        "the last of them. The goal is 5% of the step. What forward keeps for backward is a bf16 activation a layer, "
+        "and under autocast the rounded hidden state. Beside them the time in which the host issues the loss of bf16 "
+        "hidden states, in one call and in a call a layer. Milliseconds, and the share of the step, at best and "
         "estimate:",
         "",
-        "| | step | under autocast: rounded to bf16 | fp32, `high` | fp32, `highest` | bf16, a call a layer |",
-        "|---|---|---|---|---|---|",
+        "| | step | under autocast: rounded to bf16 | fp32, `high` | fp32, `highest` | bf16, a call a layer | "
+        "host, one call | host, a call a layer |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for card in cards:
         step = flops / (UTILISATION * card.rate("16-bit"))
@@ -288,12 +306,15 @@ def _training(cards: list[Card]) -> str:
             (torch.float32, "tf32x3", config.layers, [added[4]]),
             (torch.bfloat16, None, 1, [added[2]]),
         ]
+        hosts = []
         for dtype, precision, together, around in ways:
             one = time_of_ours(card, batch, config.context, config.width, dtype, precision, together)
             calls = config.layers // together
             best = calls * one.best + sum(part.best for part in around)
             estimate = calls * one.estimate + sum(part.estimate for part in around)
             cells.append(f"{_ms(best)} to {_ms(estimate)}, {best / step:.1%} to {estimate / step:.1%}")
+            hosts.append(calls * one.host)
+        cells += [_ms(hosts[0]), _ms(hosts[-1])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
@@ -311,7 +332,8 @@ def time_of_ours(
     ``"tf32x3"``."""
     work = record(card.arch, card.device.sms, batch, length, features, dtype, precision, layers)
     library = {torch.bfloat16: "16-bit", torch.float32: "tf32" if precision == "tf32" else "fp32"}[dtype]
-    time, size, tokens = Time(), dtype.itemsize, layers * batch * length * features
+    host = host_time.seconds(layers, len(work.launches), len(work.operations))
+    time, size, tokens = Time(host=host), dtype.itemsize, layers * batch * length * features
     for launch in work.launches:
         name = launch.kernel.__name__
         if name in ("pair_tiles_kernel", "row_sweep_kernel"):

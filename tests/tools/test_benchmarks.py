@@ -7,6 +7,7 @@ import csv
 import functools
 import importlib.util
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -34,11 +35,12 @@ from benchmarks import (
 )
 from benchmarks.machine import peak_memory
 from benchmarks.timing import interleaved, quartiles
+from dispersion_kernels import fused_dispersion_loss
 from dispersion_kernels.backends import cpu
 from dispersion_kernels.condensation import mean_pairwise_cosine
 from dispersion_kernels.gpt2.model import GPT2, GPT2Config
 from dispersion_kernels.gpt2.options import parse_options
-from kernel_audit import gpu_model, static_report
+from kernel_audit import gpu_model, host_time, static_report
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -591,6 +593,34 @@ def test_the_launcher_on_paper() -> None:
     assert [launch.grid for launch in several.launches if launch.kernel.__name__ == "pair_tiles_kernel"] == [(36, 6)]
 
 
+def test_the_host_takes_longer_for_more_launches() -> None:
+    assert host_time.seconds(1, 9, 3) >= host_time.seconds(1, 8, 3) + host_time.HOST.launch + host_time.DRIVER
+    assert host_time.seconds(1, 8, 4) >= host_time.seconds(1, 8, 3) + host_time.DISPATCH
+    assert host_time.seconds(12, 8, 3) > host_time.seconds(1, 8, 3) > 8 * host_time.HOST.launch > 0
+    known = host_time.Host(call=2e-4, layer=3e-5, step=2e-5, launch=5e-5)
+    counts = [(1, 1, 8, 0), (1, 1, 8, 5), (1, 12, 29, 0), (1, 12, 29, 15), (1, 1, 62, 24)]
+    assert host_time.fit([(one, host_time._fitted(one, known)) for one in counts]) == pytest.approx(known)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_host_issues_a_call_without_a_gpu(layers: int) -> None:
+    pytest.importorskip("triton")
+    from dispersion_kernels.backends.triton.backend import run
+
+    if "TRITON_INTERPRET" in os.environ:
+        pytest.skip("the interpreter has a launch of its own")
+    z = [torch.zeros(2, 256, 192, dtype=torch.bfloat16, requires_grad=True) for _ in range(layers)]
+    with host_time.without_gpu(run) as launched:
+        fused_dispersion_loss(z, variants.POTENTIAL, impl="triton").backward()
+    recorded = gpu_model.record("sm_90", 132, 2, 256, 192, torch.bfloat16, None, layers)
+    assert launched == [launch.kernel.__name__ for launch in recorded.launches]
+    # With launches that do nothing, and with Triton's.
+    (fewer, without), (counts, taken) = host_time.measure(layers, 192, 8192, calls=2)
+    assert fewer[:3] == counts[:3]
+    assert counts[3] > fewer[3] == 0
+    assert without > 0 < taken
+
+
 @pytest.mark.slow
 def test_gpu_model_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("triton")
@@ -620,6 +650,10 @@ def test_the_page_on_gpus_has_every_card_and_length() -> None:
         section = text.split(f"## {card.device.name}\n")[1].split("\n## ")[0]
         for length in gpu_model.LENGTHS:
             assert section.count(f"\n| {length:,} (") == len(gpu_model.FEATURES)
+        header, *rows = (line.split(" | ") for line in section.splitlines() if line.startswith("| "))
+        columns = header.index("launches"), header.index("host, ms")
+        times = sorted((int(row[columns[0]]), float(row[columns[1]].replace(",", ""))) for row in rows if row != header)
+        assert 0 < times[0][1] < times[-1][1]
 
 
 @pytest.mark.slow
