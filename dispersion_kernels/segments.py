@@ -122,9 +122,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None = N
         "it must start at 0, never decrease and end at the number of tokens "
         f"({tokens}): the cumulative lengths, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()"
     )
-    valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (cu_seqlens.diff() >= 0).all()
     if cu_seqlens.device.type == "cpu":
-        if not valid:
+        if not ((cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (cu_seqlens.diff() >= 0).all()):
             values = cu_seqlens.tolist()
             shown = values if len(values) <= 16 else f"{values[:8]} ... {values[-8:]}"
             raise ValueError(f"cu_seqlens is {shown}; {remedy}")
@@ -132,13 +131,12 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None = N
             raise ValueError(
                 f"max_seqlen is {max_seqlen}, and the longest sequence of cu_seqlens has {longest} tokens; give that"
             )
-    else:
-        torch._assert_async(valid, f"cu_seqlens is wrong; {remedy}")
-        if max_seqlen is not None:
-            torch._assert_async(
-                (cu_seqlens.diff() <= max_seqlen).all(),
-                f"cu_seqlens has a sequence longer than max_seqlen, {max_seqlen}; give the length of the longest",
-            )
+        return
+    lengths = cu_seqlens.diff()
+    fit = lengths >= 0 if max_seqlen is None else (lengths >= 0) & (lengths <= max_seqlen)
+    too_long = "" if max_seqlen is None else f", or has a sequence longer than max_seqlen, {max_seqlen}"
+    valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & fit.all()
+    torch._assert_async(valid, f"cu_seqlens is wrong{too_long}; {remedy}")
 
 
 def longest_sequence(cu_seqlens: Tensor) -> int:

@@ -58,6 +58,8 @@ LENGTHS = [256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 FEATURES = [768, 128]
 # Tokens of a call: as many sequences as make this number, or one sequence that is longer.
 TOKENS = 8192
+# Lengths of packed sequences, which no tile divides.
+PACKED_LENGTHS = [250, 500, 1000, 2000, 4000]
 LAUNCH = 2.5e-6
 EFFICIENCY = 0.7
 LIBRARY_TILE = 128
@@ -233,7 +235,37 @@ def render(
                     cells += _measured_cells(*card_times[width, length])
                 parts.append(f"| {' | '.join(cells)} |")
             parts.append("")
-    return "\n".join([*parts, _training(cards)])
+    return "\n".join([*parts, _packed(cards), _training(cards)])
+
+
+def _packed(cards: list[Card]) -> str:
+    """Section on packed sequences: beside rows of the same tokens."""
+    lines = [
+        "## Packed sequences",
+        "",
+        "Estimates in milliseconds, F = 768, bf16, forward and backward of one layer, of sequences of one length: as "
+        "rows of a batch; packed in one row with `max_seqlen` (or bounds on the CPU); and packed without it, by the "
+        "fused kernel. In brackets, how many times as long as the rows. Programs that find nothing to do count as "
+        "none. Packing costs tiles of two sequences, a copy of the tokens and some 20 small operations on the bounds, "
+        "which a list of layers shares: the last line is of 12 layers in one call, the times a layer.",
+        "",
+        f"| L (sequences) | {' | '.join(card.device.name for card in cards)} |",
+        "|---" * (len(cards) + 1) + "|",
+    ]
+    for length, layers in [*((length, 1) for length in PACKED_LENGTHS), (PACKED_LENGTHS[2], 12)]:
+        count, cells = TOKENS // length, []
+        for card in cards:
+            estimate = partial(_estimate, card, layers)
+            rows = estimate(count, length)
+            known, unknown = (estimate(1, count * length, packed=Packed(count, length, one)) for one in (True, False))
+            cells.append(f"{_ms(rows)}; {_ms(known)} ({known / rows:.2f}); {_ms(unknown)} ({unknown / rows:.2f})")
+        lines.append(f"| {length:,} ({count}){', of 12 layers' if layers > 1 else ''} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _estimate(card: Card, layers: int, batch: int, length: int, packed: Packed | None = None) -> float:
+    """Estimated seconds a layer, for 768 features in bf16."""
+    return time_of_ours(card, batch, length, 768, torch.bfloat16, layers=layers, packed=packed).estimate / layers
 
 
 def _cells(card: Card, features: int, length: int) -> list[str]:
@@ -327,21 +359,23 @@ def time_of_ours(
     dtype: torch.dtype,
     precision: str | None = None,
     layers: int = 1,
+    packed: Packed | None = None,
 ) -> Time:
     """Time of forward and backward of the Triton kernels. ``precision`` is of fp32 products, ``"tf32"`` or
     ``"tf32x3"``."""
-    work = record(card.arch, card.device.sms, batch, length, features, dtype, precision, layers)
+    work = record(card.arch, card.device.sms, batch, length, features, dtype, precision, layers, packed)
     library = {torch.bfloat16: "16-bit", torch.float32: "tf32" if precision == "tf32" else "fp32"}[dtype]
     host = host_time.seconds(layers, len(work.launches), len(work.operations))
     time, size, tokens = Time(host=host), dtype.itemsize, layers * batch * length * features
     for launch in work.launches:
         name = launch.kernel.__name__
-        if name in ("pair_tiles_kernel", "row_sweep_kernel"):
-            row = examined(card.arch, name, features, precision or SHORT[dtype])
-            _add_tiles(time, card, row, launch, size)
+        if name in ("pair_tiles_kernel", "row_sweep_kernel", "band_product_kernel"):
+            row = examined(card.arch, name, features, precision or SHORT[dtype], packed)
+            _add_tiles(time, card, row, launch, size, packed)
         else:
             of_g = launch.arguments["gradients"][0].element_size() if "gradients" in launch.arguments else 0
-            _add_moved(time, card, BYTES[name](size, of_g) * tokens)
+            copied = size if launch.arguments.get("CLEAN") else 0
+            _add_moved(time, card, (BYTES[name](size, of_g) + copied) * tokens)
     for operation in work.operations:
         if operation.product is None:
             _add_moved(time, card, operation.read + operation.written)
@@ -350,17 +384,28 @@ def time_of_ours(
     return time
 
 
-def _add_tiles(time: Time, card: Card, row: Row, launch: Any, size: int) -> None:
+def _add_tiles(time: Time, card: Card, row: Row, launch: Any, size: int, packed: Packed | None = None) -> None:
     """Adds a launch of the kernel whose figures are in ``row``."""
     arguments, variant = launch.arguments, row.variant
     programs, tiles = math.prod(launch.grid), 1
     read = written = 0
-    if "BLOCK" in arguments:  # pair_tiles_kernel
-        read = 2 * arguments["BLOCK"] * arguments["width"] * size
-        written = 2 * arguments["BLOCK"] ** 2 * size * arguments["WRITE"]
+    if "WRITE" in arguments:  # pair_tiles_kernel
+        block = arguments["BLOCK"]
+        read, written = 2 * block * arguments["width"] * size, 2 * block**2 * size * arguments["WRITE"]
+        if packed is not None:
+            of_all = -(-arguments["length"] // block)
+            passes = (packed.tiles(block, block) + of_all) // 2 * arguments["tiles_i"] // of_all
+            programs = passes * launch.grid[1]
+    elif "BLOCK" in arguments:  # band_product_kernel
+        assert packed is not None
+        block = arguments["BLOCK"]
+        read, of_all = block * (block + arguments["BLOCK_F"]) * size, -(-arguments["length"] // block)
+        programs = packed.tiles(block, block) * launch.grid[0] // of_all * launch.grid[1]
     else:
-        tiles = -(-arguments["length"] // arguments["BLOCK_N"])
-        read = arguments["BLOCK_N"] * arguments["width"] * size
+        block = arguments["BLOCK_N"]
+        tiles, read = -(-arguments["length"] // block), block * arguments["width"] * size
+        if packed is not None:
+            tiles, programs = 1, packed.tiles(arguments["BLOCK_M"], block) * launch.grid[1] * launch.grid[2]
     # Tensor cycles with repeated products: from the opcodes, or, where these do not tell, from the three parts of a
     # tf32x3 product.
     parts = 3.0 if "tf32x3" in variant.label else 1.0
@@ -410,17 +455,46 @@ def time_of_naive(card: Card, batch: int, length: int, features: int, dtype: tor
     return seconds, moved
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Sequences of one length in one row of tokens."""
+
+    sequences: int
+    length: int
+    known: bool
+    """Whether the launcher is told the length."""
+
+    def tiles(self, block_i: int, block_j: int) -> int:
+        """Number of pairs of a tile of ``block_i`` and one of ``block_j`` tokens that have a common sequence."""
+        tokens, found = self.sequences * self.length, 0
+        for begin in range(0, tokens, block_i):
+            first = begin // self.length * self.length
+            end = min(-(-min(begin + block_i, tokens) // self.length) * self.length, tokens)
+            found += -(-end // block_j) - first // block_j
+        return found
+
+
 @cache
 def record(
-    arch: str, sms: int, batch: int, length: int, features: int, dtype: torch.dtype, precision: str | None, layers: int
+    arch: str,
+    sms: int,
+    batch: int,
+    length: int,
+    features: int,
+    dtype: torch.dtype,
+    precision: str | None,
+    layers: int,
+    packed: Packed | None = None,
 ) -> Work:
     """Launches and operations of the launcher on ``arch`` for loss and gradient, recorded on tensors without memory."""
     # Imported here, because it needs Triton.
     from kernel_audit.ahead_of_time import record as record_launches
 
     z = [torch.empty(batch, length, features, dtype=dtype, device="meta") for _ in range(layers)]
+    bounds = None if packed is None else torch.arange(packed.sequences + 1, dtype=torch.int32, device="meta")
+    known = packed.length if packed is not None and packed.known else None
     with Recorder() as recorder:
-        launches = record_launches(z, variants.POTENTIAL, None, None, True, arch, precision or "ieee", sms)
+        launches = record_launches(z, variants.POTENTIAL, None, bounds, True, arch, precision or "ieee", sms, known)
     return Work(launches, recorder.operations)
 
 
@@ -449,7 +523,7 @@ class Recorder(TorchDispatchMode):
         # Widening of 16-bit factors is not recorded: on a GPU the product takes them with an fp32 result, elsewhere the
         # launcher widens them first.
         widened = name == "aten::_to_copy" and inputs[0].dim() == 3 and inputs[0].element_size() == 2
-        if not (func.is_view or name.startswith("aten::empty") or widened):
+        if not (func.is_view or name.startswith(("aten::empty", "aten::new_empty")) or widened):
             product = None
             if name.split(".")[0] in ("aten::mm", "aten::bmm", "aten::baddbmm"):
                 left, right = inputs[-2:]
@@ -463,12 +537,17 @@ def _bytes(tensors: list[Tensor]) -> int:
 
 
 @cache
-def examined(arch: str, kernel: str, features: int, precision: str) -> Row:
+def examined(arch: str, kernel: str, features: int, precision: str, packed: Packed | None = None) -> Row:
     """Figures of the static report for the shipped kernel of ``angular_spread`` with gradient."""
     from kernel_audit.ahead_of_time import compile_variant
 
-    part = {"pair_tiles_kernel": "pair tiles, loss and weights", "row_sweep_kernel": "row sweep, gradient"}[kernel]
-    label = f"{part}, angular_spread, {precision}, F={features}"
+    pair_ids = "" if packed is None else ", pair ids"
+    part = {
+        "pair_tiles_kernel": f"pair tiles, loss and weights{', band' if packed is not None else ''}",
+        "row_sweep_kernel": "row sweep, gradient",
+        "band_product_kernel": "band product",
+    }[kernel]
+    label = f"{part}, angular_spread, {precision}, F={features}{'' if part == 'band product' else pair_ids}"
     variant = next(variant for variant in shipped(arch) if variant.label == label)
     return examine(variant, compile_variant(variant))
 

@@ -105,7 +105,7 @@ class CudaKernels:
         # Kernels are queued on the current stream.
         self.stream = torch.cuda.current_stream(z.device).cuda_stream if z.is_cuda else 0
 
-    def tile_shape(self, has_pair_ids: bool) -> TileShape:
+    def tile_shape(self, has_pair_ids: bool, band_of: str | None) -> TileShape:
         return TileShape(64 if self.is_fp32 else 128)
 
     def row_shape(self, features: int, perplexity: bool, gradient: bool) -> RowShape:

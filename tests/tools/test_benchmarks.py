@@ -593,6 +593,26 @@ def test_the_launcher_on_paper() -> None:
     assert [launch.grid for launch in several.launches if launch.kernel.__name__ == "pair_tiles_kernel"] == [(36, 6)]
 
 
+def test_packed_sequences_on_paper() -> None:
+    for count, length, block_i, block_j in ((3, 100, 64, 64), (5, 64, 128, 64), (2, 333, 64, 32), (7, 9, 64, 128)):
+        tokens = count * length
+        common = {
+            (i // block_i, j // block_j)
+            for i in range(tokens)
+            for j in range(i // length * length, i // length * length + length)
+        }
+        assert gpu_model.Packed(count, length, known=True).tiles(block_i, block_j) == len(common)
+    pytest.importorskip("triton")
+    for known in (True, False):
+        packed = gpu_model.Packed(4, 2000, known)
+        work = gpu_model.record("sm_80", 108, 1, 8000, 768, torch.bfloat16, None, 1, packed)
+        launched = [launch.kernel.__name__ for launch in work.launches]
+        assert ("row_sweep_kernel" in launched) is not known
+        bands = [launch for launch in work.launches if launch.arguments.get("BAND")]
+        assert launched.count("band_product_kernel") == len(bands) == 4 * known
+        assert sum(launch.arguments["tiles_i"] for launch in bands) == 125 * known
+
+
 def test_the_host_takes_longer_for_more_launches() -> None:
     assert host_time.seconds(1, 9, 3) >= host_time.seconds(1, 8, 3) + host_time.HOST.launch + host_time.DRIVER
     assert host_time.seconds(1, 8, 4) >= host_time.seconds(1, 8, 3) + host_time.DISPATCH
@@ -631,7 +651,8 @@ def test_gpu_model_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setattr(gpu_model, "CARDS", [h100()])
     monkeypatch.setattr(gpu_model, "LENGTHS", [256, 4096])
     monkeypatch.setattr(gpu_model, "FEATURES", [768])
-    monkeypatch.setattr(gpu_model, "_training", lambda cards: "## In training\n")
+    for section in ("_training", "_packed"):
+        monkeypatch.setattr(gpu_model, section, lambda cards: "")
     gpu_model.main(["--out", str(tmp_path / "model.md")])
     text = (tmp_path / "model.md").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line.startswith("|")]

@@ -258,6 +258,9 @@ class Partners:
     pairs: Tensor
     """Number of ordered pairs of each sequence of the whole batch, int64."""
     cu_seqlens: Tensor | None
+    ends: Tensor | None = None
+    """One past the last token of each token's sequence, ``[1, L]`` int32, where all tokens of packed sequences pair:
+    ``pair_ids`` are the first ones then. Else None."""
     first_sequence: int = 0
     """Place in the whole batch of the part's first sequence."""
 
@@ -365,7 +368,11 @@ class Kernels(Protocol):
     def alignment(self) -> int:
         """Common divisor, in elements, that the width and the strides of the tokens must have."""
 
-    def tile_shape(self, has_pair_ids: bool) -> TileShape: ...
+    def tile_shape(self, has_pair_ids: bool, band_of: str | None) -> TileShape:
+        """Shape for ``pair_tiles``; ``band_of``: the function of the epilogue for a band, None for all pairs of
+        tiles."""
+        ...
+
     def row_shape(self, features: int, perplexity: bool, gradient: bool) -> RowShape: ...
 
     def tuned(self, strategy: str, what: tuple[Any, ...], shape: Any, launch: Callable[[Any], Any]) -> Any:
@@ -547,8 +554,11 @@ def dispersion(
         return _nothing(layers, potential, cu_seqlens, with_grad)
     if cu_seqlens is not None:
         cu_seqlens = on_device(cu_seqlens, layers[0].device).to(torch.int32)  # the dtype that compiled kernels read
-        pair_ids = within_segments(pair_ids, cu_seqlens, length)
-    partners = None if pair_ids is None else _partners(pair_ids, cu_seqlens)
+        pair_ids = None if pair_ids is None else within_segments(pair_ids, cu_seqlens, length)
+    if pair_ids is not None:
+        partners = _partners(pair_ids, cu_seqlens)
+    else:
+        partners = None if cu_seqlens is None else _partners_in_segments(cu_seqlens, length)
     by_sequences = reduction == "mean" and partners is not None
     divisor = len(layers) * (batch if reduction == "mean" and partners is None else 1)
     return _dispersion(layers, _Request(potential, partners, divisor, by_sequences, with_grad, kernels, max_seqlen))
@@ -658,7 +668,6 @@ class _Call:
         # Number of partners of each token.
         self.counts = None if self.partners is None else self.partners.counts
         self.cu_seqlens = None if self.partners is None else self.partners.cu_seqlens
-        self.segment = None if self.cu_seqlens is None else segment_of_token(self.cu_seqlens, self.length)
         # Sequences per row, S in shapes: 1, or the number of segments of cu_seqlens.
         self.sequences = 1 if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
 
@@ -761,18 +770,18 @@ class _Call:
     def _band(self) -> tuple[TileShape, Band] | None:
         """Tiles and band of packed sequences of a known largest length; None where the fused kernel is to serve."""
         largest = self.request.max_seqlen
-        if largest is None or self.inputs.pair_ids is None or not self.kernels.has_band:
+        if largest is None or not self.kernels.has_band:
             return None
         if self.features <= _FUSED_FEATURES[self.dtype] or self.epilogue.online or self.epilogue.transform == "none":
             return None
-        shape = self._tile_shape()
+        shape = self.kernels.tile_shape(has_pair_ids=True, band_of=self.epilogue.function)
         tiles = _blocks(self.length, shape.block)
         reach = min((largest + shape.block - 2) // shape.block, tiles - 1)
         of_a_tile = (2 * reach + 1) * shape.block**2 * self.dtype.itemsize
         ring = min(tiles, max(WORKSPACE_BYTES // of_a_tile, 2 * (reach + 1)))
         if ring * of_a_tile > _BAND_BYTES:
             return None
-        return shape, Band(reach, ring, _tile_ranges(self.inputs.pair_ids, shape.block, shape.block))
+        return shape, Band(reach, ring, self._tile_ranges(shape.block, shape.block))
 
     def _gradient_by_band(self, shape: TileShape, band: Band) -> Tensor:
         """Band strategy, in parts of as many tiles as the workspace holds beside the ``reach`` tiles after them, which
@@ -947,9 +956,9 @@ class _Call:
 
     def _spread(self, sequence_values: Tensor) -> Tensor:
         """Values of tokens, ``[rows, L]``, from values of their sequences, ``[rows, S]``."""
-        if self.segment is None:
+        if self.cu_seqlens is None:
             return sequence_values.expand(self.rows, self.length)
-        return sequence_values[:, self.segment]
+        return sequence_values[:, segment_of_token(self.cu_seqlens, self.length)]
 
     # ---- launches
 
@@ -1031,7 +1040,7 @@ class _Call:
             sums, _ = self._partial_sums(region.programs)
             return self._pair_tiles(candidate, region, sums, None, weights=workspace, mirror=workspace)
 
-        shape = self.kernels.tile_shape(self.partners is not None)
+        shape = self.kernels.tile_shape(self.partners is not None, band_of=None)
         if tokens == 0:
             return shape
         tuned: TileShape = self.kernels.tuned("workspace", self._tuned_for(), shape, launch)
@@ -1054,7 +1063,7 @@ class _Call:
         shift: Tensor | None = None,
         entropy: Entropy | None = None,
     ) -> Any:
-        with_grad, pair_ids = which in ("gradient", "entropy_gradient"), self.inputs.pair_ids
+        with_grad = which in ("gradient", "entropy_gradient")
         return self.kernels.row_sweep(
             RowSweepCall(
                 self.inputs,
@@ -1063,12 +1072,18 @@ class _Call:
                 sums,
                 maxima,
                 shift,
-                None if pair_ids is None else _tile_ranges(pair_ids, shape.block_m, shape.block_n),
+                None if self.partners is None else self._tile_ranges(shape.block_m, shape.block_n),
                 entropy,
                 self.weight_sums if with_grad else None,
                 self.gradients if with_grad else (),
             )
         )
+
+    def _tile_ranges(self, block_m: int, block_n: int) -> Tensor:
+        assert self.partners is not None
+        if self.partners.ends is None:
+            return _tile_ranges(self.partners.pair_ids, block_m, block_n)
+        return _tile_ranges_of_segments(self.partners.pair_ids, self.partners.ends, block_m, block_n)
 
     def _partial_sums(self, columns: int) -> tuple[Tensor, Tensor | None]:
         sums = torch.empty(self.rows, columns, dtype=torch.float32, device=self.device)
@@ -1171,6 +1186,15 @@ def _partners(pair_ids: Tensor, cu_seqlens: Tensor | None) -> Partners:
     return Partners(places, counts, counts, _over_sequences(counts, cu_seqlens), cu_seqlens)
 
 
+def _partners_in_segments(cu_seqlens: Tensor, length: int) -> Partners:
+    """Partners of all tokens of packed sequences, whose pair ids are the first tokens of their sequences."""
+    segment = segment_of_token(cu_seqlens, length)
+    begins, ends = cu_seqlens[segment][None], cu_seqlens[segment + 1][None]
+    counts = ends - begins - 1
+    lengths = cu_seqlens.diff().long()
+    return Partners(begins, counts, counts, lengths * (lengths - 1), cu_seqlens, ends)
+
+
 def _over_sequences(token_values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Sums over sequences, ``[S]`` int64, of integers or flags of tokens ``[B, L]``."""
     if cu_seqlens is None:
@@ -1199,6 +1223,14 @@ def _tile_ranges(pair_ids: Tensor, block_m: int, block_n: int) -> Tensor:
     first = torch.searchsorted(largest_until, ranges_i[..., 0].contiguous())
     end = torch.searchsorted(least_from, ranges_i[..., 1].contiguous(), right=True)
     return torch.stack([first, end], 2).int()
+
+
+def _tile_ranges_of_segments(begins: Tensor, ends: Tensor, block_m: int, block_n: int) -> Tensor:
+    """:func:`_tile_ranges` of packed sequences, from the first token of each token's sequence and one past the last,
+    ``[1, L]``."""
+    length = begins.shape[1]
+    last = torch.nn.functional.pad(ends, (0, -length % block_m), value=length)[:, block_m - 1 :: block_m]
+    return torch.stack([begins[:, ::block_m] // block_n, (last + (block_n - 1)) // block_n], 2)
 
 
 def _blocks(size: int, block: int) -> int:

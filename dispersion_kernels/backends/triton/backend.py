@@ -72,8 +72,8 @@ class TritonKernels:
         self.run = run
         self.multiprocessors = multiprocessors(z.device) if sms is None else sms
 
-    def tile_shape(self, has_pair_ids: bool) -> TileConfig:
-        return tile_config(self.arch, self.dtype, self.precision, has_pair_ids)
+    def tile_shape(self, has_pair_ids: bool, band_of: str | None) -> TileConfig:
+        return tile_config(self.arch, self.dtype, self.precision, has_pair_ids, band_of)
 
     def row_shape(self, features: int, perplexity: bool, gradient: bool) -> RowConfig:
         return row_config(self.arch, self.dtype, self.precision, features, perplexity, gradient)

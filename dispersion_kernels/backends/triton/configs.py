@@ -67,15 +67,22 @@ def tokens_of_a_program(arch: str) -> int:
     return 128 if arch == _INTERPRETER else 4
 
 
-def tile_config(arch: str, dtype: torch.dtype, precision: str, has_pair_ids: bool) -> TileConfig:
-    """Configuration for similarities over the upper triangle of tiles."""
+def tile_config(
+    arch: str, dtype: torch.dtype, precision: str, has_pair_ids: bool, band_of: str | None = None
+) -> TileConfig:
+    """Configuration for similarities over the upper triangle of tiles, or over a band of them with the epilogue
+    ``band_of``."""
     if arch == _INTERPRETER:
         return TileConfig(32, 32, 1, 1)
+    if band_of == "angular_spread_narrow" and dtype != torch.float32 and arch in ("sm_90", "sm_100"):
+        # Smaller tiles would wait for the L2 cache there; elsewhere they leave out more.
+        return TileConfig(128, 64, 8, 3)
     if has_pair_ids or (arch == "gfx90a" and dtype != torch.float32):
         # Smaller tiles: the mask of a 128 x 128 tile takes all remaining registers (on gfx90a, the scalar ones).
         if precision == "tf32x3":
             return TileConfig(64, 32, 8, 3)
-        return TileConfig(64, 32 if dtype == torch.float32 else 64, 8 if arch == "sm_120" else 4, 3)
+        more_warps = arch == "sm_120" or (arch == "sm_100" and precision == "tf32" and band_of is not None)
+        return TileConfig(64, 32 if dtype == torch.float32 else 64, 8 if more_warps else 4, 3)
     if dtype != torch.float32:
         return TileConfig(128, 64, 8, 3)
     if precision == "tf32":
@@ -119,6 +126,8 @@ def band_config(arch: str, dtype: torch.dtype, precision: str, features: int, bl
         return BandConfig(32, min(width, 64), 1, 1)
     if dtype == torch.float32:
         return BandConfig(32, min(width, 64 if precision == "tf32x3" else 128), 4, 2)
+    if block == 128:
+        return BandConfig(64, min(width, 128), 8, 3) if arch == "sm_100" else BandConfig(32, min(width, 256), 8, 3)
     return BandConfig(32, min(width, 256), 4, 2 if arch.startswith("gfx") else 3)
 
 

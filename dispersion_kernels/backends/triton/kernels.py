@@ -331,10 +331,9 @@ def pair_tiles_kernel(
     if BAND:
         number_i = first_i // BLOCK + tile_i
         number_j = first_i // BLOCK + tile_j
-        lane = tl.arange(0, BLOCK)
         apart = tile_j - tile_i
-        to_i += (number_i % ring * BLOCK + lane)[:, None] * weights_stride + ((reach + apart) * BLOCK + lane)[None, :]
-        to_j += (number_j % ring * BLOCK + lane)[:, None] * weights_stride + ((reach - apart) * BLOCK + lane)[None, :]
+        to_i += number_i % ring * BLOCK * weights_stride + (reach + apart) * BLOCK
+        to_j += number_j % ring * BLOCK * weights_stride + (reach - apart) * BLOCK
         ranges = tile_range_ptr + 2 * (row % batch).to(tl.int64) * tl.cdiv(length, BLOCK)
         of_i = (tl.load(ranges + 2 * number_i) <= number_j) & (number_j < tl.load(ranges + 2 * number_i + 1))
         of_j = (tl.load(ranges + 2 * number_j) <= number_i) & (number_i < tl.load(ranges + 2 * number_j + 1))
@@ -342,8 +341,10 @@ def pair_tiles_kernel(
             _store_sum(sums_ptr + sum_at, 0.0, valid_i, BAND)
             return
     else:
-        to_i += (i - first_i)[:, None] * weights_stride + (j - first_j)[None, :]
-        to_j += (j - first_j)[:, None] * weights_stride + (i - first_i)[None, :]
+        to_i += tile_i * BLOCK * weights_stride + tile_j * BLOCK
+        to_j += tile_j * BLOCK * weights_stride + tile_i * BLOCK
+    lane = tl.arange(0, BLOCK)
+    in_tile = lane[:, None] * weights_stride + lane[None, :]
 
     if HAS_PAIR_IDS:
         pair_ids_ptr += (row % batch).to(tl.int64) * length
@@ -355,8 +356,8 @@ def pair_tiles_kernel(
                 tl.store(maxima_ptr + sum_at, _NO_EXPONENT)
             if WRITE:
                 nothing = tl.zeros((BLOCK, BLOCK), weights_ptr.dtype.element_ty)
-                tl.store(to_i, nothing)
-                tl.store(to_j, nothing)
+                tl.store(to_i + in_tile, nothing)
+                tl.store(to_j + in_tile, nothing)
             return
 
     read_i = tl.minimum(i, length - 1).to(tl.int64) * stride_l
@@ -409,10 +410,10 @@ def pair_tiles_kernel(
         scale_i = tl.load(weight_inverse_ptr + statistics + i, mask=valid_i, other=0.0)
         scale_j = tl.load(weight_inverse_ptr + statistics + j, mask=valid_j, other=0.0)
         weights = (slope * scale_j[None, :]).to(weights_ptr.dtype.element_ty)
-        tl.store(to_i, weights)
+        tl.store(to_i + in_tile, weights)
         if not diagonal:
             mirrored = (slope * scale_i[:, None]).to(weights_ptr.dtype.element_ty)
-            tl.store(to_j, tl.trans(mirrored))
+            tl.store(to_j + in_tile, tl.trans(mirrored))
 
 
 @triton.jit
