@@ -555,10 +555,11 @@ def dispersion(
     if cu_seqlens is not None:
         cu_seqlens = on_device(cu_seqlens, layers[0].device).to(torch.int32)  # the dtype that compiled kernels read
         pair_ids = None if pair_ids is None else within_segments(pair_ids, cu_seqlens, length)
+    partners = None
     if pair_ids is not None:
         partners = _partners(pair_ids, cu_seqlens)
-    else:
-        partners = None if cu_seqlens is None else _partners_in_segments(cu_seqlens, length)
+    elif cu_seqlens is not None:
+        partners = _partners_in_segments(cu_seqlens, length)
     by_sequences = reduction == "mean" and partners is not None
     divisor = len(layers) * (batch if reduction == "mean" and partners is None else 1)
     return _dispersion(layers, _Request(potential, partners, divisor, by_sequences, with_grad, kernels, max_seqlen))
