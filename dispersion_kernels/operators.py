@@ -520,7 +520,7 @@ def _run(layers: Sequence[Tensor], tensors: _Tensors, call: _Call) -> _Result:
     """Outputs of the operator."""
     z, cu_seqlens, temperature = layers[0], tensors.cu_seqlens, tensors.temperature
     options, potential, sampling = call.options, call.options.potential, call.options.sampling
-    max_seqlen = call.max_seqlen
+    max_seqlen = None if call.max_seqlen is None else min(call.max_seqlen, z.shape[1])
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, z.shape[1], max_seqlen)
         if max_seqlen is None and cu_seqlens.is_cpu:

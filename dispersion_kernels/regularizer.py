@@ -189,7 +189,8 @@ class DispersionRegularizer:
             predicted = labels != IGNORED_LABEL
             mask = predicted if mask is None else mask & predicted
         largest = given.get("max_length_q") if given.get("cu_seq_lens_q") is not None else None
-        return _Selection(mask, cu_seqlens, None if isinstance(largest, Tensor) else largest)
+        is_length = isinstance(largest, int | torch.SymInt)
+        return _Selection(mask, cu_seqlens, largest if is_length else None)
 
     def _value(self, z: Tensor, selection: _Selection, seed: int | None = None, *, recompute: bool = False) -> Tensor:
         """Loss of one layer, ``[]``."""

@@ -118,15 +118,14 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None = N
 
     An assertion on the device checks the bounds on an accelerator, because reading them would synchronise.
     """
-    remedy = (
-        "it must start at 0, never decrease and end at the number of tokens "
-        f"({tokens}): the cumulative lengths, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()"
-    )
     if cu_seqlens.device.type == "cpu":
         if not ((cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (cu_seqlens.diff() >= 0).all()):
             values = cu_seqlens.tolist()
             shown = values if len(values) <= 16 else f"{values[:8]} ... {values[-8:]}"
-            raise ValueError(f"cu_seqlens is {shown}; {remedy}")
+            raise ValueError(
+                f"cu_seqlens is {shown}; it must start at 0, never decrease and end at the number of tokens "
+                f"({tokens}): the cumulative lengths, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()"
+            )
         if max_seqlen is not None and (longest := longest_sequence(cu_seqlens)) > max_seqlen:
             raise ValueError(
                 f"max_seqlen is {max_seqlen}, and the longest sequence of cu_seqlens has {longest} tokens; give that"
@@ -134,9 +133,10 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None = N
         return
     lengths = cu_seqlens.diff()
     fit = lengths >= 0 if max_seqlen is None else (lengths >= 0) & (lengths <= max_seqlen)
-    too_long = "" if max_seqlen is None else f", or has a sequence longer than max_seqlen, {max_seqlen}"
     valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & fit.all()
-    torch._assert_async(valid, f"cu_seqlens is wrong{too_long}; {remedy}")
+    # PyTorch takes at most 254 characters.
+    longer = "" if max_seqlen is None else f", or has a sequence longer than max_seqlen, {max_seqlen}"
+    torch._assert_async(valid, f"cu_seqlens does not go from 0 up to the number of tokens ({tokens}){longer}")
 
 
 def longest_sequence(cu_seqlens: Tensor) -> int:

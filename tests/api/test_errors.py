@@ -24,6 +24,7 @@ from dispersion_kernels import (
     supported,
 )
 from dispersion_kernels.backends import cpu, registry
+from dispersion_kernels.segments import check_cu_seqlens
 
 Z = torch.randn(2, 6, 8)
 PACKED = torch.randn(10, 8)
@@ -97,7 +98,7 @@ def bounds(*values: int) -> Tensor:
             "both cu_seqlens and document_ids",
         ),
         (Z, {"max_seqlen": 6}, ValueError, "max_seqlen=6 was given without cu_seqlens"),
-        (PACKED, {"cu_seqlens": bounds(0, 10), "max_seqlen": 0}, ValueError, "max_seqlen must be at least 1, got 0"),
+        (PACKED, {"cu_seqlens": bounds(0, 10), "max_seqlen": -1}, ValueError, "max_seqlen must be at least 0, got -1"),
         (PACKED, {"cu_seqlens": bounds(0, 10), "max_seqlen": True}, TypeError, "max_seqlen must be an integer, got T"),
         (PACKED, {"cu_seqlens": bounds(0, 10), "max_seqlen": 10.0}, TypeError, r"got 10.0; give int\(cu_seqlens.diff"),
         (
@@ -262,6 +263,16 @@ def test_one_loss_per_sequence_of_layers_that_differ_in_batch() -> None:
     torch.testing.assert_close(mean, (fused_dispersion_loss(Z) + fused_dispersion_loss(Z[:1])) / 2)
     one = fused_dispersion_loss([Z[0], Z[0, :4]], reduction="none")  # lengths may differ
     torch.testing.assert_close(one, (fused_dispersion_loss(Z[0]) + fused_dispersion_loss(Z[0, :4])) / 2)
+
+
+def test_bounds_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch raises for a message of 255 characters."""
+    said = []
+    monkeypatch.setattr(torch, "_assert_async", lambda valid, message: said.append(message))
+    for largest in (None, 2**31 - 1):
+        check_cu_seqlens(bounds(0, 6).to("meta"), 2**31 - 1, largest)
+    assert [len(message) < 255 for message in said] == [True, True]
+    assert "longer than max_seqlen, 2147483647" in said[1]
 
 
 def test_mask_on_another_device() -> None:

@@ -373,10 +373,12 @@ def test_packed_sequences_are_sequences(potential: Potential, impl: str) -> None
     torch.testing.assert_close(packed.grad, torch.cat([a.grad for a in apart]), rtol=1e-5, atol=1e-7)
     mean = fused_dispersion_loss(z, potential, cu_seqlens=cu_seqlens, impl=impl)
     torch.testing.assert_close(mean, packed.loss.sum() / 4)
-    for largest in (70, 2**80):
+    for largest in (70, np.int64(71), 2**80):
         known = evaluate(z, potential, cu_seqlens=cu_seqlens, max_seqlen=largest, impl=impl)
         assert torch.equal(known.loss, packed.loss)
         assert torch.equal(known.grad, packed.grad)
+    nothing = {"cu_seqlens": torch.zeros(2, dtype=torch.int32), "max_seqlen": 0}
+    assert fused_dispersion_loss(z[:0], potential, impl=impl, **nothing) == 0
 
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLS])

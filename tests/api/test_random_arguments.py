@@ -57,7 +57,7 @@ class Draw:
             cuts = sorted(dice.randrange(length + 1) for _ in range(dice.randrange(4)))
             options["cu_seqlens"] = torch.tensor([0, *cuts, length], dtype=dice.choice([torch.int32, torch.int64]))
             if dice.random() < 0.5:
-                options["max_seqlen"] = max(1, int(options["cu_seqlens"].diff().max()))
+                options["max_seqlen"] = int(options["cu_seqlens"].diff().max())
         elif dice.random() < 0.3:
             ids = torch.randint(-1, 3, shape[:-1], generator=self.generator)
             options["document_ids"] = ids.to(dice.choice([torch.int64, torch.int32, torch.int8]))

@@ -110,6 +110,22 @@ def test_ranges_of_tiles(kind: str) -> None:
                 assert first >= end
 
 
+@pytest.mark.parametrize("block_m", [32, 64, 128])
+def test_packed_sequences_need_no_sort(block_m: int) -> None:
+    for _ in range(20):
+        lengths = torch.randint(0, 150, (9,)) * torch.randint(0, 2, (9,))
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        length = int(bounds[-1])
+        if length == 0:
+            continue
+        sorted_ids = launch._partners(segments.within_segments(None, bounds, length), bounds)
+        found = launch._partners_in_segments(bounds, length)
+        for name in ("pair_ids", "counts", "pairs", "tokens"):
+            torch.testing.assert_close(getattr(found, name), getattr(sorted_ids, name), rtol=0, atol=0)
+        ranges = launch._tile_ranges_of_segments(found.pair_ids, found.ends, block_m, 64)
+        torch.testing.assert_close(ranges, launch._tile_ranges(found.pair_ids, block_m, 64), rtol=0, atol=0)
+
+
 def test_ranges_of_tiles_take_memory_linear_in_the_tokens() -> None:
     pair_ids = torch.arange(1 << 17, dtype=torch.int32)[None] // 999
     with LargestTensor() as largest:

@@ -475,7 +475,9 @@ def test_the_largest_length_is_handed_on() -> None:
     bounds = torch.tensor([0, 7, 19, 30], dtype=torch.int32)
     with pytest.raises(ValueError, match="max_seqlen is 11, and the longest sequence of cu_seqlens has 12 tokens"):
         model(batch, cu_seq_lens_q=bounds, max_length_q=11)
-    reg.remove()
+    for other in (torch.tensor(3), 12.0, None):  # as no length at all
+        model(batch, cu_seq_lens_q=bounds, max_length_q=other)
+        reg.loss()
 
 
 def test_whole_rows_of_positions_are_no_documents() -> None:

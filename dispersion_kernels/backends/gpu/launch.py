@@ -4,8 +4,8 @@
 library matrix products of the workspace with the tokens; 3 L^2 F FLOPs per row. *Band*: the same for packed sequences
 of a known largest length, whose tiles pair with few others; the workspace holds those alone, and the product is a
 kernel that leaves out tiles without a common sequence. *Fused*: one kernel that keeps a tile's gradient in registers
-and stores no slope, for few features and for packed sequences of unknown length; 2 (1 + n) L^2 F FLOPs per row, where n
-is the number of slices of the features. The launcher reads no value back from the device, and every launch depends on
+and stores no slope, for few features and for packed sequences that no band serves; 2 (1 + n) L^2 F FLOPs per row, where
+n is the number of slices of the features. The launcher reads no value back from the device, and every launch depends on
 shapes and the largest length alone, so a CUDA graph can capture a call.
 
 A *row* is one sequence of L tokens of one layer: row r is batch ``r % batch`` of layer ``r // batch``. A backend
@@ -34,7 +34,8 @@ from dispersion_kernels.segments import on_device, segment_of_token, within_segm
 # Size of the workspace of slopes: small enough for the last-level cache, large enough to fill the machine. A B200's 148
 # multiprocessors are busy with two blocks of 3,072 x 3,072 slopes in 16 bits.
 WORKSPACE_BYTES = 36 << 20
-# Largest workspace of the band strategy, for sequences of a few thousand tokens; those beyond are fused.
+# Largest workspace of the band strategy, for sequences of a few thousand tokens; longer ones are fused, but where all
+# of a row's band is smaller.
 _BAND_BYTES = 4 * WORKSPACE_BYTES
 # Most features for which the fused kernel, with 4 L^2 F FLOPs, should cost less than the workspace, with 3 L^2 F
 # and the traffic of slopes.
@@ -172,7 +173,8 @@ class PairTilesCall(NamedTuple):
     """:class:`TileShape` of the backend."""
     region: Region
     sums: Tensor
-    """Partial sums of psi, ``[rows, programs]``, of a band ``[rows, reach + 1, L]``, one a token; output."""
+    """Partial sums of psi, ``[rows, programs]``; of a band ``[region.rows, reach + 1, L]``, one a token, from
+    ``region.first_row`` on; output."""
     maxima: Tensor | None
     """Largest exponents, ``[rows, programs]``, that ``sums`` are relative to; output."""
     shift: Tensor | None
@@ -440,9 +442,9 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def is_fused(features: int, dtype: torch.dtype, cu_seqlens: Tensor | None) -> bool:
-    """Whether the gradient is computed without a workspace of whole rows."""
-    return cu_seqlens is not None or features <= _FUSED_FEATURES[dtype]
+def by_workspace(features: int, dtype: torch.dtype, cu_seqlens: Tensor | None) -> bool:
+    """Whether the gradient is computed by the workspace strategy."""
+    return cu_seqlens is None and features > _FUSED_FEATURES[dtype]
 
 
 def gradient_dtype(z: Tensor, potential: Potential, cu_seqlens: Tensor | None) -> torch.dtype:
@@ -452,7 +454,7 @@ def gradient_dtype(z: Tensor, potential: Potential, cu_seqlens: Tensor | None) -
     The latter asks for slopes of like size: else a few near tokens, such as equal ones, have most of a token's G, which
     the estimate of :class:`DiagonalCall` cannot know.
     """
-    if z.dtype != torch.bfloat16 or is_fused(z.shape[2], z.dtype, cu_seqlens):
+    if z.dtype != torch.bfloat16 or not by_workspace(z.shape[2], z.dtype, cu_seqlens):
         return torch.float32
     if not (is_built_in(potential) and isinstance(potential, AngularSpread)):
         return torch.float32
@@ -718,7 +720,7 @@ class _Call:
             sums, maxima = self._loss_of_rows() if packed else self._loss_of_tiles()
             loss, scale, maximum = self._pair_losses(sums, maxima)
         if with_grad:
-            if not is_fused(self.features, self.dtype, self.cu_seqlens):
+            if by_workspace(self.features, self.dtype, self.cu_seqlens):
                 sums = self._gradient_by_workspace(maximum)
             elif (band := self._band()) is not None:
                 sums = self._gradient_by_band(*band)
@@ -785,8 +787,8 @@ class _Call:
         return shape, Band(reach, ring, self._tile_ranges(shape.block, shape.block))
 
     def _gradient_by_band(self, shape: TileShape, band: Band) -> Tensor:
-        """Band strategy, in parts of as many tiles as the workspace holds beside the ``reach`` tiles after them, which
-        have slopes of earlier tiles by then."""
+        """Band strategy, in parts of as many tiles as the workspace holds beside the next ``reach`` tiles, which get
+        the mirrored slopes of the part."""
         self.weight_sums = None
         self.gradients = [self._empty_gradient() for _ in self.layers]
         tiles = _blocks(self.length, shape.block)
@@ -794,7 +796,8 @@ class _Call:
         height, width = band.ring * shape.block, (2 * band.reach + 1) * shape.block
         together = max(1, min(self.rows, WORKSPACE_BYTES // (height * width * self.dtype.itemsize)))
         workspace = torch.empty(together, height, width, dtype=self.dtype, device=self.device)
-        sums = torch.empty(self.rows, band.reach + 1, self.length, dtype=torch.float32, device=self.device)
+        sums = torch.empty(together, band.reach + 1, self.length, dtype=torch.float32, device=self.device)
+        token_sums = self._empty_statistic()
         for first_row in range(0, self.rows, together):
             rows = min(together, self.rows - first_row)
             for first in range(0, tiles, part):
@@ -814,7 +817,8 @@ class _Call:
                 self.kernels.band_product(
                     BandProductCall(self.inputs, shape, band, rows, first_row, first, count, workspace, self.gradients)
                 )
-        return sums.sum(1)
+            torch.sum(sums[:rows], 1, out=token_sums[first_row : first_row + rows])
+        return token_sums
 
     def _gradient_by_workspace(self, maximum: Tensor | None) -> Tensor:
         shape = self._tile_shape()

@@ -75,7 +75,7 @@ def tile_config(
     if arch == _INTERPRETER:
         return TileConfig(32, 32, 1, 1)
     if band_of == "angular_spread_narrow" and dtype != torch.float32 and arch in ("sm_90", "sm_100"):
-        # Smaller tiles would wait for the L2 cache there; elsewhere they leave out more.
+        # Smaller tiles would wait for the L2 cache; elsewhere they pay, since they leave out more.
         return TileConfig(128, 64, 8, 3)
     if has_pair_ids or (arch == "gfx90a" and dtype != torch.float32):
         # Smaller tiles: the mask of a 128 x 128 tile takes all remaining registers (on gfx90a, the scalar ones).

@@ -284,8 +284,9 @@ def pair_tiles_kernel(
     ``first_j``. ``ONLINE``: the sum is relative to the largest exponent of the tile, which goes to ``maxima``.
 
     ``BAND``: the pairs of ``tiles_i`` tiles with themselves and the next ``reach`` tiles. ``sums`` has a sum for each
-    token of I, ``[reach + 1, L]`` a row. ``weights`` is ``[ring, BLOCK, 2 * reach + 1, BLOCK]`` a row: tile I is at
-    ``I % ring``, and its pairs with J at ``J - I + reach``. Pairs of tiles in neither's tile range are not written.
+    token of I, ``[reach + 1, L]`` a row of the launch. ``weights`` is ``[ring, BLOCK, 2 * reach + 1, BLOCK]`` a row:
+    tile I is at ``I % ring``, and its pairs with J at ``J - I + reach``. Pairs of tiles in neither's tile range are not
+    written.
     """
     number = tl.program_id(0)
     in_round = tl.program_id(1)
@@ -314,11 +315,10 @@ def pair_tiles_kernel(
     j = first_j + tile_j * BLOCK + tl.arange(0, BLOCK)
     valid_i = i < length
     valid_j = j < length
-    sum_at = row.to(tl.int64) * sums_stride
     if BAND:
-        sum_at += (tile_j - tile_i) * length + i
+        sum_at = in_round.to(tl.int64) * sums_stride + (tile_j - tile_i) * length + i
     else:
-        sum_at += first_sum + number
+        sum_at = row.to(tl.int64) * sums_stride + first_sum + number
     if nobody:
         _store_sum(sums_ptr + sum_at, 0.0, valid_i, BAND)
         if ONLINE:
@@ -511,7 +511,7 @@ def band_product_kernel(
     layer = row // batch
     z = _layer_pointer(layers, layer, LAYERS) + (row % batch).to(tl.int64) * stride_b
     ranges = tile_range_ptr + 2 * ((row % batch).to(tl.int64) * tl.cdiv(length, BLOCK) + tile)
-    begin = tl.maximum(tl.load(ranges), tile - reach) * BLOCK
+    begin = tl.maximum(tl.maximum(tl.load(ranges), tile - reach), 0) * BLOCK
     end = tl.minimum(tl.load(ranges + 1), tile + reach + 1) * BLOCK
     lane = tl.arange(0, BLOCK)
     k = tl.arange(0, BLOCK_K)
@@ -607,7 +607,7 @@ def row_sweep_kernel(
         pair_ids_i = tl.load(pair_ids_ptr + i, mask=valid_i, other=-1)
         pair_ids_i = tl.where(pair_ids_i < 0, -2, pair_ids_i)  # pairs with no token, not even of the same id
         ranges = tile_range_ptr + 2 * ((row % batch).to(tl.int64) * tl.num_programs(0) + tile_i)
-        first_tile = tl.load(ranges)
+        first_tile = tl.maximum(tl.load(ranges), 0)  # wrong bounds of sequences, which are reported later
         end_tile = tl.load(ranges + 1)
     else:
         pair_ids_i = tl.where(valid_i, 0, -2)
