@@ -262,9 +262,9 @@ def _loss_of_alike(
         torch.compiler.is_compiling() or not evaluates_all(options, z, cu_seqlens)
     ):
         draws = draw(layers, sampling.fraction, generator)
-        loss, error = dispersion_loss(layers, pair_ids, cu_seqlens, options, max_seqlen, draws, with_error)
+        loss, error = dispersion_loss(layers, pair_ids, cu_seqlens, options, draws, with_error, max_seqlen)
     else:
-        loss, _ = dispersion_loss(layers, pair_ids, cu_seqlens, options, max_seqlen)
+        loss, _ = dispersion_loss(layers, pair_ids, cu_seqlens, options, max_seqlen=max_seqlen)
     if options.reduction == "none" and one_sequence and cu_seqlens is None:
         loss = loss.squeeze(0)
     return loss, loss.new_zeros(len(layers)) if error is None else error

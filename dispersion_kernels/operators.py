@@ -47,9 +47,9 @@ def dispersion_loss(
     pair_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     options: LossOptions,
-    max_seqlen: int | None = None,
     draws: Draws | None = None,
     with_error: bool = False,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Mean over ``layers`` ``[B, L, F]`` of their reduced losses, ``[]`` (``[S]`` for ``"none"``), differentiable once;
     and ``[layers]``, the expected relative error of each layer's gradient.

@@ -128,7 +128,8 @@ def band_config(arch: str, dtype: torch.dtype, precision: str, features: int, bl
         return BandConfig(32, min(width, 64 if precision == "tf32x3" else 128), 4, 2)
     if block == 128:
         return BandConfig(64, min(width, 128), 8, 3) if arch == "sm_100" else BandConfig(32, min(width, 256), 8, 3)
-    return BandConfig(32, min(width, 256), 4, 2 if arch.startswith("gfx") else 3)
+    # Eight warps on sm_120: lengths that 16 does not divide take a few registers more than four warps have.
+    return BandConfig(32, min(width, 256), 8 if arch == "sm_120" else 4, 2 if arch.startswith("gfx") else 3)
 
 
 def tile_candidates(config: TileConfig) -> list[TileConfig]:
