@@ -80,7 +80,7 @@ def tile_config(
     if has_pair_ids or (arch == "gfx90a" and dtype != torch.float32):
         # Smaller tiles: the mask of a 128 x 128 tile takes all remaining registers (on gfx90a, the scalar ones).
         if precision == "tf32x3":
-            return TileConfig(64, 32, 8, 3)
+            return TileConfig(64, 16 if arch == "sm_120" and band_of is not None else 32, 8, 3)
         more_warps = arch == "sm_120" or (arch == "sm_100" and precision == "tf32" and band_of is not None)
         return TileConfig(64, 32 if dtype == torch.float32 else 64, 8 if more_warps else 4, 3)
     if dtype != torch.float32:
