@@ -108,10 +108,10 @@ that is longer; `angular_spread`.
 - Both add {LAUNCH * 1e6:g} us for each launch and for each small operation. The host's own time is left out of them: it
   hides behind a model's other kernels, but not where the loss is all that runs.
 - *host*: the time in which the host issues forward and backward of that layer. Where it is longer than the time on the
-  GPU, the host bounds a loss that runs alone. Measured by `python -m kernel_audit.host_time` without a GPU, on a
-  machine that other work kept busy, too ({host_time.MACHINE}):
+  GPU, the host bounds a loss that runs alone. Measured by `python -m kernel_audit.host_time` without a GPU
+  ({host_time.MACHINE}):
   CPU time of the public function and its backward on CPU tensors, with Triton's launch up to its launcher in C, and
-  without the kernels and the library's products; a fit, within 5%, to five calls of one layer and of twelve:
+  without the kernels and the library's products; a fit, within 7%, to five calls of one layer and of twelve:
   {US["call"]} us a call, {US["layer"]} a layer, {US["step"]} a launch or operation for its
   arguments, and {US["launch"]} more a launch in Triton. Assumed, as usual figures:
   {US["driver"]} us a launch for Triton's launcher in C and the driver, and {US["dispatch"]} us an operation for

@@ -34,8 +34,8 @@ class Host(NamedTuple):
 
 Sample = tuple[tuple[int, int, int, int], float]  # what each figure of ``Host`` counts in a call, and seconds
 
-# Output of the command, on a machine whose cores other processes kept busy, too; another run is within 20%.
-HOST = Host(call=0.00018, layer=1.9e-05, step=2.3e-05, launch=3.8e-05)
+# Output of the command; another run is within 20%.
+HOST = Host(call=0.00016, layer=2.1e-05, step=2.5e-05, launch=4.2e-05)
 MACHINE = "Intel(R) Xeon(R) Processor (family 6, model 167); Python 3.11.7, PyTorch 2.13.0+cpu, Triton 3.9.0"
 # Usual figures in seconds, not measured here: Triton's launcher in C with cuLaunchKernelEx, and an operation of
 # PyTorch's on CUDA tensors.
