@@ -236,7 +236,7 @@ class TestKernels(OnEveryBackend):
         launched = launch._Call._pair_tiles
 
         def pair_tiles(call: Any, shape: Any, region: launch.Region, *rest: Any, **options: Any) -> Any:
-            regions.append((region, launch._blocks(call.length, shape.block)))
+            regions.append((region, launch.ceil_div(call.length, shape.block)))
             return launched(call, shape, region, *rest, **options)
 
         monkeypatch.setattr(launch._Call, "_pair_tiles", pair_tiles)

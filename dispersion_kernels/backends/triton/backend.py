@@ -20,6 +20,7 @@ from dispersion_kernels.backends.gpu.launch import (
     SequenceLossesCall,
     TokenGradientsCall,
     Tokens,
+    ceil_div,
     fp32_precision,
     multiprocessors,
 )
@@ -29,6 +30,7 @@ from dispersion_kernels.backends.triton.configs import (
     TileConfig,
     architecture,
     band_config,
+    padded_width,
     row_candidates,
     row_config,
     tile_candidates,
@@ -157,7 +159,7 @@ class TritonKernels:
         shape = band_config(self.arch, self.dtype, self.precision, tokens.features, call.shape.block)
         return self._launch(
             kernels.band_product_kernel,
-            (call.tiles * _ceil_div(tokens.features, shape.block_f), call.rows),
+            (call.tiles * ceil_div(tokens.features, shape.block_f), call.rows),
             tokens,
             weights_ptr=weights,
             weights_row_stride=weights.stride(0),
@@ -182,7 +184,7 @@ class TritonKernels:
         block, block_k = 128, 64
         self._launch(
             kernels.diagonal_kernel,
-            (_ceil_div(tokens.length, block), call.rows),
+            (ceil_div(tokens.length, block), call.rows),
             tokens,
             inverse_ptr=statistics.inverse,
             extra_ptr=statistics.extra,
@@ -201,13 +203,13 @@ class TritonKernels:
     def row_sweep(self, call: RowSweepCall) -> Any:
         inputs, shape, entropy, gradients = call.inputs, call.shape, call.entropy, call.gradients
         tokens, unused = inputs.tokens, inputs.statistics.norm
-        slices = _ceil_div(tokens.features, shape.block_f) if gradients else 1
+        slices = ceil_div(tokens.features, shape.block_f) if gradients else 1
         arguments = self._input_arguments(inputs)
         if entropy is not None:
             arguments["p2"] = entropy.eps
         return self._launch(
             kernels.row_sweep_kernel,
-            (_ceil_div(tokens.length, shape.block_m), tokens.rows, slices),
+            (ceil_div(tokens.length, shape.block_m), tokens.rows, slices),
             tokens,
             **arguments,
             shift_ptr=unused if call.shift is None else call.shift,
@@ -281,7 +283,7 @@ class TritonKernels:
         tokens, block = call.tokens, tokens_of_a_program(self.arch)
         self._launch(
             kernels.token_gradients_kernel,
-            (_ceil_div(tokens.batch * tokens.length, block), len(tokens.layers)),
+            (ceil_div(tokens.batch * tokens.length, block), len(tokens.layers)),
             tokens,
             gradients=tuple(call.gradients),
             scale_ptr=call.scale,
@@ -323,7 +325,7 @@ class TritonKernels:
         block = tokens_of_a_program(self.arch)
         self._launch(
             kernel,
-            (_ceil_div(tokens.length, block), tokens.rows),
+            (ceil_div(tokens.length, block), tokens.rows),
             tokens,
             **arguments,
             features=tokens.features,
@@ -358,12 +360,7 @@ class TritonKernels:
 
 def _block_of_features(features: int) -> int:
     """Features of a token that a program reads at a time."""
-    return min(512, max(16, 1 << (features - 1).bit_length()))
-
-
-def _ceil_div(size: int, block: int) -> int:
-    """Quotient rounded up; Triton's ``cdiv``, which kernels share, takes 7 us on the host."""
-    return -(-size // block)
+    return min(512, padded_width(features))
 
 
 def _precision(dtype: torch.dtype, arch: str) -> str:

@@ -67,6 +67,11 @@ def tokens_of_a_program(arch: str) -> int:
     return 128 if arch == _INTERPRETER else 4
 
 
+def padded_width(features: int) -> int:
+    """Least power of two that is at least ``features`` and at least 16, as blocks of features are."""
+    return max(16, 1 << (features - 1).bit_length())
+
+
 def tile_config(
     arch: str, dtype: torch.dtype, precision: str, has_pair_ids: bool, band_of: str | None = None
 ) -> TileConfig:
@@ -95,7 +100,7 @@ def row_config(
     arch: str, dtype: torch.dtype, precision: str, features: int, perplexity: bool, gradient: bool
 ) -> RowConfig:
     """Configuration for a tile of tokens against all others, with a gradient or for the loss alone."""
-    width = max(16, 1 << (features - 1).bit_length())
+    width = padded_width(features)
     amd = arch.startswith("gfx")
     if arch == _INTERPRETER:
         return RowConfig(32, 32, 32, min(width, 64), width <= 64, 1, 1)
@@ -121,7 +126,7 @@ def row_config(
 
 def band_config(arch: str, dtype: torch.dtype, precision: str, features: int, block: int) -> BandConfig:
     """Configuration for the product of the slopes of a band and the tokens."""
-    width = max(16, 1 << (features - 1).bit_length())
+    width = padded_width(features)
     if arch == _INTERPRETER:
         return BandConfig(32, min(width, 64), 1, 1)
     if dtype == torch.float32:
