@@ -129,8 +129,8 @@ def fused_dispersion_loss(
         cu_seqlens: int32 ``[S + 1]``, as in flash-attention; ``z[cu_seqlens[s] : cu_seqlens[s + 1]]`` is sequence s.
             Checked here on a CPU, by an assertion on the device on an accelerator.
         max_seqlen: length of the longest of these sequences, or more, as in flash-attention. With it, or with
-            ``cu_seqlens`` on the CPU, the Triton kernels take 3 products a pair for many features, not 8; the result is
-            the same but for rounding.
+            ``cu_seqlens`` on the CPU, the Triton kernels take 3 products a pair of tokens of 768 features, not 8; the
+            result is the same but for rounding.
         document_ids: integers ``z.shape[:-1]``; tokens of equal id pair, a negative id takes a token out. A row keeps
             one loss, over the pairs that are left; ``cu_seqlens`` gives one loss per document.
         sampling: None for all pairs; a fraction or :class:`SampledPairs` for an unbiased estimate, for potentials of

@@ -10,7 +10,7 @@ import torch
 from regularized import WEIGHT, Step, assert_same, by_hand, gradients, tokens
 from torch import Tensor, nn
 
-from dispersion_kernels import DispersionRegularizer, fused_dispersion_loss
+from dispersion_kernels import DispersionRegularizer, fused_dispersion_loss, regularizer
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
@@ -156,6 +156,28 @@ def test_packed_is_padded(name: str) -> None:
         model, [run], blocks_of(stack), options=[{"cu_seqlens": torch.tensor([0, 9, 14, 26])}], flatten=True
     )
     assert_same(answers[1], exact)
+
+
+def test_the_arguments_of_the_flattening_collator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds and largest length as transformers' own collator gives them to a model."""
+    collate = transformers.DataCollatorWithFlattening(return_tensors="pt", return_flash_attn_kwargs=True)
+    batch = collate([{"input_ids": [*range(1, 8)]}, {"input_ids": [*range(2, 14)]}])
+    given = []
+
+    def loss(z: Any, *arguments: Any, **options: Any) -> Any:
+        given.append(arguments[2:4])
+        return computed(z, *arguments, **options)
+
+    computed = regularizer.loss_and_error
+    monkeypatch.setattr(regularizer, "loss_and_error", loss)
+    model, *_ = build("llama")
+    reg = DispersionRegularizer(model, weight=WEIGHT)
+    model(**batch)
+    assert reg.loss().isfinite()
+    assert len(given) == SMALL["num_hidden_layers"]
+    for bounds, largest in given:
+        assert bounds.tolist() == [0, 7, 19]
+        assert largest == 12
 
 
 def test_left_padding_and_generation() -> None:
