@@ -38,7 +38,7 @@ VARIANTS = {"without": 0.0, "weight 0.5": 0.5}
 TOKENS, BATCH, RATE, RANK = 128, 2, 2e-4, 16
 PROMPT, PASSAGE = 200, 600
 """Lengths in characters."""
-EVERY = 10
+EVERY = 20
 
 
 def main() -> None:
