@@ -49,9 +49,9 @@ process in which `torch.mm` has no AVX-512 either. Errors are relative to float6
 at least a quarter second.
 *Row-chunked* is plain PyTorch with checkpointed blocks of rows.""",
     "memory": """\
-Forward and backward of one sequence of L tokens, each measurement in a process of its own: peak memory beyond the
-input, in multiples of the input's bytes (MiB), and milliseconds. On a CPU, row-chunked keeps what glibc's allocator
-does not give back, far more than its tensors.""",
+Forward and backward of one sequence of L tokens, of 64 features on a CPU, each measurement in a process of its own:
+peak memory beyond the input, in multiples of the input's bytes (MiB), and milliseconds. On a CPU, row-chunked keeps
+what glibc's allocator does not give back, far more than its tensors.""",
     "train": """\
 A step of the trainer; the runs take a step each in turn, and on a CPU freed memory stays with the process, as in the
 trainer. Of the quotients with the step without the loss in the same turn the table has the median and its standard
@@ -67,9 +67,10 @@ Relative error of the gradient (of the loss), against float64 on the same number
 2 x 512 tokens, F = 768. In fp16 the naive loss overflows. The 16-bit gradients of this package are fp32 sums that are
 rounded once.""",
     "scale": """\
-Loss and gradient of one sequence, in a process whose memory beyond the input has a ceiling.""",
+Loss and gradient of one sequence of L tokens, of 64 features in fp32, in a process whose memory beyond the input has a
+ceiling.""",
     "sampling": """\
-Relative error of the gradient, of its part that is orthogonal to each token, and milliseconds of forward and backward
+Relative error of the part of the gradient that is orthogonal to each token, and milliseconds of forward and backward
 for one of four layers in a call.
 *n partners*: each token meets so many others, a share n / L of the pairs; *0*: the model of the slope alone. *Low rank*
 has 16 directions, *full rank* the cosine itself.""",
@@ -258,7 +259,7 @@ def loss_full(rows: list[Row]) -> str:
     lines = []
     for case, modes in groups.items():
         both = modes["f+b"]
-        present = [modes[mode] for mode in ("f+b", "forward", "loss") if mode in modes]
+        asked = [modes.get(mode, {}) for mode in ("f+b", "forward", "loss")]
         times = [_spread(modes[mode]) if mode in modes else "-" for mode in ("f+b", "forward", "loss")]
         if not both["ratio"]:
             times = [both["status"], "-", "-"]
@@ -273,8 +274,8 @@ def loss_full(rows: list[Row]) -> str:
                 *case,
                 *times,
                 f"{float(both['ratio']):.2f}" if both["ratio"] else "-",
-                ", ".join(f"{float(row['gflops']):,.0f}" if row.get("gflops") else "-" for row in present),
-                ", ".join(f"{float(row['of_limit']):.0%}" if row.get("of_limit") else "-" for row in present),
+                ", ".join(f"{float(row['gflops']):,.0f}" if row.get("gflops") else "-" for row in asked),
+                ", ".join(f"{float(row['of_limit']):.0%}" if row.get("of_limit") else "-" for row in asked),
                 peak,
                 *errors,
             ]

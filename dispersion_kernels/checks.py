@@ -38,7 +38,7 @@ def _remedy(value: Any, name: str) -> str | None:
         return "a Hugging Face model returns hidden_states with output_hidden_states=True alone"
     if isinstance(value, Mapping):
         if "hidden_states" in value or hasattr(value, "hidden_states"):
-            return f"of a model's output give the hidden states: {name}=output.hidden_states[1:]"
+            return f"of a model's output give the hidden states: {name}=output.hidden_states[1:-1]"
         return (
             "of a model's output give output.hidden_states, from a call with output_hidden_states=True, and of a dict "
             "of tensors list(tensors.values())"

@@ -45,7 +45,8 @@ CHARACTERS = 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. The exit status is 0 when all is done, 2 after an error, and 130 after a Ctrl-C."""
+    """Runs the command. The exit status is 0 when all is done, 1 where a run of a sweep failed, 2 after an error, and
+    130 after a Ctrl-C."""
     options = build_parser().parse_args(argv)
     return exit_status(
         "dispersion",
@@ -56,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dispersion", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="dispersion",
+        description="Measure condensation in models, draw it, run and compare trainings, report the installation.",
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     measure = commands.add_parser(

@@ -122,9 +122,9 @@ def fused_dispersion_loss(
         potential: ``"angular_spread"``, ``"orthogonalization"``, ``"l2_repel"``, ``"decorrelation"``, ``"uniformity"``,
             ``"perplexity_entropy"``, ``"dispersive_l2"``, or a :class:`Potential`.
         tau: temperature of the named potential; None for its default. Other fields: ``AngularSpread(clamp=0.1)``.
-            ``tau`` (and ``sigma2``, ``t`` of a :class:`Potential`) may be a one-element tensor: ``torch.compile``
-            compiles once for all values, a gradient takes one or two more sweeps in PyTorch, and reading the value on
-            an accelerator synchronises.
+            ``tau`` (and ``sigma2``, ``t`` of a :class:`Potential`) may be a one-element tensor, but not with
+            :class:`SampledPairs`: ``torch.compile`` compiles once for all values, a gradient takes one or two more
+            sweeps in PyTorch, and reading the value on an accelerator synchronises.
         mask: boolean ``z.shape[:-1]``; False takes a token out of all pairs.
         cu_seqlens: int32 ``[S + 1]``, as in flash-attention; ``z[cu_seqlens[s] : cu_seqlens[s + 1]]`` is sequence s.
             Checked here on a CPU, by an assertion on the device on an accelerator.
@@ -132,7 +132,7 @@ def fused_dispersion_loss(
             ``cu_seqlens`` on the CPU, the Triton kernels take 3 products a pair of tokens of 768 features, not 8; the
             result is the same but for rounding.
         document_ids: integers ``z.shape[:-1]``; tokens of equal id pair, a negative id takes a token out. A row keeps
-            one loss, over the pairs that are left; ``cu_seqlens`` gives one loss per document.
+            one loss, over the pairs that are left; ``cu_seqlens``, which excludes it, gives one loss per document.
         sampling: None for all pairs; a fraction or :class:`SampledPairs` for an unbiased estimate, for potentials of
             the cosine or correlation; :class:`SampledTokens` for all pairs of some tokens, as published.
         generator: random generator for ``sampling``, on the device of ``z``.
@@ -141,12 +141,14 @@ def fused_dispersion_loss(
             ``[]``, 0 for sequences without a pair.
         recompute: keep only the tokens for backward and sweep again there, 4 B L^2 F FLOPs in all.
         impl: backend: ``"auto"``; ``"triton"`` or ``"cuda"``, on GPUs; ``"cpu"``, in C++; ``"torch"``, on any device;
-            ``"reference"``, which materialises the L x L matrix. See :func:`supported`.
+            ``"reference"``, which materialises the L x L matrix and takes no :class:`SampledPairs`. See
+            :func:`supported`.
 
     Returns:
         Loss in fp32 (fp64 for fp64), or a pair of loss and stats. 0 with zero gradient where no tokens pair, with one
         warning per process if the host knows. NaN for a sequence whose paired tokens have a NaN, an infinity or a norm
         above 3.4e38 (for distances a centred squared norm or exponent above 1e37). Norms below 1.2e-38 count as 0.
+        On a GPU NaN above 1.8e19, too, and, where eps is below 1.5e-8, for norms below 8.9e-16 other than 0.
 
     Raises:
         ValueError, TypeError: a wrong shape or value; a wrong type or dtype. The message names the argument.

@@ -144,6 +144,10 @@ class AngularSpread(ExponentialPotential):
     ``psi / (pi tau sqrt(1 - clip(c)^2))``, so that condensed tokens are still pushed apart. 1 - clip(c)^2 is bounded
     below by 1.2e-7 (2.2e-16 for fp64), fp32's resolution of c near 1, so that the slope is finite for equal and
     opposite tokens at any ``clamp``. Source: Liu et al., ICML 2026, arXiv 2602.00217.
+
+    ``tau`` > 0, 0 <= ``clamp`` < 1, ``eps`` >= 0; else ValueError.
+
+    Example: ``fused_dispersion_loss(z, AngularSpread(tau=0.5))``
     """
 
     tau: float = 1.0
@@ -185,6 +189,8 @@ class Orthogonalization(Potential):
 
     ``x = z / (|z| + eps)``. The slope is ``2 max(0, margin - D) / (pi sqrt(1 - clip(c)^2))``, straight-through as that
     of :class:`AngularSpread`. Source: Liu et al., ICML 2026, arXiv 2602.00217.
+
+    0 <= ``margin`` <= 1, a share of pi; ``clamp`` and ``eps`` as there; else ValueError.
     """
 
     reduction: ClassVar[Literal["mean", "log_mean"]] = "mean"
@@ -229,6 +235,8 @@ class L2Repel(DistancePotential):
     all other pairs are then negligible and nothing is repelled. ``include_diagonal=False`` leaves the diagonal out.
     ``mean(z^2)`` is over the features of the tokens that have a partner. Source: Liu et al., ICML 2026, arXiv
     2602.00217.
+
+    ``tau`` > 0, ``eps`` >= 0, ``norm_weight`` >= 0; else ValueError.
     """
 
     tau: float = 1.0
@@ -254,17 +262,15 @@ class L2Repel(DistancePotential):
 
 @dataclass(frozen=True)
 class Decorrelation(Potential):
-    """``psi = (c / (F - 1))^2``, the squared Pearson correlation of two tokens over their F features; loss ``mean
-    psi``.
+    """``psi = c^2``, c the Pearson correlation of two tokens over their F features; loss ``mean psi``.
 
-    ``x = (z - mean(z)) / std(z)`` over the features, unbiased; a constant token has x = 0 and no gradient. Source: Liu
-    et al., ICML 2026, arXiv 2602.00217.
+    ``x = (z - mean(z)) / |z - mean(z)|``, the mean over the features; a constant token has x = 0 and no gradient.
+    Source: Liu et al., ICML 2026, arXiv 2602.00217.
     """
 
     reduction: ClassVar[Literal["mean", "log_mean"]] = "mean"
     row_transform: ClassVar[Literal["normalize", "standardize", "none"]] = "standardize"
 
-    # x is divided by sqrt(F - 1) in the sweep, so that c is the correlation itself.
     def value(self, c: Tensor) -> Tensor:
         return c.square()
 
@@ -279,6 +285,8 @@ class PerplexityEntropy(Potential):
     The loss is the mean negative entropy of the tokens' neighbour distributions, as in t-SNE's perplexity. It is not a
     function of c alone: the sweep takes three passes, 5 B L^2 F FLOPs for loss and gradient. Source: Liu et al., ICML
     2026, arXiv 2602.00217.
+
+    ``sigma2`` > 0, ``eps`` > 0; else ValueError.
     """
 
     row_transform: ClassVar[Literal["normalize", "standardize", "none"]] = "none"
@@ -297,6 +305,8 @@ class Uniformity(ExponentialPotential):
     """``psi = exp(-t |x_i - x_j|^2)`` with ``x = z / |z|``; loss ``log(mean psi)``.
 
     A zero token has x = 0 and no gradient. Source: Wang & Isola, ICML 2020, arXiv 2005.10242.
+
+    ``t`` > 0; else ValueError.
     """
 
     t: float = 2.0
@@ -322,7 +332,7 @@ class Uniformity(ExponentialPotential):
 class DispersiveL2(DistancePotential):
     """``psi = exp(-|z_i - z_j|^2 / (F tau))``, the diagonal counted; loss ``log(mean psi)``.
 
-    The InfoNCE-L2 form of the dispersive loss. Source: Wang & He, 2025, arXiv 2506.09027.
+    The InfoNCE-L2 form of the dispersive loss. Source: Wang & He, 2025, arXiv 2506.09027. ``tau`` > 0; else ValueError.
     """
 
     tau: float = 1.0

@@ -129,7 +129,9 @@ class DispersionRegularizer:
 
     def loss(self) -> Tensor:
         """Mean loss over the chosen layers times ``weight``, ``[]``. Call it once per forward; it averages over several
-        forwards since the last call."""
+        forwards since the last call.
+
+        Raises RuntimeError where a layer did not run in training since the last call, or after :meth:`remove`."""
         found: dict[_Layer, list[Tensor]] = {layer: [] for layer in self._layers}
         for term in _chain(self._pending):
             term.forward.taken = True

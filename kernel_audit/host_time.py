@@ -6,6 +6,7 @@ GPU, and usual figures for the driver and for PyTorch's operations.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import statistics
 import time
@@ -45,6 +46,7 @@ SHAPES = [(1, 768, 1024), (1, 128, 1024), (12, 768, 1024), (12, 128, 1024), (1, 
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m kernel_audit.host_time", description=__doc__).parse_args()
     samples = [sample for shape in SHAPES for sample in measure(*shape)]
     host, machine = fit(samples), describe()
     for counts, taken in samples:

@@ -83,6 +83,9 @@ def supported(impl: str, z: Tensor, potential: str | Potential = "angular_spread
 
     Raises:
         ValueError: an unknown ``impl`` or potential.
+        TypeError: no tensor, as a list of layers.
+
+    Example: ``supported("triton", z).reason``
     """
     check_impl(impl)
     check_tensor("z", z, "hidden states", "of a list of layers, ask for each: supported(impl, layers[0])")

@@ -77,7 +77,14 @@ def mean_pairwise_cosine(z: Tensor, *, mask: Tensor | None = None) -> Tensor:
 
 
 def condensation_by_layer(hidden: Sequence[Tensor], *, mask: Tensor | None = None) -> Tensor:
-    """:func:`mean_pairwise_cosine` of every layer's hidden states, ``[layers]``, on the device of the first layer."""
+    """:func:`mean_pairwise_cosine` of every layer's hidden states, ``[layers]``, on the device of the first layer.
+
+    Args:
+        hidden: hidden states ``[B, L, F]`` or ``[L, F]``, one tensor a layer.
+        mask: boolean ``[B, L]`` or ``[L]``, of all layers.
+
+    Raises ValueError for a wrong shape or value, TypeError for a wrong type.
+    """
     if isinstance(hidden, Tensor):
         raise TypeError(
             "hidden must be a list of tensors, one a layer, got one tensor; give [hidden] where it is one layer's, "

@@ -58,10 +58,10 @@ def measure_condensation(
             inputs ``[B, L, F]``. Texts of fewer than two tokens are skipped and counted.
         tokenizer: tokenizer of the model, for strings: of transformers, of tokenizers, or a function to a list of ids.
         layers: ``"all"`` for the embedding and all blocks; ``"last"``, ``"early_half"``, ``"late_half"``; or numbers,
-            0 for the embedding, blocks from 1.
+            0 for the embedding, blocks from 1; of hidden states, which have no embedding, from 1.
         stack: name of the stack of blocks where there are several. Default of an encoder-decoder: its encoder.
         final_norm: whether to measure the last hidden state behind the final norm, too.
-        max_length: tokens of a text, from its beginning; at most the model's context.
+        max_length: tokens of a string, from its beginning; at most the model's context. Batches are measured whole.
         add_special_tokens: whether the tokenizer adds its special tokens.
         special_ids: ids that are no content; default: the tokenizer's special tokens. Position 0 never is.
         mask: for hidden states, boolean ``[B, L]``: tokens that take part.
@@ -71,6 +71,9 @@ def measure_condensation(
         initialised: whether to measure a random initialisation of the model's configuration instead.
         name: name of the model in the result; default: the one it was loaded by, or its class.
         progress: whether a terminal shows a progress bar.
+
+    Returns:
+        :class:`Condensation`, with a :class:`Layer` for each layer, first layer first.
 
     Raises:
         ValueError, TypeError: an argument is wrong, all texts are too short, or a layer is not finite.

@@ -39,11 +39,12 @@ class CondensationMonitor:
         every: number of optimiser steps between measurements.
         layers: ``"all"`` blocks, ``"last"``, ``"early_half"``, ``"late_half"``, or numbers, counted from 1.
         stack: name of the stack of blocks where there are several.
-        max_length: tokens of a text, from its beginning.
+        max_length: tokens of a string, from its beginning. Batches are measured whole.
         count: number of strings measured at most.
 
-    A measurement costs a forward pass of at most ``count * max_length`` tokens. With the defaults, 1,024 tokens every
-    100 steps, that was 0.3% of the time of training the trainer's nano GPT-2 with 2,048 tokens a step, on a CPU.
+    With strings, a measurement costs a forward pass of at most ``count * max_length`` tokens. With the defaults, 1,024
+    tokens every 100 steps, that was 0.3% of the time of training the trainer's nano GPT-2 with 2,048 tokens a step,
+    on a CPU.
 
     Raises:
         ValueError, TypeError: an argument is wrong, or no text has two tokens.

@@ -56,6 +56,9 @@ def plot_heat_map(
         tokens: ``"all"``, or ``"content"``: without position 0 and special tokens.
         title: title above the panels.
 
+    Returns:
+        Path of the picture.
+
     Raises:
         ValueError: no measurement, a layer without pairs of content tokens, or an unknown format.
         TypeError: an argument of the wrong type.
@@ -135,6 +138,9 @@ def plot_condensation(
         dashed: labels of the curves drawn thin, grey and dashed, for states to compare with.
         tokens: ``"all"``, or ``"content"``: without position 0 and special tokens; of measurements.
 
+    Returns:
+        Path of the picture.
+
     Raises:
         ValueError: no curve, an empty curve, a label in ``dashed`` that is not in ``curves``, or an unknown format.
         TypeError: an argument of the wrong type.
@@ -192,6 +198,9 @@ def plot_training(records: Iterable[Record], path: str | Path, *, title: str = "
         records: measurements of one model at several steps, as of :class:`CondensationMonitor`.
         path: file of the picture, as in :func:`plot_heat_map`.
         title: title above the axes.
+
+    Returns:
+        Path of the picture.
 
     Raises:
         ValueError: fewer than two steps, records of different layers, or an unknown format.

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, get_args
 
 import torch
 
+from ..potentials import BUILT_IN
 from ..sampling import ControlVariate, SampledPairs, SampledTokens, Sampling
 from .checkpoint import checkpoints, damage_named, is_signed, read_checkpoint
 from .model import INIT_STD, NORMS, PRESETS
@@ -204,7 +205,8 @@ def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) 
         type=not_empty,
         default=[],
         metavar="TEXT",
-        help="text files (.gz and .xz too), folders, /dev/stdin, hf:NAME[:CONFIG]",
+        help="text files (.gz and .xz too), folders, /dev/stdin, hf:NAME[:CONFIG] (default: the source text of "
+        "this Python)",
     )
     add(
         "--tokenizer",
@@ -248,7 +250,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) 
 
     add = parser.add_argument_group("dispersion").add_argument
     add("--dispersion-weight", type=number(0), metavar="X", help="0: none (default: nano 0.5, else 0.1)")
-    add("--potential", default="angular_spread", help="(default: %(default)s)")
+    add("--potential", default="angular_spread", metavar="NAME", help=f"{', '.join(BUILT_IN)} (default: %(default)s)")
     add("--tau", type=float, metavar="X", help="temperature (default: the potential's)")
     add(
         "--dispersion-layers", default="all", metavar="WHICH", help="all, last, early_half, late_half, or 1,2,... (all)"
@@ -267,9 +269,14 @@ def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) 
         default="low_rank",
         help="for the rest (default: %(default)s)",
     )
-    add("--impl", default="auto", help="backend of the loss (default: %(default)s)")
+    add(
+        "--impl",
+        default="auto",
+        metavar="NAME",
+        help="backend of the loss: auto, triton, cuda, cpu, torch or reference (default: %(default)s)",
+    )
 
-    add = parser.add_argument_group("optimiser (defaults: the preset's)").add_argument
+    add = parser.add_argument_group("optimiser (defaults: docs/trainer.md)").add_argument
     add("--steps", type=at_least(1), metavar="N")
     add("--batch-size", type=at_least(1), metavar="N", help="windows at a time, on each rank")
     add("--accumulate", type=at_least(1), metavar="N", help="batches whose gradients are added up for one step")

@@ -33,6 +33,10 @@ def attach(trainer: Any, layers: Any = "all", weight: float = 0.1, **options: An
 
     Returns:
         The regulariser, which is also ``trainer.dispersion``.
+
+    Raises:
+        ValueError: the trainer has one already, or a wrong layer or option.
+        TypeError: no ``Trainer``, or a wrong type.
     """
     if isinstance(trainer, DispersionMixin):
         raise ValueError("trainer has a dispersion loss already: trainer.dispersion; change its weight there")
@@ -56,6 +60,10 @@ def attach_monitor(trainer: Any, texts: Iterable[Any], tokenizer: Any = None, **
 
     Returns:
         The monitor, which is also ``trainer.condensation``; after training, ``monitor.plot(path)`` draws its records.
+
+    Raises:
+        ValueError: the trainer has one already, an option is wrong, or no text has two tokens.
+        TypeError: no ``Trainer``, or a wrong type.
     """
     _check_trainer(trainer, "call CondensationMonitor(model, texts)(step)")
     if isinstance(trainer, _LogsCondensation):

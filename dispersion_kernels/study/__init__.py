@@ -1,4 +1,4 @@
 """Studies with the trainer: sweeps over its options (``dispersion sweep``) and their statistics (``dispersion stats``).
 
-Both need ``pip install "dispersion-kernels[study]"``.
+Both need ``pip install '.[study]'``.
 """
