@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -10,13 +12,19 @@ from torch import Tensor, nn
 
 class Stack(NamedTuple):
     name: str
-    owner: nn.Module
-    """Module whose arguments select the tokens."""
+    callers: tuple[nn.Module, ...]
+    """Modules around the blocks whose arguments may select the tokens, from the model to the owner."""
     blocks: list[nn.Module]
+
+    @property
+    def owner(self) -> nn.Module:
+        """Nearest ``PreTrainedModel`` around the blocks, else the nearest module with a forward: its arguments select
+        the tokens."""
+        return self.callers[-1]
 
 
 def find_stack(model: nn.Module, name: str | None) -> Stack:
-    stacks = list(_stacks(model, "", model))
+    stacks = list(_stacks(model, "", (model,)))
     pretrained = [stack for stack in stacks if is_pretrained(stack.owner)]
     stacks = pretrained or stacks
     candidates = [f"{stack.name} ({len(stack.blocks)} x {type(stack.blocks[0]).__name__})" for stack in stacks]
@@ -37,7 +45,7 @@ def find_stack(model: nn.Module, name: str | None) -> Stack:
     )
 
 
-def _stacks(module: nn.Module, prefix: str, owner: nn.Module) -> Iterator[Stack]:
+def _stacks(module: nn.Module, prefix: str, callers: tuple[nn.Module, ...]) -> Iterator[Stack]:
     """Stacks of blocks below ``module``, without stacks inside the blocks of another stack."""
     for key, child in module.named_children():
         name = f"{prefix}{key}"
@@ -47,9 +55,26 @@ def _stacks(module: nn.Module, prefix: str, owner: nn.Module) -> Iterator[Stack]
         if is_list:
             blocks = list(child.children())
             if blocks:
-                yield Stack(name, owner, blocks)
+                yield Stack(name, callers, blocks)
         else:
-            yield from _stacks(child, f"{name}.", child if is_pretrained(child) or not is_pretrained(owner) else owner)
+            yield from _stacks(child, f"{name}.", _with_child(callers, child))
+
+
+def callers_of(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, ...]:
+    """``Stack.callers`` of the modules of these names, which need not be in one list."""
+    callers: tuple[nn.Module, ...] = (model,)
+    module = model
+    paths = [name.split(".")[:-1] for name in names]
+    for part, *_ in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)):
+        module = getattr(module, part)
+        callers = _with_child(callers, module)
+    return callers
+
+
+def _with_child(callers: tuple[nn.Module, ...], child: nn.Module) -> tuple[nn.Module, ...]:
+    # Lists and dicts of modules have no forward, and what is within a PreTrainedModel need not keep its names.
+    is_called = type(child).forward is not nn.Module.forward
+    return (*callers, child) if is_pretrained(child) or (is_called and not is_pretrained(callers[-1])) else callers
 
 
 def is_pretrained(module: nn.Module) -> bool:
@@ -69,8 +94,8 @@ def layer_numbers(layers: Any, count: int) -> list[int]:
     if isinstance(layers, str):
         if layers in named:
             return list(named[layers])
-    elif all(isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= count for k in layers):
-        return sorted(set(layers))
+    elif all(isinstance(k, Integral) and not isinstance(k, bool) and 1 <= int(k) <= count for k in layers):
+        return sorted({int(k) for k in layers})
     raise ValueError(
         f"layers must be 'all', 'last', 'early_half', 'late_half', a list of numbers from 1 to {count}, or of modules, "
         f"got {layers!r}"

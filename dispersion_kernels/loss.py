@@ -375,6 +375,9 @@ class DispersionLoss(nn.Module):
         """Options with the module's ``tau``, which ``.to()`` may have moved."""
         if self.tau is None:
             return self._options
+        if temperature_field(self._options.potential) is None:
+            name = self._options.potential.name()
+            raise ValueError(f"tau of a DispersionLoss was set, and the potential {name!r} has no tau; leave it None")
         return self._options._replace(potential=at_temperature(self._options.potential, self.tau))
 
     def extra_repr(self) -> str:
@@ -504,3 +507,8 @@ def _check_inputs(z: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, doc
         document_ids.is_floating_point() or document_ids.is_complex() or document_ids.dtype == torch.bool
     ):
         raise TypeError(f"document_ids must be integers, got {document_ids.dtype}; which tokens take part is mask")
+    if document_ids is not None and document_ids.dtype == torch.uint64:
+        raise TypeError(
+            "document_ids must be integers that int64 holds, got torch.uint64; number the documents: "
+            "torch.unique(document_ids, return_inverse=True)[1]"
+        )

@@ -138,6 +138,9 @@ class _Result(NamedTuple):
     """d loss / d temperature, of the shape of ``loss``."""
     error: Tensor | None = None
     """``[layers]``: expected relative error of the gradient from sampled pairs."""
+    anchor: Tensor | None = None
+    """``[0]``: differentiable output that no caller sees. Backward keeps the anchor to show autograd what the gradients
+    depend on; of the loss, which callers change in place (``loss *= weight``), autograd would refuse that."""
 
 
 def _differentiable(
@@ -146,7 +149,7 @@ def _differentiable(
     """Loss of the call, differentiable, and the error of sampled pairs."""
     if _unobserved(*layers, *tensors) and forward_ad._current_level < 0:
         if needed:
-            loss, error = _Loss.apply(call, *tensors, *layers)
+            loss, error, _ = _Loss.apply(call, *tensors, *layers)
             return loss, error
         result = call.run(tensors, layers, unobserved=True)
     # The operator has a derivative formula of its own, used under compilers and modes, but not under torch.func.
@@ -158,7 +161,7 @@ def _differentiable(
             'traces it there with impl="reference" alone; transform outside of the compiled function'
         )
     else:
-        loss, error, *_ = _Transformed.apply(call, *tensors, *layers)
+        loss, _, error, *_ = _Transformed.apply(call, *tensors, *layers)
         return loss, error
     return result.loss, result.error
 
@@ -171,13 +174,15 @@ class _Loss(torch.autograd.Function):
     """Differentiable loss of plain tensors (:func:`_unobserved`)."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, call: _Call, *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor]:
         tensors, layers = _Tensors(*arguments[:_COUNT]), arguments[_COUNT:]
         result = call.run(tensors, layers, unobserved=True)
+        anchor = result.loss.new_empty(0)
         if result.error is not None:
             ctx.mark_non_differentiable(result.error)
-        _keep(ctx, call, tensors, layers, result, ctx.needs_input_grad[1:], visible=False)
-        return result.loss, result.error
+        ctx.set_materialize_grads(False)
+        _keep(ctx, call, tensors, layers, result._replace(anchor=anchor), ctx.needs_input_grad[1:], visible=False)
+        return result.loss, result.error, anchor
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -193,16 +198,17 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, *arguments: Any) -> tuple[Tensor | None, ...]:
         result = call.run(_Tensors(*arguments[:_COUNT]), arguments[_COUNT:], _unobserved(*arguments))
-        return result.loss, result.error, result.slope, result.scale, *result.grads
+        anchor = result.loss.new_empty(0)
+        return result.loss, anchor, result.error, result.slope, result.scale, *result.grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         call, *arguments = inputs
-        loss, error, slope, scale, *grads = output
-        ctx.mark_non_differentiable(*(value for value in output[1:] if value is not None))
+        loss, anchor, error, slope, scale, *grads = output
+        ctx.mark_non_differentiable(*(value for value in output[2:] if value is not None))
         ctx.set_materialize_grads(False)  # zeros for the gradients would be as large as the layers
         tensors, layers = _Tensors(*arguments[:_COUNT]), arguments[_COUNT:]
-        _keep(ctx, call, tensors, layers, _Result(loss, grads, scale, slope, error), ctx.needs_input_grad[1:])
+        _keep(ctx, call, tensors, layers, _Result(loss, grads, scale, slope, error, anchor), ctx.needs_input_grad[1:])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -243,7 +249,7 @@ def _keep(
         read: list[Tensor | None] = []
         if ctx.finish is not None and call.options.potential.row_transform != "none":
             read = [z if need else None for z, need in zip(layers, ctx.needed, strict=True)]
-        ctx.save_for_backward(tensors.cu_seqlens, result.loss, result.slope, result.scale, *read, *result.grads)
+        ctx.save_for_backward(tensors.cu_seqlens, result.anchor, result.slope, result.scale, *read, *result.grads)
 
 
 def reads_tokens(options: LossOptions, z: Tensor) -> bool:
@@ -276,9 +282,9 @@ def _gradients(ctx: Any, upstream: Tensor | None) -> Sequence[Tensor | None]:
         cu_seqlens, scale, grads, slope = tensors.cu_seqlens, result.scale, result.grads, result.slope
         causes = layers if ctx.temperature is None else [*layers, ctx.temperature]
     else:
-        cu_seqlens, loss, slope, scale, *rest = saved
+        cu_seqlens, anchor, slope, scale, *rest = saved
         count = len(ctx.needed) if ctx.call.options.sampling is None else 1
-        layers, grads, causes = rest[:-count], rest[-count:], [loss]
+        layers, grads, causes = rest[:-count], rest[-count:], [anchor]
     if any(ctx.needed):
         assert scale is not None
         if ctx.call.options.sampling is not None:
@@ -293,9 +299,15 @@ def _gradients(ctx: Any, upstream: Tensor | None) -> Sequence[Tensor | None]:
         gradients[2] = (upstream * slope).sum().to(ctx.temperature)
     # Under create_graph the gradient would count as a constant, and a gradient penalty would silently do nothing.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        found = iter(_Once.apply(len(causes), *causes, *(grad for grad in gradients if grad is not None)))
+        found = iter(differentiable_once(causes, [grad for grad in gradients if grad is not None]))
         return [None if grad is None else next(found) for grad in gradients]
     return gradients
+
+
+def differentiable_once(causes: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients, whose derivative with respect to the causes is an error."""
+    found: tuple[Tensor, ...] = _Once.apply(len(causes), *causes, *gradients)
+    return found
 
 
 class _Once(torch.autograd.Function):
@@ -418,7 +430,7 @@ _library.define(
     "dispersion_loss(Tensor[] layers, Tensor? pair_ids, Tensor? cu_seqlens, Tensor? temperature, Tensor? shuffle,"
     " Tensor? fit, str potential, float[] params, str reduction, str impl, float fraction, str control_variate,"
     " bool[] with_grad, bool with_slope, bool with_error, SymInt? max_seqlen)"
-    " -> (Tensor loss, Tensor[] grads, Tensor scale, Tensor slope, Tensor error)",
+    " -> (Tensor loss, Tensor[] grads, Tensor scale, Tensor slope, Tensor error, Tensor anchor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -440,15 +452,15 @@ def _unpacked(layers: Sequence[Tensor], *arguments: Any) -> tuple[Sequence[Tenso
 
 
 @torch.library.impl(_library, "dispersion_loss", "CompositeExplicitAutograd")
-def _dispersion_loss(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+def _dispersion_loss(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     loss, grads, *others = _run(*_unpacked(*arguments))
     # An operator returns no None, and no tensor twice.
-    scale, slope, error = (loss.new_empty(0) if value is None else value for value in others)
-    return loss, [loss.new_empty(0) if grad is None else grad for grad in grads], scale, slope, error
+    scale, slope, error, anchor = (loss.new_empty(0) if value is None else value for value in others)
+    return loss, [loss.new_empty(0) if grad is None else grad for grad in grads], scale, slope, error, anchor
 
 
 @torch.library.register_fake("dispersion_kernels::dispersion_loss")
-def _dispersion_loss_fake(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+def _dispersion_loss_fake(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     layers, tensors, call = _unpacked(*arguments)
     z, bounds = layers[0], tensors.cu_seqlens
     sequences = z.shape[0] if bounds is None else bounds.shape[0] - 1
@@ -464,7 +476,8 @@ def _dispersion_loss_fake(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor
     ]
     scale = loss.new_empty((len(layers), *z.shape[:2]) if with_grad else 0)
     slope = loss.new_empty(loss.shape if call.with_slope else 0)
-    return loss, grads, scale, slope, loss.new_empty(len(layers) if sampled else 0)
+    error, anchor = loss.new_empty(len(layers) if sampled else 0), loss.new_empty(0)
+    return loss, grads, scale, slope, error, anchor
 
 
 def _flop_formula(*arguments: Any, out_val: Any = None) -> int:
@@ -475,7 +488,7 @@ def _flop_formula(*arguments: Any, out_val: Any = None) -> int:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     layers, tensors, call = _unpacked(*inputs)
     ctx.others = [[] if isinstance(value, list) and not value else None for value in inputs[1 + _COUNT :]]
-    ctx.mark_non_differentiable(*tree_leaves(output[1:]))
+    ctx.mark_non_differentiable(*tree_leaves(output[1:-1]))
     ctx.set_materialize_grads(False)
     needed = [value is not None and value.requires_grad for value in (*tensors, *layers)]
     _keep(ctx, call, tensors, layers, _Result(*output), needed)

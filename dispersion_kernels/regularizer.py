@@ -19,13 +19,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dispersion_kernels.blocks import find_stack, hidden_states_of, layer_numbers
+from dispersion_kernels.blocks import callers_of, find_stack, hidden_states_of, is_pretrained, layer_numbers
+from dispersion_kernels.checks import check_number
 from dispersion_kernels.loss import loss_and_error
 from dispersion_kernels.numerics import loss_dtype
-from dispersion_kernels.operators import graph_is_kept, reads_tokens
+from dispersion_kernels.operators import differentiable_once, graph_is_kept, reads_tokens
 from dispersion_kernels.options import check_options
 from dispersion_kernels.potentials import Potential, temperature_of
 from dispersion_kernels.sampling import Sampling
@@ -45,7 +45,7 @@ class DispersionRegularizer:
 
     Hooks on the blocks act only in training mode with gradients enabled. Make the regulariser before the first call of
     a compiled model: PyTorch compiles the hooks with the blocks and ignores hooks added later. Deep copies and pickles
-    of the model have no regulariser.
+    of the model have no regulariser, and those of the regulariser are as after :meth:`remove`.
 
     Args:
         model: module with a stack of blocks in a ``ModuleList`` (or a ``ModuleDict`` whose keys are numbers). Blocks
@@ -57,7 +57,7 @@ class DispersionRegularizer:
         weight: factor of the mean over the chosen layers in :meth:`loss`. The attribute may change between steps.
         stack: name of the stack, or a part of the name, as ``"decoder"``, for a model with several stacks.
         tokens: ``"attended"``: tokens that the model attends to, by arguments of the module that owns the blocks:
-            ``cu_seq_lens_q``, else a 2-D ``attention_mask``, else ``position_ids``, which restart at each document (one
+            ``cu_seq_lens_q``, else a 2-D ``attention_mask`` of booleans or integers, else ``position_ids``, which restart at each document (one
             loss per document), else all tokens. ``"labels"``: attended tokens whose label, in the model's argument
             ``labels``, is not -100. ``"all"``: all tokens.
         potential, tau, sampling, impl: as in :func:`~dispersion_kernels.fused_dispersion_loss`.
@@ -88,11 +88,12 @@ class DispersionRegularizer:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; give the model itself")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        check_number("weight", weight)
+        if isinstance(weight, bool) or not 0 <= weight < math.inf:
             raise ValueError(f"weight must be a finite number of at least 0, got {weight!r}; try 0.1")
         if tokens not in ("attended", "labels", "all"):
             raise ValueError(f"tokens must be 'attended', 'labels' or 'all', got {tokens!r}")
-        self.weight = weight
+        self.weight: float = float(weight)
         self.values: dict[str, Tensor] = {}
         """Loss of each layer, by module name, without the weight, at the last call of :meth:`loss`."""
         self._tokens = tokens
@@ -106,21 +107,22 @@ class DispersionRegularizer:
             )
         self._random = sampling is not None
 
-        owner, self._layers = _choose(self, model, layers, stack)
+        callers, self._layers = _choose(self, model, layers, stack)
         self._pending: _Term = _END
         self._before: _Term = _END
         self._scrap: Tensor | None = None
         self._forward: _Forward | None = None
-        self._removed = False
+        self._removed = self._dropped = False
         self._handles = [layer.module.register_forward_hook(layer) for layer in self._layers]
-        for module in (model, owner)[: 1 if owner is model else 2]:
-            begin = _Begin(self, _argument_names(module), is_model=module is model, is_owner=module is owner)
+        for depth, module in enumerate(callers):
+            begin = _Begin(self, _argument_names(module), depth, is_owner=module is callers[-1])
             self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
-            finish = _Finish(self, is_model=module is model)
-            self._handles.append(module.register_forward_hook(finish, always_call=True))
+            self._handles.append(module.register_forward_hook(_Finish(self, depth), always_call=True))
         # The hook on optimisers notices a forgotten loss() of a compiled model, where _WithTerm does not run.
         reference = weakref.ref(self)
-        self._handles.append(register_optimizer_step_post_hook(lambda *_: _discard_spent(reference())))
+        of_optimizers = register_optimizer_step_post_hook(lambda *_: _discard_spent(reference()))
+        self._handles.append(of_optimizers)
+        weakref.finalize(self, of_optimizers.remove).atexit = False
 
     @property
     def layers(self) -> list[str]:
@@ -138,21 +140,31 @@ class DispersionRegularizer:
             found[term.layer].append(term.value)
         self._pending = _END
         self._before, self._scrap = _END, None
-        if missing := [layer.name for layer in self._layers if not found[layer]]:
-            raise RuntimeError(self._nothing_to_add(missing))
+        dropped, self._dropped = self._dropped, False
+        if (missing := [layer.name for layer in self._layers if not found[layer]]) or self._removed:
+            raise RuntimeError(self._nothing_to_add(missing, dropped))
         device = found[self._layers[-1]][0].device
         means = [torch.stack(values[::-1]).mean().to(device) for values in found.values()]
         self.values = {layer.name: mean.detach() for layer, mean in zip(self._layers, means, strict=True)}
         return self.weight * torch.stack(means).mean()
 
-    def _nothing_to_add(self, missing: list[str]) -> str:
+    def _nothing_to_add(self, missing: list[str], dropped: bool) -> str:
         if self._removed:
-            return "DispersionRegularizer.loss() was called after remove(); make another DispersionRegularizer"
+            return (
+                "DispersionRegularizer.loss() was called after remove(), or of a copy; make another "
+                "DispersionRegularizer of the model"
+            )
+        if dropped:
+            return (
+                "backward ran between the model's forward and DispersionRegularizer.loss(), and dropped its terms; "
+                "call loss() right after the forward, before any backward or torch.autograd.grad"
+            )
         return (
             f"{len(missing)} of {len(self._layers)} layers did not run in training mode with gradients enabled since "
             f"the last call of DispersionRegularizer.loss(): {', '.join(missing)}. Call it once, after the model's "
-            "forward, in training alone. If they did run: make the DispersionRegularizer before the first call of a "
-            "compiled model, and activation checkpointing around the blocks' hooks needs use_reentrant=False"
+            "forward, in training alone. If they did run: call the model, not a method of it or its blocks; make the "
+            "DispersionRegularizer before the first call of a compiled model; activation checkpointing around the "
+            "blocks' hooks needs use_reentrant=False"
         )
 
     def remove(self) -> None:
@@ -164,10 +176,16 @@ class DispersionRegularizer:
         self._pending = self._before = _END
         self._scrap, self._forward = None, None
 
+    def __deepcopy__(self, memo: object) -> DispersionRegularizer:
+        return _removed_one(self.weight)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _removed_one, (self.weight,)
+
     def _select(self, given: Mapping[str, Any]) -> _Selection:
         if self._tokens == "all":
             return _ALL
-        mask, cu_seqlens = None, given.get("cu_seq_lens_q")
+        mask, cu_seqlens, padding = None, given.get("cu_seq_lens_q"), given.get("src_key_padding_mask")
         attention_mask, position_ids = given.get("attention_mask"), given.get("position_ids")
         if cu_seqlens is None and attention_mask is not None:
             if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
@@ -176,7 +194,21 @@ class DispersionRegularizer:
                     f"attention_mask is a {type(attention_mask).__name__} {shape}, and DispersionRegularizer knows "
                     "which tokens take part from one of shape [B, L] alone; give the model that, or take tokens='all'"
                 )
+            if attention_mask.is_floating_point():
+                raise TypeError(
+                    f"attention_mask is {attention_mask.dtype}, and DispersionRegularizer takes booleans or integers, "
+                    "not 0 for the tokens that take part (an additive mask has 0 there); give the model such a mask, "
+                    "or take tokens='all'"
+                )
             mask = attention_mask.bool()
+        elif cu_seqlens is None and padding is not None:
+            if padding.dtype != torch.bool or padding.dim() != 2:
+                raise ValueError(
+                    f"src_key_padding_mask is {padding.dtype} {list(padding.shape)}, and DispersionRegularizer knows "
+                    "which tokens take part from a boolean one of shape [B, L] alone, True for padding; give the model "
+                    "that, or take tokens='all'"
+                )
+            mask = ~padding
         elif cu_seqlens is None and isinstance(position_ids, Tensor) and position_ids.dim() == 2:
             tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
             batch = position_ids.shape[0] if tokens is None else tokens.shape[0]
@@ -212,7 +244,7 @@ class DispersionRegularizer:
     def _discard(self, forward: _Forward) -> None:
         """Drops the terms of a forward whose backward ran without them, and warns."""
         kept = [term for term in _chain(self._pending) if term.forward is not forward]
-        self._pending = _END
+        self._pending, self._dropped = _END, True
         for term in reversed(kept):
             self._pending = _Term(self._pending, term.layer, term.forward, term.value)
         warnings.warn(
@@ -221,6 +253,16 @@ class DispersionRegularizer:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def _removed_one(weight: float) -> DispersionRegularizer:
+    """Copy of a regulariser, which has no model."""
+    copy = DispersionRegularizer.__new__(DispersionRegularizer)
+    copy.weight, copy.values = weight, {}
+    copy._layers, copy._handles = [], []
+    copy._dropped = False
+    copy.remove()
+    return copy
 
 
 def _discard_spent(regularizer: DispersionRegularizer | None) -> None:
@@ -240,10 +282,10 @@ def _is_spent(value: Tensor) -> bool:
 
 
 class _Forward:
-    """Call of the model, or of the module that owns the blocks where that module is called alone."""
+    """Call of the model, or of the first module that is called on the way to the blocks, at ``depth``."""
 
-    def __init__(self, by_model: bool, given: Mapping[str, Any]) -> None:
-        self.by_model, self.given = by_model, given
+    def __init__(self, depth: int, given: dict[str, Any]) -> None:
+        self.depth, self.given = depth, given
         self.selection: _Selection | None = None
         self.taken = False
         """Whether :meth:`DispersionRegularizer.loss` has taken the terms of this forward, or they were dropped."""
@@ -298,14 +340,13 @@ class _Hook:
 
 
 class _Begin(_Hook):
-    """Forward pre-hook of the model and of the module that owns the blocks: selects the tokens that take part. The hook
-    of the owner may not run: Sentence Transformers call the owner's ``forward`` directly."""
+    """Forward pre-hook of the model, at depth 0, and of the modules from there to the owner of the blocks: selects the
+    tokens that take part. Not every hook runs: Lightning calls a method of the model, and Sentence Transformers call
+    the owner's ``forward`` directly."""
 
-    def __init__(
-        self, regularizer: DispersionRegularizer, names: Sequence[str], *, is_model: bool, is_owner: bool
-    ) -> None:
+    def __init__(self, regularizer: DispersionRegularizer, names: Sequence[str], depth: int, *, is_owner: bool) -> None:
         super().__init__(regularizer)
-        self.names, self.is_model, self.is_owner = names, is_model, is_owner
+        self.names, self.depth, self.is_owner = names, depth, is_owner
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         regularizer = self.regularizer
@@ -316,7 +357,7 @@ class _Begin(_Hook):
             )
         forward = regularizer._forward
         # The last forward ended in an interruption, or in an exception of compiled code.
-        if forward is not None and (self.is_model or not forward.by_model):
+        if forward is not None and self.depth <= forward.depth:
             regularizer._abandon_forward()
             forward = None
         if regularizer._removed or not module.training or not torch.is_grad_enabled():
@@ -324,8 +365,10 @@ class _Begin(_Hook):
         given = _known(self.names, args, kwargs)
         if forward is None:
             regularizer._scrap = None
-            forward = _Forward(self.is_model, given)
+            forward = _Forward(self.depth, given)
             regularizer._before, regularizer._forward = regularizer._pending, forward
+        elif regularizer._tokens == "labels" and "labels" in given and "labels" not in forward.given:
+            forward.given["labels"] = given["labels"]
         if self.is_owner:
             if "labels" in forward.given:
                 given["labels"] = forward.given["labels"]
@@ -333,17 +376,16 @@ class _Begin(_Hook):
 
 
 class _Finish(_Hook):
-    """Forward hook of the model and of the module that owns the blocks: ends the :class:`_Forward`, whose terms are
-    discarded where it failed."""
+    """Forward hook of the same modules: ends the :class:`_Forward`, whose terms are discarded where it failed."""
 
-    def __init__(self, regularizer: DispersionRegularizer, *, is_model: bool) -> None:
+    def __init__(self, regularizer: DispersionRegularizer, depth: int) -> None:
         super().__init__(regularizer)
-        self.is_model = is_model
+        self.depth = depth
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         regularizer = self.regularizer
         forward = regularizer._forward
-        if forward is None or not (self.is_model or not forward.by_model):
+        if forward is None or self.depth > forward.depth:
             return
         # PyTorch calls the hook without an output while it handles the exception that ended the forward.
         if output is None and sys.exc_info()[1] is not None:
@@ -351,13 +393,22 @@ class _Finish(_Hook):
         regularizer._forward = None
 
 
-_KNOWN = ("cu_seq_lens_q", "max_length_q", "attention_mask", "position_ids", "input_ids", "inputs_embeds", "labels")
+_KNOWN = (
+    "cu_seq_lens_q",
+    "max_length_q",
+    "attention_mask",
+    "src_key_padding_mask",
+    "position_ids",
+    "input_ids",
+    "inputs_embeds",
+    "labels",
+)
 
 
 def _known(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a call that select tokens, by name; some models take the arguments in one mapping."""
     given = dict(zip(names, args, strict=False), **kwargs)
-    for value in args:
+    for value in (*args, *kwargs.values()):
         if isinstance(value, Mapping):
             given.update(value)
     return {name: given[name] for name in _KNOWN if name in given}
@@ -395,7 +446,17 @@ class _Layer(_Hook):
         # backward: the hook must save the same tensors as the first time, and must not count a term.
         if regularizer._removed or not torch.is_grad_enabled() or (forward is None and not module.training):
             return None
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "torch.func transforms a model with a DispersionRegularizer, which hooks into backward; call "
+                "reg.remove() first, and take fused_dispersion_loss of the hidden states, which torch.func transforms"
+            )
         z = hidden_states_of(output, self.name)
+        if z.dim() == 3 and getattr(getattr(module, "self_attn", None), "batch_first", None) is False:
+            raise ValueError(
+                f"{self.name} is a {type(module).__name__} with batch_first=False, whose output [L, B, F] would be "
+                "taken for L sequences; make it with batch_first=True"
+            )
         if forward is None:
             selection = _ALL
         else:
@@ -434,6 +495,7 @@ class _WithTerm(torch.autograd.Function):
         ctx.regularizer, ctx.forward_call, ctx.selection, ctx.kept = regularizer, forward, selection, None
         ctx.seed = int(torch.randint(2**62, (), device="cpu")) if regularizer._random else None
         ctx.dtype = loss_dtype(z)
+        ctx.version = _version_of_temperature(regularizer)
         # A new tensor, because autograd would refuse in-place writes to an input that is returned as it is.
         same = z.detach()
         if regularizer._keep_gradients:
@@ -447,7 +509,6 @@ class _WithTerm(torch.autograd.Function):
         return same, regularizer._value(z.to(ctx.dtype), selection, ctx.seed)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dz: Tensor | None, dterm: Tensor | None) -> tuple[Tensor | None, ...]:
         if dterm is None:
             forward = ctx.forward_call
@@ -455,7 +516,13 @@ class _WithTerm(torch.autograd.Function):
                 forward.taken = True
                 ctx.regularizer._discard(forward)
             return dz, None, None, None
+        if ctx.version != _version_of_temperature(ctx.regularizer):
+            raise RuntimeError(
+                "tau, of which a DispersionRegularizer reads the value in forward and in backward, was changed in "
+                "place between the two; change it after backward"
+            )
         kept, ctx.kept = ctx.kept, (ctx.kept if graph_is_kept() else None)
+        causes = [tensor for tensor in (dz, dterm) if tensor is not None]
         if kept is None:
             if ctx.regularizer._keep_gradients:
                 raise RuntimeError(
@@ -472,9 +539,19 @@ class _WithTerm(torch.autograd.Function):
                     "block; make it with keep_gradients=True, which reads them before that"
                 ) from error
             kept = _leaf_and_loss(ctx, z)
+            causes.append(z)
         leaf, loss = kept
         (gradient,) = torch.autograd.grad(loss, leaf, dterm, retain_graph=ctx.kept is not None)
+        if torch.is_grad_enabled():
+            (gradient,) = differentiable_once(causes, [gradient])
+            return gradient if dz is None else gradient + dz, None, None, None
         return gradient if dz is None else gradient.add_(dz), None, None, None
+
+
+def _version_of_temperature(regularizer: DispersionRegularizer) -> int | None:
+    """Count of the changes in place of a temperature that is a tensor."""
+    temperature = temperature_of(regularizer._options.potential)
+    return None if temperature is None or temperature.is_inference() else temperature._version
 
 
 def _leaf_and_loss(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -492,7 +569,8 @@ def _replaced(output: Any, z: Tensor) -> Any:
     if isinstance(output, Tensor):
         return z
     if isinstance(output, Mapping):
-        return type(output)(**{**output, next(iter(output)): z})
+        changed = {**output, next(iter(output)): z}
+        return changed if type(output) is dict else type(output)(**changed)
     if hasattr(output, "_fields"):
         return type(output)(z, *output[1:])
     return type(output)((z, *output[1:]))
@@ -500,8 +578,8 @@ def _replaced(output: Any, z: Tensor) -> Any:
 
 def _choose(
     regularizer: DispersionRegularizer, model: nn.Module, layers: Layers, stack: str | None
-) -> tuple[nn.Module, list[_Layer]]:
-    """Module that owns the blocks, and a hook for each chosen block."""
+) -> tuple[tuple[nn.Module, ...], list[_Layer]]:
+    """Modules from the model to the owner of the blocks, and a hook for each chosen block."""
     if not isinstance(layers, str):
         if not isinstance(layers, Iterable):
             raise TypeError(
@@ -516,11 +594,35 @@ def _choose(
             names = {module: name for name, module in model.named_modules()}
             if strangers := [type(module).__name__ for module in modules if module not in names]:
                 raise ValueError(f"layers has modules that are no part of model: {', '.join(strangers)}")
-            return model, [_Layer(regularizer, names[module], module) for module in modules]
+            chosen = {names[module]: module for module in modules}
+            callers = callers_of(model, list(chosen))
+            _check_owner(regularizer, model, callers[-1], [callers_of(model, [name])[-1] for name in chosen])
+            return callers, [_Layer(regularizer, name, module) for name, module in chosen.items()]
         if modules:
             raise TypeError("layers mixes numbers and modules; give either")
     found = find_stack(model, stack)
-    chosen = layer_numbers(layers, len(found.blocks))
-    return found.owner, [
-        _Layer(regularizer, f"{found.name}.{number - 1}", found.blocks[number - 1]) for number in chosen
+    _check_owner(regularizer, model, found.owner, [])
+    return found.callers, [
+        _Layer(regularizer, f"{found.name}.{number - 1}", found.blocks[number - 1])
+        for number in layer_numbers(layers, len(found.blocks))
     ]
+
+
+def _check_owner(
+    regularizer: DispersionRegularizer, model: nn.Module, owner: nn.Module, owners: Sequence[nn.Module]
+) -> None:
+    """Raises where the arguments of ``owner`` are not of all blocks, each of which has one of ``owners``."""
+    if regularizer._tokens == "all":
+        return
+    if others := {type(other).__name__: other for other in owners if is_pretrained(other) and other is not owner}:
+        raise ValueError(
+            f"layers has modules of {' and '.join(sorted(others))}, each of which has a mask of its own; make a "
+            "DispersionRegularizer for each, or take tokens='all'"
+        )
+    whole: list[Any] = [m for m in model.modules() if is_pretrained(m) and m is not owner]
+    whole = [m for m in whole if getattr(m.config, "is_encoder_decoder", False)]
+    if regularizer._tokens == "labels" and any(m.get_encoder() is owner for m in whole):
+        raise ValueError(
+            f"tokens='labels' was given for the encoder {type(owner).__name__}, and labels are of the decoder's "
+            "tokens; take tokens='attended', or the decoder's layers"
+        )

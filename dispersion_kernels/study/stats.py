@@ -262,7 +262,7 @@ class Report:
         for (variant, varied), rows in groups(self.rows):
             cells = [variant, at(dict(varied)).removeprefix(" at "), len(rows)]
             for name in outcomes:
-                values = [row[name] for row in rows if row[name] is not None]
+                values = [row[name] for row in rows if is_finite(row[name])]
                 spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.4g}{spread}" if values else "")
             lines.append([*cells, f"{1e3 * step_seconds(rows):.3g}"])
@@ -327,7 +327,7 @@ def trends(questions: dict[str, Any], rows: list[Row]) -> Iterator[Trend]:
             continue
         by_seed: dict[int, dict[float, float]] = {}
         for row in found:
-            if row[outcome] is not None:
+            if is_finite(row[outcome]):
                 by_seed.setdefault(row["seed"], {})[row["varied"][option]] = row[outcome]
         complete = {
             seed: [line[value] for value in values] for seed, line in by_seed.items() if len(line) == len(values)
@@ -360,9 +360,10 @@ def groups(rows: list[Row]) -> list[tuple[tuple[str, tuple[tuple[str, Any], ...]
 
 
 def values_of(outcome: str, rows: list[Row], others: list[Row]) -> dict[int, float]:
-    """Outcome by seed. The loss at equal time is that when the faster of ``rows`` and ``others`` ends."""
+    """Outcome by seed, without seeds that diverged. The loss at equal time is that when the faster of ``rows`` and
+    ``others`` ends."""
     if outcome != "validation_loss_at_equal_time":
-        return {row["seed"]: row[outcome] for row in rows if row[outcome] is not None}
+        return {row["seed"]: row[outcome] for row in rows if is_finite(row[outcome])}
     if not rows or not others:
         return {}
     if len({row.get("clock", "wall") for row in (*rows, *others)}) > 1:
@@ -371,11 +372,17 @@ def values_of(outcome: str, rows: list[Row], others: list[Row]) -> dict[int, flo
             "run them again with one --log-interval, of at least 2"
         )
     end = min(step_seconds(group) * group[0]["curve"]["step"][-1] for group in (rows, others))
-    return {
+    step = end / step_seconds(rows)
+    found = {
         row["seed"]: float(np.interp(step, row["curve"]["step"], row["curve"]["validation_loss"]))
         for row in rows
-        if (step := end / step_seconds(rows)) >= row["curve"]["step"][0]
+        if step >= row["curve"]["step"][0]
     }
+    return {seed: value for seed, value in found.items() if is_finite(value)}
+
+
+def is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def step_seconds(rows: list[Row]) -> float:

@@ -68,6 +68,7 @@ def bounds(*values: int) -> Tensor:
         (Z, {"mask": torch.ones(2, 6)}, TypeError, "mask must be boolean.*got torch.float32"),
         (Z, {"document_ids": torch.ones(6, dtype=torch.int64)}, ValueError, "document_ids must have one entry a token"),
         (Z, {"document_ids": torch.ones(2, 6)}, TypeError, "document_ids must be integers, got torch.float32"),
+        (Z, {"document_ids": torch.ones(2, 6, dtype=torch.uint64)}, TypeError, "int64 holds, got torch.uint64.*unique"),
         (
             Z,
             {"cu_seqlens": bounds(0, 6)},

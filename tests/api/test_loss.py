@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -562,6 +563,33 @@ def test_a_dispatch_mode_sees_the_operator(impl: str) -> None:
     assert seen.count("dispersion_kernels.dispersion_loss.default") == 1
     assert z.grad is not None
     torch.testing.assert_close(z.grad, expected.grad)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"recompute": True}, {"sampling": 0.5}], ids=repr)
+def test_the_loss_may_change_in_place(options: dict[str, Any]) -> None:
+    """``loss /= steps`` is ordinary code, and the loss is no input of backward."""
+    z = torch.randn(3, 40, 16)
+
+    def gradient(change: Callable[[Tensor], Tensor], *, tau: Tensor | None = None) -> list[Tensor]:
+        leaf = z.clone().requires_grad_()
+        generator = torch.Generator().manual_seed(0) if "sampling" in options else None
+        loss = fused_dispersion_loss([leaf * 1, leaf * 2], tau=tau, generator=generator, **options)
+        change(loss).sum().backward()
+        return [tensor.grad for tensor in (leaf, tau) if tensor is not None and tensor.grad is not None]
+
+    def in_place(loss: Tensor) -> Tensor:
+        loss *= 0.1
+        loss += 1
+        return loss.nan_to_num_(0.0)
+
+    assert_equal(gradient(in_place), gradient(lambda loss: loss * 0.1 + 1))
+    if "sampling" not in options:
+        taus = [torch.tensor(0.7, requires_grad=True) for _ in range(2)]
+        assert_equal(gradient(in_place, tau=taus[0]), gradient(lambda loss: loss * 0.1 + 1, tau=taus[1]))
+
+
+def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

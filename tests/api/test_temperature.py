@@ -116,6 +116,13 @@ def test_layers_and_one_number() -> None:
     )
 
 
+def test_a_potential_without_temperature_takes_none() -> None:
+    module = DispersionLoss("decorrelation")
+    module.tau = torch.tensor(0.5)
+    with pytest.raises(ValueError, match=r"tau of a DispersionLoss was set, .*'decorrelation' has no tau"):
+        module(torch.randn(1, 8, 4))
+
+
 def test_compiled_once_for_all_values() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

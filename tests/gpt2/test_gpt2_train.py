@@ -531,6 +531,8 @@ def test_presets_choose_shape_and_recipe():
         (("--context", "100000"), "shorter than --context 100000 + 1"),
         (("--compare", "--dispersion-weight", "0"), "--compare needs a --dispersion-weight other than 0"),
         (("--lr", "1e30", "--clip", "0", "--steps", "60"), "no longer finite"),
+        (("--lr", "1e30", "--clip", "0", "--steps", "1", "--warmup", "0"), "no longer finite at step 1 "),  # validation
+        (("--lr", "1e30", "--clip", "0", "--warmup", "0", "--save-interval", "2"), "no longer finite at step 2 "),
     ],
 )
 def test_options_it_does_not_take_are_named(refused, more, message):

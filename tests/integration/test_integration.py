@@ -52,7 +52,9 @@ def test_compile_fullgraph_equals_eager(backend: str, impl: str) -> None:
 
     def training_loss(z: Tensor, w: Tensor, mask: Tensor | None) -> Tensor:
         hidden = torch.tanh(z @ w)
-        return hidden.square().mean() + 0.1 * fused_dispersion_loss([hidden, hidden * 2], tau=0.7, mask=mask, impl=impl)
+        loss = fused_dispersion_loss([hidden, hidden * 2], tau=0.7, mask=mask, impl=impl)
+        loss *= 0.1  # in place, as in many a training loop
+        return hidden.square().mean() + loss
 
     compiled = torch.compile(training_loss, fullgraph=True, backend=backend)
     for mask in (None, torch.rand(2, 50) > 0.3):

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from regularized import WEIGHT, Block, Model, Step, assert_same, by_hand, gradients, tokens
@@ -195,7 +196,7 @@ def test_a_forgotten_loss_warns_and_nothing_grows() -> None:
         for _ in range(50):
             model(batch).backward()
         assert objects() <= before
-    with pytest.raises(RuntimeError, match="did not run"):
+    with pytest.raises(RuntimeError, match="backward ran between"):
         reg.loss()
     model(batch)
     loss = reg.loss()
@@ -329,9 +330,10 @@ def _values(output: Any) -> Any:
         lambda z: (z, None),
         lambda z: [z],
         lambda z: {"hidden_states": z, "cache": None},
+        lambda z: {0: z, 1: None},
         lambda z: torch.return_types.max((z, z)),
     ],
-    ids=["tuple", "list", "dict", "structseq"],
+    ids=["tuple", "list", "dict", "numbered", "structseq"],
 )
 def test_blocks_may_return_more(container: Callable[[Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Returns, "container", staticmethod(container))
@@ -595,3 +597,209 @@ def test_a_temperature_that_wants_a_gradient_and_a_lone_layer_are_refused() -> N
         DispersionRegularizer(Model(), tau=nn.Parameter(torch.tensor(0.5)))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"give layers=\[2\]"):
         DispersionRegularizer(Model(), layers=2)  # type: ignore[arg-type]
+
+
+class Dictionary(nn.Module):
+    """nanoGPT's layout: the modules in a ``ModuleDict``, which is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = Model()
+        self.transformer = nn.ModuleDict({"wte": whole.embedding, "h": whole.blocks, "ln_f": whole.norm})
+        self.lm_head = whole.head
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        parts: Any = self.transformer
+        x = parts.wte(tokens)
+        for block in parts.h:
+            x = block(x)
+        logits = self.lm_head(parts.ln_f(x))
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+class Wrapper(nn.Module):
+    """Lightning's layout: a method calls the model, and the wrapper itself is never called."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: Tensor, **arguments: Any) -> Tensor:
+        loss: Tensor = self.model(batch, **arguments)
+        return loss
+
+
+@pytest.mark.parametrize("by", ["numbers", "modules"])
+def test_a_wrapper_need_not_be_called(by: str) -> None:
+    batch, mask = tokens(), torch.arange(24) < torch.tensor([[24], [15]])
+    wrapper = Wrapper(Dictionary())
+    stack = wrapper.model.transformer.h  # type: ignore[union-attr]
+    reg = DispersionRegularizer(wrapper, "all" if by == "numbers" else list(stack), WEIGHT)  # type: ignore[arg-type]
+    assert reg.layers == [f"model.transformer.h.{k}" for k in range(4)]
+    exact = by_hand(
+        wrapper,
+        [lambda m: m.training_step(batch, attention_mask=mask)],  # type: ignore[operator]
+        lambda m: list(m.model.transformer.h),  # type: ignore[arg-type, union-attr]
+        options=[{"mask": mask}],
+    )
+    for _ in range(2):
+        wrapper.zero_grad()
+        total = wrapper.training_step(batch, attention_mask=mask) + reg.loss()
+        total.backward()
+        assert_same(Step(total.detach(), gradients(wrapper)), exact)
+
+
+class Head(nn.Module):
+    """Takes the labels, as a causal model of Hugging Face, whose stack does not get them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = Padded()
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = self.stack(tokens, attention_mask=attention_mask)
+        return loss
+
+
+def test_labels_of_any_module_on_the_way_to_the_blocks() -> None:
+    batch, wrapper = tokens(), Wrapper(Head())
+    labels = batch.clone()
+    labels[:, :6] = -100
+    mask = torch.arange(24) < torch.tensor([[24], [15]])
+    reg = DispersionRegularizer(wrapper, weight=WEIGHT, tokens="labels")
+    exact = by_hand(
+        wrapper,
+        [lambda m: m.training_step(batch, attention_mask=mask, labels=labels)],  # type: ignore[operator]
+        lambda m: blocks(m.model.stack),  # type: ignore[arg-type, union-attr]
+        options=[{"mask": mask & (labels != -100)}],
+    )
+    total = wrapper.training_step(batch, attention_mask=mask, labels=labels) + reg.loss()
+    total.backward()
+    assert_same(Step(total.detach(), gradients(wrapper)), exact)
+
+
+def test_a_mask_that_may_mean_its_opposite_is_refused() -> None:
+    model, batch = Padded(), tokens()
+    reg = DispersionRegularizer(model, weight=WEIGHT)
+    additive = torch.zeros(2, 24).masked_fill(torch.arange(24) > 20, float("-inf"))
+    with pytest.raises(TypeError, match=r"attention_mask is torch.float32.*booleans or integers.*tokens='all'"):
+        model(batch, attention_mask=additive)
+    assert_same(step(model, reg, batch), by_hand(model, [lambda m: m(batch)], blocks))
+
+
+def test_pytorchs_encoder() -> None:
+    """``src_key_padding_mask`` is True for padding; with ``batch_first=False`` rows would be taken for tokens."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2, enable_nested_tensor=False
+    )
+    x, padding = torch.randn(2, 24, 16) + 1, torch.arange(24) >= torch.tensor([[24], [15]])
+    reg = DispersionRegularizer(encoder, weight=WEIGHT)
+
+    def call(m: nn.Module) -> Tensor:
+        dtype = next(m.parameters()).dtype
+        out: Tensor = m(x.to(dtype), src_key_padding_mask=padding)
+        return out[:, :15].square().mean()
+
+    exact = by_hand(encoder, [call], lambda m: list(m.layers), options=[{"mask": ~padding}])  # type: ignore[arg-type]
+    total = call(encoder) + reg.loss()
+    total.backward()
+    assert_same(Step(total.detach(), gradients(encoder)), exact)
+    with pytest.raises(ValueError, match=r"src_key_padding_mask is torch.float32"):
+        encoder(x, src_key_padding_mask=torch.zeros(2, 24))
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
+    DispersionRegularizer(encoder)
+    with pytest.raises(ValueError, match="batch_first=False"):
+        encoder(x)
+
+
+class Kept(nn.Module):
+    """Model that has its regulariser as an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Model()
+        self.reg = DispersionRegularizer(self.inner)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        loss: Tensor = self.inner(tokens)
+        return loss
+
+
+def test_a_copy_of_the_regulariser_is_a_removed_one() -> None:
+    model, batch = Kept(), tokens()
+    model(batch)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other(batch).backward()
+        with pytest.raises(RuntimeError, match=r"of a copy; make another"):
+            other.reg.loss()
+        other.reg.remove()
+    model.reg.loss()
+
+
+def test_no_hook_of_optimisers_outlives_its_regulariser() -> None:
+    from torch.optim.optimizer import _global_optimizer_post_hooks
+
+    gc.collect()
+    before = len(_global_optimizer_post_hooks)
+    for _ in range(3):
+        DispersionRegularizer(Model())
+    gc.collect()
+    assert len(_global_optimizer_post_hooks) == before
+
+
+def test_loss_after_a_backward_says_so() -> None:
+    model, batch = Model(), tokens()
+    reg = DispersionRegularizer(model, weight=WEIGHT)
+    own = model(batch)
+    with pytest.warns(RuntimeWarning, match="nobody added"):
+        torch.autograd.grad(own, list(model.parameters()), retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"backward ran between .*right after the forward"):
+        reg.loss()
+    assert_same(step(model, reg, batch), by_hand(model, [lambda m: m(batch)], blocks))
+
+
+@pytest.mark.parametrize("keep_gradients", [False, True])
+def test_second_derivatives_of_the_model_without_the_term_and_no_others(keep_gradients: bool) -> None:
+    model, batch = Model(), tokens()
+
+    def penalty(own: Tensor) -> Tensor:
+        (grad,) = torch.autograd.grad(own, [model.embedding.weight], create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), [model.head.weight])
+        return second
+
+    exact = penalty(model(batch))
+    reg = DispersionRegularizer(model, weight=WEIGHT, keep_gradients=keep_gradients)
+    own = model(batch)
+    term = reg.loss()
+    torch.testing.assert_close(penalty(own), exact)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        penalty(model(batch) + reg.loss())
+    del term
+    with pytest.raises(RuntimeError, match=r"torch.func transforms a model with a DispersionRegularizer"):
+        torch.func.grad(lambda weights: torch.func.functional_call(model, weights, batch))(
+            dict(model.named_parameters())
+        )
+
+
+def test_a_temperature_changed_before_backward_is_an_error() -> None:
+    model, batch, tau = Model(), tokens(), torch.tensor(1.0)
+    reg = DispersionRegularizer(model, weight=WEIGHT, tau=tau)
+    total = model(batch) + reg.loss()
+    tau.fill_(0.5)
+    with pytest.raises(RuntimeError, match=r"tau, .* was changed in place"):
+        total.backward()
+    model.zero_grad()
+    total = model(batch) + reg.loss()
+    total.backward()
+    exact = by_hand(model, [lambda m: m(batch)], blocks, options=[{"tau": 0.5}])
+    assert_same(Step(total.detach(), gradients(model)), exact)
+
+
+def test_numbers_of_numpy_and_modules_given_twice() -> None:
+    model, batch = Model(), tokens()
+    reg = DispersionRegularizer(model, np.array([3, 1]), np.float32(WEIGHT))  # type: ignore[arg-type]
+    assert_same(step(model, reg, batch), by_hand(model, [lambda m: m(batch)], lambda m: [blocks(m)[0], blocks(m)[2]]))
+    reg.remove()
+    twice = DispersionRegularizer(model, [model.blocks[0], model.blocks[0], model.blocks[2]])
+    assert twice.layers == ["blocks.0", "blocks.2"]

@@ -128,6 +128,30 @@ def test_several_stacks_are_listed() -> None:
         DispersionRegularizer(model)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_modules_have_the_mask_of_their_own_stack(wrapped: bool) -> None:
+    """The encoder's mask, of the same shape, is not the decoder's; nor does a wrapper's call come between."""
+    model, stack, _ = build("t5 decoder")
+    batch = tokens(length=16)
+    mask, other = torch.arange(16) < torch.tensor([[16], [10]]), torch.arange(16) < torch.tensor([[7], [16]])
+    run = call(batch, decoder_attention_mask=mask.long(), attention_mask=other.long())
+    exact = by_hand(model, [run], blocks_of(stack), options=[{"mask": mask}])
+    outside = nn.ModuleDict({"model": model}) if wrapped else model
+    reg = DispersionRegularizer(outside, blocks_of(stack)(model), WEIGHT)
+    assert_same(step(model, reg, run), exact, tolerance=5e-5)
+
+
+def test_what_no_single_mask_or_label_fits_is_refused() -> None:
+    model, _, _ = build("t5 decoder")
+    both = [model.encoder.block[0], model.decoder.block[0]]  # type: ignore[union-attr, index]
+    with pytest.raises(ValueError, match=r"each of which has a mask of its own.*tokens='all'"):
+        DispersionRegularizer(model, both)
+    DispersionRegularizer(model, both, tokens="all").remove()
+    with pytest.raises(ValueError, match="labels are of the decoder's"):
+        DispersionRegularizer(model, stack="encoder", tokens="labels")
+    DispersionRegularizer(model, stack="decoder", tokens="labels")
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
 def test_packed_is_padded(name: str) -> None:
     """The gradients of documents of 9, 5 and 12 tokens, packed in one row, are those of three padded rows."""

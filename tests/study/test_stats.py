@@ -111,6 +111,23 @@ def test_seeds_are_paired_and_gaps_are_told() -> None:
     assert found.sentence().startswith("Nothing can be said of the validation loss of 'with': no seed has finished in")
 
 
+def test_a_seed_that_diverged_has_no_partner() -> None:
+    rows = pairs(-0.3)
+    diverged = next(one for one in rows if (one["variant"], one["seed"]) == ("with", 3))
+    diverged["validation_loss"] = math.nan
+    diverged["curve"] = {**diverged["curve"], "validation_loss": [math.nan] * 3}
+    for outcome in ("validation_loss", "validation_loss_at_equal_time"):
+        (found,) = report(rows, outcomes=[outcome]).comparisons
+        assert found.differences == pytest.approx(np.delete(0.1 * NOISE[1] - 0.3, 3))
+        assert found.sentence().endswith(" Seeds without a partner: 3.")
+    assert "nan" not in report(rows).markdown()
+    rows = [row("", seed, 5 - 0.1 * width, width=width) for seed in range(4) for width in (1, 2, 3)]
+    rows[0]["validation_loss"] = math.nan
+    (trend,) = report(rows, baseline=None, trend="width").trends
+    assert trend.seeds == [1, 2, 3]
+    assert trend.incomplete == [0]
+
+
 def test_holm_is_over_the_family() -> None:
     """Two variants, two other options, two outcomes: eight tests, corrected together."""
     rows = []
