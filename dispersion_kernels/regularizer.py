@@ -57,9 +57,10 @@ class DispersionRegularizer:
         weight: factor of the mean over the chosen layers in :meth:`loss`. The attribute may change between steps.
         stack: name of the stack, or a part of the name, as ``"decoder"``, for a model with several stacks.
         tokens: ``"attended"``: tokens that the model attends to, by arguments of the module that owns the blocks:
-            ``cu_seq_lens_q``, else a 2-D ``attention_mask`` of booleans or integers, else ``position_ids``, which restart at each document (one
-            loss per document), else all tokens. ``"labels"``: attended tokens whose label, in the model's argument
-            ``labels``, is not -100. ``"all"``: all tokens.
+            ``cu_seq_lens_q``, else a 2-D ``attention_mask`` of booleans or integers (or PyTorch's
+            ``src_key_padding_mask``), else ``position_ids``, which restart at each document (one loss per document),
+            else all tokens. ``"labels"``: attended tokens whose label, in the model's argument ``labels``, is not -100.
+            ``"all"``: all tokens.
         potential, tau, sampling, impl: as in :func:`~dispersion_kernels.fused_dispersion_loss`.
         keep_gradients: compute the gradient in forward and keep it until backward. This takes 3 instead of 4 B L^2 F
             FLOPs and the memory of one fp32 z per layer, on a GPU also that of a copy of z. Needed for a model that
