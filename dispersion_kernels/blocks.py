@@ -49,10 +49,7 @@ def _stacks(module: nn.Module, prefix: str, callers: tuple[nn.Module, ...]) -> I
     """Stacks of blocks below ``module``, without stacks inside the blocks of another stack."""
     for key, child in module.named_children():
         name = f"{prefix}{key}"
-        is_list = isinstance(child, nn.ModuleList) or (
-            isinstance(child, nn.ModuleDict) and all(key.isdecimal() for key in child)
-        )
-        if is_list:
+        if _is_list(child):
             blocks = list(child.children())
             if blocks:
                 yield Stack(name, callers, blocks)
@@ -61,14 +58,22 @@ def _stacks(module: nn.Module, prefix: str, callers: tuple[nn.Module, ...]) -> I
 
 
 def callers_of(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, ...]:
-    """``Stack.callers`` of the modules of these names, which need not be in one list."""
+    """``Stack.callers`` of the modules of these names, which need be in no list."""
     callers: tuple[nn.Module, ...] = (model,)
     module = model
     paths = [name.split(".")[:-1] for name in names]
     for part, *_ in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)):
         module = getattr(module, part)
+        if _is_list(module):  # a block has no mask of the tokens
+            break
         callers = _with_child(callers, module)
     return callers
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) or (
+        isinstance(module, nn.ModuleDict) and all(key.isdecimal() for key in module)
+    )
 
 
 def _with_child(callers: tuple[nn.Module, ...], child: nn.Module) -> tuple[nn.Module, ...]:

@@ -116,7 +116,7 @@ class DispersionRegularizer:
         self._removed = self._dropped = False
         self._handles = [layer.module.register_forward_hook(layer) for layer in self._layers]
         for depth, module in enumerate(callers):
-            begin = _Begin(self, _argument_names(module), depth, is_owner=module is callers[-1])
+            begin = _Begin(self, module, depth, is_owner=module is callers[-1])
             self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
             self._handles.append(module.register_forward_hook(_Finish(self, depth), always_call=True))
         # The hook on optimisers notices a forgotten loss() of a compiled model, where _WithTerm does not run.
@@ -345,9 +345,10 @@ class _Begin(_Hook):
     tokens that take part. Not every hook runs: Lightning calls a method of the model, and Sentence Transformers call
     the owner's ``forward`` directly."""
 
-    def __init__(self, regularizer: DispersionRegularizer, names: Sequence[str], depth: int, *, is_owner: bool) -> None:
+    def __init__(self, regularizer: DispersionRegularizer, module: nn.Module, depth: int, *, is_owner: bool) -> None:
         super().__init__(regularizer)
-        self.names, self.depth, self.is_owner = names, depth, is_owner
+        self.names = list(inspect.signature(module.forward).parameters)
+        self.depth, self.is_owner, self.is_pretrained = depth, is_owner, is_pretrained(module)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         regularizer = self.regularizer
@@ -368,12 +369,14 @@ class _Begin(_Hook):
             regularizer._scrap = None
             forward = _Forward(self.depth, given)
             regularizer._before, regularizer._forward = regularizer._pending, forward
-        elif regularizer._tokens == "labels" and "labels" in given and "labels" not in forward.given:
-            forward.given["labels"] = given["labels"]
+        else:
+            outer = forward.given
+            if outer.get("labels") is not None:
+                given["labels"] = outer["labels"]
+            # Models of Hugging Face hand on what concerns their tokens; those of others may know their padding alone.
+            forward.given = given if self.is_pretrained else {**outer, **given}
         if self.is_owner:
-            if "labels" in forward.given:
-                given["labels"] = forward.given["labels"]
-            forward.selection = regularizer._select(given)
+            forward.selection = regularizer._select(forward.given)
 
 
 class _Finish(_Hook):
@@ -413,10 +416,6 @@ def _known(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any
         if isinstance(value, Mapping):
             given.update(value)
     return {name: given[name] for name in _KNOWN if name in given}
-
-
-def _argument_names(module: nn.Module) -> list[str]:
-    return list(inspect.signature(module.forward).parameters)
 
 
 def _documents(position_ids: Tensor) -> Tensor | None:

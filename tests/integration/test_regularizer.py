@@ -678,6 +678,31 @@ def test_labels_of_any_module_on_the_way_to_the_blocks() -> None:
     assert_same(Step(total.detach(), gradients(wrapper)), exact)
 
 
+class Outer(nn.Module):
+    """Knows the padding, of which the module that owns the blocks hears nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = Model()
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        loss: Tensor = self.stack(tokens)
+        return loss
+
+
+@pytest.mark.parametrize("by", ["stack", "modules", "one module in a block"])
+def test_a_mask_of_the_module_around_the_owner(by: str) -> None:
+    model, batch, mask = Outer(), tokens(), torch.arange(24) < torch.tensor([[24], [15]])
+
+    def chosen(m: nn.Module) -> Sequence[nn.Module]:
+        of_stack = blocks(m.stack)  # type: ignore[arg-type]
+        return [of_stack[2].linear] if by == "one module in a block" else of_stack  # type: ignore[list-item]
+
+    reg = DispersionRegularizer(model, "all" if by == "stack" else chosen(model), WEIGHT)
+    exact = by_hand(model, [lambda m: m(batch, mask)], chosen, options=[{"mask": mask}])
+    assert_same(step(model, reg, batch, attention_mask=mask), exact)
+
+
 def test_a_mask_that_may_mean_its_opposite_is_refused() -> None:
     model, batch = Padded(), tokens()
     reg = DispersionRegularizer(model, weight=WEIGHT)
