@@ -539,9 +539,7 @@ def _figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'drawing needs matplotlib: pip install "dispersion-kernels[bench]"', name=error.name
-        ) from error
+        raise ModuleNotFoundError("drawing needs matplotlib: pip install matplotlib", name=error.name) from error
     return Figure
 
 

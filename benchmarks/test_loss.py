@@ -14,7 +14,7 @@ from benchmarks import variants
 from benchmarks.loss import MODES, SHORT, VARIANTS, check, condensed_tokens, float64, forward_backward, modes
 from benchmarks.machine import describe, peak_memory, pick_device, synchronize
 
-pytest.importorskip("pytest_benchmark", reason='pip install "dispersion-kernels[bench]"')
+pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 
 DEVICE = pick_device()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from numbers import Integral
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 class Stack(NamedTuple):
     name: str
     callers: tuple[nn.Module, ...]
-    """Modules around the blocks whose arguments may select the tokens, from the model to the owner."""
+    """Modules around the blocks that are called, from the model to the owner."""
     blocks: list[nn.Module]
 
     @property
     def owner(self) -> nn.Module:
-        """Nearest ``PreTrainedModel`` around the blocks, else the nearest module with a forward: its arguments select
-        the tokens."""
+        """Nearest module around the blocks that :func:`has_tokens_of_its_own`, else the nearest one with a forward: its
+        arguments select the tokens."""
         return self.callers[-1]
 
 
@@ -78,8 +79,14 @@ def _is_list(module: nn.Module) -> bool:
 
 def _with_child(callers: tuple[nn.Module, ...], child: nn.Module) -> tuple[nn.Module, ...]:
     # Lists and dicts of modules have no forward, and what is within a PreTrainedModel need not keep its names.
-    is_called = type(child).forward is not nn.Module.forward
-    return (*callers, child) if is_pretrained(child) or (is_called and not is_pretrained(callers[-1])) else callers
+    is_called = inspect.getattr_static(type(child), "forward", None) is not nn.Module.forward
+    is_owner = has_tokens_of_its_own(child)
+    return (*callers, child) if is_owner or (is_called and not has_tokens_of_its_own(callers[-1])) else callers
+
+
+def has_tokens_of_its_own(module: nn.Module) -> bool:
+    """Whether the module is one of those that are given a mask for their tokens, or none."""
+    return is_pretrained(module) or isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder)
 
 
 def is_pretrained(module: nn.Module) -> bool:

@@ -21,13 +21,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dispersion_kernels.blocks import callers_of, find_stack, hidden_states_of, is_pretrained, layer_numbers
+from dispersion_kernels.blocks import (
+    callers_of,
+    find_stack,
+    has_tokens_of_its_own,
+    hidden_states_of,
+    is_pretrained,
+    layer_numbers,
+)
 from dispersion_kernels.checks import check_number
 from dispersion_kernels.loss import loss_and_error
 from dispersion_kernels.numerics import loss_dtype
 from dispersion_kernels.operators import differentiable_once, graph_is_kept, reads_tokens
-from dispersion_kernels.options import check_options
-from dispersion_kernels.potentials import Potential, temperature_of
+from dispersion_kernels.options import LossOptions, check_options
+from dispersion_kernels.potentials import Potential, at_temperature, temperature_of
 from dispersion_kernels.sampling import Sampling
 
 Layers = str | Sequence[int | nn.Module]
@@ -57,10 +64,10 @@ class DispersionRegularizer:
         weight: factor of the mean over the chosen layers in :meth:`loss`. The attribute may change between steps.
         stack: name of the stack, or a part of the name, as ``"decoder"``, for a model with several stacks.
         tokens: ``"attended"``: tokens that the model attends to, by arguments of the module that owns the blocks:
-            ``cu_seq_lens_q``, else a 2-D ``attention_mask`` of booleans or integers (or PyTorch's
-            ``src_key_padding_mask``), else ``position_ids``, which restart at each document (one loss per document),
-            else all tokens. ``"labels"``: attended tokens whose label, in the model's argument ``labels``, is not -100.
-            ``"all"``: all tokens.
+            ``cu_seq_lens_q``, else a 2-D ``attention_mask`` of booleans or integers (or the padding mask of PyTorch's
+            encoder or decoder), else ``position_ids``, which restart at each document (one loss per document), else all
+            tokens. For a list of modules outside of Hugging Face's models, by those of ``model``. ``"labels"``:
+            attended tokens whose label, in the model's argument ``labels``, is not -100. ``"all"``: all tokens.
         potential, tau, sampling, impl: as in :func:`~dispersion_kernels.fused_dispersion_loss`.
         keep_gradients: compute the gradient in forward and keep it until backward. This takes 3 instead of 4 B L^2 F
             FLOPs and the memory of one fp32 z per layer, on a GPU also that of a copy of z. Needed for a model that
@@ -108,7 +115,7 @@ class DispersionRegularizer:
             )
         self._random = sampling is not None
 
-        callers, self._layers = _choose(self, model, layers, stack)
+        callers, owner, self._layers = _choose(self, model, layers, stack)
         self._pending: _Term = _END
         self._before: _Term = _END
         self._scrap: Tensor | None = None
@@ -116,14 +123,10 @@ class DispersionRegularizer:
         self._removed = self._dropped = False
         self._handles = [layer.module.register_forward_hook(layer) for layer in self._layers]
         for depth, module in enumerate(callers):
-            begin = _Begin(self, module, depth, is_owner=module is callers[-1])
+            begin = _Begin(self, module, depth, is_owner=module is owner)
             self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
             self._handles.append(module.register_forward_hook(_Finish(self, depth), always_call=True))
-        # The hook on optimisers notices a forgotten loss() of a compiled model, where _WithTerm does not run.
-        reference = weakref.ref(self)
-        of_optimizers = register_optimizer_step_post_hook(lambda *_: _discard_spent(reference()))
-        self._handles.append(of_optimizers)
-        weakref.finalize(self, of_optimizers.remove).atexit = False
+        _watch_optimizers(self)
 
     @property
     def layers(self) -> list[str]:
@@ -173,6 +176,7 @@ class DispersionRegularizer:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        _WATCHED.discard(self)
         self._removed = True
         self._pending = self._before = _END
         self._scrap, self._forward = None, None
@@ -186,7 +190,8 @@ class DispersionRegularizer:
     def _select(self, given: Mapping[str, Any]) -> _Selection:
         if self._tokens == "all":
             return _ALL
-        mask, cu_seqlens, padding = None, given.get("cu_seq_lens_q"), given.get("src_key_padding_mask")
+        mask, cu_seqlens = None, given.get("cu_seq_lens_q")
+        padding = given.get("src_key_padding_mask", given.get("tgt_key_padding_mask"))
         attention_mask, position_ids = given.get("attention_mask"), given.get("position_ids")
         if cu_seqlens is None and attention_mask is not None:
             if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
@@ -203,11 +208,10 @@ class DispersionRegularizer:
                 )
             mask = attention_mask.bool()
         elif cu_seqlens is None and padding is not None:
-            if padding.dtype != torch.bool or padding.dim() != 2:
-                raise ValueError(
-                    f"src_key_padding_mask is {padding.dtype} {list(padding.shape)}, and DispersionRegularizer knows "
-                    "which tokens take part from a boolean one of shape [B, L] alone, True for padding; give the model "
-                    "that, or take tokens='all'"
+            if padding.dtype != torch.bool:
+                raise TypeError(
+                    f"the key padding mask is {padding.dtype}, and DispersionRegularizer takes booleans, True for "
+                    "padding; give the model that, or take tokens='all'"
                 )
             mask = ~padding
         elif cu_seqlens is None and isinstance(position_ids, Tensor) and position_ids.dim() == 2:
@@ -227,7 +231,15 @@ class DispersionRegularizer:
         is_length = isinstance(largest, int | torch.SymInt)
         return _Selection(mask, cu_seqlens, largest if is_length else None)
 
-    def _value(self, z: Tensor, selection: _Selection, seed: int | None = None, *, recompute: bool = False) -> Tensor:
+    def _value(
+        self,
+        z: Tensor,
+        selection: _Selection,
+        options: LossOptions,
+        seed: int | None = None,
+        *,
+        recompute: bool = False,
+    ) -> Tensor:
         """Loss of one layer, ``[]``."""
         mask, cu_seqlens, max_seqlen = selection
         if cu_seqlens is not None:
@@ -235,8 +247,15 @@ class DispersionRegularizer:
         if mask is not None and z.dim() == 2:
             mask = mask.flatten()
         generator = None if seed is None else torch.Generator(z.device).manual_seed(seed)
-        options = self._options._replace(recompute=recompute)
+        options = options._replace(recompute=recompute)
         return loss_and_error(z, options, mask, cu_seqlens, max_seqlen, None, generator, with_error=False)[0]
+
+    def _options_now(self) -> LossOptions:
+        """Options with a copy of a temperature that is a tensor, for backward, before which it may change."""
+        temperature = temperature_of(self._options.potential)
+        if temperature is None or torch.compiler.is_compiling():  # compiled code keeps the value itself
+            return self._options
+        return self._options._replace(potential=at_temperature(self._options.potential, temperature.clone()))
 
     def _abandon_forward(self) -> None:
         """Drops the terms of the current forward, which failed."""
@@ -266,9 +285,24 @@ def _removed_one(weight: float) -> DispersionRegularizer:
     return copy
 
 
-def _discard_spent(regularizer: DispersionRegularizer | None) -> None:
+_WATCHED: weakref.WeakSet[DispersionRegularizer] = weakref.WeakSet()
+
+
+def _watch_optimizers(regularizer: DispersionRegularizer) -> None:
+    """Adds the regulariser to those that a hook on optimisers looks after: the hook notices a forgotten loss() of a
+    compiled model, where _WithTerm does not run. There is one hook, for good: PyTorch iterates over the hooks, while
+    which a regulariser may be garbage."""
+    if not _HOOKED:
+        _HOOKED.append(register_optimizer_step_post_hook(_discard_spent))
+    _WATCHED.add(regularizer)
+
+
+_HOOKED: list[Any] = []
+
+
+def _discard_spent(*_: object) -> None:
     """Drops, after a step of an optimiser, the forwards of pending terms whose backward has run."""
-    if regularizer is not None:
+    for regularizer in list(_WATCHED):
         for forward in {term.forward for term in _chain(regularizer._pending) if _is_spent(term.value)}:
             regularizer._discard(forward)
 
@@ -285,8 +319,8 @@ def _is_spent(value: Tensor) -> bool:
 class _Forward:
     """Call of the model, or of the first module that is called on the way to the blocks, at ``depth``."""
 
-    def __init__(self, depth: int, given: dict[str, Any]) -> None:
-        self.depth, self.given = depth, given
+    def __init__(self, depth: int, given: dict[str, Any], options: LossOptions) -> None:
+        self.depth, self.given, self.options = depth, given, options
         self.selection: _Selection | None = None
         self.taken = False
         """Whether :meth:`DispersionRegularizer.loss` has taken the terms of this forward, or they were dropped."""
@@ -347,8 +381,8 @@ class _Begin(_Hook):
 
     def __init__(self, regularizer: DispersionRegularizer, module: nn.Module, depth: int, *, is_owner: bool) -> None:
         super().__init__(regularizer)
-        self.names = list(inspect.signature(module.forward).parameters)
-        self.depth, self.is_owner, self.is_pretrained = depth, is_owner, is_pretrained(module)
+        self.names = _argument_names(module)
+        self.depth, self.is_owner = depth, is_owner
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         regularizer = self.regularizer
@@ -362,21 +396,19 @@ class _Begin(_Hook):
         if forward is not None and self.depth <= forward.depth:
             regularizer._abandon_forward()
             forward = None
-        if regularizer._removed or not module.training or not torch.is_grad_enabled():
+        if regularizer._removed or not module.training or not torch.is_grad_enabled() or _recomputes(forward):
             return
         given = _known(self.names, args, kwargs)
         if forward is None:
-            regularizer._scrap = None
-            forward = _Forward(self.depth, given)
+            regularizer._scrap, regularizer._dropped = None, False
+            forward = _Forward(self.depth, given, regularizer._options_now())
             regularizer._before, regularizer._forward = regularizer._pending, forward
-        else:
-            outer = forward.given
-            if outer.get("labels") is not None:
-                given["labels"] = outer["labels"]
-            # Models of Hugging Face hand on what concerns their tokens; those of others may know their padding alone.
-            forward.given = given if self.is_pretrained else {**outer, **given}
+        elif given.get("labels") is not None:
+            forward.given["labels"] = given["labels"]
         if self.is_owner:
-            forward.selection = regularizer._select(forward.given)
+            if "labels" in forward.given:
+                given["labels"] = forward.given["labels"]
+            forward.selection = regularizer._select(given)
 
 
 class _Finish(_Hook):
@@ -402,6 +434,7 @@ _KNOWN = (
     "max_length_q",
     "attention_mask",
     "src_key_padding_mask",
+    "tgt_key_padding_mask",
     "position_ids",
     "input_ids",
     "inputs_embeds",
@@ -412,10 +445,22 @@ _KNOWN = (
 def _known(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a call that select tokens, by name; some models take the arguments in one mapping."""
     given = dict(zip(names, args, strict=False), **kwargs)
-    for value in (*args, *kwargs.values()):
+    for value in args:
         if isinstance(value, Mapping):
             given.update(value)
     return {name: given[name] for name in _KNOWN if name in given}
+
+
+def _argument_names(module: nn.Module) -> list[str]:
+    try:
+        return list(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):  # a scripted module's
+        return []
+
+
+def _recomputes(forward: _Forward | None) -> bool:
+    """Whether activation checkpointing computes a part of the model again, in backward."""
+    return forward is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _documents(position_ids: Tensor) -> Tensor | None:
@@ -452,20 +497,24 @@ class _Layer(_Hook):
                 "reg.remove() first, and take fused_dispersion_loss of the hidden states, which torch.func transforms"
             )
         z = hidden_states_of(output, self.name)
-        if z.dim() == 3 and getattr(getattr(module, "self_attn", None), "batch_first", None) is False:
+        if (
+            isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+            and z.dim() == 3
+            and not module.self_attn.batch_first
+        ):
             raise ValueError(
                 f"{self.name} is a {type(module).__name__} with batch_first=False, whose output [L, B, F] would be "
                 "taken for L sequences; make it with batch_first=True"
             )
         if forward is None:
-            selection = _ALL
+            selection, options = _ALL, regularizer._options
         else:
             if forward.selection is None:
                 forward.selection = regularizer._select(forward.given)
-            selection = forward.selection
+            selection, options = forward.selection, forward.options
         if torch.compiler.is_compiling():
             # _WithTerm is not needed: the compiler fuses the addition of the two gradients.
-            value = regularizer._value(z, selection, recompute=not regularizer._keep_gradients)
+            value = regularizer._value(z, selection, options, recompute=not regularizer._keep_gradients)
             if forward is None:
                 regularizer._scrap = value
             else:
@@ -473,56 +522,54 @@ class _Layer(_Hook):
             return None
         if not z.requires_grad:
             if forward is not None:
-                value = regularizer._value(z, selection)
+                value = regularizer._value(z, selection, options)
                 regularizer._pending = _Term(regularizer._pending, self, forward, value)
             return None
-        z, value = _WithTerm.apply(z, regularizer, forward, selection)
+        z, value, _ = _WithTerm.apply(z, regularizer, forward, selection, options)
         if forward is not None:
             regularizer._pending = _Term(regularizer._pending, self, forward, value)
         return _replaced(output, z)
 
 
 class _WithTerm(torch.autograd.Function):
-    """Identity ``z -> (z, term)`` whose backward adds the gradient of the loss."""
+    """Identity ``z -> (z, term)`` whose backward adds the gradient of the loss; and a third output, ``[0]``, that shows
+    autograd what the gradient depends on."""
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, regularizer: DispersionRegularizer, forward: _Forward | None, selection: _Selection
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        z: Tensor,
+        regularizer: DispersionRegularizer,
+        forward: _Forward | None,
+        selection: _Selection,
+        options: LossOptions,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         # Under checkpointing backward runs on the node of the first forward, and only saved tensors are recomputed. All
         # else is an attribute of ctx, which the recomputing forward need not compute.
         ctx.regularizer, ctx.forward_call, ctx.selection, ctx.kept = regularizer, forward, selection, None
+        ctx.options = options
         ctx.seed = int(torch.randint(2**62, (), device="cpu")) if regularizer._random else None
         ctx.dtype = loss_dtype(z)
-        ctx.version = _version_of_temperature(regularizer)
         # A new tensor, because autograd would refuse in-place writes to an input that is returned as it is.
-        same = z.detach()
-        if regularizer._keep_gradients:
-            if forward is None:
-                return same, torch.zeros((), device=z.device)
-            ctx.kept = _leaf_and_loss(ctx, z)
-            return same, ctx.kept[1].detach()
-        ctx.save_for_backward(z)
+        same, anchor = z.detach(), z.new_empty(0)
+        ctx.save_for_backward(anchor, None if regularizer._keep_gradients else z)
         if forward is None:
-            return same, torch.zeros((), device=z.device)
-        return same, regularizer._value(z.to(ctx.dtype), selection, ctx.seed)
+            return same, torch.zeros((), device=z.device), anchor
+        if regularizer._keep_gradients:
+            ctx.kept = _leaf_and_loss(ctx, z)
+            return same, ctx.kept[1].detach(), anchor
+        return same, regularizer._value(z.to(ctx.dtype), selection, options, ctx.seed), anchor
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor | None, dterm: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dz: Tensor | None, dterm: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if dterm is None:
             forward = ctx.forward_call
             if forward is not None and not forward.taken:
                 forward.taken = True
                 ctx.regularizer._discard(forward)
-            return dz, None, None, None
-        if ctx.version != _version_of_temperature(ctx.regularizer):
-            raise RuntimeError(
-                "tau, of which a DispersionRegularizer reads the value in forward and in backward, was changed in "
-                "place between the two; change it after backward"
-            )
+            return dz, None, None, None, None
         kept, ctx.kept = ctx.kept, (ctx.kept if graph_is_kept() else None)
-        causes = [tensor for tensor in (dz, dterm) if tensor is not None]
         if kept is None:
             if ctx.regularizer._keep_gradients:
                 raise RuntimeError(
@@ -530,7 +577,7 @@ class _WithTerm(torch.autograd.Function):
                     "first one retain_graph=True"
                 )
             try:
-                (z,) = ctx.saved_tensors
+                _, z = ctx.saved_tensors
             except RuntimeError as error:
                 if "inplace" not in str(error):
                     raise
@@ -539,29 +586,22 @@ class _WithTerm(torch.autograd.Function):
                     "block; make it with keep_gradients=True, which reads them before that"
                 ) from error
             kept = _leaf_and_loss(ctx, z)
-            causes.append(z)
         leaf, loss = kept
         (gradient,) = torch.autograd.grad(loss, leaf, dterm, retain_graph=ctx.kept is not None)
         if torch.is_grad_enabled():
-            (gradient,) = differentiable_once(causes, [gradient])
-            return gradient if dz is None else gradient + dz, None, None, None
-        return gradient if dz is None else gradient.add_(dz), None, None, None
-
-
-def _version_of_temperature(regularizer: DispersionRegularizer) -> int | None:
-    """Count of the changes in place of a temperature that is a tensor."""
-    temperature = temperature_of(regularizer._options.potential)
-    return None if temperature is None or temperature.is_inference() else temperature._version
+            (gradient,) = differentiable_once([ctx.saved_tensors[0], dterm], [gradient])
+            return gradient if dz is None else gradient + dz, None, None, None, None
+        return gradient if dz is None else gradient.add_(dz), None, None, None, None
 
 
 def _leaf_and_loss(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
     # Identity hooks replace those of checkpointing or offloading, which would compute the gradient again.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
         leaf = z.detach()
-        if ctx.regularizer._keep_gradients and ctx.dtype == z.dtype and reads_tokens(ctx.regularizer._options, z):
+        if ctx.regularizer._keep_gradients and ctx.dtype == z.dtype and reads_tokens(ctx.options, z):
             leaf = leaf.clone()  # a model may write to z before backward
         leaf.requires_grad_()
-        return leaf, ctx.regularizer._value(leaf.to(ctx.dtype), ctx.selection, ctx.seed)
+        return leaf, ctx.regularizer._value(leaf.to(ctx.dtype), ctx.selection, ctx.options, ctx.seed)
 
 
 def _replaced(output: Any, z: Tensor) -> Any:
@@ -578,8 +618,9 @@ def _replaced(output: Any, z: Tensor) -> Any:
 
 def _choose(
     regularizer: DispersionRegularizer, model: nn.Module, layers: Layers, stack: str | None
-) -> tuple[tuple[nn.Module, ...], list[_Layer]]:
-    """Modules from the model to the owner of the blocks, and a hook for each chosen block."""
+) -> tuple[tuple[nn.Module, ...], nn.Module | None, list[_Layer]]:
+    """Modules around the blocks that are called, the one whose arguments select the tokens (None for the outermost one
+    that is called), and a hook for each chosen block."""
     if not isinstance(layers, str):
         if not isinstance(layers, Iterable):
             raise TypeError(
@@ -595,34 +636,47 @@ def _choose(
             if strangers := [type(module).__name__ for module in modules if module not in names]:
                 raise ValueError(f"layers has modules that are no part of model: {', '.join(strangers)}")
             chosen = {names[module]: module for module in modules}
-            callers = callers_of(model, list(chosen))
-            _check_owner(regularizer, model, callers[-1], [callers_of(model, [name])[-1] for name in chosen])
-            return callers, [_Layer(regularizer, name, module) for name, module in chosen.items()]
+            callers, owner = _callers_of_modules(regularizer, model, list(chosen))
+            _check_labels(regularizer, model, owner)
+            return callers, owner, [_Layer(regularizer, name, module) for name, module in chosen.items()]
         if modules:
             raise TypeError("layers mixes numbers and modules; give either")
     found = find_stack(model, stack)
-    _check_owner(regularizer, model, found.owner, [])
-    return found.callers, [
+    _check_labels(regularizer, model, found.owner)
+    hooks = [
         _Layer(regularizer, f"{found.name}.{number - 1}", found.blocks[number - 1])
         for number in layer_numbers(layers, len(found.blocks))
     ]
+    return found.callers, found.owner, hooks
 
 
-def _check_owner(
-    regularizer: DispersionRegularizer, model: nn.Module, owner: nn.Module, owners: Sequence[nn.Module]
-) -> None:
-    """Raises where the arguments of ``owner`` are not of all blocks, each of which has one of ``owners``."""
-    if regularizer._tokens == "all":
-        return
-    if others := {type(other).__name__: other for other in owners if is_pretrained(other) and other is not owner}:
+def _callers_of_modules(
+    regularizer: DispersionRegularizer, model: nn.Module, names: list[str]
+) -> tuple[tuple[nn.Module, ...], nn.Module | None]:
+    """Modules around those of these names that are called, and the one whose arguments select the tokens."""
+    each = [callers_of(model, [name]) for name in names]
+    owners = {callers[-1]: callers for callers in each if has_tokens_of_its_own(callers[-1])}
+    # Of a model and a model within it, the inner one has the mask of its tokens.
+    owners = {
+        one: found for one, found in owners.items() if not any(m in owners for m in one.modules() if m is not one)
+    }
+    if not owners:
+        return callers_of(model, names), None
+    if len(owners) > 1 and regularizer._tokens != "all":
         raise ValueError(
-            f"layers has modules of {' and '.join(sorted(others))}, each of which has a mask of its own; make a "
-            "DispersionRegularizer for each, or take tokens='all'"
+            f"layers has modules of {' and '.join(type(one).__name__ for one in owners)}, each of which has a mask of "
+            "its own; make a DispersionRegularizer for each, or take tokens='all'"
         )
+    owner, callers = next(iter(owners.items()))
+    return (callers, owner) if len(owners) == 1 else (callers_of(model, names), None)
+
+
+def _check_labels(regularizer: DispersionRegularizer, model: nn.Module, owner: nn.Module | None) -> None:
+    """Raises where labels are not of the owner's tokens."""
     whole: list[Any] = [m for m in model.modules() if is_pretrained(m) and m is not owner]
     whole = [m for m in whole if getattr(m.config, "is_encoder_decoder", False)]
     if regularizer._tokens == "labels" and any(m.get_encoder() is owner for m in whole):
         raise ValueError(
-            f"tokens='labels' was given for the encoder {type(owner).__name__}, and labels are of the decoder's "
+            f"tokens='labels' was given for the encoder, a {type(owner).__name__}, and labels are of the decoder's "
             "tokens; take tokens='attended', or the decoder's layers"
         )

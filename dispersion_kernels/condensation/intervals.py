@@ -22,9 +22,7 @@ def scipy_stats() -> Any:
     try:
         import scipy.stats
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'confidence intervals need scipy: pip install "dispersion-kernels[condensation]"', name=error.name
-        ) from error
+        raise ModuleNotFoundError("confidence intervals need scipy: pip install scipy", name=error.name) from error
     return scipy.stats
 
 

@@ -543,7 +543,7 @@ def _progress(batches: Iterator[_Batch], texts: Any, shown: bool) -> Iterator[_B
         from tqdm import tqdm
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'the progress bar needs tqdm: pip install "dispersion-kernels[condensation]", or give progress=False',
+            "the progress bar needs tqdm: pip install tqdm, or give progress=False",
             name=error.name,
         ) from error
     total = len(texts) if hasattr(texts, "__len__") and len(texts) and isinstance(texts[0], str) else None

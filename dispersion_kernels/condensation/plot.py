@@ -245,9 +245,7 @@ class Picture:
         try:
             from matplotlib.figure import Figure
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                'drawing needs matplotlib: pip install "dispersion-kernels[condensation]"', name=error.name
-            ) from error
+            raise ModuleNotFoundError("drawing needs matplotlib: pip install matplotlib", name=error.name) from error
         return Figure(figsize=(width, height), layout="constrained")
 
     def save(self, figure: Figure) -> Path:

@@ -169,7 +169,7 @@ def hub_documents(source: str) -> list[Document]:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        remedy = 'pip install "dispersion-kernels[hf]", or pass text files'
+        remedy = "pip install datasets, or pass text files"
         raise ModuleNotFoundError(f"{source} needs the package datasets: {remedy}", name="datasets") from error
     try:
         rows = datasets.load_dataset(name, config or None, split="train")

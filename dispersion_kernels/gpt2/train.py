@@ -81,13 +81,12 @@ def command(argv: Sequence[str] | None) -> int:
 
 def check_libraries(options: argparse.Namespace) -> None:
     """Raises for missing libraries before the training; they are imported only to tokenise, save or draw."""
-    for name in ("tqdm", "safetensors", "matplotlib", *(["tokenizers"] if options.tokenizer != "bytes" else [])):
+    names = ("tqdm", "safetensors", "matplotlib", *(["tokenizers"] if options.tokenizer != "bytes" else []))
+    for name in names:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f'{name} is missing: pip install "dispersion-kernels[gpt2]"', name=name
-            ) from error
+            raise ModuleNotFoundError(f"{name} is missing: pip install {' '.join(names)}", name=name) from error
 
 
 def compare(options: argparse.Namespace, stop: StopRequest) -> bool:
@@ -266,7 +265,7 @@ class Run:
                 bar.update()
                 self.seconds += time.perf_counter() - started
                 if logs:
-                    self.check_finite(measured["cross_entropy"] + measured["dispersion"])
+                    self.check_finite("loss is", measured["cross_entropy"] + measured["dispersion"])
                     steps_per_second = (self.step - logged[0]) / (self.seconds - logged[1])
                     measured["tokens_per_second"] = self.step_tokens * steps_per_second
                     measured["peak_memory_bytes"] = peak_memory(self.device)
@@ -276,7 +275,7 @@ class Run:
                     bar.set_postfix(loss=f"{measured['cross_entropy']:.3f}", cosine=f"{measured['cosine'][-1]:.3f}")
                 if validates:
                     validation = self.validate()
-                    self.check_finite(validation[0])
+                    self.check_finite("validation loss is", validation[0])
                     measured |= {"validation_loss": validation[0], "validation_cosine": validation[1]}
                     with bar.external_write_mode():
                         say(f"step {self.step}: validation loss {validation[0]:.4f}")
@@ -381,16 +380,16 @@ class Run:
         loss, *cosine = (sums[1:] / sums[0]).tolist()
         return loss, cosine
 
-    def check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
+    def check_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
             raise ValueError(
-                f"the loss is no longer finite at step {self.step} with --lr {self.options.lr:g} and --dtype "
+                f"the {name} no longer finite at step {self.step} with --lr {self.options.lr:g} and --dtype "
                 f"{self.options.dtype}; resume the last checkpoint, or start again, with a smaller --lr"
             )
 
     def save(self) -> None:
         # Weights that are not finite would take the place of the checkpoint from which to go on.
-        self.check_finite(sum(float(weights.sum()) for weights in self.model.parameters()))
+        self.check_finite("weights are", sum(float(weights.sum()) for weights in self.model.parameters()))
         if rank() == 0:
             state = {
                 "model": dict(self.model.state_dict()),

@@ -71,7 +71,7 @@ class SampledTokens:
 
     ``count`` tokens are drawn at random without replacement from each sequence, independently; the other tokens get no
     gradient. For as many pairs of a model's hidden states, 1,024 tokens, :class:`SampledPairs` has a 170th of the error
-    at tau = 1 and a 20th at tau = 0.1 (docs/sampling.md).
+    at tau = 1 and a 20th at tau = 0.1 (docs/benchmarks.md).
 
     Args:
         count: number of tokens per sequence, at least 2; a sequence of at most ``count`` tokens keeps all.

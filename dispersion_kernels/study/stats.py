@@ -264,7 +264,8 @@ class Report:
             for name in outcomes:
                 values = [row[name] for row in rows if is_finite(row[name])]
                 spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.4g}{spread}" if values else "")
+                fewer = f" ({counted(len(values), 'seed')})" if len(values) < len(rows) else ""
+                cells.append(f"{statistics.mean(values):.4g}{spread}{fewer}" if values else "")
             lines.append([*cells, f"{1e3 * step_seconds(rows):.3g}"])
         return table(f"variant, at, seeds, {', '.join(OUTCOMES[name] for name in outcomes)}, ms a step", lines)
 
@@ -303,7 +304,7 @@ def comparisons(questions: dict[str, Any], rows: list[Row]) -> Iterator[Comparis
             baseline=baseline,
             varied=dict(varied),
             seeds=seeds,
-            unpaired=sorted(a.keys() ^ b.keys()),
+            unpaired=sorted({row["seed"] for row in (*treated, *control)} - set(seeds)),
             variant_mean=mean(a[seed] for seed in seeds),
             baseline_mean=mean(b[seed] for seed in seeds),
             differences=differences,
@@ -343,7 +344,7 @@ def trends(questions: dict[str, Any], rows: list[Row]) -> Iterator[Trend]:
             option=option,
             values=values,
             seeds=seeds,
-            incomplete=sorted(by_seed.keys() - complete.keys()),
+            incomplete=sorted({row["seed"] for row in found} - complete.keys()),
             means=[mean(column) for column in zip(*lines, strict=True)],
             correlation=mean(correlations),
             interval=inference.mean_interval(correlations) if several else None,

@@ -68,13 +68,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check_libraries() -> None:
-    for name in ("scipy", "tqdm", "matplotlib", "tokenizers", "safetensors", "filelock"):
+    names = ("scipy", "tqdm", "matplotlib", "tokenizers", "safetensors", "filelock")
+    for name in names:
         try:
             __import__(name)
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f'{name} is missing: pip install "dispersion-kernels[study]"', name=name
-            ) from error
+            raise ModuleNotFoundError(f"{name} is missing: pip install {' '.join(names)}", name=name) from error
 
 
 @contextmanager

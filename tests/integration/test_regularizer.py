@@ -16,6 +16,7 @@ import pytest
 import torch
 from regularized import WEIGHT, Block, Model, Step, assert_same, by_hand, gradients, tokens
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from dispersion_kernels import AngularSpread, DispersionRegularizer, SampledPairs, SampledTokens, fused_dispersion_loss
 from dispersion_kernels.gpt2.model import GPT2, GPT2Config
@@ -690,15 +691,15 @@ class Outer(nn.Module):
         return loss
 
 
-@pytest.mark.parametrize("by", ["stack", "modules", "one module in a block"])
-def test_a_mask_of_the_module_around_the_owner(by: str) -> None:
+@pytest.mark.parametrize("by", ["modules", "one module in a block"])
+def test_modules_have_the_mask_of_the_model(by: str) -> None:
     model, batch, mask = Outer(), tokens(), torch.arange(24) < torch.tensor([[24], [15]])
 
     def chosen(m: nn.Module) -> Sequence[nn.Module]:
         of_stack = blocks(m.stack)  # type: ignore[arg-type]
         return [of_stack[2].linear] if by == "one module in a block" else of_stack  # type: ignore[list-item]
 
-    reg = DispersionRegularizer(model, "all" if by == "stack" else chosen(model), WEIGHT)
+    reg = DispersionRegularizer(model, chosen(model), WEIGHT)
     exact = by_hand(model, [lambda m: m(batch, mask)], chosen, options=[{"mask": mask}])
     assert_same(step(model, reg, batch, attention_mask=mask), exact)
 
@@ -730,12 +731,83 @@ def test_pytorchs_encoder() -> None:
     total = call(encoder) + reg.loss()
     total.backward()
     assert_same(Step(total.detach(), gradients(encoder)), exact)
-    with pytest.raises(ValueError, match=r"src_key_padding_mask is torch.float32"):
+    with pytest.raises(TypeError, match=r"key padding mask is torch.float32"):
         encoder(x, src_key_padding_mask=torch.zeros(2, 24))
+    encoder(x[1], src_key_padding_mask=padding[1])
+    unbatched = reg.loss()
+    encoder(x[1, :15])
+    torch.testing.assert_close(unbatched, reg.loss())
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
     DispersionRegularizer(encoder)
     with pytest.raises(ValueError, match="batch_first=False"):
         encoder(x)
+
+
+@pytest.mark.parametrize("by", ["stack", "modules"])
+def test_pytorchs_decoder_has_its_own_mask(by: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Transformer(16, 2, 2, 2, 32, dropout=0.0, batch_first=True)
+    x, y = torch.randn(2, 24, 16) + 1, torch.randn(2, 24, 16) + 1
+    padding, others = torch.arange(24) >= torch.tensor([[24], [15]]), torch.arange(24) >= torch.tensor([[9], [24]])
+    layers = "all" if by == "stack" else list(model.decoder.layers)
+    reg = DispersionRegularizer(model, layers, WEIGHT, stack="decoder" if by == "stack" else None)
+
+    def call(m: nn.Module) -> Tensor:
+        dtype = next(m.parameters()).dtype
+        out: Tensor = m(x.to(dtype), y.to(dtype), src_key_padding_mask=others, tgt_key_padding_mask=padding)
+        return out[:, :15].square().mean()
+
+    exact = by_hand(model, [call], lambda m: list(m.decoder.layers), options=[{"mask": ~padding}])  # type: ignore[arg-type, union-attr]
+    total = call(model) + reg.loss()
+    total.backward()
+    assert_same(Step(total.detach(), gradients(model)), exact)
+
+
+class Transposing(nn.Module):
+    """Block of one's own, in whose attention the first dimension is the tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.transpose(0, 1)
+        mixed: Tensor = self.self_attn(q, q, q)[0]
+        return x + mixed.transpose(0, 1)
+
+
+def test_what_a_block_or_a_neighbour_is_made_of_does_not_matter() -> None:
+    model, batch = Model(block=Transposing), tokens()
+    model.front = torch.jit.script(nn.Linear(2, 2))
+    reg = DispersionRegularizer(model, weight=WEIGHT)
+    total = model(batch) + reg.loss()
+    total.backward()
+    del model.front
+    assert_same(Step(total.detach(), gradients(model)), by_hand(model, [lambda m: m(batch)], blocks))
+
+
+class Recomputed(nn.Module):
+    """A part around the blocks is checkpointed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Model()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        loss: Tensor = checkpoint(self.part, tokens, use_reentrant=False)
+        return loss
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_checkpointing_of_a_module_around_the_blocks_adds_no_term(early_stop: bool) -> None:
+    model, batch = Recomputed(), tokens()
+    exact = by_hand(model, [lambda m: m.part(batch)], lambda m: blocks(m.part))  # type: ignore[arg-type, operator]
+    reg = DispersionRegularizer(model, weight=WEIGHT)
+    with set_checkpoint_early_stop(early_stop):
+        for _ in range(2):
+            assert_same(step(model, reg, batch), exact)
+    with pytest.raises(RuntimeError, match="4 of 4 layers did not run"):
+        reg.loss()
 
 
 class Kept(nn.Module):
@@ -762,15 +834,18 @@ def test_a_copy_of_the_regulariser_is_a_removed_one() -> None:
     model.reg.loss()
 
 
-def test_no_hook_of_optimisers_outlives_its_regulariser() -> None:
-    from torch.optim.optimizer import _global_optimizer_post_hooks
+def test_all_regularisers_share_one_hook_of_optimisers() -> None:
+    from torch.optim.optimizer import _global_optimizer_post_hooks, register_optimizer_step_post_hook
 
-    gc.collect()
+    DispersionRegularizer(Model())
     before = len(_global_optimizer_post_hooks)
     for _ in range(3):
         DispersionRegularizer(Model())
-    gc.collect()
     assert len(_global_optimizer_post_hooks) == before
+    optimizer = torch.optim.SGD(Model().parameters())
+    collects = register_optimizer_step_post_hook(lambda *_: gc.collect())  # type: ignore[arg-type, return-value]
+    optimizer.step()
+    collects.remove()
 
 
 def test_loss_after_a_backward_says_so() -> None:
@@ -790,7 +865,7 @@ def test_second_derivatives_of_the_model_without_the_term_and_no_others(keep_gra
 
     def penalty(own: Tensor) -> Tensor:
         (grad,) = torch.autograd.grad(own, [model.embedding.weight], create_graph=True)
-        (second,) = torch.autograd.grad(grad.square().sum(), [model.head.weight])
+        (second,) = torch.autograd.grad(grad.square().sum(), [model.embedding.weight])
         return second
 
     exact = penalty(model(batch))
@@ -798,8 +873,10 @@ def test_second_derivatives_of_the_model_without_the_term_and_no_others(keep_gra
     own = model(batch)
     term = reg.loss()
     torch.testing.assert_close(penalty(own), exact)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        penalty(model(batch) + reg.loss())
+    for with_own in (True, False):
+        own = model(batch)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            penalty(own + reg.loss() if with_own else reg.loss())
     del term
     with pytest.raises(RuntimeError, match=r"torch.func transforms a model with a DispersionRegularizer"):
         torch.func.grad(lambda weights: torch.func.functional_call(model, weights, batch))(
@@ -807,18 +884,17 @@ def test_second_derivatives_of_the_model_without_the_term_and_no_others(keep_gra
         )
 
 
-def test_a_temperature_changed_before_backward_is_an_error() -> None:
-    model, batch, tau = Model(), tokens(), torch.tensor(1.0)
-    reg = DispersionRegularizer(model, weight=WEIGHT, tau=tau)
-    total = model(batch) + reg.loss()
-    tau.fill_(0.5)
-    with pytest.raises(RuntimeError, match=r"tau, .* was changed in place"):
+@pytest.mark.parametrize("keep_gradients", [False, True])
+def test_backward_has_the_temperature_of_forward(keep_gradients: bool) -> None:
+    model, batch, tau = Model(), tokens(), torch.tensor(0.5)
+    reg = DispersionRegularizer(model, weight=WEIGHT, tau=tau, keep_gradients=keep_gradients)
+    for now, after in ((0.5, 2.0), (2.0, 0.5)):
+        model.zero_grad()
+        total = model(batch) + reg.loss()
+        tau.fill_(after)
         total.backward()
-    model.zero_grad()
-    total = model(batch) + reg.loss()
-    total.backward()
-    exact = by_hand(model, [lambda m: m(batch)], blocks, options=[{"tau": 0.5}])
-    assert_same(Step(total.detach(), gradients(model)), exact)
+        exact = by_hand(model, [lambda m: m(batch)], blocks, options=[{"tau": now}])
+        assert_same(Step(total.detach(), gradients(model)), exact)
 
 
 def test_numbers_of_numpy_and_modules_given_twice() -> None:

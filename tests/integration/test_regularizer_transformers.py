@@ -147,6 +147,7 @@ def test_what_no_single_mask_or_label_fits_is_refused() -> None:
     with pytest.raises(ValueError, match=r"each of which has a mask of its own.*tokens='all'"):
         DispersionRegularizer(model, both)
     DispersionRegularizer(model, both, tokens="all").remove()
+    DispersionRegularizer(model, [model.decoder.block[0], model.lm_head]).remove()  # type: ignore[union-attr, index, list-item]
     with pytest.raises(ValueError, match="labels are of the decoder's"):
         DispersionRegularizer(model, stack="encoder", tokens="labels")
     DispersionRegularizer(model, stack="decoder", tokens="labels")

@@ -120,9 +120,13 @@ def test_a_seed_that_diverged_has_no_partner() -> None:
         (found,) = report(rows, outcomes=[outcome]).comparisons
         assert found.differences == pytest.approx(np.delete(0.1 * NOISE[1] - 0.3, 3))
         assert found.sentence().endswith(" Seeds without a partner: 3.")
+    rows[rows.index(diverged) - 10]["validation_loss"] = math.nan  # that of its partner
+    assert report(rows).comparisons[0].sentence().endswith(" Seeds without a partner: 3.")
     assert "nan" not in report(rows).markdown()
+    assert report(rows).markdown().count("(9 seeds)") == 2
     rows = [row("", seed, 5 - 0.1 * width, width=width) for seed in range(4) for width in (1, 2, 3)]
-    rows[0]["validation_loss"] = math.nan
+    for one in rows[:3]:
+        one["validation_loss"] = math.nan
     (trend,) = report(rows, baseline=None, trend="width").trends
     assert trend.seeds == [1, 2, 3]
     assert trend.incomplete == [0]
