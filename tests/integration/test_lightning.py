@@ -39,7 +39,7 @@ class Module(lightning.LightningModule):  # type: ignore[misc]
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def fit(folder: Path, module: Module, batch_size: int, **options: Any) -> Any:
+def fit(folder: Path, module: Module, batch_size: int, layers: Any = "all", **options: Any) -> Any:
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=1,
@@ -49,7 +49,7 @@ def fit(folder: Path, module: Module, batch_size: int, **options: Any) -> Any:
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        callbacks=[Dispersion(weight=WEIGHT)],
+        callbacks=[Dispersion(layers, WEIGHT)],
         **options,
     )
     rows = tokens(batch=4)
@@ -81,6 +81,14 @@ def test_accumulation_changes_nothing(batch_size: int, accumulate: int, returns:
     )
     assert "training_step" not in vars(module)
     assert not any(m._forward_hooks for m in module.modules())
+
+
+def test_modules_of_a_model_that_training_step_calls(tmp_path: Path) -> None:
+    module = Module()
+    fit(tmp_path, module, 4, layers=[module.net.blocks[0], module.net.blocks[2]])
+    exact = by_hand(Model(), [lambda m: m(tokens(batch=4))], lambda m: [blocks(m)[0], blocks(m)[2]])
+    (grads,) = module.steps
+    assert_same(Step(exact.loss, grads), exact)
 
 
 def test_bf16_mixed(tmp_path: Path) -> None:
