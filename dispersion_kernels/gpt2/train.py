@@ -389,7 +389,7 @@ class Run:
 
     def save(self) -> None:
         # Weights that are not finite would take the place of the checkpoint from which to go on.
-        self.check_finite("weights are", sum(float(weights.sum()) for weights in self.model.parameters()))
+        self.check_finite("weights are", sum(float(w.detach().sum()) for w in self.model.parameters()))
         if rank() == 0:
             state = {
                 "model": dict(self.model.state_dict()),

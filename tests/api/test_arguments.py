@@ -47,8 +47,8 @@ def of(function: Any, *args: Any, **options: Any) -> Callable[[], Any]:
 
 CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no hidden states": (of(F, None), TypeError, "z must be a tensor or a list.*got None.*output_hidden_states=True"),
-    "a model's output": (of(F, ModelOutput()), TypeError, r"z must.*ModelOutput.*z=output.hidden_states\[1:\]"),
-    "a dictionary": (of(F, {"hidden_states": [Z]}), TypeError, r"z must.*got dict.*z=output.hidden_states\[1:\]"),
+    "a model's output": (of(F, ModelOutput()), TypeError, r"z must.*ModelOutput.*z=output.hidden_states\[1:-1\]"),
+    "a dictionary": (of(F, {"hidden_states": [Z]}), TypeError, r"z must.*got dict.*z=output.hidden_states\[1:-1\]"),
     "a dictionary of layers": (of(F, {"a": Z}), TypeError, r"z must.*got dict.*list\(tensors.values\(\)\)"),
     "an array": (of(F, Z.numpy()), TypeError, r"z must.*got numpy.ndarray; give torch.from_numpy\(z\)"),
     "arrays": (of(F, [Z, Z.numpy()]), TypeError, r"z\[1\] is numpy.ndarray; give torch.from_numpy\(z\[1\]\)"),

@@ -198,7 +198,7 @@ def test_wrong_measurements_are_named(tmp_path: Path) -> None:
 
 def test_a_missing_matplotlib_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ModuleNotFoundError, match=r"dispersion-kernels\[condensation\]"):
+    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
         plot_condensation({"a": [1.0]}, tmp_path / "a.png")
 
 
