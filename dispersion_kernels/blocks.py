@@ -80,7 +80,7 @@ def _is_list(module: nn.Module) -> bool:
 def _with_child(callers: tuple[nn.Module, ...], child: nn.Module) -> tuple[nn.Module, ...]:
     # Lists and dicts of modules have no forward, and what is within a PreTrainedModel need not keep its names.
     is_called = inspect.getattr_static(type(child), "forward", None) is not nn.Module.forward
-    is_owner = has_tokens_of_its_own(child)
+    is_owner = is_pretrained(child) or (has_tokens_of_its_own(child) and not is_pretrained(callers[-1]))
     return (*callers, child) if is_owner or (is_called and not has_tokens_of_its_own(callers[-1])) else callers
 
 

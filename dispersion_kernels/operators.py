@@ -139,8 +139,9 @@ class _Result(NamedTuple):
     error: Tensor | None = None
     """``[layers]``: expected relative error of the gradient from sampled pairs."""
     anchor: Tensor | None = None
-    """``[0]``: differentiable output that no caller sees. Backward keeps the anchor to show autograd what the gradients
-    depend on; of the loss, which callers change in place (``loss *= weight``), autograd would refuse that."""
+    """``[0]`` or ``[]``: differentiable output that no caller sees. Backward keeps the anchor to show autograd what
+    the gradients depend on; of the loss, which callers change in place (``loss *= weight``), autograd would refuse
+    that."""
 
 
 def _differentiable(
@@ -177,7 +178,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor]:
         tensors, layers = _Tensors(*arguments[:_COUNT]), arguments[_COUNT:]
         result = call.run(tensors, layers, unobserved=True)
-        anchor = result.loss.new_empty(0)
+        anchor = anchor_beside(result.loss)
         if result.error is not None:
             ctx.mark_non_differentiable(result.error)
         ctx.set_materialize_grads(False)
@@ -198,7 +199,7 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, *arguments: Any) -> tuple[Tensor | None, ...]:
         result = call.run(_Tensors(*arguments[:_COUNT]), arguments[_COUNT:], _unobserved(*arguments))
-        anchor = result.loss.new_empty(0)
+        anchor = anchor_beside(result.loss)
         return result.loss, anchor, result.error, result.slope, result.scale, *result.grads
 
     @staticmethod
@@ -250,6 +251,12 @@ def _keep(
         if ctx.finish is not None and call.options.potential.row_transform != "none":
             read = [z if need else None for z, need in zip(layers, ctx.needed, strict=True)]
         ctx.save_for_backward(tensors.cu_seqlens, result.anchor, result.slope, result.scale, *read, *result.grads)
+
+
+def anchor_beside(tensor: Tensor) -> Tensor:
+    """Output for ``_Result.anchor``: a zero where hooks of saved tensors, which may take a maximum, see the anchor,
+    else an empty tensor, which takes no launch."""
+    return tensor.new_zeros(()) if _hooks_see_what_is_saved() else tensor.new_empty(0)
 
 
 def reads_tokens(options: LossOptions, z: Tensor) -> bool:

@@ -32,7 +32,7 @@ from dispersion_kernels.blocks import (
 from dispersion_kernels.checks import check_number
 from dispersion_kernels.loss import loss_and_error
 from dispersion_kernels.numerics import loss_dtype
-from dispersion_kernels.operators import differentiable_once, graph_is_kept, reads_tokens
+from dispersion_kernels.operators import anchor_beside, differentiable_once, graph_is_kept, reads_tokens
 from dispersion_kernels.options import LossOptions, check_options
 from dispersion_kernels.potentials import Potential, at_temperature, temperature_of
 from dispersion_kernels.sampling import Sampling
@@ -191,7 +191,8 @@ class DispersionRegularizer:
         if self._tokens == "all":
             return _ALL
         mask, cu_seqlens = None, given.get("cu_seq_lens_q")
-        padding = given.get("src_key_padding_mask", given.get("tgt_key_padding_mask"))
+        paddings = [given.get(f"{side}_key_padding_mask") for side in ("src", "tgt")]
+        padding, *more = [one for one in paddings if one is not None] or [None]
         attention_mask, position_ids = given.get("attention_mask"), given.get("position_ids")
         if cu_seqlens is None and attention_mask is not None:
             if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
@@ -208,10 +209,11 @@ class DispersionRegularizer:
                 )
             mask = attention_mask.bool()
         elif cu_seqlens is None and padding is not None:
-            if padding.dtype != torch.bool:
-                raise TypeError(
-                    f"the key padding mask is {padding.dtype}, and DispersionRegularizer takes booleans, True for "
-                    "padding; give the model that, or take tokens='all'"
+            if more or padding.dtype != torch.bool:
+                raise ValueError(
+                    f"{'src_ and tgt_key_padding_mask' if more else 'the key padding mask'} is {padding.dtype}, and "
+                    "DispersionRegularizer takes one of booleans, True for padding; give the model that, or take "
+                    "tokens='all'"
                 )
             mask = ~padding
         elif cu_seqlens is None and isinstance(position_ids, Tensor) and position_ids.dim() == 2:
@@ -253,7 +255,7 @@ class DispersionRegularizer:
     def _options_now(self) -> LossOptions:
         """Options with a copy of a temperature that is a tensor, for backward, before which it may change."""
         temperature = temperature_of(self._options.potential)
-        if temperature is None or torch.compiler.is_compiling():  # compiled code keeps the value itself
+        if temperature is None:
             return self._options
         return self._options._replace(potential=at_temperature(self._options.potential, temperature.clone()))
 
@@ -308,7 +310,12 @@ def _discard_spent(*_: object) -> None:
 
 
 def _is_spent(value: Tensor) -> bool:
-    """Whether backward has run through the node that made ``value`` and freed its saved tensors."""
+    """Whether backward has run through the node that made ``value``, in compiled code, and freed its saved tensors.
+
+    Reading those of a :class:`_WithTerm`, which notices that itself, would make checkpointing compute the block again.
+    """
+    if isinstance(value.grad_fn, _WithTerm._backward_cls):
+        return False
     try:
         getattr(value.grad_fn, "saved_tensors", None)
     except RuntimeError as error:
@@ -396,7 +403,9 @@ class _Begin(_Hook):
         if forward is not None and self.depth <= forward.depth:
             regularizer._abandon_forward()
             forward = None
-        if regularizer._removed or not module.training or not torch.is_grad_enabled() or _recomputes(forward):
+        if regularizer._removed or not torch.is_grad_enabled():
+            return
+        if forward is None and (not module.training or _recomputes()):
             return
         given = _known(self.names, args, kwargs)
         if forward is None:
@@ -458,9 +467,9 @@ def _argument_names(module: nn.Module) -> list[str]:
         return []
 
 
-def _recomputes(forward: _Forward | None) -> bool:
+def _recomputes() -> bool:
     """Whether activation checkpointing computes a part of the model again, in backward."""
-    return forward is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _documents(position_ids: Tensor) -> Tensor | None:
@@ -500,7 +509,7 @@ class _Layer(_Hook):
         if (
             isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
             and z.dim() == 3
-            and not module.self_attn.batch_first
+            and not getattr(module.self_attn, "batch_first", True)
         ):
             raise ValueError(
                 f"{self.name} is a {type(module).__name__} with batch_first=False, whose output [L, B, F] would be "
@@ -552,7 +561,7 @@ class _WithTerm(torch.autograd.Function):
         ctx.seed = int(torch.randint(2**62, (), device="cpu")) if regularizer._random else None
         ctx.dtype = loss_dtype(z)
         # A new tensor, because autograd would refuse in-place writes to an input that is returned as it is.
-        same, anchor = z.detach(), z.new_empty(0)
+        same, anchor = z.detach(), anchor_beside(z)
         ctx.save_for_backward(anchor, None if regularizer._keep_gradients else z)
         if forward is None:
             return same, torch.zeros((), device=z.device), anchor
@@ -562,7 +571,7 @@ class _WithTerm(torch.autograd.Function):
         return same, regularizer._value(z.to(ctx.dtype), selection, options, ctx.seed), anchor
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor | None, dterm: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dz: Tensor | None, dterm: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if dterm is None:
             forward = ctx.forward_call
             if forward is not None and not forward.taken:
@@ -577,7 +586,7 @@ class _WithTerm(torch.autograd.Function):
                     "first one retain_graph=True"
                 )
             try:
-                _, z = ctx.saved_tensors
+                anchor, z = ctx.saved_tensors  # once: checkpointing allows no second time
             except RuntimeError as error:
                 if "inplace" not in str(error):
                     raise
@@ -586,10 +595,12 @@ class _WithTerm(torch.autograd.Function):
                     "block; make it with keep_gradients=True, which reads them before that"
                 ) from error
             kept = _leaf_and_loss(ctx, z)
+        elif torch.is_grad_enabled():
+            anchor, _ = ctx.saved_tensors
         leaf, loss = kept
         (gradient,) = torch.autograd.grad(loss, leaf, dterm, retain_graph=ctx.kept is not None)
         if torch.is_grad_enabled():
-            (gradient,) = differentiable_once([ctx.saved_tensors[0], dterm], [gradient])
+            (gradient,) = differentiable_once([anchor, dterm], [gradient])
             return gradient if dz is None else gradient + dz, None, None, None, None
         return gradient if dz is None else gradient.add_(dz), None, None, None, None
 
@@ -673,10 +684,16 @@ def _callers_of_modules(
 
 def _check_labels(regularizer: DispersionRegularizer, model: nn.Module, owner: nn.Module | None) -> None:
     """Raises where labels are not of the owner's tokens."""
-    whole: list[Any] = [m for m in model.modules() if is_pretrained(m) and m is not owner]
-    whole = [m for m in whole if getattr(m.config, "is_encoder_decoder", False)]
-    if regularizer._tokens == "labels" and any(m.get_encoder() is owner for m in whole):
+    if regularizer._tokens == "labels" and any(_is_encoder(owner, whole) for whole in model.modules()):
         raise ValueError(
             f"tokens='labels' was given for the encoder, a {type(owner).__name__}, and labels are of the decoder's "
             "tokens; take tokens='attended', or the decoder's layers"
         )
+
+
+def _is_encoder(owner: nn.Module | None, whole: Any) -> bool:
+    """Whether ``owner`` is the encoder of ``whole``, a model of Hugging Face that has a decoder beside it."""
+    if whole is owner or not is_pretrained(whole) or not getattr(whole.config, "is_encoder_decoder", False):
+        return False
+    others = [m for m in whole.modules() if is_pretrained(m) and m is not owner and owner not in set(m.modules())]
+    return whole.get_encoder() is owner and bool(set(others) - set(whole.get_encoder().modules()))

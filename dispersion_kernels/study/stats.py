@@ -265,7 +265,7 @@ class Report:
                 values = [row[name] for row in rows if is_finite(row[name])]
                 spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
                 fewer = f" ({counted(len(values), 'seed')})" if len(values) < len(rows) else ""
-                cells.append(f"{statistics.mean(values):.4g}{spread}{fewer}" if values else "")
+                cells.append(f"{statistics.mean(values):.4g}{spread}{fewer}" if values else fewer.strip(" ()"))
             lines.append([*cells, f"{1e3 * step_seconds(rows):.3g}"])
         return table(f"variant, at, seeds, {', '.join(OUTCOMES[name] for name in outcomes)}, ms a step", lines)
 
@@ -280,6 +280,7 @@ METHOD = f"""## Method
   step, by simulation of normal differences of the measured standard deviation.
 - Times are of processors on a CPU, which other work on the machine changes little, over all threads of a run, without
   the steps that measure something; on a GPU they are those of a clock.
+- A seed of which a value is not finite has no partner.
 - At equal time: each variant takes the median time of its steps; losses are interpolated at the time when the faster
   variant ends, whose learning rate has then fallen further.
 """

@@ -9,6 +9,7 @@ import itertools
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -731,7 +732,7 @@ def test_pytorchs_encoder() -> None:
     total = call(encoder) + reg.loss()
     total.backward()
     assert_same(Step(total.detach(), gradients(encoder)), exact)
-    with pytest.raises(TypeError, match=r"key padding mask is torch.float32"):
+    with pytest.raises(ValueError, match=r"key padding mask is torch.float32"):
         encoder(x, src_key_padding_mask=torch.zeros(2, 24))
     encoder(x[1], src_key_padding_mask=padding[1])
     unbatched = reg.loss()
@@ -808,6 +809,57 @@ def test_checkpointing_of_a_module_around_the_blocks_adds_no_term(early_stop: bo
             assert_same(step(model, reg, batch), exact)
     with pytest.raises(RuntimeError, match="4 of 4 layers did not run"):
         reg.loss()
+
+
+@pytest.mark.parametrize("keep_gradients", [False, True])
+def test_first_derivatives_under_checkpointing_and_hooks_of_saved_tensors(keep_gradients: bool) -> None:
+    """With ``create_graph``, and by hooks that take a maximum, as those that quantise do."""
+    model, batch = Model(), tokens()
+    exact = by_hand(model, [lambda m: m(batch)], blocks)
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    reg = DispersionRegularizer(model, weight=WEIGHT, keep_gradients=keep_gradients)
+    names, weights = zip(*model.named_parameters(), strict=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: (saved, saved.abs().max()), lambda saved: saved[0]):
+        total = model(batch) + reg.loss()
+    grads = torch.autograd.grad(total, weights, create_graph=True)
+    assert_same(Step(total.detach(), dict(zip(names, (grad.detach() for grad in grads), strict=True))), exact)
+
+
+def test_a_step_of_another_optimiser_computes_nothing_again() -> None:
+    model, batch, calls = Model(), tokens(), []
+    model.blocks[0].linear.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
+    inner = DispersionRegularizer(model, [block.linear for block in blocks(model)])  # type: ignore[misc]
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    total = model(batch) + inner.loss()
+    torch.optim.SGD(nn.Linear(2, 2).parameters()).step()
+    assert len(calls) == 1
+    total.backward()
+    assert len(calls) == 2
+
+
+class Evaluated(nn.Module):
+    """The module that owns the blocks is in evaluation mode, and has a mask of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = Padded()
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor, own_mask: Tensor) -> Tensor:
+        loss: Tensor = self.stack(tokens, attention_mask=own_mask)
+        return loss
+
+
+def test_an_owner_in_evaluation_mode_has_its_own_mask() -> None:
+    model, batch = Evaluated(), tokens()
+    other, own = torch.arange(24) < torch.tensor([[24], [15]]), torch.arange(24) < torch.tensor([[9], [24]])
+    model.stack.eval()
+    reg = DispersionRegularizer(model, weight=WEIGHT)
+    exact = by_hand(model, [lambda m: m(batch, other, own)], lambda m: blocks(m.stack), options=[{"mask": own}])  # type: ignore[arg-type]
+    total = model(batch, other, own) + reg.loss()
+    total.backward()
+    assert_same(Step(total.detach(), gradients(model)), exact)
 
 
 class Kept(nn.Module):

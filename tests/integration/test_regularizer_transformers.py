@@ -151,6 +151,8 @@ def test_what_no_single_mask_or_label_fits_is_refused() -> None:
     with pytest.raises(ValueError, match="labels are of the decoder's"):
         DispersionRegularizer(model, stack="encoder", tokens="labels")
     DispersionRegularizer(model, stack="decoder", tokens="labels")
+    config = transformers.UMT5Config(**T5)
+    DispersionRegularizer(transformers.UMT5ForTokenClassification(config), tokens="labels")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])

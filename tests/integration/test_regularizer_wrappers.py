@@ -396,3 +396,19 @@ def test_two_processes_are_the_mean_of_both(tmp_path: Path) -> None:
         loss, grads = answers[name]
         grads = {parameter: grad for parameter, grad in grads.items() if "idle" not in parameter}
         assert_same(Step(loss, grads), exact)
+
+
+@pytest.mark.parametrize("keep_gradients", [False, True])
+def test_compiled_backward_has_the_temperature_of_forward(
+    counter: CompileCounterWithBackend, keep_gradients: bool
+) -> None:
+    model, batch, tau = Model(layers=2), tokens(), torch.tensor(0.5)
+    reg = DispersionRegularizer(model, weight=WEIGHT, tau=tau, keep_gradients=keep_gradients)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for now, after in ((0.5, 2.0), (2.0, 0.5)):
+        model.zero_grad()
+        total = compiled(batch) + reg.loss()
+        tau.fill_(after)
+        total.backward()
+        exact = by_hand(model, [lambda m: m(batch)], blocks, options=[{"tau": now}])
+        assert_same(Step(total.detach(), gradients(model)), exact)
