@@ -44,8 +44,8 @@ Loss and gradient by shape. *f+b* is forward and backward, *forward* keeps what 
 `no_grad`. The limit is 3 B L^2 F FLOPs at the rate of `torch.mm` in the same rounds. GFLOP/s and their share of that
 rate count the FLOPs that a mode needs: 3 B L^2 F, for forward and loss 1. A quotient below 1 (a share above 100%) says
 that the kernel's own matrix products are faster than those of `torch.mm` on this processor. Peak memory is beyond the
-tokens, of f+b. On a processor with AVX-512 the CPU kernel is measured on AVX2, too, which most laptops end at, in a
-process in which `torch.mm` has no AVX-512 either. Errors are relative to float64. Times are medians of seven batches of
+tokens, of f+b. Where the processor has AVX-512, the suite now measures the CPU kernel on AVX2, too, which most laptops
+end at; these tables are older. Errors are relative to float64. Times are medians of seven batches of
 at least a quarter second.
 *Row-chunked* is plain PyTorch with checkpointed blocks of rows.""",
     "memory": """\
