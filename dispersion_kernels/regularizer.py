@@ -8,13 +8,13 @@ gradient; only z is saved, and autograd adds no tensors.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -126,7 +126,8 @@ class DispersionRegularizer:
             begin = _Begin(self, module, depth, is_owner=module is owner)
             self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
             self._handles.append(module.register_forward_hook(_Finish(self, depth), always_call=True))
-        _watch_optimizers(self)
+        _WATCHED.add(self)
+        _watch_optimizers()
 
     @property
     def layers(self) -> list[str]:
@@ -290,16 +291,11 @@ def _removed_one(weight: float) -> DispersionRegularizer:
 _WATCHED: weakref.WeakSet[DispersionRegularizer] = weakref.WeakSet()
 
 
-def _watch_optimizers(regularizer: DispersionRegularizer) -> None:
-    """Adds the regulariser to those that a hook on optimisers looks after: the hook notices a forgotten loss() of a
-    compiled model, where _WithTerm does not run. There is one hook, for good: PyTorch iterates over the hooks, while
-    which a regulariser may be garbage."""
-    if not _HOOKED:
-        _HOOKED.append(register_optimizer_step_post_hook(_discard_spent))
-    _WATCHED.add(regularizer)
-
-
-_HOOKED: list[Any] = []
+@functools.cache
+def _watch_optimizers() -> None:
+    """Hook on optimisers, which notices a forgotten loss() of a compiled model, where _WithTerm does not run. There is
+    one for all regularisers, and for good: PyTorch iterates over the hooks, and garbage may be collected meanwhile."""
+    register_optimizer_step_post_hook(_discard_spent)
 
 
 def _discard_spent(*_: object) -> None:
@@ -378,7 +374,7 @@ class _Hook:
         return _no_hook
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial, (_no_hook,)
+        return functools.partial, (_no_hook,)
 
 
 class _Begin(_Hook):
@@ -667,7 +663,7 @@ def _callers_of_modules(
     """Modules around those of these names that are called, and the one whose arguments select the tokens."""
     each = [callers_of(model, [name]) for name in names]
     owners = {callers[-1]: callers for callers in each if has_tokens_of_its_own(callers[-1])}
-    # Of a model and a model within it, the inner one has the mask of its tokens.
+    # Owners around another owner are left out: the inner one is given the mask of the tokens.
     owners = {
         one: found for one, found in owners.items() if not any(m in owners for m in one.modules() if m is not one)
     }
@@ -693,7 +689,9 @@ def _check_labels(regularizer: DispersionRegularizer, model: nn.Module, owner: n
 
 def _is_encoder(owner: nn.Module | None, whole: Any) -> bool:
     """Whether ``owner`` is the encoder of ``whole``, a model of Hugging Face that has a decoder beside it."""
-    if whole is owner or not is_pretrained(whole) or not getattr(whole.config, "is_encoder_decoder", False):
+    if owner is None or whole is owner or not is_pretrained(whole):
         return False
-    others = [m for m in whole.modules() if is_pretrained(m) and m is not owner and owner not in set(m.modules())]
-    return whole.get_encoder() is owner and bool(set(others) - set(whole.get_encoder().modules()))
+    if not getattr(whole.config, "is_encoder_decoder", False) or whole.get_encoder() is not owner:
+        return False
+    beside = set(whole.modules()) - set(owner.modules())
+    return any(is_pretrained(m) and owner not in set(m.modules()) for m in beside)

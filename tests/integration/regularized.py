@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dispersion_kernels import fused_dispersion_loss
+from dispersion_kernels import DispersionRegularizer, fused_dispersion_loss
 
 WEIGHT = 3.0
 
@@ -102,3 +102,16 @@ def assert_same(step: Step, exact: Step, tolerance: float = 2e-5) -> None:
     for name, grad in exact.grads.items():
         error = (step.grads[name].double() - grad).abs().max().item()
         assert error <= tolerance * scale, f"{name}: {error:.1e} of {scale:.1e}"
+
+
+def assert_backward_has_the_temperature_of_forward(
+    model: Model, forward: Callable[[], Tensor], reg: DispersionRegularizer, tau: Tensor, batch: Tensor
+) -> None:
+    """Of a tensor ``tau`` that is 0.5 and changes between forward and backward."""
+    for now, after in ((0.5, 2.0), (2.0, 0.5)):
+        model.zero_grad()
+        total = forward() + reg.loss()
+        tau.fill_(after)
+        total.backward()
+        exact = by_hand(model, [lambda m: m(batch)], lambda m: list(m.blocks), options=[{"tau": now}])  # type: ignore[arg-type]
+        assert_same(Step(total.detach(), gradients(model)), exact)

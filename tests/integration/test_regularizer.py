@@ -15,7 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from regularized import WEIGHT, Block, Model, Step, assert_same, by_hand, gradients, tokens
+from regularized import (
+    WEIGHT,
+    Block,
+    Model,
+    Step,
+    assert_backward_has_the_temperature_of_forward,
+    assert_same,
+    by_hand,
+    gradients,
+    tokens,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -781,10 +791,9 @@ def test_what_a_block_or_a_neighbour_is_made_of_does_not_matter() -> None:
     model, batch = Model(block=Transposing), tokens()
     model.front = torch.jit.script(nn.Linear(2, 2))
     reg = DispersionRegularizer(model, weight=WEIGHT)
-    total = model(batch) + reg.loss()
-    total.backward()
+    found = step(model, reg, batch)
     del model.front
-    assert_same(Step(total.detach(), gradients(model)), by_hand(model, [lambda m: m(batch)], blocks))
+    assert_same(found, by_hand(model, [lambda m: m(batch)], blocks))
 
 
 class Recomputed(nn.Module):
@@ -857,9 +866,7 @@ def test_an_owner_in_evaluation_mode_has_its_own_mask() -> None:
     model.stack.eval()
     reg = DispersionRegularizer(model, weight=WEIGHT)
     exact = by_hand(model, [lambda m: m(batch, other, own)], lambda m: blocks(m.stack), options=[{"mask": own}])  # type: ignore[arg-type]
-    total = model(batch, other, own) + reg.loss()
-    total.backward()
-    assert_same(Step(total.detach(), gradients(model)), exact)
+    assert_same(step(model, reg, batch, attention_mask=other, own_mask=own), exact)
 
 
 class Kept(nn.Module):
@@ -940,13 +947,7 @@ def test_second_derivatives_of_the_model_without_the_term_and_no_others(keep_gra
 def test_backward_has_the_temperature_of_forward(keep_gradients: bool) -> None:
     model, batch, tau = Model(), tokens(), torch.tensor(0.5)
     reg = DispersionRegularizer(model, weight=WEIGHT, tau=tau, keep_gradients=keep_gradients)
-    for now, after in ((0.5, 2.0), (2.0, 0.5)):
-        model.zero_grad()
-        total = model(batch) + reg.loss()
-        tau.fill_(after)
-        total.backward()
-        exact = by_hand(model, [lambda m: m(batch)], blocks, options=[{"tau": now}])
-        assert_same(Step(total.detach(), gradients(model)), exact)
+    assert_backward_has_the_temperature_of_forward(model, lambda: model(batch), reg, tau, batch)
 
 
 def test_numbers_of_numpy_and_modules_given_twice() -> None:
