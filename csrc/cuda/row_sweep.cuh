@@ -88,7 +88,7 @@ DK_DEVICE void multiply_weights(float (*g)[4], const float (&weights)[kColumns /
 // kOnline: the sum of kLoss, relative to the token's largest exponent, which goes to `maxima`.
 // kGradient: the sum of psi over all of a token's pairs, and slice blockIdx.z, of kSlice features, of G_i = sum_j
 // slope_ij x_j.
-// Passes of perplexity_entropy, with P_ij = exp2(min(e_ij - largest_i, 0)) / total_i, because one pass may round e_ij
+// Passes of perplexity_entropy, with P_ij = min(exp2(e_ij - largest_i), 1) / total_i, because one pass may round e_ij
 // above the largest of another; p2 is eps, and the potential's p2 is 0:
 // kPartition: total to `sums` and largest to `maxima`, over all pairs.
 // kEntropy: sum_j P_ij h_ij to `sums` and sum_j P_ij g_ij to `maxima`.
@@ -284,13 +284,13 @@ DK_DEVICE void row_sweep(const char* z, const LayerOffsets& layers, int64_t stri
             now[half] = fmaxf(now[half], element);
           } else if constexpr (kEntropies) {
             const float exponent = potential.exponent(s, extra_i[half], q_j, shift_i[half]);
-            const float p = pair ? exponential(fminf(exponent - largest_i[half], 0.0f)) * per_total_i[half] : 0.0f;
+            const float p = pair ? fminf(exponential(exponent - largest_i[half]), 1.0f) * per_total_i[half] : 0.0f;
             const Information<float> information_i = information(p, average_i[half], p2);
             if constexpr (kPass == RowSweep::kEntropy) {
               sum[half] = fmaf(p, information_i.h, sum[half]);
               g_sum[half] = fmaf(p, information_i.g, g_sum[half]);
             } else {
-              const float mirrored = pair ? exponential(fminf(exponent - largest_j, 0.0f)) * per_total_j : 0.0f;
+              const float mirrored = pair ? fminf(exponential(exponent - largest_j), 1.0f) * per_total_j : 0.0f;
               const Information<float> information_j = information(mirrored, average_j, p2);
               element = p * (information_i.g - expected_i[half]) + mirrored * (information_j.g - expected_j);
             }

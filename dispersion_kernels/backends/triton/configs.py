@@ -105,12 +105,14 @@ def row_config(
     if arch == _INTERPRETER:
         return RowConfig(32, 32, 32, min(width, 64), width <= 64, 1, 1)
     if dtype == torch.float32:
-        # Few warps: more than a tile has rows for multiply the same numbers twice. One stage where two leave too few
-        # registers.
-        warps = 8 if precision == "tf32" and gradient else 4
-        stages = 1 if amd or (arch == "sm_100" and precision == "tf32x3") else 2
-        single_slice = width <= 64 and precision != "tf32x3" and (gradient or precision != "tf32")
-        return RowConfig(64, 32, 32, min(width, 64), single_slice, warps, stages)
+        # Few warps: more than a tile has rows for multiply the same numbers twice. Two probabilities per pair need the
+        # registers of more, no single slice, and on sm_100 fewer columns. One stage where two leave too few registers.
+        few_registers = arch == "sm_100" and precision == "tf32x3"
+        warps = 8 if gradient and (precision == "tf32" or (perplexity and not amd)) else 4
+        stages = 1 if amd or few_registers else 2
+        single_slice = width <= 64 and precision != "tf32x3" and (gradient or precision != "tf32") and not perplexity
+        columns = 16 if few_registers and perplexity and gradient else 32
+        return RowConfig(64, columns, 32, min(width, 64), single_slice, warps, stages)
     if perplexity:
         # In slices: the tokens of a single slice leave too few registers for two probabilities per pair.
         if arch == "sm_100":

@@ -581,7 +581,7 @@ def row_sweep_kernel(
     ``gradient``: the sum of psi over all of a token's pairs, and a slice of ``BLOCK_F`` features, the program's third
     number, of G_i = sum_j slope_ij x_j.
     Passes of perplexity_entropy (:func:`dispersion_kernels.backends.torch_tiled._perplexity_entropy`), with P_ij =
-    exp2(min(e_ij - largest_i, 0)) / total_i, because one pass may round e_ij above the largest of another; p2 is eps,
+    min(exp2(e_ij - largest_i), 1) / total_i, because one pass may round e_ij above the largest of another; p2 is eps,
     and the potential's p2 is 0:
     ``partition``: total to ``sums`` and largest to ``maxima``, over all pairs.
     ``entropy``: sum_j P_ij h_ij to ``sums`` and sum_j P_ij g_ij to ``maxima``.
@@ -673,7 +673,7 @@ def row_sweep_kernel(
             sums = sums * tl.exp2(maxima - now) + added
             maxima = now
         elif PASS == "entropy":
-            p = tl.exp2(tl.minimum(u - largest_i[:, None], 0.0)) * inverse_total_i[:, None]
+            p = tl.minimum(tl.exp2(u - largest_i[:, None]), 1.0) * inverse_total_i[:, None]
             h, g = _information(p, average_i[:, None], p2)
             sums += tl.sum(p * h, 1)
             maxima += tl.sum(p * g, 1)
@@ -683,10 +683,10 @@ def row_sweep_kernel(
                 inverse_total_j = 1.0 / tl.load(total_ptr + statistics + j, mask=valid_j, other=1.0)
                 average_j = tl.load(average_ptr + statistics + j, mask=valid_j, other=1.0)
                 expected_j = tl.load(expected_ptr + statistics + j, mask=valid_j, other=0.0)
-                p = tl.exp2(tl.minimum(u - largest_i[:, None], 0.0)) * inverse_total_i[:, None]
+                p = tl.minimum(tl.exp2(u - largest_i[:, None]), 1.0) * inverse_total_i[:, None]
                 h, g = _information(p, average_i[:, None], p2)
                 slope = p * (g - expected_i[:, None])
-                p = tl.exp2(tl.minimum(u - largest_j[None, :], 0.0)) * inverse_total_j[None, :]
+                p = tl.minimum(tl.exp2(u - largest_j[None, :]), 1.0) * inverse_total_j[None, :]
                 h, g = _information(p, average_j[None, :], p2)
                 slope += p * (g - expected_j[None, :])
             elif EXPONENTIAL:
