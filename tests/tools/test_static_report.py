@@ -248,6 +248,18 @@ def test_an_epilogue_beyond_its_share_is_a_fault(monkeypatch: pytest.MonkeyPatch
     assert not static_report.faults(row)
 
 
+@pytest.mark.slow  # 28 kernels
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_gradient_of_the_entropy_in_every_dtype(arch: str) -> None:
+    """Kernels that take the most registers: every change to them has let one spill."""
+    variants = [
+        one for one in ahead_of_time.shipped(arch, every=True) if one.constexprs.get("PASS") == "entropy_gradient"
+    ]
+    assert len(variants) > 10
+    rows = [static_report.examine(one, ahead_of_time.compile_variant(one)) for one in variants]
+    assert [fault for row in rows for fault in static_report.faults(row)] == []
+
+
 @pytest.mark.skipif(cuda.unavailable_reason() is not None, reason=str(cuda.unavailable_reason()))
 def test_kernels_of_the_extension() -> None:
     built = sass.architectures(cuda.LIBRARY)
