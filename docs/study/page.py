@@ -74,6 +74,8 @@ def runs(results: dict[str, Any]) -> str:
     by = sorted({f"commit {row['commit']}, PyTorch {row['torch']}, {row['processor']}" for row in rows})
     missing = sum(len(questions["missing"]) for questions in results["experiments"].values())
     counted = f"{len(results['rows'])} of {len(results['rows']) + missing} runs of the experiments"
+    if len(rows) < len(results["rows"]):
+        counted += f" ({len(rows)} without those that two share)"
     return f"{counted} are finished ({'; '.join(by) or 'none yet'})."
 
 
