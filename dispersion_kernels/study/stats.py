@@ -266,7 +266,7 @@ class Report:
                 spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
                 fewer = f" ({counted(len(values), 'seed')})" if len(values) < len(rows) else ""
                 cells.append(f"{statistics.mean(values):.4g}{spread}{fewer}" if values else fewer.strip(" ()"))
-            lines.append([*cells, f"{1e3 * step_seconds(rows):.3g}"])
+            lines.append([*cells, f"{float(f'{1e3 * step_seconds(rows):.3g}'):g}"])
         return table(f"variant, at, seeds, {', '.join(OUTCOMES[name] for name in outcomes)}, ms a step", lines)
 
 
