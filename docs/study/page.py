@@ -75,7 +75,7 @@ def runs(results: dict[str, Any]) -> str:
     missing = sum(len(questions["missing"]) for questions in results["experiments"].values())
     counted = f"{len(results['rows'])} of {len(results['rows']) + missing} runs of the experiments"
     if len(rows) < len(results["rows"]):
-        counted += f" ({len(rows)} without those that two share)"
+        counted += f" ({len(rows)} different ones)"
     return f"{counted} are finished ({'; '.join(by) or 'none yet'})."
 
 

@@ -36,6 +36,8 @@ def test_an_unfinished_experiment_shows_no_result(tmp_path: Path, monkeypatch: p
     assert parts["half"] == "*Not finished: 1 of 3 runs.*"
     said = "2 of 4 runs of the experiments are finished (commit c0ffee, PyTorch 2.13, a processor)."
     assert parts[f"runs-{tmp_path.name}"] == said
+    results["rows"] = [*rows, {**rows[0], "experiment": "half"}]
+    assert PAGE["runs"](results).startswith("3 of 5 runs of the experiments (2 different ones) are finished")
 
 
 def test_only_the_parts_between_the_marks_change(monkeypatch: pytest.MonkeyPatch) -> None:
