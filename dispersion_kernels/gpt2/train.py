@@ -184,7 +184,7 @@ class Run:
 
     def read(self) -> dict[str, Any] | None:
         """Checkpoint of the run, None without one. Raises where a step would take another number of windows than
-        before, with any number of ranks."""
+        before, with any number of ranks, and where the run has taken more steps already."""
         if not self.file.exists():
             return None
         checkpoint = read_checkpoint(self.file)
@@ -194,6 +194,11 @@ class Run:
                 f"--resume: a step of the run in {self.out} takes {windows} windows, and {self.windows_per_step} with "
                 f"--batch-size {options.batch_size} and --accumulate {options.accumulate} on {world()} ranks; give a "
                 f"--batch-size and an --accumulate whose product, times the ranks, is {windows}"
+            )
+        if checkpoint["step"] > options.steps:
+            raise ValueError(
+                f"--resume: the run in {self.out} has taken {checkpoint['step']} steps, more than --steps "
+                f"{options.steps}; give at least as many, or start another run with another --out"
             )
         paths = {"data": options.data, "cache": [options.cache] if options.cache else []}
         named = "".join(f" --{name} {shlex.join(values)}" for name, values in paths.items() if values)

@@ -219,6 +219,9 @@ def test_resuming_can_train_longer_but_not_change_the_model(run, refused, tmp_pa
     run(out)
     assert train.main(["--resume", "--out", str(out), "--steps", "9"]) == 0
     assert [line["step"] for line in metrics(out)] == list(range(1, 10))
+    before = (out / "results.json").read_bytes()
+    assert "has taken 9 steps, more than --steps 8; give at least" in refused("--resume", "--steps", "8", out=out)
+    assert (out / "results.json").read_bytes() == before
     assert "--width was 16 when the run in" in refused("--resume", "--width", "32", out=out)
     assert "--seed was 0" in refused("--resume", "--seed", "1", out=out)
     assert "leave it out" in refused("--resume", "--compare", out=out)

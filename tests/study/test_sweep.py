@@ -149,7 +149,8 @@ def test_a_process_left_by_a_killed_sweep_is_waited_for(tmp_path: Path) -> None:
         (folder / name).unlink()
     options = [f"--{k}={v}" for k, v in expected["settings"].items() if k not in ("data", "steps")]
     data = ["--data", str(tmp_path / "text.txt"), "--cache", str(tmp_path / "xdg" / "dispersion-kernels")]
-    left = child(["--out", str(folder), "--steps=100000", "--seed=0", *data, *options])
+    endless = ["--steps=100000", "--save-interval=100000"]  # no checkpoint, from which the run would go on
+    left = child(["--out", str(folder), "--seed=0", *data, *options, *endless])
     wait_for(lambda: (folder / "metrics.jsonl").exists(), left)
     process = sweep_process(file)
     time.sleep(4)
