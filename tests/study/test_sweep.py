@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpt2_runs import child
+from gpt2_runs import ENDLESS, child
 from sweeps import TINY, sweep, sweep_file, sweep_process
 
 from dispersion_kernels import command
@@ -149,8 +149,8 @@ def test_a_process_left_by_a_killed_sweep_is_waited_for(tmp_path: Path) -> None:
         (folder / name).unlink()
     options = [f"--{k}={v}" for k, v in expected["settings"].items() if k not in ("data", "steps")]
     data = ["--data", str(tmp_path / "text.txt"), "--cache", str(tmp_path / "xdg" / "dispersion-kernels")]
-    endless = ["--steps=100000", "--save-interval=100000"]  # no checkpoint, from which the run would go on
-    left = child(["--out", str(folder), "--seed=0", *data, *options, *endless])
+    # ENDLESS, because it saves no checkpoint, from which the sweep's run would go on.
+    left = child(["--out", str(folder), "--seed=0", *data, *options, *ENDLESS])
     wait_for(lambda: (folder / "metrics.jsonl").exists(), left)
     process = sweep_process(file)
     time.sleep(4)
